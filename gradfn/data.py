@@ -1,0 +1,260 @@
+"""Tokenised documents, flat in memory, and how rows become batches."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64
+from torch import Tensor
+
+from gradfn.errors import InputError
+
+__all__ = ["IGNORED", "Documents", "check_lengths", "collate", "make_documents", "offsets_of", "plan_batches"]
+
+IGNORED = -100
+"""The label of a position that is not supervised, and the padding of labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Rows of token ids, stored end to end: row i is `input_ids[offsets[i]:offsets[i + 1]]`.
+
+    A label at position t supervises the prediction of token t from the tokens before it, so the first
+    position of a row is never supervised; -100 marks the others that are not.
+
+    Args:
+        input_ids: token ids of all rows, int32 `[tokens]`.
+        labels: labels of all rows, int32 `[tokens]`.
+        offsets: where each row starts and the last one ends, int64 `[rows + 1]`.
+        ids: the name of each row.
+        texts: what to show of each row.
+
+    Raises:
+        InputError: the five fields do not describe the same rows.
+
+    >>> docs = make_documents([[5, 6, 7], [8]], ids=["a", "b"])
+    >>> len(docs), docs.lengths.tolist(), docs.supervised.tolist()
+    (2, [3, 1], [2, 0])
+    >>> docs[0]["input_ids"]
+    tensor([5, 6, 7])
+    >>> docs.select([1, 0]).ids
+    ['b', 'a']
+    """
+
+    input_ids: Int32[np.ndarray, " tokens"]
+    labels: Int32[np.ndarray, " tokens"]
+    offsets: Int64[np.ndarray, " bounds"]
+    ids: list[str]
+    texts: list[str]
+
+    def __post_init__(self) -> None:
+        rows, tokens = len(self.offsets) - 1, len(self.input_ids)
+        if not len(self.ids) == len(self.texts) == rows or len(self.labels) != tokens:
+            raise InputError(
+                f"documents need an id and a text for each row and a label for each token, but {rows} rows "
+                f"of {tokens} tokens came with {len(self.ids)} ids, {len(self.texts)} texts and "
+                f"{len(self.labels)} labels"
+            )
+        if self.offsets[0] != 0 or self.offsets[-1] != tokens or (np.diff(self.offsets) < 0).any():
+            raise InputError(f"document offsets must rise from 0 to the {tokens} tokens there are")
+
+    def __repr__(self) -> str:
+        return f"Documents({len(self)} rows, {len(self.input_ids)} tokens)"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        row = range(len(self))[row]  # bounds check and negative rows, as a list would
+        span = slice(self.offsets[row], self.offsets[row + 1])
+        return {
+            "input_ids": torch.from_numpy(self.input_ids[span].astype(np.int64)),
+            "labels": torch.from_numpy(self.labels[span].astype(np.int64)),
+        }
+
+    @cached_property
+    def lengths(self) -> Int64[np.ndarray, " rows"]:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def supervised(self) -> Int64[np.ndarray, " rows"]:
+        """Supervised positions of each row: label not -100, position not 0."""
+        counts = np.zeros(len(self), np.int64)
+        filled = self.lengths > 0  # reduceat gives nonsense for empty rows
+        if filled.any():
+            starts = self.offsets[:-1][filled]
+            mask = self.labels != IGNORED
+            mask[starts] = False
+            counts[filled] = np.add.reduceat(mask, starts, dtype=np.int64)
+        return counts
+
+    def select(self, rows: Any) -> "Documents":
+        """The given rows in the given order.
+
+        Args:
+            rows: anything that indexes a numpy array: row numbers, a slice, a boolean mask.
+        """
+        chosen = np.arange(len(self))[np.asarray(rows, np.int64) if _is_empty(rows) else rows]
+        lengths = self.lengths[chosen]
+        offsets = offsets_of(lengths)
+        tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
+        ids, texts = [self.ids[row] for row in chosen], [self.texts[row] for row in chosen]
+        return Documents(self.input_ids[tokens], self.labels[tokens], offsets, ids, texts)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of token ids, labels and offsets, which are what is computed on."""
+        digest = hashlib.sha256()
+        for array, kind in ((self.input_ids, "<i4"), (self.labels, "<i4"), (self.offsets, "<i8")):
+            digest.update(len(array).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(array, kind).data)
+        return digest.hexdigest()[:16]
+
+
+def make_documents(
+    input_ids: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]] | None = None,
+    *,
+    ids: Sequence[str] | None = None,
+    texts: Sequence[str] | None = None,
+) -> Documents:
+    """Documents from one sequence of token ids a row.
+
+    Args:
+        input_ids: token ids, one sequence a row; empty rows are kept.
+        labels: the same shape, -100 where not supervised; `input_ids` themselves if not given.
+        ids: the name of each row; row numbers if not given.
+        texts: what to show of each row; empty if not given.
+
+    Raises:
+        InputError: labels of another length than their row.
+
+    >>> make_documents([[1, 2, 3]], [[-100, -100, 3]]).supervised
+    array([1])
+    """
+    lengths = np.array([len(row) for row in input_ids], np.int64)
+    tokens = _flat(input_ids, lengths)
+    targets = tokens.copy()
+    if labels is not None:
+        label_lengths = np.array([len(row) for row in labels], np.int64)
+        check_lengths(lengths, label_lengths, "labels")
+        targets = _flat(labels, label_lengths)
+    names = [str(row) for row in range(len(lengths))] if ids is None else list(ids)
+    return Documents(
+        tokens, targets, offsets_of(lengths), names, [""] * len(lengths) if texts is None else list(texts)
+    )
+
+
+def check_lengths(lengths: Int64[np.ndarray, " rows"], others: Int64[np.ndarray, " _"], noun: str) -> None:
+    """Refuse what does not pair with tokens one to one.
+
+    Args:
+        lengths: tokens of each row.
+        others: labels, say, of each row.
+        noun: what the others are, in the plural.
+
+    Raises:
+        InputError: naming the first row that differs.
+    """
+    if len(lengths) != len(others):
+        raise InputError(
+            f"{noun} must come for every row, but {len(lengths)} rows have {noun} for {len(others)}"
+        )
+    for row in np.flatnonzero(lengths != others)[:1]:
+        raise InputError(f"row {row} has {lengths[row]} tokens but {others[row]} {noun}: give one a token")
+
+
+def offsets_of(lengths: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " bounds"]:
+    """Where rows of these lengths start when stored end to end, and where the last one ends.
+
+    >>> offsets_of(np.array([2, 0, 3]))
+    array([0, 2, 2, 5])
+    """
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def plan_batches(lengths: Int64[np.ndarray, " rows"], token_batch_size: int) -> list[np.ndarray]:
+    """Cut rows, longest first, into batches with `rows * longest <= token_batch_size`.
+
+    A row longer than the budget is a batch of its own. The largest batches come first, so that running out
+    of memory happens at once and not after an hour; equal lengths keep their order.
+
+    Args:
+        lengths: tokens of each row.
+        token_batch_size: padded tokens of a batch, at most.
+
+    Returns:
+        Row numbers of each batch; every row is in exactly one.
+
+    Raises:
+        InputError: a budget below 1.
+
+    >>> plan_batches(np.array([2, 4, 1, 3]), 8)
+    [array([1, 3]), array([0, 2])]
+    """
+    if token_batch_size < 1:
+        raise InputError(
+            f"a batch needs room for at least 1 token, got a token batch size of {token_batch_size}"
+        )
+    order = np.argsort(-lengths, kind="stable")
+    padded = np.maximum(lengths[order], 1).tolist()  # collate gives an empty row one position
+    batches, start = [], 0
+    while start < len(order):
+        stop = start + max(1, token_batch_size // padded[start])
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack examples into a batch; sequences of unequal length are padded on the right.
+
+    `labels` are padded with -100 and everything else with 0; a batch of empty sequences is one position long.
+
+    Args:
+        examples: mappings with the same keys; tensors of one key differ in shape only if they have one axis.
+
+    Returns:
+        One tensor a key, with a leading batch axis.
+
+    Raises:
+        InputError: no examples, different keys, or shapes that cannot be padded.
+
+    >>> short, long = make_documents([[5], [6, 7]])
+    >>> collate([short, long])["labels"]
+    tensor([[   5, -100],
+            [   6,    7]])
+    """
+    if not examples:
+        raise InputError("a batch needs at least one example, got none")
+    keys = examples[0].keys()
+    for example in examples:
+        if example.keys() != keys:
+            raise InputError(
+                f"examples of a batch need the same keys, got {sorted(keys)} and {sorted(example.keys())}"
+            )
+    return {key: _stack(key, [example[key] for example in examples]) for key in keys}
+
+
+def _stack(key: str, tensors: list[Tensor]) -> Tensor:
+    shapes = {tensor.shape for tensor in tensors}
+    if len(shapes) == 1 and tensors[0].shape != (0,):
+        return torch.stack(tensors)
+    if any(len(shape) != 1 for shape in shapes):
+        shown = ", ".join(sorted(str(list(shape)) for shape in shapes))
+        raise InputError(f"{key!r} has shapes {shown} in one batch: give one shape, or pad to it")
+    fill = IGNORED if key == "labels" else 0
+    batch = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
+    return batch if batch.shape[1] else batch.new_full((len(tensors), 1), fill)
+
+
+def _is_empty(rows: Any) -> bool:
+    return isinstance(rows, Sequence) and len(rows) == 0
+
+
+def _flat(rows: Sequence[Sequence[int]], lengths: Int64[np.ndarray, " rows"]) -> Int32[np.ndarray, " tokens"]:
+    return np.fromiter((token for row in rows for token in row), np.int32, count=int(lengths.sum()))

@@ -1,0 +1,386 @@
+"""Run directories: per-example gradients, mean gradients and scores on disk, and what they were made with."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import gradfn
+from gradfn.errors import InputError
+from gradfn.fold import mean, total
+from gradfn.hf.models import model_fingerprint
+from gradfn.layers import find_sites
+from gradfn.losses import causal_lm_loss
+from gradfn.probes import Engine, probe_engine
+from gradfn.store import Store, differing, open_store, open_writer
+from gradfn.stream import TOKEN_BATCH_SIZE, Progress, gather, lengths_of, stream
+from gradfn.transforms import Transform, UnitNormalize, chain, dot, project, unit_normalize
+from gradfn.types import Blocks, Example, LossFn, Rows
+
+Settings = Mapping[str, Any]
+Aggregation = Literal["mean", "sum"]
+GRADIENTS = "gradients/"
+SEGMENT_BATCHES = 16
+SEGMENT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run holds and what was noticed on the way.
+
+    Args:
+        path: the index file.
+        rows: how many rows it holds.
+        unsupervised: rows with nothing to supervise; their gradient is zero.
+        zero: rows whose result is zero altogether (the unsupervised ones among them).
+        resumed: rows that were there already.
+    """
+
+    path: Path
+    rows: int
+    unsupervised: int
+    zero: int
+    resumed: int
+
+
+def describe(
+    model: nn.Module,
+    data: Sequence[Example],
+    transform: Transform | None,
+    *,
+    loss: LossFn | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What the rows of a run depend on, as plain values: model, data, loss, layers and transform."""
+    fingerprint = getattr(data, "fingerprint", None)
+    reduction = getattr(loss, "reduction", "mean" if loss is None else None)
+    name = "causal_lm" if loss is None or hasattr(loss, "fused_head") else getattr(loss, "__qualname__", "")
+    return {
+        "gradfn": gradfn.__version__,
+        "model": {"fingerprint": model_fingerprint(model)},
+        "data": {"fingerprint": fingerprint() if callable(fingerprint) else None, "rows": len(data)},
+        "loss": {"name": name or type(loss).__name__, "reduction": reduction},
+        "layers": {"include": list(include), "exclude": list(exclude)},
+        "transform": chain(transform or chain()).settings(),
+    }
+
+
+def merged(settings: dict[str, Any], more: Settings | None) -> dict[str, Any]:
+    """Settings with further ones laid over them, group by group.
+
+    >>> merged({"model": {"fingerprint": "ab"}}, {"model": {"path": "gpt2"}})
+    {'model': {'fingerprint': 'ab', 'path': 'gpt2'}}
+    """
+    result = dict(settings)
+    for key, value in (more or {}).items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = {**result[key], **value} if both else value
+    return result
+
+
+def transform_of(settings: Settings) -> Transform:
+    """Make the transform again from the settings that a store recorded.
+
+    Raises:
+        InputError: the chain has a stage that holds tensors, which a store records by digest only.
+
+    >>> transform_of({"transform": chain(project(4), unit_normalize()).settings()}).stages[1]
+    UnitNormalize()
+    """
+    stages = []
+    for stage in settings["transform"]["chain"]:
+        fields = {key: value for key, value in stage.items() if key != "transform"}
+        match stage["transform"]:
+            case "Project":
+                stages.append(project(**fields))
+            case "UnitNormalize":
+                stages.append(unit_normalize())
+            case name:
+                raise InputError(f"{name} cannot be made from a store's settings: give its transform again")
+    return chain(*stages)
+
+
+def plan_slices(lengths: np.ndarray, token_batch_size: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Cut rows into the slices of segments: at most 16 batches of tokens and 256 MiB each.
+
+    >>> plan_slices(np.array([4, 4, 4]), token_batch_size=1, row_bytes=200 << 20)
+    [(0, 1), (1, 2), (2, 3)]
+    """
+    most_rows = max(1, SEGMENT_BYTES // max(1, row_bytes))
+    slices, start, tokens = [], 0, 0
+    for row, length in enumerate(lengths):
+        full = row - start >= most_rows or tokens + length > SEGMENT_BATCHES * token_batch_size
+        if row > start and full:
+            slices.append((start, row))
+            start, tokens = row, 0
+        tokens += int(length)
+    return [*slices, (start, len(lengths))]
+
+
+def _row_bytes(engine: Engine) -> int:
+    plans = engine.lowered().plans.values()
+    return sum(int(np.prod(plan.shape)) * plan.dtype.itemsize for plan in plans)
+
+
+def _zero_rows(values: Blocks | Tensor) -> Tensor:
+    parts = values.values() if isinstance(values, dict) else [values]
+    return torch.stack([(part.flatten(1) == 0).all(1) for part in parts]).all(0)
+
+
+def _row_arrays(data: Sequence[Example], rows: range, result: Rows) -> dict[str, np.ndarray | list[str]]:
+    """What lies beside the gradients or scores of every row."""
+    ids = getattr(data, "ids", None)
+    texts = getattr(data, "texts", None)
+    return {
+        "rows/id": [str(ids[row]) if ids else str(row) for row in rows],
+        "rows/text": [texts[row] if texts else "" for row in rows],
+        "rows/length": lengths_of(data)[rows.start : rows.stop].astype(np.int64),
+        "rows/loss": result.losses.double().numpy(),
+        "rows/zero": _zero_rows(result.values).numpy(),
+    }
+
+
+def _write_run(
+    run: str | Path,
+    kind: str,
+    engine: Engine,
+    data: Sequence[Example],
+    settings: Settings,
+    arrays: Callable[[Blocks | Tensor], dict[str, np.ndarray]],
+    *,
+    token_batch_size: int,
+    overwrite: bool,
+    progress: Progress | None,
+    fixed: Mapping[str, Any] | None = None,
+) -> Summary:
+    """Run the engine over the rows that are missing, a segment at a time, and join the segments."""
+    lengths = lengths_of(data)
+    slices = plan_slices(lengths, token_batch_size, _row_bytes(engine))
+    with open_writer(run, kind, settings, len(data), overwrite) as writer:
+        missing = writer.missing(slices)
+        resumed = len(data) - sum(stop - start for start, stop in missing)
+        if progress:
+            progress(int(lengths.sum()) - sum(int(lengths[start:stop].sum()) for start, stop in missing))
+        for start, stop in missing:
+            rows = range(start, stop)
+            result = gather(engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
+            writer.write(start, stop, {**arrays(result.values), **_row_arrays(data, rows, result)})
+        path = writer.finish(fixed or {})
+    supervised = getattr(data, "supervised", None)
+    unsupervised = 0 if supervised is None else int((supervised == 0).sum())
+    with open_store(path, kind) as store:
+        zero = int(store.read("rows/zero").sum())
+    return Summary(path, len(data), unsupervised, zero, resumed)
+
+
+def _gradient_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
+    if not isinstance(values, dict):
+        raise TypeError("a store holds gradients: the transform must not end in scores")
+    return {GRADIENTS + name: value.numpy() for name, value in values.items()}
+
+
+def build(
+    run: str | Path,
+    model: nn.Module,
+    data: Sequence[Example],
+    transform: Transform | None = None,
+    *,
+    loss: LossFn | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the transformed gradient of every row to `RUN/store.h5`; a killed run resumes where it was.
+
+    Args:
+        run: the run directory.
+        model, data, transform, loss, include, exclude, token_batch_size, progress: see `collect`.
+        settings: recorded beside what is known of the model, data and transform (paths, say).
+        overwrite: replace a store that was made otherwise.
+
+    Raises:
+        InputError: the directory holds a store made otherwise; a loss is not finite.
+        StorageError: the disk is full; what is complete is kept.
+    """
+    transform = transform or chain()
+    known = describe(model, data, transform, loss=loss, include=include, exclude=exclude)
+    engine = probe_engine(model, loss or causal_lm_loss(model), transform, include=include, exclude=exclude)
+    return _write_run(
+        run, "store", engine, data, merged(known, settings), _gradient_arrays,
+        token_batch_size=token_batch_size, overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+
+
+def reduce(
+    run: str | Path,
+    model: nn.Module,
+    data: Sequence[Example],
+    transform: Transform | None = None,
+    *,
+    aggregation: Aggregation = "mean",
+    loss: LossFn | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the mean or sum of the rows' transformed gradients to `RUN/store.h5`, a store of one row.
+
+    Args:
+        aggregation: "mean" or "sum" over rows, of the transformed gradients.
+        run, model, data, transform, loss, include, exclude, token_batch_size, settings, overwrite, progress:
+            see `build`.
+
+    Raises:
+        InputError: the directory holds a store made otherwise; no rows; a loss is not finite.
+    """
+    if aggregation not in get_args(Aggregation):
+        raise InputError(f"no aggregation {aggregation!r}: choose {' or '.join(get_args(Aggregation))}")
+    transform = transform or chain()
+    known = describe(model, data, transform, loss=loss, include=include, exclude=exclude)
+    known = merged({**known, "aggregation": aggregation}, settings)
+    engine = probe_engine(model, loss or causal_lm_loss(model), transform, include=include, exclude=exclude)
+    fold = mean() if aggregation == "mean" else total()
+    with open_writer(run, "store", known, 1, overwrite) as writer:
+        if not writer.complete:
+            state, losses = fold.init(), 0.0
+            for _, result in stream(engine, data, token_batch_size=token_batch_size, progress=progress):
+                state = fold.update(state, result.values)  # pyright: ignore[reportArgumentType]
+                losses += float(result.losses.double().sum())
+            blocks = fold.finalize(state)
+            count = len(data) if aggregation == "mean" else 1
+            beside = Rows(blocks, torch.tensor([losses / count], dtype=torch.float64))
+            row = {"rows/id": [aggregation], "rows/text": [f"{aggregation} of {len(data)} rows"],
+                   "rows/length": np.array([int(lengths_of(data).sum())]), "rows/loss": beside.losses.numpy(),
+                   "rows/zero": _zero_rows(blocks).numpy()}  # fmt: skip
+            if writer.missing([(0, 1)]):
+                writer.write(0, 1, {**_gradient_arrays(blocks), **row})
+        path = writer.finish()
+    supervised = getattr(data, "supervised", None)
+    unsupervised = 0 if supervised is None else int((supervised == 0).sum())
+    return Summary(path, 1, unsupervised, unsupervised, 0)
+
+
+def score_run(
+    run: str | Path,
+    model: nn.Module,
+    train: Sequence[Example],
+    queries: Blocks,
+    transform: Transform,
+    *,
+    loss: LossFn | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    settings: Settings | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the scores of every row against queries to `RUN/scores.h5`, `/scores [rows, queries]` float32.
+
+    Args:
+        queries: the queries' gradients, transformed, `{block: [queries, ...]}`.
+        transform: the training side of the method.
+        fixed: arrays about the queries, kept in the index.
+        run, model, train, loss, include, exclude, token_batch_size, settings, overwrite, progress: see
+            `build`.
+    """
+    known = describe(model, train, transform, loss=loss, include=include, exclude=exclude)
+    ending = chain(transform, dot({name: value.to(_device(model)) for name, value in queries.items()}))
+    engine = probe_engine(model, loss or causal_lm_loss(model), ending, include=include, exclude=exclude)
+    return _write_run(
+        run, "scores", engine, train, merged(known, settings),
+        lambda values: {"scores": values.float().numpy()},  # pyright: ignore[reportAttributeAccessIssue]
+        token_batch_size=token_batch_size, overwrite=overwrite, progress=progress, fixed=fixed,
+    )  # fmt: skip
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def without_unit_norm(settings: Settings) -> dict[str, Any]:
+    """Settings of a transform, the final unit norm left out: a norm can be added to stored rows later."""
+    stages = list(settings["transform"]["chain"])
+    if stages and stages[-1]["transform"] == "UnitNormalize":
+        stages.pop()
+    return {"chain": stages}
+
+
+def refuse_mismatch(stored: Settings, wanted: Settings, what: str) -> None:
+    """Refuse to compare gradients that were made differently.
+
+    Compared: the model, the tokenizer (where both record one), the layers and the transform, but for a final
+    unit norm.
+
+    Raises:
+        InputError: naming what differs, with both values.
+    """
+    sides = []
+    for settings in (stored, wanted):
+        tokenizer = settings.get("tokenizer", {}).get("fingerprint")
+        sides.append({
+            "model": settings["model"]["fingerprint"], "layers": settings["layers"],
+            "transform": without_unit_norm(settings), "tokenizer": tokenizer,
+        })  # fmt: skip
+    if None in (sides[0]["tokenizer"], sides[1]["tokenizer"]):
+        for side in sides:
+            side.pop("tokenizer")
+    differences = differing(*sides)
+    if differences:
+        shown = ", ".join(f"{key} is {a} there and {b} here" for key, (a, b) in differences.items())
+        raise InputError(f"{what} was made differently, so its gradients cannot be compared: {shown}")
+
+
+def read_gradients(store: Store, start: int = 0, stop: int | None = None) -> Blocks:
+    """Read rows of a store as blocks."""
+    names = store.names(GRADIENTS)
+    return {n.removeprefix(GRADIENTS): torch.from_numpy(store.read(n, start, stop)) for n in names}
+
+
+def stored_scores(
+    store: Store, queries: Blocks, *, unit: bool = False, rows_per_chunk: int = 1024
+) -> Iterator[Tensor]:
+    """Stream the scores of a store's rows against queries, chunk by chunk in row order: `[chunk, queries]`.
+
+    Args:
+        store: what `build` wrote.
+        queries: `{block: [queries, ...]}`, made with the store's transform.
+        unit: divide by the rows' norms (the queries' are the caller's to divide by).
+        rows_per_chunk: rows in memory at a time.
+    """
+    final = chain(*([unit_normalize()] if unit else []), dot(queries))
+    names = store.names(GRADIENTS)
+    for _, _, arrays in store.chunks(names, rows_per_chunk):
+        rows = {name.removeprefix(GRADIENTS): torch.from_numpy(a) for name, a in arrays.items()}
+        yield final(rows)  # pyright: ignore[reportReturnType]
+
+
+def ends_in_unit_norm(transform: Transform) -> bool:
+    """Whether a chain's last stage is the unit norm.
+
+    >>> ends_in_unit_norm(chain(unit_normalize()))
+    True
+    """
+    stages = chain(transform).stages
+    return bool(stages) and isinstance(stages[-1], UnitNormalize)
+
+
+def layer_summary(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> str:
+    """One line on what is attributed and what is not, in layers and parameters."""
+    sites = find_sites(model, include=include, exclude=exclude)
+    covered = {id(p): p.numel() for site in sites for p in site.module.parameters(recurse=False)}
+    everything = {id(p): p.numel() for p in model.parameters()}
+    share = sum(covered.values()) / sum(everything.values())
+    return f"{len(sites)} linear layers, {share:.0%} of {sum(everything.values()):,} parameters"

@@ -1,0 +1,133 @@
+"""Scores of rows against queries, on the fly or from rows at hand, and their streamed top-k.
+
+One convention of sign everywhere: a positive score is a proponent, a training step on that row lowers the
+query's loss.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gradfn.errors import InputError
+from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect
+from gradfn.transforms import Transform, chain, dot
+from gradfn.types import Blocks, Example, LossFn
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attribution method: `score(z, q) = <train(grad z), query(grad q)>`.
+
+    Args:
+        train: what is done to the gradients of training rows.
+        query: what is done to the gradients of queries.
+    """
+
+    train: Transform
+    query: Transform
+
+
+class TopK(NamedTuple):
+    """The best rows of every query, best first."""
+
+    scores: Float[Tensor, "queries k"]
+    rows: Int[Tensor, "queries k"]
+
+
+def score(
+    model: nn.Module,
+    train: Sequence[Example],
+    query: Sequence[Example],
+    *,
+    method: Method,
+    loss: LossFn | None = None,
+    query_loss: LossFn | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    progress: Progress | None = None,
+) -> Float[Tensor, "rows queries"]:
+    """Score every training row against every query, without keeping any row's gradient.
+
+    Args:
+        model: the module to attribute.
+        train: training examples.
+        query: query examples; their gradients are held in memory.
+        method: what to do to both sides, `grad_dot(...)` or `grad_cosine(...)`.
+        loss: the training rows' loss; None means next-token cross-entropy.
+        query_loss: the queries' loss; None means `loss`.
+        include, exclude, token_batch_size, progress: see `collect`.
+
+    Returns:
+        float scores `[rows, queries]`; positive = proponent.
+
+    >>> from gradfn.methods import grad_dot
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
+    >>> data = [{"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([0.0, 2.0])}]
+    >>> score(net, data, data, method=grad_dot(), loss=loss)
+    tensor([[1., 0.],
+            [0., 4.]])
+    """
+    common = {"include": include, "exclude": exclude, "token_batch_size": token_batch_size}
+    queries = collect(model, query, method.query, loss=query_loss or loss, **common)
+    if not isinstance(queries, dict):
+        raise TypeError("the method's query transform must give blocks, not scores")
+    ending = chain(method.train, dot(on_device_of(model, queries)))
+    return collect(model, train, ending, loss=loss, progress=progress, **common)  # pyright: ignore[reportReturnType]
+
+
+def on_device_of(model: nn.Module, blocks: Blocks) -> Blocks:
+    """Blocks on the device where the model's gradients are made."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in blocks.items()}
+
+
+def dots(rows: Blocks, queries: Blocks) -> Float[Tensor, "rows queries"]:
+    """Inner products of rows at hand with queries at hand, summed over blocks.
+
+    >>> dots({"a": torch.eye(2)}, {"a": torch.tensor([[3.0, 4.0]])})
+    tensor([[3.],
+            [4.]])
+    """
+    return dot(queries)(rows)  # pyright: ignore[reportReturnType]
+
+
+def top_k(chunks: Iterable[Float[Tensor, "rows queries"]], k: int, *, largest: bool = True) -> TopK:
+    """The `k` best rows of every query from a stream of chunks of the score matrix, in row order.
+
+    Only `[queries, k]` numbers are kept. Equal scores keep the order of their rows.
+
+    Args:
+        chunks: consecutive rows of the score matrix.
+        k: how many; fewer are returned where there are fewer rows.
+        largest: proponents, highest first; False: opponents, lowest first.
+
+    >>> top_k([torch.tensor([[1.0], [5.0]]), torch.tensor([[3.0]])], 2).rows
+    tensor([[1, 2]])
+    """
+    if k < 1:
+        raise InputError(f"top must be 1 or more, not {k}")
+    best: TopK | None = None
+    for start, chunk in _numbered(chunks):
+        rows = torch.arange(start, start + len(chunk)).expand(chunk.shape[1], -1)
+        scores = chunk.T
+        if best is not None:
+            scores, rows = torch.cat([best.scores, scores], 1), torch.cat([best.rows, rows], 1)
+        order = scores.argsort(dim=1, descending=largest, stable=True)[:, :k]
+        best = TopK(scores.gather(1, order), rows.gather(1, order))
+    if best is None:
+        raise InputError("no rows to rank")
+    return best
+
+
+def _numbered(chunks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    start = 0
+    for chunk in chunks:
+        yield start, chunk
+        start += len(chunk)

@@ -1,0 +1,162 @@
+"""Running an engine over data: batches by length under a token budget, results in the order of the rows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradfn.data import collate, plan_batches
+from gradfn.errors import InputError
+from gradfn.losses import causal_lm_loss
+from gradfn.probes import Engine, probe_engine
+from gradfn.transforms import Transform
+from gradfn.types import Blocks, Example, LossFn, Rows
+
+TOKEN_BATCH_SIZE = 8192
+"""Tokens a batch, padding included, unless told otherwise."""
+
+Progress = Callable[[int], None]
+"""Called with the number of tokens done since the last call."""
+
+Value = TypeVar("Value", bound=Blocks | Tensor)
+
+
+def lengths_of(data: Sequence[Example]) -> np.ndarray:
+    """Tokens of every row; rows without `input_ids` count as one.
+
+    >>> lengths_of([{"x": torch.zeros(3)}, {"input_ids": torch.zeros(5)}])
+    array([1, 5])
+    """
+    known = getattr(data, "lengths", None)
+    if known is not None:
+        return np.asarray(known)
+    return np.array([len(row["input_ids"]) if "input_ids" in row else 1 for row in data])
+
+
+def row_name(data: Sequence[Example], row: int) -> str:
+    """What to call a row in a message: its number, and its id where it has one."""
+    ids = getattr(data, "ids", None)
+    return f"row {row}" if ids is None or ids[row] == str(row) else f"row {row} (id {ids[row]})"
+
+
+def stream(
+    engine: Engine,
+    data: Sequence[Example],
+    *,
+    rows: range | None = None,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    progress: Progress | None = None,
+) -> Iterator[tuple[np.ndarray, Rows]]:
+    """Yield `(row numbers, results)` batch by batch, longest rows first.
+
+    Args:
+        engine: what to run; see `probe_engine`.
+        data: examples; sequences may differ in length.
+        rows: which rows; None means all.
+        token_batch_size: tokens a batch, padding included. It changes no result.
+        progress: called after every batch with its tokens.
+
+    Raises:
+        InputError: a loss or gradient is NaN or infinite; the row is named.
+    """
+    rows = range(len(data)) if rows is None else rows
+    lengths = lengths_of(data)[rows.start : rows.stop]
+    device = next(engine.model.parameters()).device
+    for batch in plan_batches(lengths, token_batch_size):
+        numbers = batch + rows.start
+        examples = collate([data[int(i)] for i in numbers])
+        result = engine({key: value.to(device) for key, value in examples.items()})
+        _refuse_nonfinite(result, data, numbers)
+        yield numbers, result
+        if progress:
+            progress(int(lengths[batch].sum()))
+
+
+def _refuse_nonfinite(result: Rows, data: Sequence[Example], numbers: np.ndarray) -> None:
+    parts = list(result.values.values()) if isinstance(result.values, dict) else [result.values]
+    sums = torch.stack([result.losses.sum(), *(part.sum().to(result.losses) for part in parts)])
+    if bool(torch.isfinite(sums).all()):
+        return
+    for what, value in (("loss", result.losses), *(("gradient", part) for part in parts)):
+        bad = ~torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None]).all(1)
+        if bool(bad.any()):
+            row = row_name(data, int(numbers[int(bad.nonzero()[0, 0])]))
+            raise InputError(
+                f"the {what} of {row} is NaN or infinite: mend or leave out that row, or use --precision fp32"
+            )
+
+
+def gather(
+    engine: Engine,
+    data: Sequence[Example],
+    *,
+    rows: range | None = None,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    progress: Progress | None = None,
+) -> Rows:
+    """Run the engine over the rows and put everything, in the rows' order, into memory; see `stream`."""
+    rows = range(len(data)) if rows is None else rows
+    if not len(rows):
+        raise InputError("the data has no rows: give at least one example")
+    out: Rows | None = None
+    for numbers, result in stream(
+        engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress
+    ):
+        at = torch.from_numpy(numbers - rows.start)
+        if out is None:
+            out = Rows(_map(lambda v: v.new_empty(len(rows), *v.shape[1:], device="cpu"), result.values),
+                       result.losses.new_empty(len(rows), device="cpu"))  # fmt: skip
+        out.losses[at] = result.losses.cpu()
+        if isinstance(result.values, dict):
+            for name, value in result.values.items():
+                out.values[name][at] = value.cpu()  # pyright: ignore[reportCallIssue, reportArgumentType]
+        else:
+            out.values[at] = result.values.cpu()  # pyright: ignore[reportArgumentType]
+    assert out is not None
+    return out
+
+
+def _map(function: Callable[[Tensor], Tensor], values: Blocks | Tensor) -> Blocks | Tensor:
+    if isinstance(values, dict):
+        return {name: function(value) for name, value in values.items()}
+    return function(values)
+
+
+def collect(
+    model: nn.Module,
+    data: Sequence[Example],
+    transform: Transform | None = None,
+    *,
+    loss: LossFn | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    progress: Progress | None = None,
+) -> Blocks | Tensor:
+    """Per-example gradients of all rows, transformed, in memory.
+
+    Args:
+        model: the module to attribute.
+        data: examples, each a mapping of tensors.
+        transform: applied to every example's blocks; None is the full gradient.
+        loss: `loss(params, example)`; None means next-token cross-entropy, `causal_lm_loss(model)`.
+        include, exclude: globs over module paths.
+        token_batch_size: tokens a batch, padding included; changes no result.
+        progress: called with the tokens done.
+
+    Returns:
+        `{module path: [rows, ...]}` on the CPU, or `[rows, queries]` where the transform ends in `dot`.
+
+    Raises:
+        InputError: no rows, nothing to attribute, a loss that is not finite.
+
+    >>> net = nn.Linear(3, 1)
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).square().sum()
+    >>> collect(net, [{"x": torch.ones(3)}] * 5, loss=loss)["root"].shape
+    torch.Size([5, 1, 4])
+    """
+    engine = probe_engine(model, loss or causal_lm_loss(model), transform, include=include, exclude=exclude)
+    return gather(engine, data, token_batch_size=token_batch_size, progress=progress).values

@@ -1,0 +1,35 @@
+"""Transforms of gradient blocks: project, normalize, score, and the chain that composes them."""
+
+from gradfn.transforms.chain import Blockwise, Chain, Kronecker, Rowwise, Transform, chain
+from gradfn.transforms.dot import Dot, dot
+from gradfn.transforms.lower import Lowered, lower
+from gradfn.transforms.normalize import (
+    Adafactor,
+    Adam,
+    UnitNormalize,
+    adafactor,
+    adam,
+    unit_normalize,
+)
+from gradfn.transforms.project import Project, project
+
+__all__ = [
+    "Adafactor",
+    "Adam",
+    "Blockwise",
+    "Chain",
+    "Dot",
+    "Kronecker",
+    "Lowered",
+    "Project",
+    "Rowwise",
+    "Transform",
+    "UnitNormalize",
+    "adafactor",
+    "adam",
+    "chain",
+    "dot",
+    "lower",
+    "project",
+    "unit_normalize",
+]

@@ -1,0 +1,105 @@
+"""Transforms of gradient blocks, and their composition.
+
+A transform is a value: callable on `{block: [rows, out, in]}`, comparable, printable. There are three kinds,
+by what they need: a `Kronecker` acts on the factors of a gradient, a `Blockwise` on one dense block, a
+`Rowwise` on all blocks of an example.
+"""
+
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradfn.kron import Kron
+from gradfn.types import Blocks, BlockSpec
+
+
+class Transform:
+    """A pure function of gradient blocks; a frozen dataclass that holds its settings."""
+
+    def __call__(self, blocks: Blocks) -> Blocks | Tensor:
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, object]:
+        """What a store records of this transform: its name and its fields (tensors by their digest)."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # pyright: ignore[reportArgumentType]
+        return {"transform": type(self).__name__, **values}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+class Kronecker(Transform):
+    """`G -> L G Rᵀ` in every block; `kron` gives the two sides."""
+
+    def kron(self, spec: BlockSpec) -> Kron:
+        """The map of one block."""
+        raise NotImplementedError
+
+    def __call__(self, blocks: Blocks) -> Blocks:
+        return {name: self.kron(spec_of(name, G))(G) for name, G in blocks.items()}
+
+
+class Blockwise(Transform):
+    """A function of each dense block `[rows, out, in] -> [rows, ...]`."""
+
+    linear: ClassVar[bool] = False
+    """Whether the function is linear, so that it may be applied to the parts of a sum."""
+
+    def block(self, name: str, G: Tensor) -> Tensor:
+        """The function of one block."""
+        raise NotImplementedError
+
+    def __call__(self, blocks: Blocks) -> Blocks:
+        return {name: self.block(name, G) for name, G in blocks.items()}
+
+
+class Rowwise(Transform):
+    """A function of all blocks of each row."""
+
+
+def spec_of(name: str, G: Tensor) -> BlockSpec:
+    """Describe a dense block `[rows, out, in]`.
+
+    >>> spec_of("mlp", torch.zeros(7, 2, 3)).shape
+    (2, 3)
+    """
+    return BlockSpec(name, (G.shape[-2], G.shape[-1]), G.device, G.dtype)
+
+
+@dataclass(frozen=True)
+class Chain(Transform):
+    """Stages applied one after the other; build it with `chain`."""
+
+    stages: tuple[Transform, ...] = ()
+
+    def __call__(self, blocks: Blocks) -> Blocks | Tensor:
+        for stage in self.stages:
+            blocks = stage(blocks)  # pyright: ignore[reportAssignmentType]
+        return blocks
+
+    def settings(self) -> dict[str, object]:
+        """The settings of every stage, in order."""
+        return {"chain": [stage.settings() for stage in self.stages]}
+
+
+def chain(*transforms: Transform) -> Chain:
+    """Compose transforms left to right; nested chains are flattened, so composition is associative.
+
+    `chain()` is the identity: the full gradient.
+
+    >>> from gradfn.transforms import project, unit_normalize
+    >>> chain(chain(project(4)), unit_normalize()) == chain(project(4), unit_normalize())
+    True
+    """
+    stages: list[Transform] = []
+    for transform in transforms:
+        stages.extend(transform.stages if isinstance(transform, Chain) else [transform])
+    return Chain(tuple(stages))

@@ -1,0 +1,59 @@
+"""Inner products with queries, as the last stage of a chain."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradfn.errors import InputError
+from gradfn.transforms.chain import Rowwise
+from gradfn.transforms.normalize import inverse_norms
+from gradfn.types import Blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Dot(Rowwise):
+    """Scores of rows against queries; see `dot`.
+
+    Inner products and squared norms are sums over blocks, so a block gives `[rows, queries (+ 1)]` numbers
+    (`partial`) and the row needs only their sum (`finish`): no row of gradients is ever held.
+    """
+
+    queries: Blocks
+    unit: bool = False
+
+    def partial(self, name: str, G: Float[Tensor, "rows *block"]) -> Float[Tensor, "rows k"]:
+        """One block's share: inner products, and the squared norm where rows are to be unit."""
+        flat = G.flatten(1)
+        query = self.queries[name].flatten(1).to(flat)
+        if query.shape[1] != flat.shape[1]:
+            raise InputError(
+                f"a query's block {name} has {query.shape[1]} numbers, a row's {flat.shape[1]}: "
+                "make both with the same transform"
+            )
+        dots = flat @ query.T
+        return torch.cat([dots, flat.square().sum(1, keepdim=True)], 1) if self.unit else dots
+
+    def finish(self, partials: Blocks) -> Float[Tensor, "rows queries"]:
+        """The sum over blocks, divided by the row's norm where rows are to be unit."""
+        total = torch.stack(list(partials.values())).sum(0)
+        return total[:, :-1] * inverse_norms(total[:, -1])[:, None] if self.unit else total
+
+    def __call__(self, blocks: Blocks) -> Tensor:
+        return self.finish({name: self.partial(name, G) for name, G in blocks.items()})
+
+
+def dot(queries: Blocks) -> Dot:
+    """Score rows by their inner product with queries, `scores[b, q] = sum_blocks <row_b, query_q>`.
+
+    Args:
+        queries: `{block: [queries, ...]}`, the queries' gradients, transformed as the rows are.
+
+    Returns:
+        A transform to `[rows, queries]`. Positive: a training step on the row lowers the query's loss.
+
+    >>> dot({"a": torch.eye(2)})({"a": torch.tensor([[3.0, 4.0]])})
+    tensor([[3., 4.]])
+    """
+    return Dot(queries)

@@ -1,0 +1,131 @@
+"""Optimizer normalisation of blocks, and the unit norm of rows."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradfn.errors import InputError
+from gradfn.kron import Kron
+from gradfn.transforms.chain import Blockwise, Kronecker, Rowwise
+from gradfn.types import Blocks, BlockSpec
+
+
+def _moment_of(moments: Blocks, name: str, shape: tuple[int, int]) -> Tensor:
+    """The second moment of one block, or why there is none."""
+    if name not in moments:
+        raise InputError(f"no second moment for {name}: it has {', '.join(sorted(moments)[:6])}")
+    if tuple(moments[name].shape) != shape:
+        raise InputError(
+            f"the second moment of {name} has shape {tuple(moments[name].shape)}, its gradient {shape} "
+            "(out, in and a bias column): fit it on the same model"
+        )
+    return moments[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Adam(Blockwise):
+    """`G -> G / (sqrt(v) + eps)`; see `adam`."""
+
+    moments: Blocks
+    eps: float = 1e-8
+
+    linear = True
+
+    def block(self, name: str, G: Float[Tensor, "rows out in"]) -> Float[Tensor, "rows out in"]:
+        """Divide one block elementwise."""
+        v = _moment_of(self.moments, name, (G.shape[-2], G.shape[-1]))
+        return G / (v.to(G).sqrt() + self.eps)
+
+
+def adam(moments: Blocks, eps: float = 1e-8) -> Adam:
+    """Scale gradients as Adam scales its steps, `G / (sqrt(v) + eps)` elementwise.
+
+    Args:
+        moments: the second moment `v [out, in]` of every block, bias column included.
+        eps: Adam's epsilon, in units of the gradient.
+
+    Raises:
+        InputError: when applied, for a block without a moment or of another shape.
+
+    >>> adam({"mlp": torch.full((2, 3), 4.0)}, eps=0.0)({"mlp": torch.ones(1, 2, 3)})["mlp"][0, 0, 0]
+    tensor(0.5000)
+
+    Source: Adam, arXiv:1412.6980, algorithm 1.
+    """
+    return Adam(moments, eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Adafactor(Kronecker):
+    """`G -> G / sqrt(r cᵀ / mean(r))`; see `adafactor`."""
+
+    moments: Blocks
+    eps: float = 1e-30
+
+    def kron(self, spec: BlockSpec) -> Kron:
+        """Diagonal sides, `(r / mean(r))^-1/2` and `c^-1/2`."""
+        v = _moment_of(self.moments, spec.name, spec.shape).double() + self.eps
+        r, c = v.mean(1), v.mean(0)
+        left, right = (r / r.mean()).rsqrt(), c.rsqrt()
+        return Kron(left.to(spec.dtype).to(spec.device), right.to(spec.dtype).to(spec.device))
+
+
+def adafactor(moments: Blocks, eps: float = 1e-30) -> Adafactor:
+    """Scale gradients by the rank-1 estimate of their second moment, `G_ij / sqrt(r_i c_j / mean(r))`.
+
+    `r` and `c` are the row and column means of `v`. The scaling is a Kron, so it costs no dense gradient.
+
+    Args:
+        moments: the second moment `v [out, in]` of every block (only its row and column means are used).
+        eps: added to `v`, in units of the squared gradient.
+
+    Raises:
+        InputError: when applied, for a block without a moment or of another shape.
+
+    >>> v = {"mlp": torch.tensor([[1.0, 4.0], [4.0, 16.0]])}
+    >>> adafactor(v)({"mlp": torch.ones(1, 2, 2)})["mlp"]
+    tensor([[[1.0000, 0.5000],
+             [0.5000, 0.2500]]])
+
+    Source: Adafactor, arXiv:1804.04235, section 3.
+    """
+    return Adafactor(moments, eps)
+
+
+def squared_norms(blocks: Blocks) -> Float[Tensor, " rows"]:
+    """Squared Euclidean norm of every row, summed over blocks.
+
+    >>> squared_norms({"a": torch.ones(2, 3), "b": torch.ones(2, 1)})
+    tensor([4., 4.])
+    """
+    return sum(G.flatten(1).square().sum(1) for G in blocks.values())  # pyright: ignore[reportReturnType]
+
+
+def inverse_norms(squared: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """`1 / norm`, and 0 for a norm of zero: the one policy for zero gradients (they stay zero).
+
+    >>> inverse_norms(torch.tensor([4.0, 0.0]))
+    tensor([0.5000, 0.0000])
+    """
+    return torch.where(squared > 0, squared.clamp_min(torch.finfo(squared.dtype).tiny).rsqrt(), 0)
+
+
+@dataclass(frozen=True)
+class UnitNormalize(Rowwise):
+    """Scale every row, all its blocks together, to norm 1; see `unit_normalize`."""
+
+    def __call__(self, blocks: Blocks) -> Blocks:
+        scale = inverse_norms(squared_norms(blocks))
+        return {name: G * scale.view(-1, *[1] * (G.ndim - 1)) for name, G in blocks.items()}
+
+
+def unit_normalize() -> UnitNormalize:
+    """Divide every row by its Euclidean norm over all blocks; a zero row stays zero.
+
+    >>> unit_normalize()({"a": torch.tensor([[3.0, 4.0], [0.0, 0.0]])})["a"]
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    return UnitNormalize()
