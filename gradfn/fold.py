@@ -6,7 +6,7 @@ Folds accumulate in float64 on the CPU, whatever the model's dtype.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -15,12 +15,13 @@ from gradfn.losses import causal_lm_loss
 from gradfn.probes import probe_engine
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, stream
 from gradfn.transforms import Adam, Transform, adam
-from gradfn.types import Blocks, Example, LossFn
+from gradfn.types import Blocks, Data, LossFn
 
 State = TypeVar("State")
 Result = TypeVar("Result", covariant=True)
 
 
+@runtime_checkable
 class Fold(Protocol, Generic[State, Result]):
     """A statistic of the rows of blocks that any partition of the rows gives alike."""
 
@@ -147,7 +148,7 @@ def adam_moments(eps: float = 1e-8) -> AdamMoments:
 def fit(
     fold: Fold[State, Result],
     model: nn.Module,
-    data: Sequence[Example],
+    data: Data,
     transform: Transform | None = None,
     *,
     loss: LossFn | None = None,

@@ -19,7 +19,7 @@ from gradfn.probes import Engine, probe_engine
 from gradfn.store import Store, differing, open_store, open_writer
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, gather, lengths_of, stream
 from gradfn.transforms import Transform, UnitNormalize, chain, dot, project, unit_normalize
-from gradfn.types import Blocks, Example, LossFn, Rows
+from gradfn.types import Blocks, Data, LossFn, Rows
 
 Settings = Mapping[str, Any]
 Aggregation = Literal["mean", "sum"]
@@ -49,7 +49,7 @@ class Summary:
 
 def describe(
     model: nn.Module,
-    data: Sequence[Example],
+    data: Data,
     transform: Transform | None,
     *,
     loss: LossFn | None = None,
@@ -132,7 +132,7 @@ def _zero_rows(values: Blocks | Tensor) -> Tensor:
     return torch.stack([(part.flatten(1) == 0).all(1) for part in parts]).all(0)
 
 
-def _row_arrays(data: Sequence[Example], rows: range, result: Rows) -> dict[str, np.ndarray | list[str]]:
+def _row_arrays(data: Data, rows: range, result: Rows) -> dict[str, np.ndarray | list[str]]:
     """What lies beside the gradients or scores of every row."""
     ids = getattr(data, "ids", None)
     texts = getattr(data, "texts", None)
@@ -149,7 +149,7 @@ def _write_run(
     run: str | Path,
     kind: str,
     engine: Engine,
-    data: Sequence[Example],
+    data: Data,
     settings: Settings,
     arrays: Callable[[Blocks | Tensor], dict[str, np.ndarray]],
     *,
@@ -187,7 +187,7 @@ def _gradient_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
 def build(
     run: str | Path,
     model: nn.Module,
-    data: Sequence[Example],
+    data: Data,
     transform: Transform | None = None,
     *,
     loss: LossFn | None = None,
@@ -222,7 +222,7 @@ def build(
 def reduce(
     run: str | Path,
     model: nn.Module,
-    data: Sequence[Example],
+    data: Data,
     transform: Transform | None = None,
     *,
     aggregation: Aggregation = "mean",
@@ -274,7 +274,7 @@ def reduce(
 def score_run(
     run: str | Path,
     model: nn.Module,
-    train: Sequence[Example],
+    train: Data,
     queries: Blocks,
     transform: Transform,
     *,

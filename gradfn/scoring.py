@@ -4,7 +4,7 @@ One convention of sign everywhere: a positive score is a proponent, a training s
 query's loss.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradfn.errors import InputError
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect
 from gradfn.transforms import Transform, chain, dot
-from gradfn.types import Blocks, Example, LossFn
+from gradfn.types import Blocks, Data, LossFn
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class TopK(NamedTuple):
 
 def score(
     model: nn.Module,
-    train: Sequence[Example],
-    query: Sequence[Example],
+    train: Data,
+    query: Data,
     *,
     method: Method,
     loss: LossFn | None = None,
@@ -111,23 +111,36 @@ def top_k(chunks: Iterable[Float[Tensor, "rows queries"]], k: int, *, largest: b
     >>> top_k([torch.tensor([[1.0], [5.0]]), torch.tensor([[3.0]])], 2).rows
     tensor([[1, 2]])
     """
+    proponents, opponents = extremes(chunks, k)
+    return proponents if largest else opponents
+
+
+def extremes(chunks: Iterable[Float[Tensor, "rows queries"]], k: int) -> tuple[TopK, TopK]:
+    """The `k` highest and the `k` lowest rows of every query, in one pass over the chunks; see `top_k`.
+
+    >>> proponents, opponents = extremes([torch.tensor([[1.0], [5.0], [-3.0]])], 1)
+    >>> proponents.rows, opponents.rows
+    (tensor([[1]]), tensor([[2]]))
+    """
     if k < 1:
         raise InputError(f"top must be 1 or more, not {k}")
-    best: TopK | None = None
-    for start, chunk in _numbered(chunks):
-        rows = torch.arange(start, start + len(chunk)).expand(chunk.shape[1], -1)
-        scores = chunk.T
-        if best is not None:
-            scores, rows = torch.cat([best.scores, scores], 1), torch.cat([best.rows, rows], 1)
-        order = scores.argsort(dim=1, descending=largest, stable=True)[:, :k]
-        best = TopK(scores.gather(1, order), rows.gather(1, order))
-    if best is None:
-        raise InputError("no rows to rank")
-    return best
-
-
-def _numbered(chunks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    highest: TopK | None = None
+    lowest: TopK | None = None
     start = 0
     for chunk in chunks:
-        yield start, chunk
+        highest = _extend(highest, chunk, start, k, largest=True)
+        lowest = _extend(lowest, chunk, start, k, largest=False)
         start += len(chunk)
+    if highest is None or lowest is None:
+        raise InputError("no rows to rank")
+    return highest, lowest
+
+
+def _extend(best: TopK | None, chunk: Tensor, start: int, k: int, largest: bool) -> TopK:
+    """The best of those kept and of a chunk; a stable sort keeps equal scores in the order of their rows."""
+    rows = torch.arange(start, start + len(chunk)).expand(chunk.shape[1], -1)
+    scores = chunk.T
+    if best is not None:
+        scores, rows = torch.cat([best.scores, scores], 1), torch.cat([best.rows, rows], 1)
+    order = scores.argsort(dim=1, descending=largest, stable=True)[:, :k]
+    return TopK(scores.gather(1, order), rows.gather(1, order))

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import h5py
 import numpy as np
@@ -66,13 +66,14 @@ def differing(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
     >>> differing({"project": {"dim": 16, "seed": 0}}, {"project": {"dim": 32, "seed": 0}, "loss": "sum"})
     {'project.dim': (16, 32), 'loss': (nothing, 'sum')}
     """
+    if a == b or (a != a and b != b):  # NaN is the same setting as NaN
+        return {}
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         pairs = {str(key): (a.get(key, MISSING), b.get(key, MISSING)) for key in {**a, **b}}
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
         pairs = {str(i): pair for i, pair in enumerate(zip_longest(a, b, fillvalue=MISSING))}
     else:
-        same = a == b or (a != a and b != b)  # NaN is the same setting as NaN
-        return {} if same else {"": (a, b)}
+        return {"": (a, b)}
     return {
         f"{key}.{inner}" if inner else key: values
         for key, pair in pairs.items()
@@ -676,7 +677,7 @@ class Store:
     path: Path
     header: Header = field(repr=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,6 @@
 """Running an engine over data: batches by length under a token budget, results in the order of the rows."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ from gradfn.errors import InputError
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import Engine, probe_engine
 from gradfn.transforms import Transform
-from gradfn.types import Blocks, Example, LossFn, Rows
+from gradfn.types import Blocks, Data, LossFn, Rows
 
 TOKEN_BATCH_SIZE = 8192
 """Tokens a batch, padding included, unless told otherwise."""
@@ -23,7 +24,7 @@ Progress = Callable[[int], None]
 Value = TypeVar("Value", bound=Blocks | Tensor)
 
 
-def lengths_of(data: Sequence[Example]) -> np.ndarray:
+def lengths_of(data: Data) -> np.ndarray:
     """Tokens of every row; rows without `input_ids` count as one.
 
     >>> lengths_of([{"x": torch.zeros(3)}, {"input_ids": torch.zeros(5)}])
@@ -35,7 +36,7 @@ def lengths_of(data: Sequence[Example]) -> np.ndarray:
     return np.array([len(row["input_ids"]) if "input_ids" in row else 1 for row in data])
 
 
-def row_name(data: Sequence[Example], row: int) -> str:
+def row_name(data: Data, row: int) -> str:
     """What to call a row in a message: its number, and its id where it has one."""
     ids = getattr(data, "ids", None)
     return f"row {row}" if ids is None or ids[row] == str(row) else f"row {row} (id {ids[row]})"
@@ -43,7 +44,7 @@ def row_name(data: Sequence[Example], row: int) -> str:
 
 def stream(
     engine: Engine,
-    data: Sequence[Example],
+    data: Data,
     *,
     rows: range | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
@@ -74,7 +75,7 @@ def stream(
             progress(int(lengths[batch].sum()))
 
 
-def _refuse_nonfinite(result: Rows, data: Sequence[Example], numbers: np.ndarray) -> None:
+def _refuse_nonfinite(result: Rows, data: Data, numbers: np.ndarray) -> None:
     parts = list(result.values.values()) if isinstance(result.values, dict) else [result.values]
     sums = torch.stack([result.losses.sum(), *(part.sum().to(result.losses) for part in parts)])
     if bool(torch.isfinite(sums).all()):
@@ -90,7 +91,7 @@ def _refuse_nonfinite(result: Rows, data: Sequence[Example], numbers: np.ndarray
 
 def gather(
     engine: Engine,
-    data: Sequence[Example],
+    data: Data,
     *,
     rows: range | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
@@ -106,6 +107,7 @@ def gather(
     ):
         at = torch.from_numpy(numbers - rows.start)
         if out is None:
+            _refuse_too_large(result.values, len(rows))
             out = Rows(_map(lambda v: v.new_empty(len(rows), *v.shape[1:], device="cpu"), result.values),
                        result.losses.new_empty(len(rows), device="cpu"))  # fmt: skip
         out.losses[at] = result.losses.cpu()
@@ -118,6 +120,18 @@ def gather(
     return out
 
 
+def _refuse_too_large(values: Blocks | Tensor, count: int) -> None:
+    """Refuse what would not fit in memory while there is still memory to say so."""
+    parts = values.values() if isinstance(values, dict) else [values]
+    size = sum(part[0].numel() * part.element_size() for part in parts) * count
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > 1 << 30 and size > free:
+        raise InputError(
+            f"{count} rows of gradients take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
+            "project them (--projection-dim 16), or take fewer rows"
+        )
+
+
 def _map(function: Callable[[Tensor], Tensor], values: Blocks | Tensor) -> Blocks | Tensor:
     if isinstance(values, dict):
         return {name: function(value) for name, value in values.items()}
@@ -126,7 +140,7 @@ def _map(function: Callable[[Tensor], Tensor], values: Blocks | Tensor) -> Block
 
 def collect(
     model: nn.Module,
-    data: Sequence[Example],
+    data: Data,
     transform: Transform | None = None,
     *,
     loss: LossFn | None = None,

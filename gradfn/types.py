@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ Batch = Mapping[str, Tensor]
 """Examples stacked (and padded) along a leading batch dimension."""
 
 
+@runtime_checkable
 class LossFn(Protocol):
     """A pure loss of one example: `loss(params, example) -> scalar`.
 
@@ -28,6 +29,15 @@ class LossFn(Protocol):
     """
 
     def __call__(self, params: Params, example: Example) -> Tensor: ...
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Examples by row number: a list, `Documents`, a dataset in torch format."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Example: ...
 
 
 class Rows(NamedTuple):

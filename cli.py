@@ -1,0 +1,6 @@
+"""Front door of a checkout: `python cli.py` is the `gradfn` command."""
+
+from gradfn.cli import main
+
+if __name__ == "__main__":
+    main()

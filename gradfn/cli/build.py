@@ -1,0 +1,61 @@
+"""`gradfn build` and `gradfn reduce`: gradients to disk."""
+
+from typing import Any
+
+from gradfn.cli import inputs
+from gradfn.cli.inputs import Options
+from gradfn.cli.score import subject_facts
+from gradfn.cli.show import console, facts, progress_bar
+from gradfn.errors import InputError
+from gradfn.hf.datasets import load_rows
+from gradfn.runs import Summary, build, reduce
+from gradfn.transforms import Chain, chain, project, unit_normalize
+
+
+def _prepared(options: Options) -> tuple[inputs.Subject, Any, Chain, dict[str, Any]]:
+    """Model, documents and transform; what can be wrong with the options is found first."""
+    for name in ("model", "dataset"):
+        if options[name] is None:
+            raise InputError(f"no --{name}: gradients need a model and a dataset")
+    stage = project(options["projection_dim"], str(options["projection"]), options["seed"])  # pyright: ignore
+    transform = chain(stage, *([unit_normalize()] if options["unit_normalize"] else []))
+    rows = load_rows(options["dataset"], options["split"])
+    subject = inputs.load_subject(options)
+    documents = inputs.load_documents(subject, rows, options)
+    recorded = {
+        **subject.settings(),
+        "data": {"path": inputs.anchored(options["dataset"]), "split": options["split"]},
+    }
+    console().print(facts(subject_facts(subject, documents)))
+    return subject, documents, transform, recorded
+
+
+def _report(summary: Summary) -> None:
+    notes = [("store", f"{summary.path} [{summary.rows} rows]")]
+    if summary.resumed:
+        notes.append(("resumed", f"{summary.resumed} rows were there already"))
+    if summary.zero:
+        notes.append(("zero", f"{summary.zero} rows have a zero gradient"))
+    console().print(facts(notes))
+
+
+def run_build(**options: Any) -> None:
+    """Load, build, report."""
+    subject, documents, transform, settings = _prepared(options)
+    with progress_bar("gradients", int(documents.lengths.sum())) as progress:
+        summary = build(
+            options["run"], subject.model, documents, transform, settings=settings,
+            overwrite=options["overwrite"], progress=progress, **subject.engine_options(),
+        )  # fmt: skip
+    _report(summary)
+
+
+def run_reduce(**options: Any) -> None:
+    """Load, reduce, report."""
+    subject, documents, transform, settings = _prepared(options)
+    with progress_bar("gradients", int(documents.lengths.sum())) as progress:
+        summary = reduce(
+            options["run"], subject.model, documents, transform, aggregation=options["aggregation"],
+            settings=settings, overwrite=options["overwrite"], progress=progress, **subject.engine_options(),
+        )  # fmt: skip
+    _report(summary)

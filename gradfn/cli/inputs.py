@@ -1,0 +1,195 @@
+"""From options to values: the model under study, its documents, its queries, and what they were made from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradfn import example
+from gradfn.cli.show import progress_bar
+from gradfn.data import Documents
+from gradfn.errors import InputError
+from gradfn.hf.datasets import load_rows, text_query, tokenize
+from gradfn.hf.models import (
+    context_length,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
+from gradfn.losses import CausalLMLoss, causal_lm_loss
+from gradfn.runs import ends_in_unit_norm, read_gradients, refuse_mismatch
+from gradfn.scoring import Method
+from gradfn.store import open_store
+from gradfn.stream import collect
+from gradfn.transforms import Transform, unit_normalize
+from gradfn.types import Blocks
+
+Options = Mapping[str, Any]
+DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"}
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The model that is attributed, with all that its gradients depend on but data and transform."""
+
+    path: str
+    model: nn.Module
+    tokenizer: Any
+    loss: CausalLMLoss
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    token_batch_size: int
+    precision: str
+
+    def engine_options(self) -> dict[str, Any]:
+        """What every function that runs the engine takes."""
+        return {"loss": self.loss, "include": self.include, "exclude": self.exclude,
+                "token_batch_size": self.token_batch_size}  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """What a run records of it."""
+        return {
+            "model": {
+                "path": self.path,
+                "precision": self.precision,
+                "fingerprint": model_fingerprint(self.model),
+            },
+            "tokenizer": {"fingerprint": tokenizer_fingerprint(self.tokenizer)},
+            "layers": {"include": list(self.include), "exclude": list(self.exclude)},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """Query gradients and what is known of the queries; `documents` is None for stored gradients."""
+
+    gradients: Blocks
+    settings: dict[str, Any]
+    ids: list[str]
+    texts: list[str]
+    documents: Documents | None = None
+    sources: list[str | None] | None = None
+
+
+def anchored(path: str | Path) -> str:
+    """A path as settings record it: absolute where it is a local one, so that it can be found again."""
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
+
+
+def load_subject(options: Options, *, path: str | None = None, settings: Options | None = None) -> Subject:
+    """Load the model and tokenizer that the options (or a store's settings) name."""
+    if options["token_batch_size"] < 1:
+        raise InputError(f"--token-batch-size must be 1 or more, not {options['token_batch_size']}")
+    path = path or options["model"]
+    if path is None:
+        raise InputError("no model: give --model a local folder, a .gguf file or a hub name")
+    recorded = settings or {}
+    model = load_model(path, precision=options["precision"], device=options["device"])
+    layers = recorded.get("layers", {"include": options.get("include"), "exclude": options.get("exclude")})
+    reduction = recorded["loss"]["reduction"] if recorded else options["loss_reduction"].value
+    return Subject(
+        anchored(path), model, load_tokenizer(path), causal_lm_loss(model, reduction),
+        tuple(layers["include"] or ()), tuple(layers["exclude"] or ()),
+        options["token_batch_size"], str(options["precision"]),
+    )  # fmt: skip
+
+
+def _columns(names: list[str], options: Options, *, query: bool) -> dict[str, str | None]:
+    """The columns to read: those given, else text, else prompt and completion (queries: these first)."""
+    given = {key: options[key] for key in ("prompt_column", "completion_column")}
+    pair = {"prompt_column": "prompt", "completion_column": "completion"}
+    if any(given.values()) or not set(pair.values()) <= set(names):
+        return {"text_column": options["text_column"], **given}
+    if query or options["text_column"] not in names:
+        return {"text_column": options["text_column"], **pair}
+    return {"text_column": options["text_column"], **given}
+
+
+def load_documents(subject: Subject, rows: Any, options: Options, *, query: bool = False) -> Documents:
+    """Tokenise the rows of a dataset."""
+    columns = _columns(list(rows.column_names), options, query=query)
+    limit = context_length(subject.model)
+    return tokenize(rows, subject.tokenizer, max_length=limit, truncation=options["truncation"], **columns)  # pyright: ignore
+
+
+def is_dataset(query: str) -> bool:
+    """Whether --query names a dataset rather than being a text."""
+    return Path(query).suffix in DATA_SUFFIXES or (len(query) < 256 and Path(query).exists())
+
+
+def query_rows(options: Options) -> Any | None:
+    """The dataset of --query, loaded before the model so that a wrong path fails at once; None for a text."""
+    query, completion = options["query"], options["completion"]
+    if (query is None) == (options["query_path"] is None):
+        raise InputError("give one of --query (a dataset, or a text in quotes) and --query-path (a store)")
+    if completion is not None and (query is None or is_dataset(query)):
+        raise InputError("--completion follows a text: give that text in quotes with --query")
+    return load_rows(query) if query is not None and is_dataset(query) else None
+
+
+def load_queries(
+    subject: Subject, rows: Any | None, options: Options, transform: Transform, wanted: dict[str, Any]
+) -> Queries:
+    """Make (or read) the queries' gradients, with the query side's transform."""
+    if options["query_path"] is not None:
+        return _stored_queries(options["query_path"], transform, wanted)
+    limit = context_length(subject.model)
+    if rows is None:
+        documents = text_query(
+            subject.tokenizer, options["query"], options["completion"],
+            max_length=limit, truncation=options["truncation"],
+        )  # fmt: skip
+    else:
+        documents = load_documents(subject, rows, options, query=True)
+    empty = [documents.ids[row] for row in range(len(documents)) if not documents.supervised[row]]
+    if empty:
+        raise InputError(
+            f"query {empty[0]} has nothing to predict (it needs two tokens, or a completion): make it longer"
+        )
+    with progress_bar("query gradients", int(documents.lengths.sum())) as progress:
+        gradients = collect(
+            subject.model, documents, transform, progress=progress, **subject.engine_options()
+        )
+    sources = list(rows["source"]) if rows is not None and "source" in rows.column_names else None
+    settings = {"query": {"path": None if rows is None else anchored(options["query"]),
+                          "fingerprint": documents.fingerprint(), "rows": len(documents)}}  # fmt: skip
+    return Queries(gradients, settings, documents.ids, documents.texts, documents, sources)  # pyright: ignore
+
+
+def _stored_queries(path: str, transform: Transform, wanted: dict[str, Any]) -> Queries:
+    with open_store(path) as store:
+        refuse_mismatch(store.settings, wanted, f"the query gradients in {path}")
+        gradients = read_gradients(store)
+        ids, texts = list(store.read("rows/id")), list(store.read("rows/text"))
+        data = store.settings["data"]
+    if ends_in_unit_norm(transform):
+        gradients = unit_normalize()(gradients)
+    settings = {"query": {"path": anchored(path), "fingerprint": data["fingerprint"], "rows": len(ids)}}
+    return Queries(gradients, settings, ids, texts)
+
+
+def example_options(options: Options) -> dict[str, Any]:
+    """Options filled in with the example's model, corpus and queries where none are given."""
+    filled = {**options, "model": str(example.MODEL), "dataset": str(example.CORPUS), "text_column": "text"}
+    if options["query"] is None and options["query_path"] is None:
+        filled["query"] = str(example.QUERIES)
+    return filled
+
+
+def method_named(name: str | None, unit: bool) -> str:
+    """The recipe that --method and --unit-normalize ask for together."""
+    if name == "grad_dot" and unit:
+        raise InputError(
+            "grad_dot is the inner product, without unit norm: leave out --unit-normalize or --method"
+        )
+    return name or ("grad_cosine" if unit else "grad_dot")
+
+
+def make_method(name: str, *stages: Transform) -> Method:
+    """The recipe of that name over the stages given."""
+    from gradfn import methods
+
+    return getattr(methods, name)(*stages)

@@ -1,0 +1,159 @@
+"""What a person sees: progress, tables, exported tables. Text that comes from data is never markup."""
+
+import csv
+import json
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from gradfn.errors import InputError, StorageError
+
+Row = Mapping[str, str | int | float]
+PLAIN_EVERY_S = 10.0
+QUIET_BELOW_S = 2.0
+
+
+def console() -> Console:
+    """Where results are printed; 100 columns where there is no terminal."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+    return Console(width=width, highlight=False, soft_wrap=False, emoji=False)
+
+
+def clean(text: str, width: int | None = None) -> str:
+    """One line of printable text: line breaks become spaces, control characters are dropped.
+
+    >>> clean("a\\n\\x1b[31mb")
+    'a [31mb'
+    """
+    line = " ".join(text.split())
+    line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    return line if width is None or len(line) <= width else line[: width - 1].rstrip() + "…"
+
+
+@contextmanager
+def progress_bar(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
+    """A bar with the time left on a terminal; elsewhere a plain line every ten seconds."""
+    if sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+                   TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit), TimeElapsedColumn(),
+                   TextColumn("eta"), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.advance(task, done)
+        return
+    lines = _PlainProgress(label, total, unit)
+    yield lines
+    lines.close()
+
+
+class _PlainProgress:
+    """Lines for logs: how far, how long it took, how long it will take."""
+
+    def __init__(self, label: str, total: int, unit: str):
+        self.label, self.total, self.unit = label, total, unit
+        self.done, self.start = 0, time.monotonic()
+        self.last = self.start
+
+    def __call__(self, done: int) -> None:
+        self.done += done
+        now = time.monotonic()
+        if now - self.last >= PLAIN_EVERY_S and 0 < self.done < self.total:
+            self.last = now
+            elapsed = now - self.start
+            left = elapsed * (self.total - self.done) / self.done
+            self._line(f"{self.done / self.total:.0%}, {elapsed:.0f} s, about {left:.0f} s left")
+
+    def close(self) -> None:
+        elapsed = time.monotonic() - self.start
+        if elapsed >= QUIET_BELOW_S:
+            self._line(f"{self.done:,} {self.unit} in {elapsed:.1f} s")
+
+    def _line(self, text: str) -> None:
+        print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> Table:
+    """A borderless table of names and values."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(Text(name), Text(clean(value)))
+    return table
+
+
+def ranking(rows: Sequence[Row], width: int) -> Table:
+    """Proponents and opponents of one query: rank, score, id and an excerpt that fits."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=30)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        style = "green" if float(row["score"]) > 0 else "red" if float(row["score"]) < 0 else ""
+        table.add_row(
+            Text(f"  {row['side']} {row['rank']}"), Text(f"{float(row['score']):+.4g}", style=style),
+            Text(clean(str(row["id"]))), Text(clean(str(row["text"]), width)),
+        )  # fmt: skip
+    return table
+
+
+def check_exports(paths: Sequence[Path | None], overwrite: bool) -> None:
+    """Refuse, before any work, an export that could not be written or would replace a file."""
+    for path in filter(None, paths):
+        if path.is_dir() or not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: give a file in a folder that exists")
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} exists: give another name, or --overwrite to replace it")
+
+
+def export(
+    rows: Sequence[Row], *, csv_path: Path | None, jsonl_path: Path | None, parquet_path: Path | None
+) -> None:
+    """Write the table in the formats asked for, each whole or not at all."""
+    for path, write in ((csv_path, _write_csv), (jsonl_path, _write_jsonl), (parquet_path, _write_parquet)):
+        if path is None:
+            continue
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            write(rows, partial)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise StorageError(error.errno, f"could not write {path}: {error.strerror or error}") from error
+
+
+def _write_csv(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_jsonl(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
+
+
+def _write_parquet(rows: Sequence[Row], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path)

@@ -1,0 +1,262 @@
+"""Causal language models and their tokenizers, from a folder, a GGUF file or the hub."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfn.errors import InputError
+from gradfn.hf.hub import hub_answers, is_hub_name, listing, quiet, summary
+
+__all__ = ["context_length", "load_model", "load_tokenizer", "model_fingerprint", "tokenizer_fingerprint"]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A causal language model in evaluation mode with all parameters frozen.
+
+    Args:
+        path: a folder, a .gguf file, a folder with one .gguf file and no other weights, or a hub name.
+        precision: "fp32", "bf16", "fp16" or "fp64"; quantised GGUF weights are expanded to it.
+        device: where the parameters shall be.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        InputError: there is no such model, it lacks weights, or it cannot be loaded as asked.
+
+    >>> load_model("no/such/model")
+    Traceback (most recent call last):
+    ...
+    gradfn.errors.InputError: no model 'no/such/model': no file or folder here has this name; check the path
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    _check_device(device)
+    source, options = _locate_model(path)
+    options |= {"trust_remote_code": trust_remote_code, "dtype": PRECISIONS[precision]}
+    model, info = _load("model", path, _model_class(), source, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(
+            f"{path} lacks weights of {type(model).__name__}, {missing[0]} first of {len(missing)}, which "
+            "would be random numbers: give a model that was saved with its language modelling head"
+        )
+    if "gguf_file" in options:
+        _forget_quantization(model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model: from its folder, from inside its GGUF file, or from the hub.
+
+    Args:
+        path: as for `load_model`.
+        trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises:
+        InputError: there is no tokenizer, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    source, options = _locate_tokenizer(path)
+    tokenizer = _load(
+        "tokenizer", path, AutoTokenizer, source, trust_remote_code=trust_remote_code, **options
+    )
+    if len(tokenizer) == 0:
+        raise InputError(
+            f"the tokenizer of {path} has no tokens: save it there with tokenizer.save_pretrained"
+        )
+    return tokenizer
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """16 hex digits of the names, types, shapes and values of all parameters and saved buffers.
+
+    Values enter as position-weighted sums of their bits, `sum_i (2i + 1) v_i` modulo 2^64 in blocks of
+    65,536: exact, the same on every device, and different when any one value changes or two trade places.
+    A tied weight counts once, so tying matters too.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = model_fingerprint(layer)
+    >>> _ = layer.weight.data[0].neg_()
+    >>> before == model_fingerprint(layer)
+    False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _saved_tensors(model):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(_checksums(tensor.detach()).numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits of all that decides which tokens a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        settings: Any = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer("a b").input_ids]
+    else:
+        settings = json.loads(backend.to_str())
+        # Calls change the first two, and the last says only how tokens become text.
+        settings.update(truncation=None, padding=None, decoder=None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that the model was made to see at once, or None if it does not say.
+
+    >>> context_length(nn.Linear(1, 1)) is None
+    True
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+def _model_class() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"device {str(device)!r} cannot be used here ({summary(error)}): try --device cpu"
+        ) from error
+
+
+def _locate_model(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` needs to find a model: a place and options."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return _gguf(place)
+    if not place.is_dir():
+        return _locate_hub("model", path)
+    ggufs = sorted(place.glob("*.gguf"))
+    if any(next(place.glob(pattern), None) for pattern in _WEIGHTS):
+        return str(place), {}
+    if len(ggufs) == 1:
+        return _gguf(ggufs[0])
+    if ggufs:
+        names = ", ".join(file.name for file in ggufs)
+        raise InputError(f"folder {path} holds {len(ggufs)} .gguf files: give the path of one of {names}")
+    raise InputError(
+        f"folder {path} holds no model: expected config.json with weights in .safetensors, or one .gguf "
+        f"file, but it holds {listing(place)}; give the folder that save_pretrained wrote"
+    )
+
+
+def _locate_tokenizer(path: str | Path) -> tuple[str, dict[str, Any]]:
+    place = Path(path).expanduser()
+    folder = place.parent if place.is_file() else place
+    if folder.is_dir() and any((folder / name).exists() for name in _TOKENIZER):
+        return str(folder), {}
+    if place.is_file() or next(folder.glob("*.gguf"), None):
+        return _locate_model(path)
+    if folder.is_dir():
+        raise InputError(
+            f"folder {path} holds no tokenizer, only {listing(folder)}: "
+            "save the model's tokenizer there with tokenizer.save_pretrained"
+        )
+    return _locate_hub("tokenizer", path)
+
+
+def _gguf(file: Path) -> tuple[str, dict[str, Any]]:
+    if file.suffix.lower() != ".gguf":
+        raise InputError(
+            f"{file} is no model: expected a .gguf file or the folder that save_pretrained wrote"
+        )
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise InputError(
+                f"{file} does not start as a GGUF file does: it may be cut or empty; fetch it again"
+            )
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def _locate_hub(noun: str, path: str | Path) -> tuple[str, dict[str, Any]]:
+    name = str(path)
+    if name.endswith(".gguf") or isinstance(path, Path) or not is_hub_name(name):
+        raise InputError(f"no {noun} {name!r}: no file or folder here has this name; check the path")
+    return name, {} if hub_answers() else {"local_files_only": True}
+
+
+def _load(noun: str, path: str | Path, loader: Any, source: str, **options: Any) -> Any:
+    """Call `from_pretrained`, in silence, and turn its failures into one sentence."""
+    try:
+        with quiet():
+            return loader.from_pretrained(source, **options)
+    except ImportError as error:
+        extra = "pip install 'gradfn[gguf]'" if "gguf_file" in options else "install it"
+        raise InputError(f"{path} needs a package that is not here ({summary(error)}): {extra}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever is raised here is about what lies at `path`
+        if options.get("local_files_only"):
+            raise InputError(
+                f"no {noun} {str(path)!r}: no file or folder here has this name, it is not among the cached "
+                "downloads, and the hub does not answer; give the path of a folder, or go online"
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{path} comes with code of its own: read it, then allow trust_remote_code"
+            ) from error
+        raise InputError(f"the {noun} {str(path)!r} cannot be loaded ({summary(error)}): check it") from error
+
+
+def _forget_quantization(model: Any) -> None:
+    # The weights are plain numbers now; these marks of their past would keep the model from being saved.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer = False, None
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then the buffers that are saved with them; sorted by name."""
+    yield from sorted(model.named_parameters())
+    saved = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
+    yield from sorted((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def _checksums(tensor: Tensor, width: int = 1 << 16) -> Tensor:
+    """Position-weighted sums of the bits of each `width` values, int64 on the CPU."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.contiguous().view(kinds[tensor.element_size()]).flatten()
+    # Odd, and so far apart that neither one change nor one exchange can cancel modulo 2^64.
+    weights = 2 * torch.arange(width, device=flat.device) + 1
+    sums = [(block.long() * weights[: len(block)]).sum() for block in flat.split(width)]
+    return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
