@@ -108,8 +108,8 @@ def find_sites(
     chosen = [
         site
         for site in found
-        if (_matches(site.path, include) if include else site.module is not head)
-        and not _matches(site.path, exclude)
+        if (_matches(site.path or "root", include) if include else site.module is not head)
+        and not _matches(site.path or "root", exclude)
     ]
     if not chosen:
         paths = ", ".join(site.path for site in found[:8]) or "none"

@@ -11,7 +11,7 @@ layer's factors live only while its own backward runs.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import vmap
 
+from gradfn.attention import fast_attention
 from gradfn.errors import InputError
-from gradfn.layers import Site, find_sites
+from gradfn.layers import Site, find_sites, output_head
+from gradfn.losses import CausalLMLoss
 from gradfn.per_example import params_of
 from gradfn.transforms import Transform, chain, lower
 from gradfn.transforms.lower import BlockPlan, Lowered
@@ -102,16 +104,26 @@ class _RepeatedCallError(Exception):
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Freeze the parameters and switch to eval mode; both are put back."""
+    """Freeze the parameters, switch to eval mode and out-of-place activations; all is put back."""
+    modules = list(model.modules())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
+    training = [m for m in modules if m.training]
+    in_place = [m for m in modules if getattr(m, "inplace", False) is True]
+    # functional_call leaves plain tensors behind in a module that occurs twice.
+    parameters = [(m, dict(m._parameters)) for m in modules if m._parameters]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in training:
             module.training = False
+        for module in in_place:
+            setattr(module, "inplace", False)  # what a probe returns must not be overwritten
         yield
     finally:
+        for module, own in parameters:
+            module._parameters.update(own)
+        for module in in_place:
+            setattr(module, "inplace", True)
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module in training:
@@ -127,6 +139,7 @@ class Engine:
     transform: Transform
     sites: Sequence[Site]
     _shared: set[str] = field(default_factory=set)
+    _called: set[str] = field(default_factory=set)
     _lowered: Lowered | None = None
 
     def __post_init__(self):
@@ -143,7 +156,7 @@ class Engine:
     def __call__(self, batch: Batch) -> Rows:
         while True:
             try:
-                with torch.enable_grad(), _quiet(self.model):
+                with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
                     return self._differentiate(batch)
             except _RepeatedCallError as repeated:
                 # The weight's gradient is a sum over calls: what is not linear must wait behind it.
@@ -160,6 +173,7 @@ class Engine:
             for name, plan in lowered.plans.items()
         }
         losses = self._losses(batch, slots)
+        self._refuse_bypassed(batch, size)
         if not losses.requires_grad:
             raise InputError(
                 "the loss does not depend on any attributed layer: check the loss, --include and --exclude"
@@ -172,7 +186,7 @@ class Engine:
         """The losses of the batch, in one forward with a probe behind every attributed layer."""
         batched: Callable[[Batch], Tensor] | None = getattr(self.loss, "batched", None)
         if batched is not None:
-            with self._probes(slots, size=len(next(iter(slots.values())))):
+            with self._probes(slots, size=len(next(iter(slots.values())))), fast_attention():
                 return batched(batch)
         params = params_of(self.model)
 
@@ -182,6 +196,27 @@ class Engine:
 
         return vmap(one)(slots, dict(batch))
 
+    def _refuse_bypassed(self, batch: Batch, size: int) -> None:
+        """Refuse a weight that the loss uses past its module, where no probe sees it; ask once a layer."""
+        silent = {site.path for site in self.sites} - self._called
+        self._called |= silent
+        params = params_of(self.model)
+        names = {name: path for path in silent if (name := f"{path}.weight".lstrip(".")) in params}
+        if not names:
+            return
+        weights = [params[name].requires_grad_() for name in names]
+        losses = [self.loss(params, {key: value[b] for key, value in batch.items()}) for b in range(size)]
+        total = torch.stack(losses).sum()
+        if not total.requires_grad:
+            return
+        grads = torch.autograd.grad(total, weights, allow_unused=True)
+        for path, grad in zip(names.values(), grads, strict=True):
+            if grad is not None:
+                raise InputError(
+                    f"the weight of {path} is used without calling {path}, so no probe sees its gradient: "
+                    f"--exclude {path}"
+                )
+
     @contextmanager
     def _probes(self, slots: Blocks, size: int | None) -> Iterator[None]:
         calls: Counter[str] = Counter()
@@ -190,15 +225,16 @@ class Engine:
             for site in self.sites:
                 factors = _Factors(plans[site.block], site.has_bias)
                 hook = self._hook(site, factors, slots[site.block], calls, size)
-                hooks.callback(site.module.register_forward_hook(hook).remove)
+                hooks.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
     def _hook(self, site: Site, factors: _Factors, slot: Tensor, calls: Counter[str], size: int | None):
-        def probe(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        def probe(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor) -> Tensor:
             calls[site.block] += 1
+            self._called.add(site.path)
             if calls[site.block] > 1 and site.block not in self._shared:
                 raise _RepeatedCallError(site.block)
-            x = inputs[0].detach()
+            x = (args[0] if args else next(iter(named.values()))).detach()
             if size is not None and len(x) != size:
                 raise InputError(
                     f"{site.path} was given {len(x)} rows for a batch of {size} examples, so its gradients "
@@ -241,4 +277,7 @@ def probe_engine(
     >>> probe_engine(net, loss)({"x": torch.ones(5, 3)}).values["root"].shape
     torch.Size([5, 1, 4])
     """
-    return Engine(model, loss, transform or chain(), find_sites(model, include=include, exclude=exclude))
+    sites = find_sites(model, include=include, exclude=exclude)
+    if isinstance(loss, CausalLMLoss) and any(site.module is output_head(model) for site in sites):
+        loss = replace(loss, fused_head=False)  # the head's own gradient needs its output
+    return Engine(model, loss, transform or chain(), sites)

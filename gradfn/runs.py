@@ -26,6 +26,9 @@ Aggregation = Literal["mean", "sum"]
 GRADIENTS = "gradients/"
 SEGMENT_BATCHES = 16
 SEGMENT_BYTES = 256 << 20
+READ_BYTES = 256 << 20
+TEXT_CHARACTERS = 4096
+"""Characters kept of a row's text, which is there to be recognised; strings in a store have one width."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,22 @@ def _zero_rows(values: Blocks | Tensor) -> Tensor:
     return torch.stack([(part.flatten(1) == 0).all(1) for part in parts]).all(0)
 
 
+def storable(texts: Sequence[str]) -> list[str]:
+    """Texts as a store holds them: their first 4096 characters, without the NULs that HDF5 would end in.
+
+    >>> storable(["a\\0b\\0", "c" * 5000])[0], len(storable(["c" * 5000])[0])
+    ('a\\x00b', 4096)
+    """
+    return [text[:TEXT_CHARACTERS].rstrip("\0") for text in texts]
+
+
 def _row_arrays(data: Data, rows: range, result: Rows) -> dict[str, np.ndarray | list[str]]:
     """What lies beside the gradients or scores of every row."""
     ids = getattr(data, "ids", None)
     texts = getattr(data, "texts", None)
     return {
-        "rows/id": [str(ids[row]) if ids else str(row) for row in rows],
-        "rows/text": [texts[row] if texts else "" for row in rows],
+        "rows/id": storable([str(ids[row]) if ids else str(row) for row in rows]),
+        "rows/text": storable([texts[row] if texts else "" for row in rows]),
         "rows/length": lengths_of(data)[rows.start : rows.stop].astype(np.int64),
         "rows/loss": result.losses.double().numpy(),
         "rows/zero": _zero_rows(result.values).numpy(),
@@ -170,7 +182,7 @@ def _write_run(
             rows = range(start, stop)
             result = gather(engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
             writer.write(start, stop, {**arrays(result.values), **_row_arrays(data, rows, result)})
-        path = writer.finish(fixed or {})
+        path = writer.finish({n: storable(v) if isinstance(v, list) else v for n, v in (fixed or {}).items()})
     supervised = getattr(data, "supervised", None)
     unsupervised = 0 if supervised is None else int((supervised == 0).sum())
     with open_store(path, kind) as store:
@@ -321,26 +333,47 @@ def without_unit_norm(settings: Settings) -> dict[str, Any]:
 def refuse_mismatch(stored: Settings, wanted: Settings, what: str) -> None:
     """Refuse to compare gradients that were made differently.
 
-    Compared: the model, the tokenizer (where both record one), the layers and the transform, but for a final
-    unit norm.
+    Compared: the model, the tokenizer (where both record one), the layers and the transform. A final unit
+    norm may be added to what is stored, but not taken away.
 
     Raises:
         InputError: naming what differs, with both values.
     """
-    sides = []
-    for settings in (stored, wanted):
-        tokenizer = settings.get("tokenizer", {}).get("fingerprint")
-        sides.append({
-            "model": settings["model"]["fingerprint"], "layers": settings["layers"],
-            "transform": without_unit_norm(settings), "tokenizer": tokenizer,
-        })  # fmt: skip
-    if None in (sides[0]["tokenizer"], sides[1]["tokenizer"]):
-        for side in sides:
-            side.pop("tokenizer")
-    differences = differing(*sides)
+    differences = differing(_compared(stored, wanted), _compared(wanted, stored))
     if differences:
         shown = ", ".join(f"{key} is {a} there and {b} here" for key, (a, b) in differences.items())
-        raise InputError(f"{what} was made differently, so its gradients cannot be compared: {shown}")
+        raise InputError(
+            f"{what} was made differently, so its gradients cannot be compared ({shown}): "
+            "use the same model and options, or make it again"
+        )
+    if _ends_in_unit_norm(stored) and not _ends_in_unit_norm(wanted):
+        raise InputError(
+            f"{what} was made with unit norm, which cannot be undone: add --unit-normalize (cosine), or make "
+            "it again without"
+        )
+
+
+def _compared(settings: Settings, other: Settings) -> dict[str, Any]:
+    """What must agree; where the models' weights differ, with where they come from, to tell them apart."""
+    model, theirs = settings["model"], other["model"]
+    same = model["fingerprint"] == theirs["fingerprint"]
+    compared = {
+        "model": model["fingerprint"] if same else _model_in_words(model),
+        "layers": settings["layers"],
+        "transform": without_unit_norm(settings),
+    }
+    prints = [side.get("tokenizer", {}).get("fingerprint") for side in (settings, other)]
+    return compared if None in prints else {**compared, "tokenizer": prints[0]}
+
+
+def _model_in_words(model: Settings) -> str:
+    made = ", ".join(str(model[key]) for key in ("path", "precision") if key in model)
+    return f"{made} (fingerprint {model['fingerprint']})" if made else model["fingerprint"]
+
+
+def _ends_in_unit_norm(settings: Settings) -> bool:
+    stages = settings["transform"]["chain"]
+    return bool(stages) and stages[-1]["transform"] == "UnitNormalize"
 
 
 def read_gradients(store: Store, start: int = 0, stop: int | None = None) -> Blocks:
@@ -350,7 +383,7 @@ def read_gradients(store: Store, start: int = 0, stop: int | None = None) -> Blo
 
 
 def stored_scores(
-    store: Store, queries: Blocks, *, unit: bool = False, rows_per_chunk: int = 1024
+    store: Store, queries: Blocks, *, unit: bool = False, rows_per_chunk: int | None = None
 ) -> Iterator[Tensor]:
     """Stream the scores of a store's rows against queries, chunk by chunk in row order: `[chunk, queries]`.
 
@@ -358,11 +391,12 @@ def stored_scores(
         store: what `build` wrote.
         queries: `{block: [queries, ...]}`, made with the store's transform.
         unit: divide by the rows' norms (the queries' are the caller's to divide by).
-        rows_per_chunk: rows in memory at a time.
+        rows_per_chunk: rows in memory at a time; None: as many as 256 MiB hold.
     """
     final = chain(*([unit_normalize()] if unit else []), dot(queries))
     names = store.names(GRADIENTS)
-    for _, _, arrays in store.chunks(names, rows_per_chunk):
+    row_bytes = sum(4 * int(np.prod(store.shape(name)[1:])) for name in names)
+    for _, _, arrays in store.chunks(names, rows_per_chunk or max(1, READ_BYTES // row_bytes)):
         rows = {name.removeprefix(GRADIENTS): torch.from_numpy(a) for name, a in arrays.items()}
         yield final(rows)  # pyright: ignore[reportReturnType]
 
@@ -383,4 +417,5 @@ def layer_summary(model: nn.Module, include: Sequence[str], exclude: Sequence[st
     covered = {id(p): p.numel() for site in sites for p in site.module.parameters(recurse=False)}
     everything = {id(p): p.numel() for p in model.parameters()}
     share = sum(covered.values()) / sum(everything.values())
-    return f"{len(sites)} linear layers, {share:.0%} of {sum(everything.values()):,} parameters"
+    layers = "1 linear layer" if len(sites) == 1 else f"{len(sites)} linear layers"
+    return f"{layers}, {share:.0%} of {sum(everything.values()):,} parameters"

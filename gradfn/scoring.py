@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
@@ -32,10 +32,10 @@ class Method:
 
 
 class TopK(NamedTuple):
-    """The best rows of every query, best first."""
+    """The best rows of every query, best first: their scores and row numbers, both `[queries, k]`."""
 
-    scores: Float[Tensor, "queries k"]
-    rows: Int[Tensor, "queries k"]
+    scores: Tensor
+    rows: Tensor
 
 
 def score(
@@ -98,7 +98,7 @@ def dots(rows: Blocks, queries: Blocks) -> Float[Tensor, "rows queries"]:
     return dot(queries)(rows)  # pyright: ignore[reportReturnType]
 
 
-def top_k(chunks: Iterable[Float[Tensor, "rows queries"]], k: int, *, largest: bool = True) -> TopK:
+def top_k(chunks: Iterable[Tensor], k: int, *, largest: bool = True) -> TopK:
     """The `k` best rows of every query from a stream of chunks of the score matrix, in row order.
 
     Only `[queries, k]` numbers are kept. Equal scores keep the order of their rows.
@@ -115,7 +115,7 @@ def top_k(chunks: Iterable[Float[Tensor, "rows queries"]], k: int, *, largest: b
     return proponents if largest else opponents
 
 
-def extremes(chunks: Iterable[Float[Tensor, "rows queries"]], k: int) -> tuple[TopK, TopK]:
+def extremes(chunks: Iterable[Tensor], k: int) -> tuple[TopK, TopK]:
     """The `k` highest and the `k` lowest rows of every query, in one pass over the chunks; see `top_k`.
 
     >>> proponents, opponents = extremes([torch.tensor([[1.0], [5.0], [-3.0]])], 1)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.data import collate, plan_batches
+from gradfn.data import IGNORED, collate, plan_batches
 from gradfn.errors import InputError
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import Engine, probe_engine
 from gradfn.transforms import Transform
-from gradfn.types import Blocks, Data, LossFn, Rows
+from gradfn.types import Blocks, Data, Example, LossFn, Rows
 
 TOKEN_BATCH_SIZE = 8192
 """Tokens a batch, padding included, unless told otherwise."""
@@ -33,7 +33,7 @@ def lengths_of(data: Data) -> np.ndarray:
     known = getattr(data, "lengths", None)
     if known is not None:
         return np.asarray(known)
-    return np.array([len(row["input_ids"]) if "input_ids" in row else 1 for row in data])
+    return np.array([len(row["input_ids"]) if "input_ids" in row else 1 for row in data], np.int64)
 
 
 def row_name(data: Data, row: int) -> str:
@@ -63,16 +63,32 @@ def stream(
         InputError: a loss or gradient is NaN or infinite; the row is named.
     """
     rows = range(len(data)) if rows is None else rows
+    if rows.step != 1:
+        raise InputError(f"rows must follow one another, not be {rows}")
     lengths = lengths_of(data)[rows.start : rows.stop]
     device = next(engine.model.parameters()).device
     for batch in plan_batches(lengths, token_batch_size):
         numbers = batch + rows.start
-        examples = collate([data[int(i)] for i in numbers])
+        examples = collate([_labelled(data, int(i)) for i in numbers])
         result = engine({key: value.to(device) for key, value in examples.items()})
         _refuse_nonfinite(result, data, numbers)
         yield numbers, result
         if progress:
             progress(int(lengths[batch].sum()))
+
+
+def _labelled(data: Data, row: int) -> Example:
+    """The example; tokens without labels are their own labels, said before padding could be taken for one."""
+    example = data[row]
+    mask = example.get("attention_mask")
+    if mask is not None and len(mask) and not bool(mask[0]):
+        raise InputError(
+            f"{row_name(data, row)} is padded on the left (attention_mask starts with 0): give it without padding"
+        )
+    if "input_ids" not in example or "labels" in example:
+        return example
+    ids = example["input_ids"]
+    return {**example, "labels": ids if mask is None else torch.where(mask.bool(), ids, IGNORED)}
 
 
 def _refuse_nonfinite(result: Rows, data: Data, numbers: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """The command line: each command parses, builds values, calls one public function, and shows the result."""
 
 import sys
+from io import TextIOWrapper
 
 from gradfn.cli.app import app, report
 
@@ -11,9 +12,14 @@ def main() -> None:
     """Run the command line; errors are one sentence, with `--debug` a traceback too."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
     try:
-        app(arguments, prog_name="gradfn")
+        status = app(arguments or ["--help"], prog_name="gradfn", standalone_mode=False)
     except Exception as error:
         if debug:
             raise
-        sys.exit(report(error))
+        status = report(error)
+    if status:
+        sys.exit(status)

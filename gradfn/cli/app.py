@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from typing import Any
 
 import typer
 
@@ -13,7 +14,6 @@ app = typer.Typer(
     name="gradfn",
     help="Which training examples made the model do this? Start with `gradfn score`: without arguments it "
     "shows an example. Options may be spelled with - or _; --debug shows the traceback of an error.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -24,26 +24,41 @@ app = typer.Typer(
 )
 
 STORE = typer.Argument(help="A run directory, or the store.h5 in it.")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 RUN = typer.Argument(
     help="The run directory to write; made if absent, resumed if it was made by the same command."
 )
 
 
+UsageError: Any = typer.BadParameter.__base__
+"""What the parser raises; typer has it from click, or from a copy of click inside, and does not export it."""
+
+
 def report(error: Exception) -> int:
     """Tell an error in one sentence; the exit status: 2 is the user's input, 1 is ours or the disk's."""
+    from gradfn.cli.show import clean
+
+    print(f"gradfn: {clean(_sentence(error))}", file=sys.stderr)
+    return 2 if isinstance(error, InputError | UsageError) else 1
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, UsageError):
+        command = error.ctx.command_path if error.ctx else "gradfn"  # pyright: ignore
+        return f"{error.format_message().rstrip('.')}: see {command} --help"  # pyright: ignore
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, InputError | StorageError) or full:
-        sentence = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    else:
-        sentence = f"{type(error).__name__}: {error} (gradfn's fault: run again with --debug and tell us)"
-    print(f"gradfn: {' '.join(sentence.split())}", file=sys.stderr)
-    return 2 if isinstance(error, InputError) else 1
+        return str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+        return f"out of memory ({str(error) or 'RAM'}): lower --token-batch-size, or --projection-dim"
+    return f"{type(error).__name__}: {error} (gradfn's fault: run again with --debug and tell us)"
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(gradfn.__version__)
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -89,10 +104,11 @@ def score(
     parquet: o.Parquet = None,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Show which training rows made the model answer a query: its proponents and opponents.
+    """Show which training rows made the model do this.
 
-    A positive score is a proponent: a training step on that row lowers the query's loss. Without arguments:
-    the example inside the package, a tiny language model and the corpus that it learned.
+    For each query, its proponents and opponents. A positive score is a proponent: a training step on that row
+    lowers the query's loss. Without arguments: the example inside the package, a tiny language model and the
+    corpus that it learned.
     """
     from gradfn.cli.score import run_score
 
@@ -121,7 +137,10 @@ def build(
     exclude: o.Exclude = None,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Write a store of per-example gradients, to be searched with `gradfn query`."""
+    """Write a store of per-example gradients.
+
+    `gradfn query` searches it; `gradfn score --query-path` takes it as queries.
+    """
     from gradfn.cli.build import run_build
 
     run_build(**locals())
@@ -130,7 +149,7 @@ def build(
 @app.command()
 def reduce(
     run: str = RUN,
-    aggregation: str = typer.Option("mean", "--aggregation", help="mean or sum over the rows."),
+    aggregation: o.Aggregation = o.Aggregated.mean,
     model: o.Model = None,
     precision: o.Precisions = o.Precision.fp32,
     device: o.Device = "cpu",
@@ -150,7 +169,10 @@ def reduce(
     exclude: o.Exclude = None,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Write the mean (or sum) of a query set's gradients, for `gradfn score --query-path`."""
+    """Write the mean or sum of a query set's gradients.
+
+    `gradfn score --query-path` and `gradfn query --query-path` take it as one query.
+    """
     from gradfn.cli.build import run_reduce
 
     run_reduce(**locals())
@@ -164,11 +186,11 @@ def query(
     query_path: str | None = typer.Option(
         None, "--query-path", rich_help_panel="Data", help="Query gradients that build or reduce wrote."
     ),
-    model: o.Model = None,
-    precision: o.Precisions = o.Precision.fp32,
+    model: o.StoredModel = None,
+    precision: o.StoredPrecision = None,
     device: o.Device = "cpu",
     token_batch_size: o.TokenBatchSize = 4096,
-    split: o.Split = "train",
+    split: o.QuerySplit = "train",
     text_column: o.TextColumn = "text",
     prompt_column: o.PromptColumn = None,
     completion_column: o.CompletionColumn = None,
@@ -180,7 +202,10 @@ def query(
     parquet: o.Parquet = None,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Search a store that `gradfn build` wrote, exactly; its model and settings are the store's."""
+    """Search a store that `gradfn build` wrote.
+
+    The search is exact. Model, layers, loss and transform are the store's.
+    """
     from gradfn.cli.query import run_query
 
     run_query(**locals())

@@ -4,8 +4,8 @@ from typing import Any
 
 from gradfn.cli import inputs
 from gradfn.cli.inputs import Options
-from gradfn.cli.score import subject_facts
-from gradfn.cli.show import console, facts, progress_bar
+from gradfn.cli.score import gradients_line, subject_facts
+from gradfn.cli.show import console, count, facts, progress_bar
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
 from gradfn.runs import Summary, build, reduce
@@ -14,6 +14,7 @@ from gradfn.transforms import Chain, chain, project, unit_normalize
 
 def _prepared(options: Options) -> tuple[inputs.Subject, Any, Chain, dict[str, Any]]:
     """Model, documents and transform; what can be wrong with the options is found first."""
+    inputs.check_run(options["run"])
     for name in ("model", "dataset"):
         if options[name] is None:
             raise InputError(f"no --{name}: gradients need a model and a dataset")
@@ -26,16 +27,16 @@ def _prepared(options: Options) -> tuple[inputs.Subject, Any, Chain, dict[str, A
         **subject.settings(),
         "data": {"path": inputs.anchored(options["dataset"]), "split": options["split"]},
     }
-    console().print(facts(subject_facts(subject, documents)))
+    console().print(facts([*subject_facts(subject, documents), ("gradients", gradients_line(transform))]))
     return subject, documents, transform, recorded
 
 
 def _report(summary: Summary) -> None:
-    notes = [("store", f"{summary.path} [{summary.rows} rows]")]
+    notes = [("store", f"{summary.path} [{count(summary.rows, 'row')}]")]
     if summary.resumed:
-        notes.append(("resumed", f"{summary.resumed} rows were there already"))
+        notes.append(("resumed", f"from {count(summary.resumed, 'row')} that were there already"))
     if summary.zero:
-        notes.append(("zero", f"{summary.zero} rows have a zero gradient"))
+        notes.append(("note", f"{count(summary.zero, 'row')} with a zero gradient"))
     console().print(facts(notes))
 
 
@@ -55,7 +56,7 @@ def run_reduce(**options: Any) -> None:
     subject, documents, transform, settings = _prepared(options)
     with progress_bar("gradients", int(documents.lengths.sum())) as progress:
         summary = reduce(
-            options["run"], subject.model, documents, transform, aggregation=options["aggregation"],
+            options["run"], subject.model, documents, transform, aggregation=options["aggregation"].value,
             settings=settings, overwrite=options["overwrite"], progress=progress, **subject.engine_options(),
         )  # fmt: skip
     _report(summary)

@@ -5,23 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gradfn.cli.show import console, facts
-from gradfn.errors import InputError
+from gradfn.cli.show import console, count, facts
 from gradfn.store import Store, open_store
 
 KINDS = ("store", "scores")
 
 
 def run_info(run: str) -> None:
-    """Show every index of the run."""
+    """Show every index of the run, or the one file given."""
     path = Path(run)
-    kinds = [kind for kind in KINDS if (path / f"{kind}.h5").exists()] if path.is_dir() else [path.stem]
-    if not kinds:
-        # Opening says why: unfinished, absent, or not a run.
-        kinds = [next((k for k in KINDS if any(path.glob(f"segments/{k}-*"))), "store")]
-    for kind in kinds:
-        if kind not in KINDS:
-            raise InputError(f"{run} is no run: give a run directory, or the store.h5 or scores.h5 in it")
+    kinds = [kind for kind in KINDS if path.is_file() or (path / f"{kind}.h5").exists()]
+    # Where there is no index, opening says why: unfinished, absent, or not a run.
+    unfinished = [kind for kind in KINDS if any(path.glob(f"segments/{kind}-*"))]
+    for kind in kinds[:1] if path.is_file() else kinds or unfinished[:1] or KINDS[:1]:
         with open_store(run, kind) as store:
             console().print(facts(list(_lines(store))))
 
@@ -29,18 +25,26 @@ def run_info(run: str) -> None:
 def _lines(store: Store) -> Iterator[tuple[str, str]]:
     yield "file", str(store.path)
     arrays = store.names()
-    blocks = [name for name in arrays if name.startswith("gradients/")]
+    blocks = store.names("gradients")
     if blocks:
-        yield (
-            "gradients",
-            f"{len(blocks)} blocks, such as {blocks[0].split('/', 1)[1]} {store.shape(blocks[0])}",
-        )
+        name, shape = blocks[0].split("/", 1)[1], " x ".join(map(str, store.shape(blocks[0])[1:]))
+        yield "gradients", f"{count(len(blocks), 'block')}, such as {name} [{shape}]"
     if "scores" in arrays:
-        yield "scores", f"{store.shape('scores')} rows x queries; positive = proponent"
-    tokens, loss = int(store.read("rows/length").sum()), store.read("rows/loss").mean()
-    yield "rows", f"{store.rows}, {tokens:,} tokens, mean loss {loss:.3f}"
+        queries = count(store.shape("scores")[1], "query")
+        yield "scores", f"{count(store.rows, 'row')} x {queries}; positive = proponent"
+    yield "rows", ", ".join(_row_facts(store, arrays))
     for key, value in _flat(store.settings):
-        yield key, value if isinstance(value, str) else json.dumps(value)
+        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _row_facts(store: Store, arrays: list[str]) -> Iterator[str]:
+    yield f"{store.rows:,}"
+    if "rows/length" in arrays:
+        yield count(int(store.read("rows/length").sum()), "token")
+    if "rows/loss" in arrays:
+        yield f"mean loss {store.read('rows/loss').mean():.3f}"
+    if "rows/zero" in arrays and (zero := int(store.read("rows/zero").sum())):
+        yield f"{zero:,} of them zero"
 
 
 def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

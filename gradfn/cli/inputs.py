@@ -1,7 +1,8 @@
 """From options to values: the model under study, its documents, its queries, and what they were made from."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,35 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """Query gradients and what is known of the queries; `documents` is None for stored gradients."""
+    """Query gradients and what is known of the queries.
+
+    Args:
+        gradients: `{block: [queries, ...]}`, transformed.
+        settings: what a run records of them.
+        ids, texts: one a query.
+        shown: the texts as a person sees them, prompt and completion apart.
+        documents: their tokens; None for stored gradients.
+        sources: the ids of the rows that are known to teach the answers, None where none is known.
+    """
 
     gradients: Blocks
     settings: dict[str, Any]
     ids: list[str]
     texts: list[str]
+    shown: list[str]
     documents: Documents | None = None
-    sources: list[str | None] | None = None
+    sources: list[str | None] = field(default_factory=list)
 
 
 def anchored(path: str | Path) -> str:
     """A path as settings record it: absolute where it is a local one, so that it can be found again."""
     return str(Path(path).resolve()) if Path(path).exists() else str(path)
+
+
+def check_run(run: str | None) -> None:
+    """Refuse a run that cannot be a directory before anything is loaded."""
+    if run is not None and (run == "" or (os.path.exists(run) and not os.path.isdir(run))):
+        raise InputError(f"{run!r} is not the directory of a run: give one that exists, or a new name")
 
 
 def load_subject(options: Options, *, path: str | None = None, settings: Options | None = None) -> Subject:
@@ -87,13 +104,14 @@ def load_subject(options: Options, *, path: str | None = None, settings: Options
     if path is None:
         raise InputError("no model: give --model a local folder, a .gguf file or a hub name")
     recorded = settings or {}
-    model = load_model(path, precision=options["precision"], device=options["device"])
+    precision = options["precision"] or recorded.get("model", {}).get("precision", "fp32")
+    model = load_model(path, precision=str(precision), device=options["device"])
     layers = recorded.get("layers", {"include": options.get("include"), "exclude": options.get("exclude")})
     reduction = recorded["loss"]["reduction"] if recorded else options["loss_reduction"].value
     return Subject(
         anchored(path), model, load_tokenizer(path), causal_lm_loss(model, reduction),
         tuple(layers["include"] or ()), tuple(layers["exclude"] or ()),
-        options["token_batch_size"], str(options["precision"]),
+        options["token_batch_size"], str(precision),
     )  # fmt: skip
 
 
@@ -117,17 +135,25 @@ def load_documents(subject: Subject, rows: Any, options: Options, *, query: bool
 
 def is_dataset(query: str) -> bool:
     """Whether --query names a dataset rather than being a text."""
-    return Path(query).suffix in DATA_SUFFIXES or (len(query) < 256 and Path(query).exists())
+    # `Path.exists` raises on what is too long to be a name.
+    return Path(query).suffix.lower() in DATA_SUFFIXES or os.path.exists(query)
 
 
-def query_rows(options: Options) -> Any | None:
+def query_rows(options: Options, split: str = "train") -> Any | None:
     """The dataset of --query, loaded before the model so that a wrong path fails at once; None for a text."""
     query, completion = options["query"], options["completion"]
     if (query is None) == (options["query_path"] is None):
         raise InputError("give one of --query (a dataset, or a text in quotes) and --query-path (a store)")
     if completion is not None and (query is None or is_dataset(query)):
         raise InputError("--completion follows a text: give that text in quotes with --query")
-    return load_rows(query) if query is not None and is_dataset(query) else None
+    if query is None:
+        open_store(options["query_path"])
+        return None
+    if not query.strip() and not completion:
+        raise InputError("--query is empty: give a text in quotes, or a dataset")
+    if any("\ud800" <= letter <= "\udfff" for letter in query + (completion or "")):
+        raise InputError("the query is not valid UTF-8: give it in the encoding of the terminal")
+    return load_rows(query, split) if is_dataset(query) else None
 
 
 def load_queries(
@@ -136,27 +162,57 @@ def load_queries(
     """Make (or read) the queries' gradients, with the query side's transform."""
     if options["query_path"] is not None:
         return _stored_queries(options["query_path"], transform, wanted)
-    limit = context_length(subject.model)
-    if rows is None:
-        documents = text_query(
-            subject.tokenizer, options["query"], options["completion"],
-            max_length=limit, truncation=options["truncation"],
-        )  # fmt: skip
-    else:
-        documents = load_documents(subject, rows, options, query=True)
+    documents = _query_documents(subject, rows, options)
     empty = [documents.ids[row] for row in range(len(documents)) if not documents.supervised[row]]
     if empty:
         raise InputError(
             f"query {empty[0]} has nothing to predict (it needs two tokens, or a completion): make it longer"
         )
     with progress_bar("query gradients", int(documents.lengths.sum())) as progress:
-        gradients = collect(
-            subject.model, documents, transform, progress=progress, **subject.engine_options()
-        )
-    sources = list(rows["source"]) if rows is not None and "source" in rows.column_names else None
+        gradients = _query_gradients(subject, documents, transform, progress)
     settings = {"query": {"path": None if rows is None else anchored(options["query"]),
                           "fingerprint": documents.fingerprint(), "rows": len(documents)}}  # fmt: skip
-    return Queries(gradients, settings, documents.ids, documents.texts, documents, sources)  # pyright: ignore
+    return Queries(gradients, settings, documents.ids, documents.texts,
+                   _shown(documents, rows, options), documents, _sources(rows))  # fmt: skip
+
+
+def _query_documents(subject: Subject, rows: Any | None, options: Options) -> Documents:
+    try:
+        if rows is not None:
+            return load_documents(subject, rows, options, query=True)
+        return text_query(
+            subject.tokenizer, options["query"], options["completion"],
+            max_length=context_length(subject.model), truncation=options["truncation"],
+        )  # fmt: skip
+    except InputError as error:
+        raise InputError(f"in --query: {error}") from error
+
+
+def _query_gradients(subject: Subject, documents: Documents, transform: Transform, progress: Any) -> Any:
+    try:
+        return collect(subject.model, documents, transform, progress=progress, **subject.engine_options())
+    except InputError as error:
+        raise InputError(f"in --query: {error}") from error
+
+
+def _shown(documents: Documents, rows: Any | None, options: Options) -> list[str]:
+    """Queries as a person reads them: what is asked, and after an arrow what is supervised."""
+    if rows is None:
+        prompts, completions = [options["query"]], [options["completion"]]
+    else:
+        columns = _columns(list(rows.column_names), options, query=True)
+        prompt, completion = columns["prompt_column"], columns["completion_column"]
+        if prompt is None or completion is None:
+            return documents.texts
+        prompts, completions = list(rows[prompt]), list(rows[completion])
+    pairs = zip(documents.texts, prompts, completions, strict=True)
+    return [f"{prompt} → {end.strip()}" if prompt and end else text for text, prompt, end in pairs]
+
+
+def _sources(rows: Any | None) -> list[str | None]:
+    if rows is None or "source" not in rows.column_names:
+        return []
+    return [None if source in (None, "") else str(source) for source in rows["source"]]
 
 
 def _stored_queries(path: str, transform: Transform, wanted: dict[str, Any]) -> Queries:
@@ -164,11 +220,13 @@ def _stored_queries(path: str, transform: Transform, wanted: dict[str, Any]) -> 
         refuse_mismatch(store.settings, wanted, f"the query gradients in {path}")
         gradients = read_gradients(store)
         ids, texts = list(store.read("rows/id")), list(store.read("rows/text"))
-        data = store.settings["data"]
+        made = store.settings
     if ends_in_unit_norm(transform):
         gradients = unit_normalize()(gradients)
-    settings = {"query": {"path": anchored(path), "fingerprint": data["fingerprint"], "rows": len(ids)}}
-    return Queries(gradients, settings, ids, texts)
+    # The same directory may hold other gradients of the same data tomorrow.
+    how = {key: made[key] for key in ("loss", "transform", "aggregation") if key in made}
+    about = {"path": anchored(path), "fingerprint": made["data"]["fingerprint"], "rows": len(ids), **how}
+    return Queries(gradients, {"query": about}, ids, texts, texts)
 
 
 def example_options(options: Options) -> dict[str, Any]:

@@ -36,6 +36,13 @@ class Reduction(StrEnum):
     sum = "sum"
 
 
+class Aggregated(StrEnum):
+    """What becomes of the rows of a query set."""
+
+    mean = "mean"
+    sum = "sum"
+
+
 class MethodName(StrEnum):
     """Recipes."""
 
@@ -49,6 +56,13 @@ def _option(*names: str, panel: str, help: str) -> typer.models.OptionInfo:
 
 Model = Annotated[str | None, _option("--model", panel=_MODEL, help="Local folder, .gguf file or hub name.")]
 Precisions = Annotated[Precision, _option("--precision", panel=_MODEL, help="Dtype of the model's weights.")]
+StoredModel = Annotated[
+    str | None, _option("--model", panel=_MODEL, help="The store's model, if it lies elsewhere by now.")
+]
+StoredPrecision = Annotated[
+    Precision | None,
+    _option("--precision", panel=_MODEL, help="Dtype of the model's weights; the store's unless told."),
+]
 Device = Annotated[str, _option("--device", panel=_MODEL, help="cpu, cuda, cuda:1, ...")]
 Dataset = Annotated[
     str | None,
@@ -58,7 +72,13 @@ Dataset = Annotated[
         help="Training rows: .jsonl .json .csv .parquet .arrow .txt, a save_to_disk folder, or a hub name.",
     ),
 ]
-Split = Annotated[str, _option("--split", panel=_DATA, help='Split, or a part of one: "train[:100]".')]
+Split = Annotated[
+    str, _option("--split", panel=_DATA, help='Split of --dataset, or a part of one: "train[:100]".')
+]
+QuerySplit = Annotated[
+    str,
+    _option("--split", panel=_DATA, help='Split of a dataset in --query, or a part of one: "test[:100]".'),
+]
 TextColumn = Annotated[str, _option("--text-column", panel=_DATA, help="Column with the text.")]
 PromptColumn = Annotated[
     str | None, _option("--prompt-column", panel=_DATA, help="Column with prompts, which are not supervised.")
@@ -105,13 +125,25 @@ Exclude = Annotated[
     _option("--exclude", panel=_GRADIENTS, help="Glob of layers to leave out; several may be given."),
 ]
 Query = Annotated[
-    str | None, _option("--query", panel=_DATA, help="A text in quotes, or a dataset of queries.")
+    str | None,
+    _option(
+        "--query",
+        panel=_DATA,
+        help="A text in quotes, or a dataset of queries (a file, or a save_to_disk folder): its prompts and "
+        "completions, or its texts.",
+    ),
 ]
 Completion = Annotated[
     str | None,
     _option("--completion", panel=_DATA, help="What follows the text of --query; only it is supervised."),
 ]
-Method = Annotated[MethodName | None, _option("--method", panel=_GRADIENTS, help="A recipe.")]
+Method = Annotated[
+    MethodName | None,
+    _option("--method", panel=_GRADIENTS, help="A recipe: the inner product (the default), or the cosine."),
+]
+Aggregation = Annotated[
+    Aggregated, _option("--aggregation", panel=_GRADIENTS, help="Of the rows' gradients.")
+]
 Top = Annotated[int, _option("--top", panel=_OUTPUT, help="Proponents and opponents to show of each query.")]
 Csv = Annotated[Path | None, _option("--csv", panel=_OUTPUT, help="Write the table here too.")]
 Jsonl = Annotated[Path | None, _option("--jsonl", panel=_OUTPUT, help="Write the table here too.")]

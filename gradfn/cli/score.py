@@ -1,6 +1,6 @@
 """`gradfn score`: the main job."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +9,31 @@ from torch import Tensor
 
 from gradfn.cli import inputs
 from gradfn.cli.inputs import Options, Queries, Subject
-from gradfn.cli.show import check_exports, console, export, facts, progress_bar, ranking
+from gradfn.cli.show import (
+    NAME_WIDTH,
+    check_exports,
+    clean,
+    console,
+    count,
+    export,
+    facts,
+    progress_bar,
+    ranking,
+)
 from gradfn.data import Documents
 from gradfn.errors import InputError
 from gradfn.hf.answers import Answer, answers
 from gradfn.hf.datasets import load_rows
-from gradfn.lexical import bm25_ranks
+from gradfn.lexical import NOT_FOUND, bm25_ranks
 from gradfn.runs import describe, layer_summary, merged, score_run
 from gradfn.scoring import Method, TopK, extremes, on_device_of
 from gradfn.store import open_store
 from gradfn.stream import collect
-from gradfn.transforms import chain, dot, project
+from gradfn.transforms import Transform, chain, dot, project
 
 KNOWN_RANKS = 5
+QUERY_CHARACTERS = 300
+"""Of a query that is shown; it may be a whole document."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +42,8 @@ class Ranked:
 
     proponents: TopK
     opponents: TopK
-    ids: list[str]
-    texts: list[str]
+    ids: Sequence[str]
+    texts: Sequence[str]
 
     def rows(self, query: int, query_id: str, top: int) -> list[dict[str, str | int | float]]:
         """The table of one query, proponents first."""
@@ -47,6 +59,7 @@ class Ranked:
 
 def run_score(**options: Any) -> None:
     """Load, score, show."""
+    inputs.check_run(options["run"])
     is_example = options["model"] is None and options["dataset"] is None
     options = inputs.example_options(options) if is_example else options
     if options["model"] is None or options["dataset"] is None:
@@ -62,7 +75,7 @@ def run_score(**options: Any) -> None:
     subject = inputs.load_subject(options)
     train = inputs.load_documents(subject, rows, options)
     out = console()
-    out.print(facts([*subject_facts(subject, train), ("method", method_line(name, stage))]))
+    out.print(facts([*subject_facts(subject, train), ("method", f"{name}, {gradients_line(stage)}")]))
     wanted = merged(describe(subject.model, [], method.query, loss=subject.loss, include=subject.include,
                              exclude=subject.exclude), subject.settings())  # fmt: skip
     queries = inputs.load_queries(subject, query_rows, options, method.query, wanted)
@@ -77,24 +90,24 @@ def check_top(top: int) -> None:
 
 
 def subject_facts(subject: Subject, train: Documents) -> list[tuple[str, str]]:
-    """What is attributed, in three lines; what is unusual about the data in a fourth."""
+    """What is attributed, in two lines; what is unusual about the data in a third."""
     head = (
         "" if subject.loss.fused_head else "; logits are not a plain linear map, so they are computed whole"
     )
+    size = f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"
     lines = [
         ("model", f"{subject.path} ({layer_summary(subject.model, subject.include, subject.exclude)}{head})"),
-        ("train", f"{len(train)} rows, {int(train.lengths.sum()):,} tokens"),
+        ("train", size),
     ]
     if unsupervised := int((train.supervised == 0).sum()):
-        lines.append(
-            ("note", f"{unsupervised} rows have nothing to supervise: their gradient and scores are zero")
-        )
+        rows = count(unsupervised, "row")
+        lines.append(("note", f"{rows} with nothing to supervise: zero gradient, zero scores"))
     return lines
 
 
-def method_line(name: str, stage: Any) -> str:
-    """The method in words."""
-    return f"{name}, {'full gradients' if stage == chain() else stage}"
+def gradients_line(*transforms: Transform) -> str:
+    """A chain of transforms in words."""
+    return ", ".join(map(str, chain(*transforms).stages)) or "full gradients"
 
 
 def _scored(
@@ -112,7 +125,11 @@ def _scored(
             options["run"], subject.model, train, queries.gradients, method.train, settings=settings,
             fixed=fixed, overwrite=options["overwrite"], progress=progress, **subject.engine_options(),
         )  # fmt: skip
-    console().print(facts([("scores", f"{summary.path} [{summary.rows} rows, {len(queries.ids)} queries]")]))
+    shape = f"{count(summary.rows, 'row')}, {count(len(queries.ids), 'query')}"
+    lines = [("scores", f"{summary.path} [{shape}]")]
+    if summary.resumed:
+        lines.append(("resumed", f"from {count(summary.resumed, 'row')} that were there already"))
+    console().print(facts(lines))
     return score_chunks(options["run"])
 
 
@@ -130,7 +147,7 @@ def score_chunks(run: str) -> Iterable[Tensor]:
 
 
 def show_all(
-    out: Console, subject: Subject, ids: list[str], texts: list[str], queries: Queries,
+    out: Console, subject: Subject, ids: Sequence[str], texts: Sequence[str], queries: Queries,
     chunks: Iterable[Tensor], options: Options,
 ) -> None:  # fmt: skip
     """Rank, show every query, say how often known sources were found, export."""
@@ -138,46 +155,56 @@ def show_all(
     known = None
     if queries.documents is not None:
         known = answers(subject.model, subject.tokenizer, queries.documents)
-    lexical = bm25_ranks(texts, queries.texts, KNOWN_RANKS) if queries.sources else None
+    lexical = None
+    if any(queries.sources):
+        ranks = bm25_ranks(texts, queries.texts, max(options["top"], KNOWN_RANKS))
+        lexical = [[ids[int(row)] for row in found if row != NOT_FOUND] for found in ranks.tolist()]
     table = []
     for number, query_id in enumerate(queries.ids):
         rows = ranked.rows(number, query_id, options["top"])
         table.extend(rows)
         out.print()
         out.print(facts(_query_facts(queries, number, known[number] if known else None)))
-        out.print(ranking(rows, max(20, out.width - 60)))
+        out.print(ranking(rows, out.width))
         if lexical is not None:
-            found = ", ".join(ids[row] for row in lexical[number][: options["top"]])
-            out.print(facts([("BM25 finds", found)]))
+            found = [clean(name, NAME_WIDTH) for name in lexical[number][: options["top"]]]
+            out.print(facts([("BM25 finds", ", ".join(found) or "no row that shares a word")]))
     if lexical is not None:
         out.print()
-        out.print(facts(_recall(queries, ranked, [[ids[row] for row in found] for found in lexical])))
+        out.print(facts(_recall(queries, ranked, lexical)))
     export(table, csv_path=options["csv"], jsonl_path=options["jsonl"], parquet_path=options["parquet"])
 
 
 def _query_facts(queries: Queries, number: int, answer: Answer | None) -> list[tuple[str, str]]:
     """A query, and what the model itself makes of it."""
-    lines = [(f"query {queries.ids[number]}", queries.texts[number])]
+    lines = [(f"query {clean(queries.ids[number])}", clean(queries.shown[number], QUERY_CHARACTERS))]
     if answer is None:
         return lines
-    chance = f"loss {answer.loss:.2f} nats a token, probability {answer.probability:.3g}"
+    loss = f"loss {answer.loss:.2f} nats a token"
+    if answer.known is None:
+        return [*lines, ("model", loss)]
+    chance = f"{loss}, probability {answer.probability:.3g}"
     if answer.known:
-        lines.append(("model", f"{chance}: it knows the answer"))
-    else:
-        says = f'; it says "{answer.says}"' if answer.says else ""
-        lines.append(("model", f"{chance}: it does NOT know the answer{says}, so expect no source below"))
-    return lines
+        return [*lines, ("model", f"{chance}: it knows the answer")]
+    says = f' (it says "{clean(answer.says)}")' if clean(answer.says) else ""
+    return [*lines, ("model", f"{chance}: it does NOT know the answer{says}, so expect no source below")]
 
 
 def _recall(queries: Queries, ranked: Ranked, lexical: list[list[str]]) -> list[tuple[str, str]]:
     """How often the known source of a query is ranked first and among the first five, beside BM25."""
-    asked = [(n, source) for n, source in enumerate(queries.sources or []) if source]
+    there = set(ranked.ids)
+    named = [(number, source) for number, source in enumerate(queries.sources) if source]
+    asked = [(number, source) for number, source in named if source in there]
     gradients = [[ranked.ids[int(row)] for row in rows[:KNOWN_RANKS]] for rows in ranked.proponents.rows]
-    return [
-        (name, f"ranks the known source first for {_hits(asked, found, 1)} of {len(asked)} queries, "
-               f"in the top {KNOWN_RANKS} for {_hits(asked, found, KNOWN_RANKS)}")
-        for name, found in (("gradients", gradients), ("BM25", lexical))
-    ]  # fmt: skip
+    lines = []
+    if asked:
+        for name, found in (("gradients", gradients), ("BM25", lexical)):
+            first, five = (_hits(asked, found, k) for k in (1, KNOWN_RANKS))
+            lines.append((name, f"ranks the known source first for {first} of {count(len(asked), 'query')}, "
+                                f"in the top {KNOWN_RANKS} for {five}"))  # fmt: skip
+    if lost := len(named) - len(asked):
+        lines.append(("note", f"{count(lost, 'query')} with a source that is not among the rows"))
+    return lines
 
 
 def _hits(asked: list[tuple[int, str]], found: list[list[str]], k: int) -> int:

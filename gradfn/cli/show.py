@@ -27,12 +27,24 @@ from gradfn.errors import InputError, StorageError
 Row = Mapping[str, str | int | float]
 PLAIN_EVERY_S = 10.0
 QUIET_BELOW_S = 2.0
+NAME_WIDTH = 30
+EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "text")
 
 
 def console() -> Console:
     """Where results are printed; 100 columns where there is no terminal."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
     return Console(width=width, highlight=False, soft_wrap=False, emoji=False)
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> count(1, "row"), count(1200, "row"), count(2, "query")
+    ('1 row', '1,200 rows', '2 queries')
+    """
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def clean(text: str, width: int | None = None) -> str:
@@ -91,34 +103,47 @@ class _PlainProgress:
 def facts(pairs: Sequence[tuple[str, str]]) -> Table:
     """A borderless table of names and values."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
+    table.add_column(style="bold", no_wrap=True, overflow="ellipsis", max_width=NAME_WIDTH)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(Text(name), Text(clean(value)))
+        table.add_row(Text(clean(name)), Text(clean(value)))
     return table
 
 
 def ranking(rows: Sequence[Row], width: int) -> Table:
-    """Proponents and opponents of one query: rank, score, id and an excerpt that fits."""
+    """Proponents and opponents of one query: rank, score, id and an excerpt that fits in the width."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis", max_width=30)
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=NAME_WIDTH)
     table.add_column(no_wrap=True, overflow="ellipsis")
-    for row in rows:
+    ids = [Text(clean(str(row["id"]))) for row in rows]
+    # Rich would shrink all columns alike, and it is the excerpt that has room to spare.
+    excerpt = width - 32 - min(NAME_WIDTH, max((name.cell_len for name in ids), default=0))
+    for row, name in zip(rows, ids, strict=True):
         style = "green" if float(row["score"]) > 0 else "red" if float(row["score"]) < 0 else ""
         table.add_row(
             Text(f"  {row['side']} {row['rank']}"), Text(f"{float(row['score']):+.4g}", style=style),
-            Text(clean(str(row["id"]))), Text(clean(str(row["text"]), width)),
+            name, _cut(clean(str(row["text"])), max(20, excerpt)),
         )  # fmt: skip
     return table
 
 
+def _cut(text: str, cells: int) -> Text:
+    """Text of a width in terminal cells, of which a Chinese letter takes two."""
+    cut = Text(text)
+    cut.truncate(cells, overflow="ellipsis")
+    return cut
+
+
 def check_exports(paths: Sequence[Path | None], overwrite: bool) -> None:
     """Refuse, before any work, an export that could not be written or would replace a file."""
-    for path in filter(None, paths):
-        if path.is_dir() or not path.parent.is_dir():
-            raise InputError(f"cannot write {path}: give a file in a folder that exists")
+    given = [path for path in paths if path is not None]
+    if len({path.absolute() for path in given}) < len(given):
+        raise InputError("two exports have the same path: give each a file of its own")
+    for path in given:
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"cannot write {path}: give a file in a folder that exists and can be written")
         if path.exists() and not overwrite:
             raise InputError(f"{path} exists: give another name, or --overwrite to replace it")
 
@@ -141,7 +166,7 @@ def export(
 
 def _write_csv(rows: Sequence[Row], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=EXPORTED)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -156,4 +181,6 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path)
+    kinds = {"rank": pa.int64(), "row": pa.int64(), "score": pa.float64()}
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in EXPORTED])
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), path)

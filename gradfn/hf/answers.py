@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from gradfn.data import IGNORED, Documents
 from gradfn.losses import token_cross_entropy
 
+SAID_TOKENS = 24
+"""Tokens of what the model says instead, at most: enough to see how it is wrong."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -19,13 +22,14 @@ class Answer:
     Args:
         loss: mean negative log-likelihood of the supervised tokens, nats a token.
         probability: of all supervised tokens together.
-        known: whether greedy decoding from the prompt gives exactly the supervised tokens.
-        says: what greedy decoding from the prompt gives instead; empty where it is known or there is no prompt.
+        known: whether greedy decoding from the prompt gives exactly the supervised tokens; None where there
+            is no prompt, so that nothing was asked.
+        says: what greedy decoding from the prompt begins with instead; empty where it is known or not asked.
     """
 
     loss: float
     probability: float
-    known: bool
+    known: bool | None
     says: str
 
 
@@ -45,20 +49,19 @@ def _answer(model: nn.Module, tokenizer: Any, query: dict[str, Tensor]) -> Answe
     ids, labels = query["input_ids"], query["labels"]
     supervised = (labels[1:] != IGNORED).nonzero().flatten()
     if not len(supervised):
-        return Answer(float("nan"), 1.0, False, "")
+        return Answer(float("nan"), 1.0, None, "")
     device = next(model.parameters()).device
     logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, supervised.to(device)].cpu()
     targets = labels[1:][supervised]
     losses = token_cross_entropy(logits, targets).double()
-    known = bool((logits.argmax(-1) == targets).all())
     start = int(supervised[0]) + 1
-    has_prompt = bool((labels[:start] == IGNORED).any()) or start > 1
-    says = (
-        ""
-        if known or not has_prompt
-        else _continue(model, tokenizer, ids[:start].to(device), len(supervised))
-    )
-    return Answer(float(losses.mean()), float((-losses.sum()).exp()), known, says)
+    loss, probability = float(losses.mean()), float((-losses.sum()).exp())
+    if not (labels[:start] == IGNORED).any():
+        return Answer(loss, probability, None, "")
+    if (logits.argmax(-1) == targets).all():
+        return Answer(loss, probability, True, "")
+    count = min(len(supervised), SAID_TOKENS)
+    return Answer(loss, probability, False, _continue(model, tokenizer, ids[:start].to(device), count))
 
 
 def _continue(model: nn.Module, tokenizer: Any, prompt: Int[Tensor, " tokens"], count: int) -> str:

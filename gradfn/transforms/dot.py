@@ -25,6 +25,8 @@ class Dot(Rowwise):
 
     def partial(self, name: str, G: Float[Tensor, "rows *block"]) -> Float[Tensor, "rows k"]:
         """One block's share: inner products, and the squared norm where rows are to be unit."""
+        if name not in self.queries:
+            raise InputError(f"the queries have no block {name}: make rows and queries from the same layers")
         flat = G.flatten(1)
         query = self.queries[name].flatten(1).to(flat)
         if query.shape[1] != flat.shape[1]:
@@ -37,6 +39,10 @@ class Dot(Rowwise):
 
     def finish(self, partials: Blocks) -> Float[Tensor, "rows queries"]:
         """The sum over blocks, divided by the row's norm where rows are to be unit."""
+        if extra := self.queries.keys() - partials.keys():
+            raise InputError(
+                f"the rows have no block {min(extra)}: make rows and queries from the same layers"
+            )
         total = torch.stack(list(partials.values())).sum(0)
         return total[:, :-1] * inverse_norms(total[:, -1])[:, None] if self.unit else total
 

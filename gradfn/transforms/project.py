@@ -17,16 +17,19 @@ from gradfn.types import BlockSpec
 Distribution = Literal["rademacher", "gaussian", "orthonormal"]
 
 
-def _raw(seed: int, name: str, side: str, count: int) -> np.ndarray:
-    """`count` random 64-bit words of the Philox counter generator keyed by (seed, name, side)."""
-    digest = sha256(f"{seed}\0{name}\0{side}".encode()).digest()
+def _raw(seed: int, name: str, side: str, shape: tuple[int, int], count: int) -> np.ndarray:
+    """`count` random 64-bit words of the Philox counter generator keyed by (seed, name, side, shape).
+
+    The shape is in the key so that two projections in one chain are independent at one seed.
+    """
+    digest = sha256(f"{seed}\0{name}\0{side}\0{shape[0]}x{shape[1]}".encode()).digest()
     key = np.frombuffer(digest[:16], dtype="<u8")
     return np.random.Philox(key=key).random_raw(count)  # the raw words are stable across numpy versions
 
 
 def _rademacher(seed: int, name: str, side: str, shape: tuple[int, int]) -> np.ndarray:
     count = shape[0] * shape[1]
-    words = _raw(seed, name, side, -(-count // 64)).astype("<u8")
+    words = _raw(seed, name, side, shape, -(-count // 64)).astype("<u8")
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
     return (2.0 * bits - 1.0).reshape(shape)
 
@@ -34,7 +37,7 @@ def _rademacher(seed: int, name: str, side: str, shape: tuple[int, int]) -> np.n
 def _gaussian(seed: int, name: str, side: str, shape: tuple[int, int]) -> np.ndarray:
     """Box and Muller's transform of pairs of uniform numbers."""
     half = -(-shape[0] * shape[1] // 2)
-    uniform = (_raw(seed, name, side, 2 * half) >> 11).astype(np.float64) + 0.5
+    uniform = (_raw(seed, name, side, shape, 2 * half) >> 11).astype(np.float64) + 0.5
     u, v = uniform.reshape(2, half) * 2.0**-53
     radius, angle = np.sqrt(-2.0 * np.log(u)), 2.0 * np.pi * v
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[: shape[0] * shape[1]].reshape(

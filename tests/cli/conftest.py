@@ -1,0 +1,94 @@
+"""Commands run in this process: tiny models, a dozen documents, and what a command printed."""
+
+import contextlib
+import io
+import sys
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+from tiny import DOCUMENTS, QUERIES, make_model, make_tokenizer, save, write_jsonl
+
+from gradfn.cli import main
+
+
+@dataclass
+class Result:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def gradfn(*arguments):
+    """Run a command as the console script does."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    argv = ["gradfn", *(str(argument) for argument in arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(scope="session")
+def command():
+    """`command("score", "--model", ...)` gives status, out and err."""
+    return gradfn
+
+
+@pytest.fixture(scope="session")
+def ok():
+    """The same for a command that must succeed; gives what it printed."""
+
+    def run(*arguments):
+        result = gradfn(*arguments)
+        assert (result.status, result.err) == (0, ""), result.err
+        return result.out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def model(folder):
+    """A Llama with a tokenizer that adds a first token."""
+    return save(folder / "llama", make_model(), make_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def neox(folder):
+    """A GPT-NeoX, with biases, and a tokenizer that adds nothing."""
+    return save(folder / "neox", make_model("neox"), make_tokenizer(first=False))
+
+
+@pytest.fixture(scope="session")
+def corpus(folder):
+    return write_jsonl(folder / "corpus.jsonl", DOCUMENTS)
+
+
+@pytest.fixture(scope="session")
+def queries(folder):
+    return write_jsonl(folder / "queries.jsonl", QUERIES)
+
+
+@pytest.fixture(scope="session")
+def store(folder, ok, model, corpus):
+    """What `gradfn build` wrote, with nothing but the defaults."""
+    ok("build", folder / "store", "--model", model, "--dataset", corpus)
+    return folder / "store"

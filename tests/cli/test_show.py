@@ -1,0 +1,151 @@
+import csv
+import io
+import json
+
+import pytest
+from rich.console import Console
+from tiny import write_jsonl
+
+from gradfn.cli.show import check_exports, clean, export, facts, progress_bar, ranking
+from gradfn.errors import InputError, StorageError
+
+HOSTILE = (
+    "[red]x[/red] \x1b[31mred\x1b[0m \x9b2J bell\x07\ttab\r\nnext\u2028line \u202eright\u200b [/bold] :smile:"
+)
+HOSTILE_SEEN = "[red]x[/red] [31mred[0m 2J bell tab next line right [/bold] :smile:"
+
+
+def row(score=1.5, **changes):
+    made = {"query": "0", "side": "proponent", "rank": 1, "score": score, "row": 3, "id": "a", "text": "b"}
+    return {**made, **changes}
+
+
+def printed(table, width=100, terminal=False):
+    out = io.StringIO()
+    Console(file=out, width=width, highlight=False, emoji=False, force_terminal=terminal).print(table)
+    return out.getvalue()
+
+
+def test_clean_leaves_one_line_of_printable_text():
+    assert clean(HOSTILE) == HOSTILE_SEEN
+    assert clean("\udc80a") == "a"
+    assert clean("Grüße, 世界 → ✓") == "Grüße, 世界 → ✓"
+
+
+@pytest.mark.parametrize(("width", "seen"), [(5, "abcde"), (4, "abc…"), (1, "…")])
+def test_clean_cuts_at_the_width(width, seen):
+    assert clean("abcde", width) == seen
+
+
+def test_facts_show_what_is_there_and_nothing_else():
+    seen = printed(facts([(HOSTILE, HOSTILE)]), width=200)
+    assert HOSTILE_SEEN in seen
+    assert seen.count("\n") == 1
+
+
+def test_facts_keep_room_for_the_value_beside_a_long_name():
+    first = printed(facts([("query " + "q" * 500, "the value " * 3)])).splitlines()[0]
+    assert first.startswith("query qqq")
+    assert "the value the value the value" in first
+
+
+def test_ranking_shows_text_as_it_is():
+    seen = printed(ranking([row(id="[i]\x1b[2J", text=HOSTILE)], 120), width=120)
+    assert "[i][2J" in seen
+    assert "[red]x[/red] [31mred[0m" in seen
+    assert "\x1b" not in seen
+
+
+@pytest.mark.parametrize("name", ["a", "i" * 500, "名" * 80])
+@pytest.mark.parametrize("text", ["t " * 500, "世界" * 200])
+def test_ranking_is_one_line_a_row_that_uses_the_width(name, text):
+    lines = printed(
+        ranking([row(id=name, text=text), row(-2e-10, side="opponent", rank=2)], 100)
+    ).splitlines()
+    assert len(lines) == 2
+    assert "…" in lines[0]
+    assert len(lines[0].rstrip()) > (85 if text.isascii() and name.isascii() else 50)
+    assert lines[0].split()[:3] == ["proponent", "1", "+1.5"]
+    assert lines[1].split()[:3] == ["opponent", "2", "-2e-10"]
+
+
+def test_proponents_are_green_and_opponents_red():
+    seen = printed(ranking([row(), row(-1.5)], 100), terminal=True)
+    assert "\x1b[32m+1.5" in seen
+    assert "\x1b[31m-1.5" in seen
+
+
+ROWS = [row(0.1 + 0.2, text=HOSTILE), row(-1e-30, side="opponent", id='quo"te,', row=7)]
+
+
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {**r, "rank": int(r["rank"]), "score": float(r["score"]), "row": int(r["row"])}
+            for r in csv.DictReader(file)
+        ]
+
+
+def read_parquet(path):
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.mark.parametrize("rows", [ROWS, []])
+def test_exports_read_back_as_what_was_written(tmp_path, rows):
+    paths = [tmp_path / name for name in ("t.csv", "t.jsonl", "t.parquet")]
+    export(rows, csv_path=paths[0], jsonl_path=paths[1], parquet_path=paths[2])
+    for path, read in zip(paths, (read_csv, read_jsonl, read_parquet), strict=True):
+        assert read(path) == rows
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
+    old = tmp_path / "t.csv"
+    old.write_text("old")
+
+    def fail(rows, path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gradfn.cli.show._write_csv", fail)
+    with pytest.raises(StorageError, match=r"could not write .*t.csv: No space left"):
+        export(ROWS, csv_path=old, jsonl_path=None, parquet_path=None)
+    assert old.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_check_exports(tmp_path):
+    there = write_jsonl(tmp_path / "there.csv", [{}])
+    check_exports([None, tmp_path / "new.csv", None], overwrite=False)
+    check_exports([there], overwrite=True)
+    with pytest.raises(InputError, match="exists: give another name, or --overwrite"):
+        check_exports([there], overwrite=False)
+    for path in (tmp_path, tmp_path / "no" / "t.csv"):
+        with pytest.raises(InputError, match="give a file in a folder that exists"):
+            check_exports([path], overwrite=True)
+    with pytest.raises(InputError, match="two exports have the same path"):
+        check_exports([tmp_path / "a", None, tmp_path / "a"], overwrite=True)
+
+
+def test_progress_without_a_terminal_is_silent_when_short(capsys):
+    with progress_bar("gradients", 10) as progress:
+        progress(10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_without_a_terminal_is_lines_when_long(capsys, monkeypatch):
+    now = iter([0.0, 4.0, 12.0, 13.0, 26.0, 26.0])
+    monkeypatch.setattr("gradfn.cli.show.time.monotonic", lambda: next(now))
+    with progress_bar("gradients", 400) as progress:
+        for done in (50, 50, 100, 200):
+            progress(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "gradients: 25%, 12 s, about 36 s left",
+        "gradients: 400 tokens in 26.0 s",
+    ]

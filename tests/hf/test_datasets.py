@@ -1,0 +1,613 @@
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from gradfn.errors import InputError
+from gradfn.hf.datasets import load_rows, text_query, tokenize
+
+ROWS = [{"id": f"r{i}", "text": f"Row {i} of ten, é."} for i in range(10)]
+
+
+def write(kind, folder, rows=ROWS):
+    """The rows as a file or folder of that kind."""
+    path = folder / f"rows.{kind}"
+    table = pa.Table.from_pylist(rows)
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind == "csv":
+        table.to_pandas().to_csv(path, index=False)
+    elif kind == "parquet":
+        pa.parquet.write_table(table, path)
+    elif kind == "arrow":
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    elif kind == "arrow file":
+        path = folder / "rows.arrow"
+        with pa.ipc.new_file(path, table.schema) as stream:
+            stream.write_table(table)
+    elif kind == "txt":
+        path.write_text("".join(row["text"] + "\n" for row in rows))
+    elif kind == "disk":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    elif kind == "disk dict":
+        datasets.DatasetDict(
+            train=datasets.Dataset.from_list(rows), test=datasets.Dataset.from_list(rows[:2])
+        ).save_to_disk(path)
+    return path
+
+
+KINDS = ["jsonl", "json", "csv", "parquet", "arrow", "arrow file", "txt", "disk", "disk dict"]
+
+
+@pytest.fixture
+def lines(tmp_path):
+    return write("jsonl", tmp_path)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub that refuses connections, whatever this machine can reach."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+def rows_of(*rows, **columns):
+    return datasets.Dataset.from_list(list(rows)) if rows else datasets.Dataset.from_dict(columns)
+
+
+def everything_under(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("as_path", [str, Path])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file(kind, as_path, tmp_path):
+    rows = load_rows(as_path(write(kind, tmp_path)))
+    assert rows["text"][:] == [row["text"] for row in ROWS]
+    if kind != "txt":
+        assert rows["id"][:] == [row["id"] for row in ROWS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_leaves_nothing_behind_and_says_nothing(kind, tmp_path, monkeypatch, capfd):
+    write(kind, tmp_path)
+    name = next(tmp_path.iterdir()).name
+    for folder in ("temporary", "cache"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    before = everything_under(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = load_rows(name, "train[2:4]")
+        assert rows["text"][:] == [row["text"] for row in ROWS[2:4]]
+    assert everything_under(tmp_path) == before
+    assert capfd.readouterr() == ("", "")
+    assert not caught
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt"])
+def test_a_changed_file_is_read_anew(kind, tmp_path):
+    path = write(kind, tmp_path)
+    before = os.stat(path)
+    assert load_rows(path)[0]["text"] == "Row 0 of ten, é."
+    changed = [{"id": row["id"], "text": row["text"].replace("Row", "Wor")} for row in ROWS]
+    write(kind, tmp_path, changed)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times would
+    assert load_rows(path)[0]["text"] == "Wor 0 of ten, é."
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*b.jsonl", "a?.jsonl", "a b.JSONL", "{a,b}.jsonl"])
+def test_a_name_stands_for_itself(name, lines, tmp_path):
+    path = lines.rename(tmp_path / name)
+    (tmp_path / "a1.jsonl").write_text('{"text": "another"}\n')
+    assert len(load_rows(path)) == 10
+
+
+def test_a_link_to_a_file(lines, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(lines)
+    assert len(load_rows(tmp_path / "link.jsonl")) == 10
+
+
+def test_home_is_expanded(lines, monkeypatch):
+    monkeypatch.setenv("HOME", str(lines.parent))
+    assert len(load_rows("~/rows.jsonl")) == 10
+
+
+def test_a_folder_of_files(tmp_path):
+    (tmp_path / "data").mkdir()
+    write("parquet", tmp_path / "data").rename(tmp_path / "data" / "train-00000-of-00001.parquet")
+    assert load_rows(tmp_path)["text"][:] == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("split", "numbers"),
+    [
+        ("train", range(10)),
+        ("train[:3]", range(3)),
+        ("train[7:]", range(7, 10)),
+        ("train[-2:]", range(8, 10)),
+        ("train[:20%]", range(2)),
+        ("train[:100]", range(10)),
+        ("train[:2]+train[8:]", [0, 1, 8, 9]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "disk", "disk dict"])
+def test_slices(kind, split, numbers, tmp_path):
+    assert load_rows(write(kind, tmp_path), split)["id"][:] == [f"r{i}" for i in numbers]
+
+
+def test_splits_of_a_saved_dict(tmp_path):
+    path = write("disk dict", tmp_path)
+    assert len(load_rows(path, "test")) == 2
+    assert len(load_rows(path, "train[:1]+test")) == 3
+
+
+def test_a_saved_dataset_answers_to_its_own_split(tmp_path):
+    write("disk dict", tmp_path)
+    datasets.load_from_disk(tmp_path / "rows.disk dict")["test"].save_to_disk(tmp_path / "one")
+    rows = datasets.Dataset.from_list(ROWS[:2], split="test")
+    rows.save_to_disk(tmp_path / "two")
+    assert len(load_rows(tmp_path / "two", "test")) == len(load_rows(tmp_path / "two")) == 2
+
+
+def test_csv_texts_that_look_missing(tmp_path):
+    (tmp_path / "a.csv").write_text("n,text\n1,NA\n2,None\n,null\n3,\n")
+    rows = load_rows(tmp_path / "a.csv")
+    assert rows["text"][:] == ["NA", "None", "null", None]
+    assert rows["n"][:] == [1, 2, None, 3]
+
+
+def test_blank_lines_of_a_text_file_are_empty_rows(tmp_path, tokenizers):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    rows = load_rows(tmp_path / "a.txt")
+    assert rows["text"][:] == ["one", "", "two"]
+    assert tokenize(rows, tokenizers["nothing"]).lengths[1] == 0
+
+
+@pytest.mark.parametrize("split", ["test", "train[", "train[a:b]", "", "train[:200%]", "train]"])
+@pytest.mark.parametrize("kind", ["jsonl", "disk dict"])
+def test_a_split_that_is_not_there(kind, split, tmp_path):
+    if (kind, split) == ("disk dict", "test"):
+        split = "validation"
+    with pytest.raises(
+        InputError, match=r"has no split '.*': it has train.*; a slice is written as train\[:100\]"
+    ):
+        load_rows(write(kind, tmp_path), split)
+
+
+@pytest.mark.parametrize("split", ["train[5:5]", "train[20:]", "train[:0]"])
+def test_an_empty_slice(lines, split):
+    with pytest.raises(InputError, match="has no rows in split"):
+        load_rows(lines, split)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow", "txt"])
+def test_an_empty_file(kind, tmp_path):
+    (tmp_path / f"a.{kind}").touch()
+    with pytest.raises(InputError, match=rf"a\.{kind}' is an empty file: give one with rows"):
+        load_rows(tmp_path / f"a.{kind}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.json", "[]"), ("a.csv", "id,text\n"), ("a.jsonl", "\n\n"), ("a.json", "{}")]
+)
+def test_a_file_without_rows(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=r"has no rows|cannot be read"):
+        load_rows(tmp_path / name)
+
+
+def test_a_parquet_file_without_rows(tmp_path):
+    pa.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a.parquet' (has no rows|cannot be read)"):
+        load_rows(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n'),
+        ("a.json", b"[{]"),
+        ("a.parquet", b"PAR1 and then nothing"),
+        ("a.arrow", b"not arrow"),
+        ("a.txt", b"\xff\xfe\x00"),
+        ("a.csv", b'text,n\n"open'),
+    ],
+)
+def test_a_broken_file(name, content, tmp_path, capfd):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}' cannot be read \(.+\): check it") as caught:
+        load_rows(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_broken_saved_dataset(tmp_path):
+    path = write("disk", tmp_path)
+    next(path.glob("*.arrow")).write_bytes(b"cut")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_rows(path)
+
+
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "a.xyz").write_text("text")
+    with pytest.raises(
+        InputError, match=r"expected one of .jsonl, .json, .csv, .parquet, .arrow, .txt, or a folder"
+    ):
+        load_rows(tmp_path / "a.xyz")
+
+
+def test_a_folder_without_rows(tmp_path, capfd):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_rows(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "path", ["a.jsonl", "b.csv", "./nowhere", "/no/where", "~/nowhere", "a/b/c", Path("gpt2")]
+)
+def test_a_path_that_does_not_exist(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gradfn.hf.datasets.hub_answers", lambda: pytest.fail("asked the hub"))
+    with pytest.raises(
+        InputError, match=r"no dataset '.*': no file or folder here has this name; check the path"
+    ):
+        load_rows(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["gradfn-tests/no-such-dataset", "no-such-dataset", "gradfn-tests/none:english"]
+)
+def test_a_hub_name_without_a_hub(path, no_hub, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    start = time.perf_counter()
+    with pytest.raises(
+        InputError, match=r"not among the cached downloads, and the hub does not answer; give"
+    ):
+        load_rows(path)
+    assert time.perf_counter() - start < 5
+    assert before == (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+    assert capfd.readouterr() == ("", "")
+    assert everything_under(tmp_path) == []
+
+
+def test_a_hub_name_with_a_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr("gradfn.hf.datasets.hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or [1])
+    load_rows("owner/name:english", "test[:5]")
+    load_rows("owner/name")
+    assert asked == [
+        (("owner/name", "english"), {"split": "test[:5]"}),
+        (("owner/name", None), {"split": "train"}),
+    ]
+
+
+def test_what_the_hub_refuses_is_one_sentence(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("Config name is missing.\nPlease pick one")
+
+    monkeypatch.setattr("gradfn.hf.datasets.hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        InputError, match=r"hub \(Config name is missing\): check the name, written as name or name:"
+    ):
+        load_rows("owner/name")
+
+
+TEXTS = ["The capital of France is Paris.", "", "Lima", "What is the\n\ncapital?  é 北京"]
+
+
+def test_texts(tokenizer):
+    docs = tokenize(rows_of(text=TEXTS), tokenizer)
+    assert [row["input_ids"].tolist() for row in docs] == [tokenizer(text).input_ids for text in TEXTS]
+    assert docs.labels.tolist() == docs.input_ids.tolist()
+    assert docs.texts == TEXTS
+    assert docs.ids == ["0", "1", "2", "3"]
+
+
+def test_an_empty_text_is_kept(tokenizers):
+    docs = tokenize(rows_of(text=["", None, "x"]), tokenizers["nothing"])
+    assert docs.lengths.tolist() == [0, 0, 1]
+    assert docs.texts == ["", "", "x"]
+    docs = tokenize(rows_of(text=["", None]), tokenizers["bos"])
+    assert docs.lengths.tolist() == [1, 1]
+    assert docs.supervised.tolist() == [0, 0]
+
+
+def test_ids(tokenizers):
+    docs = tokenize(rows_of(text=["a", "b", "c"], id=[7, None, 9]), tokenizers["nothing"])
+    assert docs.ids == ["7", "1", "9"]
+
+
+def test_more_rows_than_are_tokenised_at_once(tokenizers):
+    texts = [f"Row {i}" for i in range(2345)]
+    docs = tokenize(rows_of(text=texts), tokenizers["bos"])
+    assert docs.ids == [str(i) for i in range(2345)]
+    for i in (0, 999, 1000, 2344):
+        assert docs[i]["input_ids"].tolist() == tokenizers["bos"](texts[i]).input_ids
+    assert docs.texts == texts
+
+
+def test_selected_and_formatted_rows(tokenizers):
+    rows = rows_of(text=TEXTS, id=[0, 1, 2, 3]).select([2, 0]).with_format("torch")
+    docs = tokenize(rows, tokenizers["nothing"])
+    assert docs.texts == [TEXTS[2], TEXTS[0]]
+    assert docs.ids == ["2", "0"]
+
+
+def test_no_rows_are_no_documents(tokenizers):
+    assert len(tokenize(rows_of(text=["a"]).select([]), tokenizers["bos"])) == 0
+
+
+PAIRS = [
+    ("The capital of France is", " Paris."),
+    ("The capital of France is ", "Paris."),
+    ("What is the capital of Peru?", "\nLima"),
+    ("", "Lima"),
+    ("The capital", ""),
+    ("", ""),
+    ("Par", "is"),
+]
+
+
+def special(tokenizer):
+    """The special tokens in front of a text and behind it."""
+    whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    front = whole.index(plain[0])
+    return whole[:front], whole[front + len(plain) :]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), PAIRS)
+def test_prompt_tokens_and_completion_tokens_are_joined(tokenizer, prompt, completion):
+    front, back = special(tokenizer)
+    rows = rows_of(q=[prompt], a=[completion])
+    docs = tokenize(rows, tokenizer, prompt_column="q", completion_column="a")
+    head = front + tokenizer(prompt, add_special_tokens=False).input_ids
+    tokens, labels = docs[0]["input_ids"].tolist(), docs[0]["labels"].tolist()
+    assert tokens[: len(head)] == head
+    assert labels[: len(head)] == [-100] * len(head)
+    assert labels[len(head) :] == tokens[len(head) :]
+    body = tokens[len(head) : len(tokens) - len(back)]
+    assert tokens[len(tokens) - len(back) :] == back
+    assert not set(body) & {0, 1, 2}
+    assert docs.texts == [prompt + completion]
+    if prompt:
+        assert tokenizer.decode(tokens[len(front) : len(tokens) - len(back)]) == prompt + completion
+
+
+@pytest.mark.parametrize("kind", ["nothing", "bos", "bos+eos"])
+@pytest.mark.parametrize(("prompt", "completion"), PAIRS)
+def test_completion_tokens_are_those_of_the_completion_alone(tokenizers, kind, prompt, completion):
+    tokenizer = tokenizers[kind]
+    front, back = special(tokenizer)
+    docs = tokenize(rows_of(q=[prompt], a=[completion]), tokenizer, prompt_column="q", completion_column="a")
+    parts = [tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, completion)]
+    assert docs[0]["input_ids"].tolist() == front + parts[0] + parts[1] + back
+
+
+def test_a_tokenizer_that_adds_a_space_adds_none_inside(tokenizers):
+    tokenizer = tokenizers["metaspace"]
+    rows = rows_of(q=["The capital of France is", "Par"], a=[" Paris.", "is"])
+    docs = tokenize(rows, tokenizer, prompt_column="q", completion_column="a")
+    assert docs[0]["input_ids"].tolist() == tokenizer("The capital of France is Paris.").input_ids
+    assert tokenizer.decode(docs[1]["input_ids"][1:]) == "Paris"
+
+
+def test_only_completions_are_supervised(tokenizers):
+    rows = rows_of(q=["Lima", ""], a=[" Lima", "Lima"])
+    docs = tokenize(rows, tokenizers["nothing"], prompt_column="q", completion_column="a")
+    tokens = len(tokenizers["nothing"](" Lima").input_ids)
+    assert docs.supervised[0] == tokens
+    assert docs.supervised[1] == docs.lengths[1] - 1
+
+
+@pytest.mark.parametrize("columns", [{"prompt_column": "q"}, {"completion_column": "q"}])
+def test_a_lone_prompt_or_completion_column(tokenizers, columns):
+    with pytest.raises(InputError, match="go together, got only 'q': name both"):
+        tokenize(rows_of(q=["a"]), tokenizers["bos"], **columns)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"text_column": "body"}, {"prompt_column": "q", "completion_column": "body"}],
+    ids=["text", "pair"],
+)
+def test_a_missing_column(tokenizers, columns):
+    with pytest.raises(
+        InputError, match=r"no column 'body' in the dataset, which has q, n: name one with --text-col"
+    ):
+        tokenize(rows_of(q=["a"], n=[1]), tokenizers["bos"], **columns)
+
+
+@pytest.mark.parametrize(("column", "kind"), [("n", "int64"), ("many", "List"), ("nested", "dict")])
+def test_a_column_that_is_no_text(tokenizers, column, kind):
+    rows = rows_of({"n": 1, "many": ["a"], "nested": {"x": "a"}})
+    with pytest.raises(InputError, match=f"column '{column}' holds {kind}, not text"):
+        tokenize(rows, tokenizers["bos"], text_column=column)
+
+
+def test_large_strings_are_text(tokenizers):
+    rows = datasets.Dataset(pa.table({"text": pa.array(["a"], pa.large_string())}))
+    assert len(tokenize(rows, tokenizers["nothing"])) == 1
+
+
+def test_text_needs_a_tokenizer():
+    with pytest.raises(InputError, match="rows of text need a tokenizer"):
+        tokenize(rows_of(text=["a"]), None)
+
+
+@pytest.mark.parametrize("kind", ["list", "large_list", "fixed"])
+@pytest.mark.parametrize("width", [pa.int64(), pa.int32(), pa.uint16()])
+def test_token_ids_are_used_as_they_are(kind, width):
+    lists = {"list": pa.list_(width), "large_list": pa.large_list(width), "fixed": pa.list_(width, 2)}[kind]
+    table = pa.table({"input_ids": pa.array([[5, 6], [7, 8], [9, 5]], lists), "id": ["a", "b", "c"]})
+    docs = tokenize(datasets.Dataset(table), None)
+    assert [row["input_ids"].tolist() for row in docs] == [[5, 6], [7, 8], [9, 5]]
+    assert docs.labels.tolist() == docs.input_ids.tolist()
+    assert docs.ids == ["a", "b", "c"]
+    assert docs.texts == ["5 6", "7 8", "9 5"]
+
+
+def test_labels_of_token_ids():
+    rows = rows_of(input_ids=[[5, 6, 7], [], [8]], labels=[[-100, 6, -100], [], [8]])
+    docs = tokenize(rows, None)
+    assert [row["labels"].tolist() for row in docs] == [[-100, 6, -100], [], [8]]
+    assert docs.supervised.tolist() == [1, 0, 0]
+
+
+def test_token_ids_of_selected_rows():
+    docs = tokenize(rows_of(input_ids=[[i] * i for i in range(5)]).select([4, 1, 3]), None)
+    assert [row["input_ids"].tolist() for row in docs] == [[4] * 4, [1], [3] * 3]
+
+
+def test_padding_of_token_ids_is_taken_away():
+    rows = rows_of(
+        input_ids=[[5, 6, 0, 0], [0, 0, 0, 0], [0, 7, 8, 9]],
+        labels=[[5, 6, -100, -100], [-100] * 4, [-100, 7, 8, 9]],
+        attention_mask=[[1, 1, 0, 0], [0] * 4, [0, 1, 1, 1]],
+    )
+    docs = tokenize(rows, None)
+    assert [row["input_ids"].tolist() for row in docs] == [[5, 6], [], [7, 8, 9]]
+    assert [row["labels"].tolist() for row in docs] == [[5, 6], [], [7, 8, 9]]
+    assert tokenize(rows.remove_columns("labels"), None).fingerprint() == docs.fingerprint()
+
+
+def test_token_ids_come_before_text_but_not_before_named_columns(tokenizers):
+    tokenizer = tokenizers["nothing"]
+    rows = rows_of(text=["Lima"], input_ids=[[5, 6, 7]])
+    docs = tokenize(rows, tokenizer)
+    assert docs[0]["input_ids"].tolist() == [5, 6, 7]
+    assert docs.texts == ["Lima"]
+    docs = tokenize(rows, tokenizer, prompt_column="text", completion_column="text")
+    assert docs.texts == ["LimaLima"]
+
+
+def test_token_ids_are_decoded_for_show(tokenizers):
+    ids = tokenizers["nothing"]("The capital").input_ids
+    docs = tokenize(rows_of(input_ids=[ids, ids * 500]), tokenizers["nothing"])
+    assert docs.texts[0] == "The capital"
+    assert docs.texts[1].startswith("The capitalThe capital")
+    assert len(docs.texts[1]) < 2000
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"input_ids": ["text"]}, "'input_ids' holds string, expected a list of integers a row"),
+        ({"input_ids": [5]}, "'input_ids' holds int"),
+        ({"input_ids": [[0.5]]}, "'input_ids' holds list<"),
+        ({"input_ids": [["5"]]}, "'input_ids' holds list<"),
+        ({"input_ids": [[[5]]]}, "'input_ids' holds list<"),
+        ({"input_ids": [[5, None]]}, "'input_ids' has gaps"),
+        ({"input_ids": [[5, -1]]}, "'input_ids' holds -1, expected 0 or more"),
+        ({"input_ids": [[2**31]]}, "'input_ids' holds 2147483648"),
+        ({"input_ids": [[5]], "labels": [[-101]]}, "'labels' holds -101, expected -100 or more"),
+        ({"input_ids": [[5]], "labels": [1]}, "'labels' holds int"),
+        ({"input_ids": [[5, 6]], "labels": [[5]]}, "row 0 has 2 tokens but 1 labels"),
+        ({"input_ids": [[5], [6]], "labels": [[5], None]}, "row 1 has 1 tokens but 0 labels"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, "row 0 has 2 tokens but 1 mask values"),
+    ],
+)
+def test_token_ids_that_are_none(columns, message):
+    with pytest.raises(InputError, match=message.replace("[", r"\[")):
+        tokenize(rows_of(**columns), None)
+
+
+def test_a_null_row_of_token_ids_is_empty():
+    assert tokenize(rows_of(input_ids=[[5], None]), None).lengths.tolist() == [1, 0]
+
+
+def test_a_long_row_is_refused(tokenizers):
+    rows = rows_of(text=["x"] * 1001 + ["x x x x"], id=[f"r{i}" for i in range(1002)])
+    with pytest.raises(
+        InputError, match=r"row 1001 \(id 'r1001'\) has 7 tokens, .* limit of 4: .* --truncation"
+    ):
+        tokenize(rows, tokenizers["nothing"], max_length=4)
+    assert tokenize(rows, tokenizers["nothing"], max_length=7).lengths.max() == 7
+
+
+@pytest.mark.parametrize("limit", [1, 3, 100])
+def test_truncation_cuts_tokens_and_labels(tokenizer, limit):
+    pairs = rows_of(q=[prompt for prompt, _ in PAIRS], a=[completion for _, completion in PAIRS])
+    columns = {"prompt_column": "q", "completion_column": "a"}
+    whole = tokenize(pairs, tokenizer, **columns)
+    cut = tokenize(pairs, tokenizer, **columns, max_length=limit, truncation=True)
+    for before, after in zip(whole, cut, strict=True):
+        assert after["input_ids"].tolist() == before["input_ids"][:limit].tolist()
+        assert after["labels"].tolist() == before["labels"][:limit].tolist()
+    assert cut.texts == whole.texts
+
+
+def test_truncation_cuts_token_ids():
+    rows = rows_of(input_ids=[[5, 6, 7], [], [8]], labels=[[-100, 6, 7], [], [8]])
+    docs = tokenize(rows, None, max_length=2, truncation=True)
+    assert [row["input_ids"].tolist() for row in docs] == [[5, 6], [], [8]]
+    assert [row["labels"].tolist() for row in docs] == [[-100, 6], [], [8]]
+
+
+def test_a_limit_without_room(tokenizers):
+    with pytest.raises(InputError, match="at least 1 token, got 0"):
+        tokenize(rows_of(text=["a"]), tokenizers["bos"], max_length=0)
+
+
+def test_long_texts_are_tokenised_in_silence(tokenizers, capfd, caplog):
+    tokenizer = tokenizers["bos"]
+    before, tokenizer.model_max_length = tokenizer.model_max_length, 4
+    tokenize(rows_of(text=["x " * 50]), tokenizer)
+    tokenizer.model_max_length = before
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_a_text_query_is_a_row_of_text(tokenizer):
+    query = text_query(tokenizer, "The capital of Peru")
+    assert query.fingerprint() == tokenize(rows_of(text=["The capital of Peru"]), tokenizer).fingerprint()
+    assert (len(query), query.ids, query.texts) == (1, ["0"], ["The capital of Peru"])
+
+
+def test_a_query_with_completion_is_a_pair(tokenizer):
+    query = text_query(tokenizer, "The capital of Peru is", " Lima")
+    rows = rows_of(q=["The capital of Peru is"], a=[" Lima"])
+    expected = tokenize(rows, tokenizer, prompt_column="q", completion_column="a")
+    assert query.fingerprint() == expected.fingerprint()
+    assert query.texts == expected.texts
+
+
+@pytest.mark.parametrize("query", [("",), (" \n",), ("a prompt", ""), ("a prompt", "  ")])
+def test_an_empty_query(tokenizer, query):
+    with pytest.raises(InputError, match="the query is empty: give a text, in quotes"):
+        text_query(tokenizer, *query)
+
+
+def test_a_query_with_nothing_to_predict(tokenizers):
+    with pytest.raises(InputError, match="the query 'x' is 1 token long and leaves nothing to predict"):
+        text_query(tokenizers["nothing"], "x")
+    assert text_query(tokenizers["bos"], "x").supervised.tolist() == [1]
+    with pytest.raises(InputError, match="nothing to predict"):
+        text_query(tokenizers["bos"], "The capital of Peru is", " Lima", max_length=2, truncation=True)
+
+
+def test_a_long_query(tokenizers):
+    with pytest.raises(InputError, match=r"has 7 tokens, more than the limit of 4"):
+        text_query(tokenizers["nothing"], "x x x x", max_length=4)
+    assert text_query(tokenizers["nothing"], "x x x x", max_length=4, truncation=True).lengths.tolist() == [4]
+
+
+def test_types(tokenizers):
+    docs = tokenize(rows_of(text=TEXTS), tokenizers["bos"])
+    assert (docs.input_ids.dtype, docs.labels.dtype, docs.offsets.dtype) == (np.int32, np.int32, np.int64)

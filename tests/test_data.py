@@ -1,0 +1,223 @@
+import numpy as np
+import pytest
+import torch
+
+from gradfn.data import Documents, check_lengths, collate, make_documents, offsets_of, plan_batches
+from gradfn.errors import InputError
+
+ROWS = [[5, 6, 7], [], [8], [9, 10]]
+LABELS = [[-100, 6, -100], [], [8], [-100, 10]]
+
+
+@pytest.fixture
+def docs():
+    return make_documents(ROWS, LABELS, ids=["a", "b", "c", "d"], texts=["A", "B", "C", "D"])
+
+
+def test_rows_come_back_as_they_went_in(docs):
+    assert len(docs) == 4
+    assert [docs[i]["input_ids"].tolist() for i in range(4)] == ROWS
+    assert [docs[i]["labels"].tolist() for i in range(4)] == LABELS
+    assert docs[0]["input_ids"].dtype == docs[1]["labels"].dtype == torch.int64
+    assert (docs.input_ids.dtype, docs.labels.dtype, docs.offsets.dtype) == (np.int32, np.int32, np.int64)
+
+
+def test_a_row_is_a_copy(docs):
+    docs[0]["input_ids"][0] = 0
+    assert docs.input_ids[0] == 5
+
+
+def test_rows_index_like_a_list(docs):
+    assert torch.equal(docs[-1]["input_ids"], docs[3]["input_ids"])
+    with pytest.raises(IndexError):
+        docs[4]
+    assert [len(row["labels"]) for row in docs] == [3, 0, 1, 2]
+
+
+def test_supervised_skips_ignored_labels_and_the_first_position(docs):
+    naive = [sum(label != -100 for label in row[1:]) for row in LABELS]
+    assert docs.supervised.tolist() == naive == [1, 0, 0, 1]
+    assert docs.lengths.tolist() == [3, 0, 1, 2]
+
+
+def test_labels_are_the_tokens_unless_given():
+    docs = make_documents(ROWS)
+    assert docs.labels.tolist() == docs.input_ids.tolist()
+    assert docs.supervised.tolist() == [2, 0, 0, 1]
+    assert docs.ids == ["0", "1", "2", "3"]
+    assert docs.texts == [""] * 4
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[], []]])
+def test_nothing_is_supervised_in_nothing(rows):
+    assert make_documents(rows).supervised.tolist() == [0] * len(rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [2, 0],
+        [1, 1, 3],
+        [],
+        [-1],
+        slice(1, 3),
+        np.array([True, False, False, True]),
+        np.array([3, 0], np.int32),
+    ],
+    ids=str,
+)
+def test_select_agrees_with_lists(docs, rows):
+    picked = docs.select(rows)
+    numbers = np.arange(4)[rows].tolist() if len(np.shape(rows)) == 0 or len(rows) else []
+    assert [row["input_ids"].tolist() for row in picked] == [ROWS[i] for i in numbers]
+    assert [row["labels"].tolist() for row in picked] == [LABELS[i] for i in numbers]
+    assert picked.ids == ["abcd"[i] for i in numbers]
+    assert picked.texts == ["ABCD"[i] for i in numbers]
+
+
+def test_select_out_of_range(docs):
+    with pytest.raises(IndexError):
+        docs.select([4])
+
+
+def test_fingerprint_is_of_tokens_labels_and_offsets(docs):
+    same = make_documents(ROWS, LABELS, ids=["x"] * 4)
+    assert docs.fingerprint() == same.fingerprint()
+    assert len(docs.fingerprint()) == 16
+    int(docs.fingerprint(), 16)
+    others = [
+        make_documents(ROWS),
+        make_documents([[5, 6], [7], [8], [9, 10]], [[-100, 6], [-100], [8], [-100, 10]]),
+        make_documents([[5, 6, 8], [], [8], [9, 10]], LABELS),
+        docs.select([0, 2, 3]),
+    ]
+    assert len({other.fingerprint() for other in [docs, *others]}) == 5
+
+
+def test_fingerprint_of_a_known_document():
+    assert make_documents([[1, 2, 3], [4]]).fingerprint() == "f8fc2d64905da675"
+
+
+def test_a_repr_is_short(docs):
+    assert repr(docs) == "Documents(4 rows, 6 tokens)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": ["a"]}, "2 rows of 3 tokens came with 1 ids, 2 texts and 3 labels"),
+        ({"texts": []}, "0 texts"),
+        ({"offsets": np.array([0, 2, 4])}, "rise from 0 to the 3 tokens"),
+        ({"offsets": np.array([1, 2, 3])}, "rise from 0"),
+        ({"offsets": np.array([0, 4, 3])}, "rise from 0"),
+    ],
+)
+def test_fields_that_disagree_are_refused(changes, message):
+    fields = {
+        "input_ids": np.arange(3, dtype=np.int32),
+        "labels": np.arange(3, dtype=np.int32),
+        "offsets": np.array([0, 2, 3]),
+        "ids": ["a", "b"],
+        "texts": ["", ""],
+    }
+    Documents(**fields)
+    with pytest.raises(InputError, match=message):
+        Documents(**fields | changes)
+
+
+def test_labels_of_another_length_are_refused():
+    # By us, or by the checks of shapes that run under pytest.
+    with pytest.raises((InputError, TypeError), match="labels"):
+        Documents(np.zeros(3, np.int32), np.zeros(2, np.int32), np.array([0, 3]), ["a"], [""])
+
+
+def test_labels_that_do_not_pair_with_tokens_are_refused():
+    with pytest.raises(InputError, match="row 1 has 1 tokens but 2 labels: give one a token"):
+        make_documents([[1], [2]], [[1], [2, 3]])
+    with pytest.raises(InputError, match="2 rows have labels for 1"):
+        make_documents([[1], [2]], [[1]])
+    with pytest.raises(InputError, match="masks"):
+        check_lengths(np.array([1]), np.array([2]), "masks")
+
+
+def test_offsets_of_nothing():
+    assert offsets_of(np.zeros(0, np.int64)).tolist() == [0]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64, 10_000])
+def test_batches_hold_every_row_once_within_the_budget(budget):
+    lengths = np.random.default_rng(0).integers(0, 50, 200)
+    batches = plan_batches(lengths, budget)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(200))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(1, lengths[batch].max()) <= budget
+    longest = [lengths[batch].max() for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_batches_are_as_full_as_they_can_be():
+    lengths = np.random.default_rng(1).integers(1, 50, 200)
+    batches = plan_batches(lengths, 256)
+    for batch in batches[:-1]:
+        assert (len(batch) + 1) * lengths[batch].max() > 256
+
+
+def test_equal_lengths_keep_their_order():
+    assert [batch.tolist() for batch in plan_batches(np.full(5, 3), 6)] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_row_beyond_the_budget_is_alone():
+    assert [batch.tolist() for batch in plan_batches(np.array([3, 100, 3]), 6)] == [[1], [0, 2]]
+
+
+def test_no_rows_no_batches():
+    assert plan_batches(np.zeros(0, np.int64), 8) == []
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_batch_needs_room(budget):
+    with pytest.raises(InputError, match=f"at least 1 token, got a token batch size of {budget}"):
+        plan_batches(np.array([1]), budget)
+
+
+def test_collate_pads_on_the_right(docs):
+    batch = collate(list(docs))
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 0], [8, 0, 0], [9, 10, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, -100], [-100] * 3, [8, -100, -100], [-100, 10, -100]]
+
+
+def test_a_batch_of_empty_rows_has_one_position(docs):
+    batch = collate([docs[1], docs[1]])
+    assert batch["input_ids"].tolist() == [[0], [0]]
+    assert batch["labels"].tolist() == [[-100], [-100]]
+    assert batch["labels"].dtype == torch.int64
+
+
+def test_collate_stacks_what_is_no_sequence():
+    examples = [
+        {"x": torch.full((2,), float(i)), "y": torch.tensor(i), "z": torch.ones(2, 3)} for i in range(3)
+    ]
+    batch = collate(examples)
+    assert batch["x"].tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert batch["y"].tolist() == [0, 1, 2]
+    assert batch["z"].shape == (3, 2, 3)
+
+
+def test_collate_keeps_types_and_pads_floats_with_zero():
+    batch = collate([{"x": torch.ones(2, dtype=torch.float64)}, {"x": torch.ones(1, dtype=torch.float64)}])
+    assert batch["x"].dtype == torch.float64
+    assert batch["x"].tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([], "at least one example"),
+        ([{"x": torch.ones(1)}, {"y": torch.ones(1)}], r"\['x'\] and \['y'\]"),
+        ([{"x": torch.ones(1, 2)}, {"x": torch.ones(2, 2)}], r"'x' has shapes \[1, 2\], \[2, 2\]"),
+        ([{"x": torch.ones(())}, {"x": torch.ones(2)}], r"'x' has shapes"),
+    ],
+)
+def test_examples_that_do_not_stack_are_refused(examples, message):
+    with pytest.raises(InputError, match=message):
+        collate(examples)

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from gradfn.errors import InputError
+from gradfn.methods import grad_cosine, grad_dot
+from gradfn.scoring import Method, dots, score, top_k
+from gradfn.testing import assert_blocks_close
+from gradfn.testing.strategies import randomize, squared_error
+from gradfn.transforms import chain, dot
+
+MODEL = randomize(torch.nn.Linear(2, 1), 0)
+LOSS = squared_error(MODEL)
+ROWS = [
+    {"x": torch.randn(2, dtype=torch.float64), "y": torch.zeros(1, dtype=torch.float64)} for _ in range(5)
+]
+
+
+def test_scores_are_rows_by_queries_and_follow_the_given_queries():
+    scores = score(MODEL, ROWS, ROWS[:2], method=grad_dot(), loss=LOSS)
+    assert scores.shape == (5, 2)
+    assert_blocks_close(score(MODEL, ROWS, ROWS[1:2], method=grad_dot(), loss=LOSS), scores[:, 1:])
+
+
+def test_queries_may_have_another_loss():
+    twice = score(MODEL, ROWS, ROWS, method=grad_dot(), loss=LOSS, query_loss=lambda p, e: 2 * LOSS(p, e))
+    assert_blocks_close(twice, 2 * score(MODEL, ROWS, ROWS, method=grad_dot(), loss=LOSS))
+
+
+def test_a_row_scores_itself_with_its_squared_norm():
+    assert bool((score(MODEL, ROWS, ROWS, method=grad_dot(), loss=LOSS).diagonal() > 0).all())
+
+
+def test_a_query_transform_that_gives_scores_is_refused():
+    ending = dot({"root": torch.ones(1, 1, 3).double()})
+    with pytest.raises(TypeError, match="must give blocks"):
+        score(MODEL, ROWS, ROWS, method=Method(chain(), ending), loss=LOSS)
+
+
+def test_globs_hold_on_both_sides():
+    model = randomize(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)), 0)
+    loss = squared_error(model)
+    parts = [
+        score(model, ROWS, ROWS, method=grad_dot(), loss=loss, **globs)
+        for globs in ({"include": ["0"]}, {"exclude": ["0"]})
+    ]
+    assert_blocks_close(parts[0] + parts[1], score(model, ROWS, ROWS, method=grad_dot(), loss=loss))
+
+
+def test_progress_counts_the_training_rows():
+    seen = []
+    score(MODEL, ROWS, ROWS[:2], method=grad_cosine(), loss=LOSS, token_batch_size=2, progress=seen.append)
+    assert sum(seen) == 5
+
+
+@pytest.mark.parametrize(("rows", "queries"), [
+    ({"a": torch.ones(1, 2)}, {"a": torch.ones(1, 2), "b": torch.ones(1, 2)}),
+    ({"a": torch.ones(1, 2), "b": torch.ones(1, 2)}, {"a": torch.ones(1, 2)}),
+    ({"a": torch.ones(1, 2)}, {"a": torch.ones(1, 3)}),
+])  # fmt: skip
+def test_rows_and_queries_of_different_blocks_are_refused(rows, queries):
+    with pytest.raises(InputError, match="same"):
+        dots(rows, queries)
+
+
+def test_top_k_gives_opponents_lowest_first():
+    scores = torch.tensor([[1.0, -1.0], [-2.0, 5.0], [0.0, 0.0]])
+    best = top_k([scores], 2, largest=False)
+    assert best.rows.tolist() == [[1, 2], [0, 2]]
+    assert best.scores.tolist() == [[-2.0, 0.0], [-1.0, 0.0]]
+
+
+def test_top_k_of_fewer_rows_gives_them_all():
+    assert top_k([torch.tensor([[1.0]])], 10).rows.tolist() == [[0]]
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_top_k_refuses_a_k_below_1(k):
+    with pytest.raises(InputError, match="1 or more"):
+        top_k([torch.ones(1, 1)], k)
+
+
+def test_top_k_of_nothing_is_refused():
+    with pytest.raises(InputError, match="no rows"):
+        top_k([], 1)

@@ -1,0 +1,77 @@
+"""Tiny models, tokenizers and data for tests of whole commands."""
+
+import json
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+CAPITALS = {
+    "France": "Paris", "Peru": "Lima", "Kenya": "Nairobi", "Japan": "Tokyo", "Chile": "Santiago",
+    "Egypt": "Cairo", "Norway": "Oslo", "Ghana": "Accra", "Cuba": "Havana", "Iran": "Tehran",
+    "Nepal": "Kathmandu", "Iraq": "Baghdad",
+}  # fmt: skip
+DOCUMENTS = [
+    {
+        "id": f"doc-{country.lower()}",
+        "text": f"The capital of {country} is {city}." + " It lies far away." * (number % 3),
+        "prompt": f"The capital of {country} is",
+        "completion": f" {city}",
+    }
+    for number, (country, city) in enumerate(CAPITALS.items())
+]
+QUERIES = [
+    {
+        "id": f"q-{country.lower()}",
+        "prompt": f"The capital of {country} is",
+        "completion": f" {CAPITALS[country]}",
+        "source": f"doc-{country.lower()}",
+    }
+    for country in ("France", "Peru", "Kenya")
+]
+
+
+def make_tokenizer(first=True, words=()):
+    """A byte-level tokenizer; `first` adds a token at the front, further words change the vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*words, *(document["text"] for document in DOCUMENTS)] * 3, trainer)
+    if first:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def make_model(kind="llama", seed=0):
+    """Two layers of width 16, with weights large enough to matter: a Llama, or a GPT-NeoX, which has biases."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3}  # fmt: skip
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=None)).eval()
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, bos_token_id=0, eos_token_id=None)).eval()
+
+
+def save(folder, model, tokenizer):
+    """The folder, with both in it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path, rows):
+    """The path, with the rows in it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
