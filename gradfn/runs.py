@@ -376,6 +376,21 @@ def _ends_in_unit_norm(settings: Settings) -> bool:
     return bool(stages) and stages[-1]["transform"] == "UnitNormalize"
 
 
+def open_gradients(run: str | Path) -> Store:
+    """Open a store of gradients, `open_store` for what `build` and `reduce` write.
+
+    Raises:
+        InputError: also where the file holds something else.
+    """
+    store = open_store(run)
+    if not store.names(GRADIENTS) or "transform" not in store.settings:
+        raise InputError(
+            f"{store.path} holds {store.header.kind}, not gradients and how they were made: "
+            "give a store that build or reduce wrote"
+        )
+    return store
+
+
 def read_gradients(store: Store, start: int = 0, stop: int | None = None) -> Blocks:
     """Read rows of a store as blocks."""
     names = store.names(GRADIENTS)

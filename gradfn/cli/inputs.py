@@ -21,9 +21,8 @@ from gradfn.hf.models import (
     tokenizer_fingerprint,
 )
 from gradfn.losses import CausalLMLoss, causal_lm_loss
-from gradfn.runs import ends_in_unit_norm, read_gradients, refuse_mismatch
+from gradfn.runs import ends_in_unit_norm, open_gradients, read_gradients, refuse_mismatch
 from gradfn.scoring import Method
-from gradfn.store import open_store
 from gradfn.stream import collect
 from gradfn.transforms import Transform, unit_normalize
 from gradfn.types import Blocks
@@ -147,7 +146,7 @@ def query_rows(options: Options, split: str = "train") -> Any | None:
     if completion is not None and (query is None or is_dataset(query)):
         raise InputError("--completion follows a text: give that text in quotes with --query")
     if query is None:
-        open_store(options["query_path"])
+        open_gradients(options["query_path"])
         return None
     if not query.strip() and not completion:
         raise InputError("--query is empty: give a text in quotes, or a dataset")
@@ -216,7 +215,7 @@ def _sources(rows: Any | None) -> list[str | None]:
 
 
 def _stored_queries(path: str, transform: Transform, wanted: dict[str, Any]) -> Queries:
-    with open_store(path) as store:
+    with open_gradients(path) as store:
         refuse_mismatch(store.settings, wanted, f"the query gradients in {path}")
         gradients = read_gradients(store)
         ids, texts = list(store.read("rows/id")), list(store.read("rows/text"))

@@ -9,8 +9,8 @@ from gradfn.cli import inputs
 from gradfn.cli.score import check_top, show_all
 from gradfn.cli.show import check_exports, console, count, facts
 from gradfn.errors import InputError
-from gradfn.runs import ends_in_unit_norm, refuse_mismatch, stored_scores, transform_of
-from gradfn.store import Store, open_store
+from gradfn.runs import ends_in_unit_norm, open_gradients, refuse_mismatch, stored_scores, transform_of
+from gradfn.store import Store
 from gradfn.transforms import chain, unit_normalize
 
 
@@ -41,8 +41,6 @@ class StoredTexts(Sequence[str]):
 
 def _recorded_model(run: str, settings: inputs.Options) -> str:
     """Where the store says its model is, if it is still there."""
-    if "transform" not in settings or "model" not in settings:
-        raise InputError(f"{run} does not say how its gradients were made: give a store that build wrote")
     path = settings["model"].get("path")
     if path is None:
         raise InputError(f"{run} does not say where its model is: give --model")
@@ -56,7 +54,7 @@ def run_query(**options: Any) -> None:
     check_top(options["top"])
     check_exports([options["csv"], options["jsonl"], options["parquet"]], options["overwrite"])
     query_rows = inputs.query_rows(options, options["split"])
-    with open_store(options["store"]) as store:
+    with open_gradients(options["store"]) as store:
         settings = store.settings
         path = options["model"] or _recorded_model(options["store"], settings)
         stored = transform_of(settings)

@@ -37,9 +37,14 @@ def gradfn(*arguments):
     return Result(status, out.getvalue(), err.getvalue())
 
 
-@pytest.fixture(autouse=True)
-def no_terminal(monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
+@pytest.fixture(scope="session", autouse=True)
+def no_terminal():
+    """The width is fixed, and a slow machine gets no lines of progress."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)
+        patch.setattr("gradfn.cli.show.QUIET_BELOW_S", float("inf"))
+        patch.setattr("gradfn.cli.show.PLAIN_EVERY_S", float("inf"))
+        yield
 
 
 @pytest.fixture(scope="session")

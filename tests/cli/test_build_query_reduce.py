@@ -1,9 +1,9 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -131,9 +131,7 @@ def test_query_takes_the_precision_of_the_store(ok, command, model, corpus, tmp_
 
 
 def test_query_when_the_model_has_moved(ok, command, model, corpus, tmp_path):
-    (tmp_path / "old").symlink_to(model)
-    there = (tmp_path / "copy").resolve()
-    subprocess.run(["cp", "-r", model, there], check=True)
+    there = Path(shutil.copytree(model, tmp_path / "copy")).resolve()
     ok("build", tmp_path / "run", "--model", there, "--dataset", corpus)
     there.rename(tmp_path / "moved")
     result = command("query", tmp_path / "run", *ASK)
@@ -171,7 +169,6 @@ def test_rows_with_odd_text_are_stored(ok, model, tmp_path):
     found = everything_in(tmp_path / "run")
     assert found["rows/text"].tolist() == ["ends in NUL", *texts[1:]]
     assert found["rows/zero"].tolist() == [False, True, False, False, False]
-    assert "4 proponent" not in ok("query", tmp_path / "run", *ASK, "--top", 5)
 
 
 def test_info(ok, store, model, corpus, tmp_path):
@@ -229,4 +226,3 @@ def test_a_killed_build_resumes_and_gives_the_same_bits(ok, model, corpus, tmp_p
     after = {path.name: path.stat().st_mtime_ns for path in (killed / "segments").iterdir()}
     assert done.items() <= after.items()
     assert all(name.endswith(".h5") for name in after)
-    assert time.time_ns() > max(after.values())

@@ -133,13 +133,16 @@ def test_check_exports(tmp_path):
         check_exports([tmp_path / "a", None, tmp_path / "a"], overwrite=True)
 
 
-def test_progress_without_a_terminal_is_silent_when_short(capsys):
+def test_progress_without_a_terminal_is_silent_when_short(capsys, monkeypatch):
+    monkeypatch.setattr("gradfn.cli.show.QUIET_BELOW_S", 2.0)
     with progress_bar("gradients", 10) as progress:
         progress(10)
     assert capsys.readouterr() == ("", "")
 
 
 def test_progress_without_a_terminal_is_lines_when_long(capsys, monkeypatch):
+    monkeypatch.setattr("gradfn.cli.show.QUIET_BELOW_S", 2.0)
+    monkeypatch.setattr("gradfn.cli.show.PLAIN_EVERY_S", 10.0)
     now = iter([0.0, 4.0, 12.0, 13.0, 26.0, 26.0])
     monkeypatch.setattr("gradfn.cli.show.time.monotonic", lambda: next(now))
     with progress_bar("gradients", 400) as progress:

@@ -1,0 +1,401 @@
+"""Every bad input is one sentence with a remedy, status 2 (1 for the disk), and nothing is made or lost."""
+
+import errno
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+from tiny import DOCUMENTS, make_model, make_tokenizer, save, write_jsonl
+
+import gradfn as gf
+
+ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
+HUB = "no file or folder here has this name; check the path"
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def refused(command, tmp_path, monkeypatch):
+    """Run a command that must be refused with these words and leave everything as it was."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(words, *arguments, status=2):
+        before = files_in(tmp_path), sorted(tmp_path.rglob("*"))
+        result = command(*arguments)
+        assert result.err.count("\n") == 1, result.err
+        assert re.search(words, result.err), result.err
+        assert result.err.startswith("gradfn: ")
+        assert "gradfn's fault" not in result.err
+        assert result.status == status
+        assert (files_in(tmp_path), sorted(tmp_path.rglob("*"))) == before
+        return result
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    def write(*rows, name="data.jsonl"):
+        return write_jsonl(tmp_path / name, rows)
+
+    return write
+
+
+# --- options that do not fit, found before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--query", "a b", "--query-path", "x"], "give one of --query .* and --query-path"),
+        ([], "give one of --query .* and --query-path"),
+        (["--query-path", "x", "--completion", "y"], "--completion follows a text"),
+        (["--query", "q.csv", "--completion", "y"], "--completion follows a text"),
+        (["--query", ""], "--query is empty: give a text in quotes, or a dataset"),
+        (["--query", " \n "], "--query is empty"),
+        (["--query", "a\udcff b"], "not valid UTF-8"),
+        (["--query", "missing.jsonl"], rf"no dataset 'missing.jsonl': {HUB}"),
+        (["--query", "MISSING.CSV"], rf"no dataset 'MISSING.CSV': {HUB}"),
+        (["--query-path", "no-store"], "no-store does not exist: give the directory of a run"),
+        (["--query", "a b", "--top", "0"], "--top must be 1 or more, not 0"),
+        (["--query", "a b", "--top", "-3"], "--top must be 1 or more, not -3"),
+        (["--query", "a b", "--token-batch-size", "0"], "--token-batch-size must be 1 or more, not 0"),
+        (["--query", "a b", "--projection-dim", "-1"], "projection dimension must be 0 .* or more, not -1"),
+        (
+            ["--query", "a b", "--csv", "no/t.csv"],
+            "cannot write no/t.csv: give a file in a folder that exists",
+        ),
+        (["--query", "a b", "--jsonl", "."], "cannot write .*: give a file in a folder that exists"),
+        (["--query", "a b", "--csv", "t", "--parquet", "t"], "two exports have the same path"),
+        (["--query", "a b", "--method", "grad_dot", "--unit-normalize"], "without unit norm: leave out"),
+    ],
+)
+def test_options_of_score(refused, model, corpus, changes, words):
+    refused(words, "score", "run", "--model", model, "--dataset", corpus, *changes)
+
+
+@pytest.mark.parametrize("name", ["build", "reduce"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--projection-dim", "-1"], "projection dimension must be 0 .* or more, not -1"),
+        (["--token-batch-size", "-5"], "--token-batch-size must be 1 or more, not -5"),
+    ],
+)
+def test_options_of_build(refused, model, corpus, name, changes, words):
+    refused(words, name, "run", "--model", model, "--dataset", corpus, *changes)
+
+
+@pytest.mark.parametrize("name", ["score", "build", "reduce"])
+def test_model_or_dataset_is_lacking(refused, model, corpus, name):
+    query = ASK if name == "score" else ()
+    refused("no --dataset", name, "run", "--model", model, *query)
+    refused("no --model", name, "run", "--dataset", corpus, *query)
+
+
+@pytest.mark.parametrize("name", ["score", "build", "reduce"])
+def test_a_run_that_is_a_file(refused, model, corpus, tmp_path, name):
+    (tmp_path / "run").write_text("mine")
+    refused("'run' is not the directory of a run", name, "run", "--model", model, "--dataset", corpus)
+    refused("'' is not the directory of a run", name, "", "--model", model, "--dataset", corpus)
+
+
+def test_an_export_is_not_replaced_unasked(refused, ok, model, corpus, tmp_path):
+    (tmp_path / "t.csv").write_text("mine")
+    arguments = ("score", "--model", model, "--dataset", corpus, *ASK, "--csv", "t.csv")
+    refused("t.csv exists: give another name, or --overwrite to replace it", *arguments)
+    ok(*arguments, "--overwrite")
+    assert (tmp_path / "t.csv").read_text().startswith("query,side")
+
+
+# --- models and datasets
+
+
+def test_models_that_are_none(refused, corpus, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for model, words in (("./no/model", HUB), ("empty", "folder empty holds no model: expected config.json")):
+        refused(words, "score", "run", "--model", model, "--dataset", corpus, *ASK)
+        refused(words, "build", "run", "--model", model, "--dataset", corpus)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(refused, model, corpus):
+    words = "device 'cuda' cannot be used here .*: try --device cpu"
+    refused(words, "build", "run", "--model", model, "--dataset", corpus, "--device", "cuda")
+
+
+def test_datasets_that_are_none(refused, model, data, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    data({"body": "a text", "n": 1}, name="columns.jsonl")
+    for path, words in (
+        ("missing.jsonl", HUB),
+        ("empty.jsonl", "empty.jsonl' is an empty file: give one with rows"),
+        ("columns.jsonl", "no column 'text' in the dataset, which has body, n: name one with --text-column"),
+    ):
+        refused(words, "build", "run", "--model", model, "--dataset", path)
+    path = tmp_path / "columns.jsonl"
+    refused(
+        "no column 'x' .* body, n", "build", "run", "--model", model, "--dataset", path, "--text-column", "x"
+    )
+    refused("column 'n' holds int64, not text", "build", "run", "--model", model, "--dataset", path,
+            "--text-column", "n")  # fmt: skip
+    refused("go together, got only 'body'", "build", "run", "--model", model, "--dataset", path,
+            "--prompt-column", "body")  # fmt: skip
+    refused("has no split 'test': it has train", "build", "run", "--model", model, "--dataset", path,
+            "--split", "test")  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--include", "--exclude"])
+def test_globs_that_leave_nothing(refused, model, corpus, flag):
+    glob = "*nothing*" if flag == "--include" else "*"
+    words = r"no linear layer is left .* the model's linear layers are model.layers.0.self_attn.q_proj"
+    refused(words, "build", "run", "--model", model, "--dataset", corpus, flag, glob)
+
+
+def test_a_document_longer_than_the_context(refused, ok, model, data):
+    path = data(*DOCUMENTS, {"id": "long", "text": "The capital " * 200})
+    words = (
+        r"row 12 \(id 'long'\) has \d+ tokens, more than the limit of 128: cut such rows with --truncation"
+    )
+    refused(words, "build", "run", "--model", model, "--dataset", path)
+    assert "13 rows" in ok("build", "run", "--model", model, "--dataset", path, "--truncation")
+
+
+def test_queries_that_cannot_be_used(refused, model, neox, corpus, data, tmp_path):
+    def ask(words, query, which=model):
+        refused(words, "score", "run", "--model", which, "--dataset", corpus, "--query", query)
+
+    ask("in --query: the query 'a' is 1 token long and leaves nothing to predict", "a", which=neox)
+    ask(
+        r"in --query: row 0 .* more than the limit of 128: cut such rows with --truncation",
+        "The capital " * 200,
+    )
+    ask("query 1 has nothing to predict", data({"text": "a text"}, {"text": ""}))
+    ask("in --query: no column 'text' in the dataset, which has x", data({"x": "a"}))
+    # Longer than any file name, but not a file: a text.
+    ask("in --query: row 0 .* has .* tokens", "世" * 250)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite(refused, command, corpus, data, tmp_path, value):
+    model, tokens = make_model(), make_tokenizer()
+    token = tokens("Oslo", add_special_tokens=False).input_ids[0]
+    model.model.embed_tokens.weight.data[token] = value
+    save(tmp_path / "model", model, tokens)
+    refused("in --query: the loss of row 0 is NaN or infinite", "score", "run", "--model", "model",
+            "--dataset", corpus, "--query", "Oslo is the capital of Norway")  # fmt: skip
+    for name in ("build", "reduce"):
+        result = command(name, tmp_path / name, "--model", "model", "--dataset", corpus)
+        assert result.status == 2
+        assert (
+            "the loss of row 6 (id doc-norway) is NaN or infinite: mend or leave out that row" in result.err
+        )
+        assert not list((tmp_path / name).rglob("*.h5"))
+
+
+# --- stores that do not fit
+
+
+def test_a_store_of_another_model(refused, store, neox, folder, command):
+    other = save(folder / "other", make_model(seed=1), make_tokenizer())
+    words = (
+        r"was made differently, .* \(model is \S*llama, fp32 \(fingerprint \w+\) there and \S*other, fp32 \("
+    )
+    refused(words, "query", store, *ASK, "--model", other)
+    data = folder / "corpus.jsonl"
+    refused(words, "score", "run", "--model", other, "--dataset", data, "--query-path", store)
+
+
+def test_a_store_of_another_tokenizer(refused, store, model, folder):
+    other = save(folder / "retokenized", make_model(), make_tokenizer(words=["The capital of"] * 20))
+    words = r"was made differently, .* \(tokenizer is \w+ there and \w+ here\)"
+    refused(words, "query", store, *ASK, "--model", other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--projection-dim", "8"], r"transform.chain.0.dim is 16 there and 8 here"),
+        (["--projection-dim", "0"], r"transform.chain.0 is .*'dim': 16.* there and nothing here"),
+        (["--seed", "5"], r"transform.chain.0.seed is 0 there and 5 here"),
+        (["--projection", "gaussian"], r"distribution is rademacher there and gaussian here"),
+        (["--include", "*mlp*"], r"layers.include.0 is nothing there and \*mlp\* here"),
+        (["--precision", "fp64"], r"model is .* fp32 \(.*\) there and .* fp64 \(.*\) here"),
+    ],
+)
+def test_stored_queries_that_were_made_differently(refused, store, model, corpus, changes, words):
+    base = ("score", "run", "--model", model, "--dataset", corpus, "--query-path", store)
+    refused(f"{words}.*: use the same model and options, or make it again", *base, *changes)
+
+
+def test_a_unit_norm_cannot_be_undone(refused, store, model, corpus, tmp_path, ok):
+    ok("build", tmp_path / "unit", "--model", model, "--dataset", corpus, "--unit-normalize")
+    words = "unit was made with unit norm, which cannot be undone: add --unit-normalize"
+    refused(words, "score", "run", "--model", model, "--dataset", corpus, "--query-path", "unit")
+    refused(words, "query", store, "--query-path", "unit")
+
+
+def test_queries_of_a_store(refused, store):
+    refused("give one of --query", "query", store)
+    refused("give one of --query", "query", store, "--query", "a b", "--query-path", store)
+    refused("--completion follows a text", "query", store, "--query-path", store, "--completion", "b")
+    refused("--query is empty", "query", store, "--query", "")
+    refused("no dataset 'missing.csv'", "query", store, "--query", "missing.csv")
+    refused("--top must be 1 or more", "query", store, *ASK, "--top", "0")
+    refused("--token-batch-size must be 1", "query", store, *ASK, "--token-batch-size", "0")
+    refused("cannot write no/t: give a file", "query", store, *ASK, "--csv", "no/t")
+
+
+# --- runs that are unfinished, different or damaged
+
+
+@pytest.fixture
+def segmented(ok, model, corpus, tmp_path):
+    """A store of several segments, and the command that made it."""
+    made = ("build", tmp_path / "store", "--model", model, "--dataset", corpus, "--token-batch-size", 4)
+    ok(*made)
+    segments = sorted((tmp_path / "store" / "segments").glob("*.h5"))
+    assert len(segments) > 2
+    return tmp_path / "store", segments, made
+
+
+def everything_in(run):
+    with gf.open_store(run) as store:
+        return {name: store.read(name).tolist() for name in store.names()}
+
+
+def test_an_unfinished_store(refused, segmented):
+    run, segments, _ = segmented
+    (run / "store.h5").unlink()
+    segments[0].unlink()
+    words = "the store of .* is unfinished: run the command that makes it again, which resumes"
+    refused(words, "query", run, *ASK)
+    refused(words, "info", run)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def corrupt(path):
+    with h5py.File(path) as file:
+        dataset = file["gradients/model.layers.0.self_attn.q_proj"]
+        offset = dataset.id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[offset + 5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), [(truncate, "cut short"), (corrupt, "a checksum does not match")]
+)
+def test_a_damaged_segment(refused, ok, segmented, damage, reason):
+    run, segments, made = segmented
+    before = everything_in(run)
+    damage(segments[1])
+    words = rf"{segments[1].name} is damaged \(.*{reason}\): delete it and run the same command again"
+    refused(words, "query", run, *ASK)
+    segments[1].unlink()
+    refused(f"{segments[1].name} is missing: run the same command again", "query", run, *ASK)
+    assert "rows that were there already" in ok(*made)
+    assert everything_in(run) == before
+
+
+def test_a_run_made_with_other_settings(refused, ok, segmented):
+    run, _, made = segmented
+    words = (
+        r"was made with other settings \(transform.chain.0.seed is 0 there and 9 here, "
+        r"loss.reduction is .mean. there and .sum. here|loss.reduction is .mean. there and .sum. here, "
+        r"transform.chain.0.seed is 0 there and 9 here"
+    )
+    changed = (*made, "--seed", 9, "--loss-reduction", "sum")
+    refused(words, *changed)
+    refused("add --overwrite to replace it, or write to another directory", *changed)
+    assert "from 12 rows" in ok(*made)
+    ok(*changed, "--overwrite")
+    assert gf.open_store(run).settings["loss"]["reduction"] == "sum"
+
+
+def test_what_is_no_run(refused, segmented, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = 1
+    for name, words in (
+        ("nowhere", "nowhere does not exist: give the directory of a run"),
+        ("empty", "empty has no store.h5: give the directory of a run that wrote one"),
+        ("notes.txt", "notes.txt is no HDF5 file: give the directory of a run"),
+        ("other.h5", "other.h5 was not written by gradfn"),
+        (segmented[1][0], "is one segment of a run: open the run directory"),
+    ):
+        refused(words, "info", name)
+        refused(words, "query", name, *ASK)
+
+
+def test_scores_cannot_be_searched(refused, ok, model, corpus, tmp_path):
+    ok("score", tmp_path / "run", "--model", model, "--dataset", corpus, *ASK)
+    refused("run has no store.h5: give the directory of a run that wrote one", "query", "run", *ASK)
+    refused("holds scores, not gradients", "query", "run/scores.h5", *ASK)
+    refused("holds scores, not gradients", "score", "--model", model, "--dataset", corpus, "--query-path",
+            "run/scores.h5")  # fmt: skip
+
+
+# --- the disk
+
+
+def test_a_full_disk_keeps_what_is_complete(command, ok, segmented, monkeypatch, tmp_path):
+    run, segments, made = segmented
+    before = everything_in(run)
+    shutil.rmtree(run)
+    write, calls = gf.store._write_file, []
+
+    def full(path, fill):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, fill)
+
+    monkeypatch.setattr("gradfn.store._write_file", full)
+    result = command(*made)
+    assert (result.status, result.err.count("\n")) == (1, 1)
+    assert re.search(r"cannot write .*h5 \(No space left on device\): free some space and run", result.err)
+    assert sorted(path.name for path in (run / "segments").iterdir()) == [s.name for s in segments[:2]]
+    monkeypatch.undo()
+    assert "rows that were there already" in ok(*made)
+    assert everything_in(run) == before
+
+
+def test_a_file_that_may_not_grow(model, corpus, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    result = subprocess.run(
+        [sys.executable, "cli.py", "build", tmp_path / "run", "--model", model, "--dataset", corpus],
+        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=limit, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert re.match(r"gradfn: cannot write .*\.h5 \(File too large\): free some space", result.stderr)
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".h5", ".tmp")]
+
+
+def test_an_export_that_fails(command, model, corpus, tmp_path, monkeypatch):
+    def full(rows, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gradfn.cli.show._write_csv", full)
+    result = command("score", "--model", model, "--dataset", corpus, *ASK, "--csv", tmp_path / "t.csv")
+    assert (result.status, result.err.count("\n")) == (1, 1)
+    assert "could not write" in result.err
+    assert list(tmp_path.iterdir()) == []
