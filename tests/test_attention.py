@@ -1,4 +1,4 @@
-"""The faster attention is the stock attention: values and gradients, in float64, and only where it applies."""
+"""The faster attention is the stock attention, in values and gradients, and only where it applies."""
 
 import pytest
 import torch

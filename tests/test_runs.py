@@ -24,6 +24,11 @@ def model(request):
 
 
 @pytest.fixture(scope="module")
+def llama():
+    return make_model().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
 def documents():
     generator = np.random.default_rng(0)
     rows = [generator.integers(0, 300, size).tolist() for size in (5, 3, 9, 1, 4, 7, 2, 6)]
@@ -65,9 +70,9 @@ def test_stored_scores_are_scores_on_the_fly(model, documents, tmp_path, name):
     torch.testing.assert_close(whole, live, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_are_read_a_bounded_part_at_a_time(model, documents, tmp_path, monkeypatch):
-    gf.build(tmp_path / "run", model, documents, gf.project(4))
-    blocks = gf.collect(model, documents.select([0]), gf.project(4))
+def test_rows_are_read_a_bounded_part_at_a_time(llama, documents, tmp_path, monkeypatch):
+    gf.build(tmp_path / "run", llama, documents, gf.project(4))
+    blocks = gf.collect(llama, documents.select([0]), gf.project(4))
     monkeypatch.setattr(runs, "READ_BYTES", 2 * 4 * 16 * len(blocks))
     with gf.open_store(tmp_path / "run") as store:
         assert [len(chunk) for chunk in runs.stored_scores(store, blocks)] == [2, 2, 2, 2]
@@ -129,17 +134,17 @@ def test_any_model_and_data_with_a_loss_of_their_own(tmp_path):
         assert store.settings["loss"]["name"].endswith("loss")
 
 
-def test_a_run_resumes_where_it_was_cut(model, documents, tmp_path, monkeypatch):
+def test_a_run_resumes_where_it_was_cut(llama, documents, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SEGMENT_BATCHES", 1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     seen = []
     for run in (whole, cut):
-        gf.build(run, model, documents, gf.project(4), token_batch_size=10)
+        gf.build(run, llama, documents, gf.project(4), token_batch_size=10)
     segments = sorted((cut / "segments").glob("*.h5"))
     assert len(segments) > 3
     for path in (cut / "store.h5", segments[0], segments[2]):
         path.unlink()
-    summary = gf.build(cut, model, documents, gf.project(4), token_batch_size=10, progress=seen.append)
+    summary = gf.build(cut, llama, documents, gf.project(4), token_batch_size=10, progress=seen.append)
     lost = [range(*map(int, path.stem.split("-")[1:])) for path in (segments[0], segments[2])]
     assert summary.resumed == 8 - sum(map(len, lost))
     tokens = sum(int(documents.lengths[row]) for rows in lost for row in rows)
@@ -149,13 +154,13 @@ def test_a_run_resumes_where_it_was_cut(model, documents, tmp_path, monkeypatch)
     assert all(torch.equal(a[block], b[block]) for block in a)
 
 
-def test_a_resumed_run_may_use_another_batch_size(model, documents, tmp_path, monkeypatch):
+def test_a_resumed_run_may_use_another_batch_size(llama, documents, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SEGMENT_BATCHES", 1)
-    gf.build(tmp_path, model, documents, gf.project(4), token_batch_size=10)
+    gf.build(tmp_path, llama, documents, gf.project(4), token_batch_size=10)
     before = gradients_of(tmp_path)
     for path in (tmp_path / "store.h5", sorted((tmp_path / "segments").glob("*.h5"))[1]):
         path.unlink()
-    gf.build(tmp_path, model, documents, gf.project(4), token_batch_size=4)
+    gf.build(tmp_path, llama, documents, gf.project(4), token_batch_size=4)
     after = gradients_of(tmp_path)
     for block in before:
         torch.testing.assert_close(after[block], before[block], rtol=1e-4, atol=1e-5)
@@ -173,9 +178,9 @@ def test_slices_cover_the_rows_and_keep_to_the_limits():
                 assert alone or (stop - start) * row_bytes <= runs.SEGMENT_BYTES
 
 
-def test_long_texts_are_kept_in_part(model, documents, tmp_path):
+def test_long_texts_are_kept_in_part(llama, documents, tmp_path):
     long = dataclasses.replace(documents, texts=["é" * 100_000, *documents.texts[1:]])
-    gf.build(tmp_path, model, long, gf.project(2))
+    gf.build(tmp_path, llama, long, gf.project(2))
     with gf.open_store(tmp_path) as store:
         assert store.read("rows/text").tolist() == ["é" * runs.TEXT_CHARACTERS, *documents.texts[1:]]
 
@@ -226,14 +231,14 @@ def test_what_was_made_otherwise_is_refused_with_both_values(change, words):
         runs.refuse_mismatch(stored, {**stored, **change}, "it")
 
 
-def test_settings_of_another_run_are_refused(model, documents, tmp_path):
-    gf.build(tmp_path, model, documents, gf.project(4), settings={"data": {"path": "a"}})
+def test_settings_of_another_run_are_refused(llama, documents, tmp_path):
+    gf.build(tmp_path, llama, documents, gf.project(4), settings={"data": {"path": "a"}})
     words = r'data.path is "a" there and "b" here\): add --overwrite'
     with pytest.raises(InputError, match=words):
-        gf.build(tmp_path, model, documents, gf.project(4), settings={"data": {"path": "b"}})
-    gf.build(tmp_path, model, documents, gf.project(4), settings={"data": {"path": "b"}}, overwrite=True)
+        gf.build(tmp_path, llama, documents, gf.project(4), settings={"data": {"path": "b"}})
+    gf.build(tmp_path, llama, documents, gf.project(4), settings={"data": {"path": "b"}}, overwrite=True)
     with pytest.raises(InputError, match=r'aggregation is nothing there and "mean" here'):
-        gf.reduce(tmp_path, model, documents, gf.project(4), settings={"data": {"path": "b"}})
+        gf.reduce(tmp_path, llama, documents, gf.project(4), settings={"data": {"path": "b"}})
 
 
 def test_what_describes_a_run_changes_with_all_that_rows_depend_on(documents):
@@ -255,18 +260,18 @@ def test_what_describes_a_run_changes_with_all_that_rows_depend_on(documents):
     assert described(model) == described(make_model(), loss=gf.causal_lm_loss(model))
 
 
-def test_scores_are_no_gradients(model, documents, tmp_path):
-    queries = gf.collect(model, documents.select([1]), gf.project(4))
+def test_scores_are_no_gradients(llama, documents, tmp_path):
+    queries = gf.collect(llama, documents.select([1]), gf.project(4))
     with pytest.raises(TypeError, match="must not end in scores"):
-        gf.build(tmp_path / "run", model, documents, gf.chain(gf.project(4), gf.dot(queries)))
-    summary = gf.score_run(tmp_path / "scores", model, documents, queries, gf.project(4))
+        gf.build(tmp_path / "run", llama, documents, gf.chain(gf.project(4), gf.dot(queries)))
+    summary = gf.score_run(tmp_path / "scores", llama, documents, queries, gf.project(4))
     with pytest.raises(InputError, match=r"scores\.h5 holds scores, not gradients"):
         runs.open_gradients(summary.path)
 
 
-def test_unknown_aggregation(model, documents, tmp_path):
+def test_unknown_aggregation(llama, documents, tmp_path):
     with pytest.raises(Exception, match=r"(?s)max"):
-        gf.reduce(tmp_path / "run", model, documents, aggregation="max")
+        gf.reduce(tmp_path / "run", llama, documents, aggregation="max")
     assert not (tmp_path / "run").exists()
 
 

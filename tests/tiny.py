@@ -55,7 +55,7 @@ def make_tokenizer(first=True, words=()):
 
 
 def make_model(kind="llama", seed=0):
-    """Two layers of width 16, with weights large enough to matter: a Llama, or a GPT-NeoX, which has biases."""
+    """Two layers of width 16, weights large enough to matter: a Llama, or a GPT-NeoX, which has biases."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
              "num_attention_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3}  # fmt: skip

@@ -91,7 +91,7 @@ def score(
         None, "--query-path", rich_help_panel="Data", help="Query gradients that build or reduce wrote."
     ),
     method: o.Method = None,
-    projection_dim: o.ProjectionDim = 16,
+    projection_dim: o.ScoreProjectionDim = None,
     projection: o.Projection = o.Distribution.rademacher,
     seed: o.Seed = 0,
     unit_normalize: o.UnitNormalize = False,

@@ -44,6 +44,11 @@ class Subject:
     token_batch_size: int
     precision: str
 
+    @property
+    def name(self) -> str:
+        """What to call the model."""
+        return "the example inside gradfn" if anchored(self.path) == anchored(example.MODEL) else self.path
+
     def engine_options(self) -> dict[str, Any]:
         """What every function that runs the engine takes."""
         return {"loss": self.loss, "include": self.include, "exclude": self.exclude,
@@ -53,7 +58,7 @@ class Subject:
         """What a run records of it."""
         return {
             "model": {
-                "path": self.path,
+                "path": anchored(self.path),
                 "precision": self.precision,
                 "fingerprint": model_fingerprint(self.model),
             },
@@ -108,7 +113,7 @@ def load_subject(options: Options, *, path: str | None = None, settings: Options
     layers = recorded.get("layers", {"include": options.get("include"), "exclude": options.get("exclude")})
     reduction = recorded["loss"]["reduction"] if recorded else options["loss_reduction"].value
     return Subject(
-        anchored(path), model, load_tokenizer(path), causal_lm_loss(model, reduction),
+        path, model, load_tokenizer(path), causal_lm_loss(model, reduction),
         tuple(layers["include"] or ()), tuple(layers["exclude"] or ()),
         options["token_batch_size"], str(precision),
     )  # fmt: skip
@@ -233,6 +238,10 @@ def example_options(options: Options) -> dict[str, Any]:
     filled = {**options, "model": str(example.MODEL), "dataset": str(example.CORPUS), "text_column": "text"}
     if options["query"] is None and options["query_path"] is None:
         filled["query"] = str(example.QUERIES)
+    if options["method"] is None:
+        filled["unit_normalize"] = True
+    if options["projection_dim"] is None:
+        filled["projection_dim"] = 0  # so small a model needs no projection
     return filled
 
 

@@ -94,13 +94,11 @@ TokenBatchSize = Annotated[
     int,
     _option("--token-batch-size", panel=_MODEL, help="Tokens a batch, padding included; changes no result."),
 ]
-ProjectionDim = Annotated[
-    int,
-    _option(
-        "--projection-dim",
-        panel=_GRADIENTS,
-        help="Side of each layer's projected block; 0: none, the full gradient.",
-    ),
+_SIDE = "Side of each layer's projected block; 0: none, the full gradient."
+ProjectionDim = Annotated[int, _option("--projection-dim", panel=_GRADIENTS, help=_SIDE)]
+ScoreProjectionDim = Annotated[
+    int | None,
+    _option("--projection-dim", panel=_GRADIENTS, help=f"{_SIDE} [default: 16; the example: 0]"),
 ]
 Projection = Annotated[
     Distribution, _option("--projection", panel=_GRADIENTS, help="Distribution of the projection.")

@@ -65,6 +65,8 @@ def run_score(**options: Any) -> None:
     if options["model"] is None or options["dataset"] is None:
         lacking = "--model" if options["model"] is None else "--dataset"
         raise InputError(f"no {lacking}: give both --model and --dataset, or neither for the example")
+    if options["projection_dim"] is None:
+        options["projection_dim"] = 16
     name = inputs.method_named(options["method"], options["unit_normalize"])
     stage = project(options["projection_dim"], str(options["projection"]), options["seed"])  # pyright: ignore
     method = inputs.make_method(name, stage)
@@ -96,7 +98,7 @@ def subject_facts(subject: Subject, train: Documents) -> list[tuple[str, str]]:
     )
     size = f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"
     lines = [
-        ("model", f"{subject.path} ({layer_summary(subject.model, subject.include, subject.exclude)}{head})"),
+        ("model", f"{subject.name} ({layer_summary(subject.model, subject.include, subject.exclude)}{head})"),
         ("train", size),
     ]
     if unsupervised := int((train.supervised == 0).sum()):

@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import os
 import sys
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -45,6 +48,33 @@ def no_terminal():
         patch.setattr("gradfn.cli.show.QUIET_BELOW_S", float("inf"))
         patch.setattr("gradfn.cli.show.PLAIN_EVERY_S", float("inf"))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaded_once():
+    """Commands share what they load, which takes most of their time here; tests/hf is about loading."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("inputs.load_model", "inputs.load_tokenizer", "build.load_rows", "score.load_rows"):
+            module, name = place.split(".")
+            load = getattr(import_module(f"gradfn.cli.{module}"), name)
+            patch.setattr(f"gradfn.cli.{place}", remembering(load))
+        yield
+
+
+def remembering(load):
+    """The same function, which does not load again what has not changed."""
+    known = {}
+
+    def remember(path, *args, **options):
+        if not os.path.exists(path):
+            return load(path, *args, **options)
+        state = [(file, os.stat(file).st_mtime_ns) for file in sorted([path, *Path(path).glob("*")], key=str)]
+        key = str((state, args, sorted(options.items())))
+        if key not in known:
+            known[key] = load(path, *args, **options)
+        return known[key]
+
+    return remember
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,10 @@ def test_what_is_shown(ok, base):
     assert "nats a token, probability" in lines[5]
     assert "does NOT know the answer (it says" in lines[5] + lines[6]
     assert [line.split()[:2] for line in lines[-2:]] == [["proponent", "1"], ["opponent", "1"]]
-    assert lines[-2].endswith("doc-peru  The capital of Peru is Lima. It lies far away.")
+    assert lines[-2].split(maxsplit=3)[3].split(maxsplit=1) == [
+        "doc-peru",
+        "The capital of Peru is Lima. It lies far away.",
+    ]
 
 
 def test_a_text_without_completion_is_not_asked_as_a_question(ok, base):
@@ -166,9 +169,9 @@ def test_a_query_that_nothing_bears_on_has_an_empty_table(ok, model, tmp_path):
 
 def test_a_query_dataset_of_texts(ok, base, tmp_path):
     data = write_jsonl(tmp_path / "q.jsonl", [{"text": DOCUMENTS[0]["text"]}, {"text": DOCUMENTS[5]["text"]}])
-    ok("score", tmp_path / "run", *base, "--query", data)
+    ok("score", tmp_path / "run", *base, "--query", data, "--method", "grad-cosine")
     scores = scores_of(tmp_path / "run")
-    assert scores.argmax(0).tolist() == [0, 5]
+    assert scores[[0, 5], [0, 1]] == pytest.approx([1.0, 1.0])
     with h5py.File(tmp_path / "run" / "scores.h5") as file:
         assert file["queries/text"].asstr()[1] == DOCUMENTS[5]["text"]
 
