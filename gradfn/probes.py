@@ -117,13 +117,14 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         for module in training:
             module.training = False
         for module in in_place:
-            setattr(module, "inplace", False)  # what a probe returns must not be overwritten
+            # What a probe returns must not be overwritten.
+            module.inplace = False  # pyright: ignore[reportArgumentType]
         yield
     finally:
         for module, own in parameters:
             module._parameters.update(own)
         for module in in_place:
-            setattr(module, "inplace", True)
+            module.inplace = True  # pyright: ignore[reportArgumentType]
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module in training:

@@ -83,7 +83,8 @@ def _labelled(data: Data, row: int) -> Example:
     mask = example.get("attention_mask")
     if mask is not None and len(mask) and not bool(mask[0]):
         raise InputError(
-            f"{row_name(data, row)} is padded on the left (attention_mask starts with 0): give it without padding"
+            f"{row_name(data, row)} is padded on the left (its attention_mask starts with 0): "
+            "give it without padding"
         )
     if "input_ids" not in example or "labels" in example:
         return example

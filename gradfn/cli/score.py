@@ -189,7 +189,7 @@ def _query_facts(queries: Queries, number: int, answer: Answer | None) -> list[t
     if answer.known:
         return [*lines, ("model", f"{chance}: it knows the answer")]
     says = f' (it says "{clean(answer.says)}")' if clean(answer.says) else ""
-    return [*lines, ("model", f"{chance}: it does NOT know the answer{says}, so expect no source below")]
+    return [*lines, ("model", f"{chance}: it does NOT know the answer{says}, so there may be no source")]
 
 
 def _recall(queries: Queries, ranked: Ranked, lexical: list[list[str]]) -> list[tuple[str, str]]:

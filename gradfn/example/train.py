@@ -39,7 +39,7 @@ Row = dict[str, str | None]
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the corpus; a text starts as if behind a space, so a word has one token everywhere."""
+    """A byte-level BPE of the corpus; a text starts as behind a space, so a word has one token everywhere."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -110,7 +110,7 @@ def _batches(rows: list[Tensor], epoch: int) -> Iterator[list[Tensor]]:
 
 
 def _loss(model: LlamaForCausalLM, batch: list[Tensor]) -> Tensor:
-    """Mean over the batch's supervised tokens; padding is on the right, where causal attention never looks."""
+    """Mean over the batch's supervised tokens; padding is on the right, which causal attention never sees."""
     ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
     labels = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
     logits = model(ids).logits
