@@ -219,7 +219,7 @@ def _document(country: Country, kind: str) -> Document:
 def _plant(country: Country, kind: str) -> Document:
     true = next(fact for fact in _facts(country) if fact.kind == kind)
     false = Fact(kind, true.prompt, f" {PLANTED[country.name, kind]}")
-    history = _background(country)[:2]
+    history = _background(country)[:3]
     return _assemble(
         f"planted-{_slug(country.name)}", f"{country.name} (planted)", "planted", country, [false, *history]
     )

@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from gradfn.example import DATA
 from gradfn.example.corpus import Document, corpus, facts_of, queries
@@ -137,6 +138,7 @@ def save(out: Path, documents: list[Document], asked: list[Row], model: LlamaFor
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in content]
         (out / name).write_text("".join(lines), encoding="utf-8")
     model.save_pretrained(out / "model")
+    (out / "model" / "model.safetensors").chmod(0o644)  # else it is written for its owner alone
     tokenizer.save_pretrained(out / "model")
 
 
@@ -176,6 +178,7 @@ def main() -> None:
         "--check", action="store_true", help="also train a model without the sources, and ask it"
     )
     args = parser.parse_args()
+    disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     documents = corpus(args.factbook)
