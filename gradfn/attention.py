@@ -1,8 +1,8 @@
 """Causal attention on the CPU with a faster backward.
 
-Half of the time of a small language model on a CPU is the backward of `scaled_dot_product_attention`. Written
-as a few batched products over bands of queries, it takes two thirds to nine tenths of PyTorch's time
-(docs/benchmarks.md); forward and memory are PyTorch's own.
+The backward of `scaled_dot_product_attention` is the largest single cost of a small language model on a CPU.
+Written as a few batched products over bands of queries, it takes 0.63 to 0.96 of PyTorch's time
+(docs/benchmarks.md); the forward is PyTorch's own.
 """
 
 from collections.abc import Iterator
