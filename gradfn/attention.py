@@ -17,7 +17,7 @@ from torch import Tensor
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BAND = 64
 """Queries a band."""
-BAND_ELEMENTS = 1 << 19
+BAND_ELEMENTS = 1 << 20
 """Attention weights of a band over the heads taken together: few enough for the CPU's cache."""
 
 

@@ -30,10 +30,9 @@ def shifted_labels(labels: Int[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch 
     return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
 
-def _chunk_rows(vocab: int, device: torch.device) -> int:
-    """Positions at a time: on a CPU few enough for its cache, but enough for a full matrix product."""
-    budget = 1 << 21 if device.type == "cpu" else 1 << 27
-    return max(128, budget // vocab)
+def _tile(device: torch.device) -> tuple[int, int]:
+    """Positions and vocabulary entries at a time: on a CPU few enough for its cache."""
+    return (1024, 1024) if device.type == "cpu" else (4096, 8192)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -43,11 +42,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, bias, targets):
         losses = x.new_empty(len(x), dtype=_wide(x.dtype))
         grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        step = _chunk_rows(len(weight), x.device)
-        for start in range(0, len(x), step):
-            part = slice(start, start + step)
-            out = None if grad is None else grad[part]
-            losses[part] = _head_chunk(x[part], weight, bias, targets[part], out)
+        rows, _ = _tile(x.device)
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            losses[part], part_grad = _head_rows(x[part], weight, bias, targets[part], grad is not None)
+            if grad is not None and part_grad is not None:
+                grad[part] = part_grad
         ctx.save_for_backward(grad)
         return losses
 
@@ -57,19 +57,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (grad * grads[0][:, None]).to(grad.dtype), None, None, None
 
 
-def _head_chunk(x, weight, bias, targets, grad: Tensor | None) -> Tensor:
-    """Losses of a few positions; their gradient, `(softmax(z) - onehot) W`, is written to `grad`."""
-    logits = F.linear(x, weight, bias).to(_wide(x.dtype))
-    peak = logits.amax(1, keepdim=True)
-    target = logits.gather(1, targets[:, None])
-    exps = logits.sub_(peak).exp_()
-    total = exps.sum(1, keepdim=True)
+def _head_rows(x, weight, bias, targets, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    """Losses of some positions and their gradient, `softmax(z) W - W[target]`, in one pass over `W`.
+
+    The softmax is the online one: when a tile raises the running maximum, what was summed is scaled down.
+    Source: online normalizer calculation for softmax, arXiv:1805.02867, algorithm 3.
+    """
+    wide = _wide(x.dtype)
+    total, target = x.new_zeros(len(x), 1, dtype=wide), x.new_zeros(len(x), 1, dtype=wide)
+    peak = torch.full_like(total, -torch.inf)
+    grad = torch.zeros_like(x, dtype=wide) if differentiate else None
+    _, columns = _tile(x.device)
+    for start in range(0, len(weight), columns):
+        tile = weight[start : start + columns]
+        z = F.linear(x, tile, None if bias is None else bias[start : start + columns]).to(wide)
+        at = targets[:, None] - start
+        target = torch.where((at >= 0) & (at < len(tile)), z.gather(1, at.clamp(0, len(tile) - 1)), target)
+        before, peak = peak, torch.maximum(peak, z.amax(1, keepdim=True))
+        scale, exps = (before - peak).exp_(), z.sub_(peak).exp_()
+        total = total.mul_(scale).add_(exps.sum(1, keepdim=True))
+        if grad is None:
+            continue
+        if exps.dtype == tile.dtype:
+            grad.mul_(scale).addmm_(exps, tile)
+        else:
+            grad.mul_(scale).add_(exps.to(tile.dtype) @ tile)
     losses = (total.log() + peak - target).squeeze(1)
-    if grad is not None and exps.dtype == weight.dtype:
-        torch.mm(exps, weight, out=grad).div_(total).sub_(weight[targets])
-    elif grad is not None:  # in half precision the sum of exps would overflow
-        torch.mm(exps.div_(total).to(weight.dtype), weight, out=grad).sub_(weight[targets])
-    return losses
+    return losses, None if grad is None else grad.div_(total).sub_(weight[targets])
 
 
 def linear_cross_entropy(
@@ -80,7 +94,8 @@ def linear_cross_entropy(
 ) -> Float[Tensor, " positions"]:
     """Cross-entropy of a linear head, `logsumexp(W x + b) - (W x + b)[target]`, without the logits.
 
-    Positions are taken a few at a time, and the gradient with respect to `x` is made in the forward. The
+    Positions and vocabulary are taken a tile at a time, and the gradient with respect to `x` is made in the
+    forward. The
     head itself gets no gradient: freeze it, or compute the logits.
 
     >>> linear_cross_entropy(torch.zeros(1, 2), torch.ones(4, 2), None, torch.tensor([3])).exp()

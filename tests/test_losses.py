@@ -69,7 +69,7 @@ def test_token_losses_are_those_of_torch_in_float32_or_better():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("positions", [0, 1, 6])
 def test_the_chunked_head_equals_torch_in_value_and_gradient(monkeypatch, positions, bias):
-    monkeypatch.setattr(losses, "_chunk_rows", lambda vocab, device: 4)  # 6 = a whole chunk and a part
+    monkeypatch.setattr(losses, "_tile", lambda device: (4, 4))  # 6 rows, 9 columns: whole tiles and a part
     head = randomize(nn.Linear(3, 9, bias=bias), 0).requires_grad_(False)
     x = torch.randn(positions, 3, dtype=torch.float64, requires_grad=True)
     targets, weights = torch.arange(positions), torch.rand(positions, dtype=torch.float64)
