@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from gradfn.data import Documents, collate, make_documents
     from gradfn.errors import InputError, StorageError
     from gradfn.fold import Fold, adam_moments, fit, mean, total
+    from gradfn.heads import Heads
     from gradfn.hf.datasets import load_rows, text_query, tokenize
     from gradfn.hf.models import load_model, load_tokenizer
     from gradfn.kron import Kron
-    from gradfn.layers import blocks_of, find_sites, uncovered
-    from gradfn.losses import causal_lm_loss, linear_cross_entropy
+    from gradfn.layers import View, blocks_of, find_sites, uncovered
+    from gradfn.losses import advantages, causal_lm_loss, linear_cross_entropy, model_loss
     from gradfn.methods import grad_cosine, grad_dot
     from gradfn.per_example import params_of, per_example_grads
     from gradfn.probes import probe_engine
@@ -33,8 +34,10 @@ _HOME = {
     "Fold": "fold", "adam_moments": "fold", "fit": "fold", "mean": "fold", "total": "fold",
     "load_rows": "hf.datasets", "text_query": "hf.datasets", "tokenize": "hf.datasets",
     "load_model": "hf.models", "load_tokenizer": "hf.models",
+    "Heads": "heads", "View": "layers",
     "Kron": "kron", "blocks_of": "layers", "find_sites": "layers", "uncovered": "layers",
-    "causal_lm_loss": "losses", "linear_cross_entropy": "losses",
+    "advantages": "losses", "causal_lm_loss": "losses", "linear_cross_entropy": "losses",
+    "model_loss": "losses",
     "grad_cosine": "methods", "grad_dot": "methods",
     "params_of": "per_example", "per_example_grads": "per_example", "probe_engine": "probes",
     "build": "runs", "reduce": "runs", "score_run": "runs",
@@ -45,12 +48,12 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
-    "Documents", "Fold", "InputError", "Kron", "Method", "StorageError", "adafactor", "adam", "adam_moments",
-    "blocks_of", "build", "causal_lm_loss", "chain", "collate", "collect", "dot", "dots", "find_sites", "fit",
-    "grad_cosine", "grad_dot", "linear_cross_entropy", "load_model", "load_rows", "load_tokenizer",
-    "make_documents", "mean", "open_store", "open_writer", "params_of", "per_example_grads", "probe_engine",
-    "project", "reduce", "score", "score_run", "text_query", "tokenize", "top_k", "total", "uncovered",
-    "unit_normalize",
+    "Documents", "Fold", "Heads", "InputError", "Kron", "Method", "StorageError", "View", "adafactor",
+    "adam", "adam_moments", "advantages", "blocks_of", "build", "causal_lm_loss", "chain", "collate",
+    "collect", "dot", "dots", "find_sites", "fit", "grad_cosine", "grad_dot", "linear_cross_entropy",
+    "load_model", "load_rows", "load_tokenizer", "make_documents", "mean", "model_loss", "open_store",
+    "open_writer", "params_of", "per_example_grads", "probe_engine", "project", "reduce", "score",
+    "score_run", "text_query", "tokenize", "top_k", "total", "uncovered", "unit_normalize",
 ]  # fmt: skip
 
 

@@ -4,13 +4,13 @@
 Folds accumulate in float64 on the CPU, whatever the model's dtype.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
+from gradfn.layers import View
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import probe_engine
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, stream
@@ -152,8 +152,7 @@ def fit(
     transform: Transform | None = None,
     *,
     loss: LossFn | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
 ) -> Result:
@@ -161,7 +160,7 @@ def fit(
 
     Args:
         fold: what to fit: `mean()`, `total()`, `adam_moments()`, or one of your own.
-        model, data, transform, loss, include, exclude, token_batch_size, progress: see `collect`.
+        model, data, transform, loss, view, token_batch_size, progress: see `collect`.
 
     Returns:
         What the fold's `finalize` gives.
@@ -173,7 +172,7 @@ def fit(
     >>> fit(mean(), net, [{"x": torch.ones(1)}, {"x": torch.zeros(1)}], loss=loss)
     {'root': tensor([[[0.5000]]])}
     """
-    engine = probe_engine(model, loss or causal_lm_loss(model), transform, include=include, exclude=exclude)
+    engine = probe_engine(model, loss or causal_lm_loss(model), transform, view=view)
     state = fold.init()
     for _, result in stream(engine, data, token_batch_size=token_batch_size, progress=progress):
         if not isinstance(result.values, dict):

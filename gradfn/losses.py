@@ -1,19 +1,23 @@
 """Pure per-example losses, and the chunked LM head that never holds the logits."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from gradfn.data import IGNORED
+from gradfn.errors import InputError
 from gradfn.layers import output_head
+from gradfn.per_example import call
 from gradfn.types import Batch, Example, Params
 
 Reduction = Literal["mean", "sum"]
+Criterion = Literal["cross_entropy", "log_odds", "kl"]
+Task = Literal["masked_lm", "seq2seq_lm", "classification", "regression"]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -95,8 +99,7 @@ def linear_cross_entropy(
     """Cross-entropy of a linear head, `logsumexp(W x + b) - (W x + b)[target]`, without the logits.
 
     Positions and vocabulary are taken a tile at a time, and the gradient with respect to `x` is made in the
-    forward. The
-    head itself gets no gradient: freeze it, or compute the logits.
+    forward. The head itself gets no gradient: freeze it, or compute the logits.
 
     >>> linear_cross_entropy(torch.zeros(1, 2), torch.ones(4, 2), None, torch.tensor([3])).exp()
     tensor([4.])
@@ -104,33 +107,93 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(x, weight, bias, targets)  # pyright: ignore[reportReturnType]
 
 
-def token_cross_entropy(
-    logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]
+def token_losses(
+    logits: Float[Tensor, "*batch vocab"],
+    targets: Int[Tensor, "*batch"],
+    criterion: Criterion = "cross_entropy",
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, "*batch"]:
-    """Cross-entropy at every position in float32 or better; 0 where the target is -100.
+    """The loss of every position (or class) in float32 or better; 0 where the target is -100.
 
-    >>> token_cross_entropy(torch.zeros(2, 4), torch.tensor([1, -100])).exp()
+    * cross_entropy: `-log p_y`; with label smoothing e, `(1 - e) (-log p_y) + e mean_v (-log p_v)`.
+    * log_odds: `-(z_y - logsumexp_{v != y} z_v)`, minus the log of the odds `p_y / (1 - p_y)`.
+      Source: TRAK, arXiv:2303.14186, section 3.
+
+    >>> token_losses(torch.zeros(2, 4), torch.tensor([1, -100])).exp()
     tensor([4., 1.])
+    >>> token_losses(torch.zeros(1, 4), torch.tensor([1]), "log_odds").exp()
+    tensor([3.])
     """
     logits = logits.to(_wide(logits.dtype))
-    picked = logits.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
-    return torch.where(targets == IGNORED, 0.0, logits.logsumexp(-1) - picked)
+    at = targets.clamp_min(0)[..., None]
+    picked = logits.gather(-1, at).squeeze(-1)
+    if criterion == "log_odds":
+        losses = logits.scatter(-1, at, -torch.inf).logsumexp(-1) - picked
+    else:
+        total = logits.logsumexp(-1)
+        losses = total - picked
+        if label_smoothing:
+            losses = (1 - label_smoothing) * losses + label_smoothing * (total - logits.mean(-1))
+    return torch.where(targets == IGNORED, 0.0, losses)
+
+
+def token_divergences(
+    logits: Float[Tensor, "*batch vocab"],
+    reference: Float[Tensor, "*batch vocab"],
+    targets: Int[Tensor, "*batch"],
+) -> Float[Tensor, "*batch"]:
+    """`KL(reference || model) = sum_v r_v (log r_v - log p_v)` at every position whose target is not -100.
+
+    >>> token_divergences(torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([1]))
+    tensor([0.])
+    """
+    ours = logits.to(_wide(logits.dtype)).log_softmax(-1)
+    theirs = reference.detach().to(ours.dtype).log_softmax(-1)
+    return torch.where(targets == IGNORED, 0.0, (theirs.exp() * (theirs - ours)).sum(-1))
+
+
+def _check(reduction: str, criterion: str, label_smoothing: float, reference: nn.Module | None) -> None:
+    for what, given, choices in (
+        ("reduction", reduction, get_args(Reduction)), ("loss", criterion, get_args(Criterion)),
+    ):  # fmt: skip
+        if given not in choices:
+            raise InputError(f"no {what} {given!r}: choose {', '.join(choices)}")
+    if not 0 <= label_smoothing < 1:
+        raise InputError(f"label smoothing must be at least 0 and below 1, not {label_smoothing}")
+    if label_smoothing and criterion != "cross_entropy":
+        raise InputError(f"label smoothing is for cross_entropy, not for {criterion}")
+    if (criterion == "kl") != (reference is not None):
+        raise InputError("the kl loss, and no other, needs a reference model")
+
+
+class _Weighted:
+    """What losses of models have in common: a weight of the example, where it has one."""
+
+    def _weigh(self, losses: Tensor, batch: Batch) -> Tensor:
+        return losses * batch["weight"].to(losses.dtype) if "weight" in batch else losses
 
 
 @dataclass(frozen=True, eq=False)
-class CausalLMLoss:
-    """Next-token cross-entropy of a decoder LM; see `causal_lm_loss`."""
+class CausalLMLoss(_Weighted):
+    """A loss of the next tokens of a decoder LM; see `causal_lm_loss`."""
 
     model: nn.Module
     reduction: Reduction = "mean"
     fused_head: bool = False
+    criterion: Criterion = "cross_entropy"
+    label_smoothing: float = 0.0
+    reference: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.reduction, self.criterion, self.label_smoothing, self.reference)
 
     def __call__(self, params: Params, example: Example) -> Tensor:
-        """The definition, for one example: `functional_call` and the logits."""
-        inputs = {"input_ids": example["input_ids"][None], "use_cache": False}
-        logits = functional_call(self.model, params, (), inputs).logits[0]
+        """The definition, for one example: a functional call and the logits."""
+        ids = example["input_ids"][None]
+        logits = call(self.model, params, input_ids=ids, use_cache=False).logits[0]
+        theirs = None if self.reference is None else self._reference_logits(ids)[0]
         targets = shifted_labels(_labels(example))
-        return self._reduce(token_cross_entropy(logits, targets), targets)
+        return self._weigh(self._reduce(self._positions(logits, theirs, targets), targets), example)
 
     def batched(self, batch: Batch) -> Float[Tensor, " batch"]:
         """The same for a right-padded batch in one forward, at the model's own parameters.
@@ -140,20 +203,80 @@ class CausalLMLoss:
         targets = shifted_labels(_labels(batch))
         if not self.fused_head:
             logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
-            return self._reduce(token_cross_entropy(logits, targets), targets)
+            theirs = None if self.reference is None else self._reference_logits(batch["input_ids"])
+            return self._weigh(self._reduce(self._positions(logits, theirs, targets), targets), batch)
         hidden = hidden_states(self.model, batch["input_ids"])
         head = output_head(self.model)
         kept = targets != IGNORED
         losses = linear_cross_entropy(hidden[kept], head.weight, head.bias, targets[kept])  # pyright: ignore
         rows = kept.nonzero()[:, 0]
         total = losses.new_zeros(len(targets)).index_add(0, rows, losses)
-        return total / self._count(targets)
+        return self._weigh(total / self._count(targets), batch)
+
+    def with_whole_logits(self) -> "CausalLMLoss":
+        """The same loss with the head's output computed, which the head's own gradient needs."""
+        return replace(self, fused_head=False)
+
+    def _reference_logits(self, ids: Tensor) -> Tensor:
+        assert self.reference is not None
+        with torch.no_grad():
+            return self.reference(input_ids=ids, use_cache=False).logits
+
+    def _positions(self, logits: Tensor, theirs: Tensor | None, targets: Tensor) -> Tensor:
+        if theirs is not None:
+            return token_divergences(logits, theirs, targets)
+        return token_losses(logits, targets, self.criterion, self.label_smoothing)
 
     def _count(self, targets: Tensor) -> Tensor | int:
         return (targets != IGNORED).sum(-1).clamp_min(1) if self.reduction == "mean" else 1
 
     def _reduce(self, losses: Tensor, targets: Tensor) -> Tensor:
         return losses.sum(-1) / self._count(targets)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelLoss(_Weighted):
+    """A loss of the logits of any HF model; see `model_loss`."""
+
+    model: nn.Module
+    task: Task
+    reduction: Reduction = "mean"
+    criterion: Criterion = "cross_entropy"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.task not in get_args(Task):
+            raise InputError(f"no task {self.task!r}: choose {', '.join(get_args(Task))}")
+        _check(self.reduction, self.criterion, self.label_smoothing, None)
+
+    def __call__(self, params: Params, example: Example) -> Tensor:
+        """The definition: the batch of one example at other parameters."""
+        batch = {key: value[None] for key, value in example.items()}
+        logits = call(self.model, params, **self._inputs(batch)).logits
+        return self._losses(logits, batch)[0]
+
+    def batched(self, batch: Batch) -> Float[Tensor, " batch"]:
+        """The same for a padded batch in one forward; `attention_mask` says what is padding."""
+        return self._losses(self.model(**self._inputs(batch)).logits, batch)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "weight")}
+        if self.task == "seq2seq_lm":
+            # The model itself makes the decoder's inputs of the labels.
+            return {**inputs, "labels": batch["labels"], "use_cache": False}
+        return inputs
+
+    def _losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        labels = batch["labels"]
+        if self.task == "regression":
+            wide = logits.to(_wide(logits.dtype)).flatten(1)
+            squares = (wide - labels.to(wide.dtype).reshape(wide.shape)).square()
+            return self._weigh(squares.mean(1) if self.reduction == "mean" else squares.sum(1), batch)
+        losses = token_losses(logits, labels, self.criterion, self.label_smoothing)
+        if losses.ndim > 1:
+            count = (labels != IGNORED).sum(-1).clamp_min(1) if self.reduction == "mean" else 1
+            losses = losses.sum(-1) / count
+        return self._weigh(losses, batch)
 
 
 def _labels(batch: Batch) -> Tensor:
@@ -186,20 +309,81 @@ def head_is_plain(model: nn.Module) -> bool:
     return float((ours - own).abs().max()) <= 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
 
 
-def causal_lm_loss(model: nn.Module, reduction: Reduction = "mean") -> CausalLMLoss:
-    """Next-token cross-entropy over supervised positions, `-(1/n) sum_t log p(y_t | y_<t)`.
+def causal_lm_loss(
+    model: nn.Module,
+    reduction: Reduction = "mean",
+    *,
+    criterion: Criterion = "cross_entropy",
+    label_smoothing: float = 0.0,
+    reference: nn.Module | None = None,
+) -> CausalLMLoss:
+    """A loss of next tokens: cross-entropy, `-(1/n) sum_t log p(y_t | y_<t)`, unless told otherwise.
 
     Supervised: all tokens but the first whose label is not -100; without `labels`, `input_ids` are the
-    labels. Computed in float32 or better. An example with nothing to supervise has loss 0.
+    labels. Computed in float32 or better. An example with nothing to supervise has loss 0. An example's
+    `weight`, an advantage say, multiplies its loss.
 
-    The LM head is computed a few positions at a time and its logits are never held, if the model's logits
-    are found to be the plain linear map of its hidden states (`loss.fused_head` says so).
+    The LM head is computed a tile at a time and its logits are never held, if the loss is cross-entropy
+    and the model's logits are found to be the plain linear map of its hidden states (`loss.fused_head`).
 
     Args:
         model: a causal LM with HF's interface (`input_ids -> .logits`), in eval mode.
         reduction: "mean" or "sum" over an example's supervised positions, in nats.
+        criterion: "cross_entropy", "log_odds" (see `token_losses`), or "kl" (see `token_divergences`).
+        label_smoothing: the share of the target that is spread over all tokens.
+        reference: the model that "kl" compares with, of the same tokens.
 
     Returns:
         `loss(params, example) -> scalar`, with `loss.batched(batch) -> [batch]`.
+
+    Raises:
+        InputError: no such reduction or criterion, or options that do not go together.
     """
-    return CausalLMLoss(model, reduction, fused_head=head_is_plain(model))
+    fused = criterion == "cross_entropy" and not label_smoothing and head_is_plain(model)
+    return CausalLMLoss(model, reduction, fused, criterion, label_smoothing, reference)
+
+
+def model_loss(
+    model: nn.Module,
+    task: Task,
+    reduction: Reduction = "mean",
+    *,
+    criterion: Criterion = "cross_entropy",
+    label_smoothing: float = 0.0,
+) -> ModelLoss:
+    """A loss of an HF model's logits; all in an example but `labels` and `weight` is the model's input.
+
+    Args:
+        model: maps keyword inputs to an output with `.logits`.
+        task: "masked_lm" (labels [tokens], -100 where not asked), "seq2seq_lm" (the decoder's labels),
+            "classification" (label a class; of a sequence or an image), "regression" (label numbers; the loss
+            is the squared error).
+        reduction: "mean" or "sum" over supervised positions, or over the numbers of a regression.
+        criterion, label_smoothing: see `causal_lm_loss`.
+
+    Returns:
+        `loss(params, example) -> scalar`, with `loss.batched(batch) -> [batch]`.
+
+    Raises:
+        InputError: no such task, reduction or criterion.
+    """
+    return ModelLoss(model, task, reduction, criterion, label_smoothing)
+
+
+def advantages(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
+    """Dr. GRPO's advantages: each reward minus the mean reward of its group, not divided by any deviation.
+
+    Args:
+        rewards: one an example.
+        groups: what each example belongs to, its prompt.
+
+    >>> advantages([1.0, 0.0, 5.0], ["a", "a", "b"])
+    [0.5, -0.5, 0.0]
+
+    Source: Dr. GRPO, arXiv:2503.20783, section 3.2.
+    """
+    members: dict[Any, list[float]] = {}
+    for reward, group in zip(rewards, groups, strict=True):
+        members.setdefault(group, []).append(reward)
+    means = {group: sum(values) / len(values) for group, values in members.items()}
+    return [reward - means[group] for reward, group in zip(rewards, groups, strict=True)]

@@ -9,32 +9,42 @@ layer's factors live only while its own backward runs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import vmap
 
 from gradfn.attention import fast_attention
 from gradfn.errors import InputError
-from gradfn.layers import Site, find_sites, output_head
-from gradfn.losses import CausalLMLoss
-from gradfn.per_example import params_of
+from gradfn.layers import (
+    AttentionInput,
+    Conv,
+    Experts,
+    Layer,
+    Site,
+    Tap,
+    View,
+    Where,
+    blocks_of,
+    find_sites,
+    output_head,
+)
+from gradfn.per_example import definition, params_of
 from gradfn.transforms import Transform, chain, lower
 from gradfn.transforms.lower import BlockPlan, Lowered
-from gradfn.types import Batch, Blocks, LossFn, Rows
+from gradfn.types import Batch, Blocks, Example, LossFn, Params, Rows
 
 
 class _Probe(torch.autograd.Function):
     """The identity on `y`; the cotangent of `slot` is `pullback(kept, dL/dy)`."""
 
     @staticmethod
-    def forward(y, slot, kept, pullback):
-        return y.view_as(y)
+    def forward(y, slot, kept, pullback, copy):
+        return y.clone() if copy else y.view_as(y)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -44,55 +54,83 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (kept,) = ctx.saved_tensors
-        return grads[0], ctx.pullback(kept, grads[0]), None, None
+        return grads[0], ctx.pullback(kept, grads[0]), None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, y, slot, kept, pullback):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def vmap(info, in_dims, y, slot, kept, pullback, copy):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Under vmap the examples' axis is moved to the front and the batched probe does the rest."""
         y, slot, kept = (
             value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
             for value, dim in zip((y, slot, kept), in_dims[:3], strict=True)
         )
-        return _Probe.apply(y, slot, kept, pullback), 0
+        return _Probe.apply(y, slot, kept, pullback, copy), 0
 
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """How one module's factors become its slot's cotangent."""
+    """How one weight's factors become its slot's cotangent."""
 
     plan: BlockPlan
-    bias: bool
-
-    @property
-    def projects_right(self) -> bool:
-        right = self.plan.kron.right
-        return right is not None and right.ndim == 2
+    layer: Layer
+    path: str = ""
+    tokens: int | None = None
+    where: Where | None = None
 
     def keep(self, x: Tensor) -> Tensor:
         """What the backward needs of the input: its projection where there is one, else itself."""
-        right = self.plan.kron.right
-        if right is None or right.ndim == 1:
-            return x
-        if not self.bias:
-            return F.linear(x.to(right.dtype), right)
-        return F.linear(x.to(right.dtype), right[:, :-1], right[:, -1])
+        return self.layer.keep(x, self.plan.kron.right)
 
     def pullback(self, kept: Tensor, g: Tensor) -> Tensor:
-        """`inside(L (sum_t g_t x_tᵀ) Rᵀ)` for every example."""
-        dtype = self.plan.dtype
-        kept = kept.reshape(len(kept), -1, kept.shape[-1]).to(dtype)
-        g = g.reshape(len(g), -1, g.shape[-1]).to(dtype)
-        left, right = self.plan.kron.left, self.plan.kron.right
-        if left is not None:
-            g = F.linear(g, left) if left.ndim == 2 else g * left
-        G = g.mT @ kept
-        if not self.projects_right:
-            if self.bias:
-                G = torch.cat([G, g.sum(1)[..., None]], -1)
-            G = G if right is None else G * right
-        for function in self.plan.inside:
-            G = function(G)
-        return G
+        """`inside(L (sum_t g_t x_tᵀ) Rᵀ)` for every example, or for every token."""
+        plan, g = self.plan, g.to(self.plan.dtype)
+        kept = kept.to(plan.dtype) if kept.is_floating_point() else kept
+        if self.where is not None:
+            assert isinstance(self.layer, Experts)
+            return plan.within(self.layer.contract_ragged(kept, g, plan.kron, self.where))
+        if self.tokens is not None:
+            kept, g = _by_token(kept, self.tokens, self.path), _by_token(g, self.tokens, self.path)
+            G = self.layer.contract(kept, g, plan.kron, tokens=True)
+            return plan.within(G.flatten(0, 1)).unflatten(0, G.shape[:2])
+        share = plan.share
+        if share and self.layer.prefers_factors(kept, plan.kron, len(share.queries), share.unit):
+            return self.layer.score(kept, g, plan.kron, share.queries, share.unit)
+        step = plan.rows_at_once
+        if step >= len(g):
+            return plan.within(self.layer.contract(kept, g, plan.kron, tokens=False))
+        parts = zip(kept.split(step), g.split(step), strict=True)
+        return torch.cat([plan.within(self.layer.contract(*part, plan.kron, tokens=False)) for part in parts])
+
+
+def _no_tokens(path: str) -> InputError:
+    return InputError(f"{path} has no gradient of each token: --exclude '{path}'")
+
+
+def _by_token(v: Tensor, tokens: int, path: str) -> Tensor:
+    """`[batch, tokens, ...]`, from there or from one more axis of length 1 in front of the tokens."""
+    v = v.squeeze(1) if v.ndim > 2 and v.shape[1] == 1 != tokens else v
+    if v.ndim < (3 if v.is_floating_point() else 2) or v.shape[1] != tokens:  # ids have no features
+        raise _no_tokens(path)
+    return v
+
+
+class _Watch:
+    """Instead of factors: notes whether the first example's loss has a gradient at another example's rows."""
+
+    def __init__(self, size: int, where: Where | None):
+        self.size, self.where, self.mixed = size, where, False
+
+    def keep(self, x: Tensor) -> Tensor:
+        """The input as it is."""
+        return x
+
+    def pullback(self, kept: Tensor, g: Tensor) -> Tensor:
+        """Nothing; what is wanted was noted."""
+        others = g[1:] if self.where is None else g[self.where.examples > 0]
+        self.mixed |= bool((others != 0).any())
+        return g.new_zeros(self.size, dtype=torch.float32)
+
+
+MakeFactors = Callable[[Site, Layer, Where | None], "_Factors | _Watch"]
 
 
 class _RepeatedCallError(Exception):
@@ -100,6 +138,13 @@ class _RepeatedCallError(Exception):
 
     def __init__(self, block: str):
         self.block = block
+
+
+class _MixedError(Exception):
+    """The rows of a module cannot be told apart by example."""
+
+    def __init__(self, path: str):
+        self.path = path
 
 
 @contextmanager
@@ -111,7 +156,9 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     in_place = [m for m in modules if getattr(m, "inplace", False) is True]
     # functional_call leaves plain tensors behind in a module that occurs twice.
     parameters = [(m, dict(m._parameters)) for m in modules if m._parameters]
+    fused = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it runs past the modules' hooks
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in training:
@@ -121,6 +168,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             module.inplace = False  # pyright: ignore[reportArgumentType]
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, own in parameters:
             module._parameters.update(own)
         for module in in_place:
@@ -139,8 +187,10 @@ class Engine:
     loss: LossFn
     transform: Transform
     sites: Sequence[Site]
+    view: View = field(default_factory=View)
     _shared: set[str] = field(default_factory=set)
-    _called: set[str] = field(default_factory=set)
+    _looked: int = 0
+    _copies: bool = False
     _lowered: Lowered | None = None
 
     def __post_init__(self):
@@ -155,104 +205,208 @@ class Engine:
         return self._lowered
 
     def __call__(self, batch: Batch) -> Rows:
-        while True:
-            try:
-                with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
+        with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
+            while True:
+                try:
+                    self._look_once(batch)
                     return self._differentiate(batch)
-            except _RepeatedCallError as repeated:
-                # The weight's gradient is a sum over calls: what is not linear must wait behind it.
-                self._shared.add(repeated.block)
-                self._lowered = None
+                except _RepeatedCallError as repeated:
+                    # The weight's gradient is a sum over calls: what is not linear must wait behind it.
+                    self._shared.add(repeated.block)
+                    self._lowered = None
+                except _MixedError as mixed:
+                    self._unprobe({mixed.path})
+                except RuntimeError as error:
+                    # What a probe returns is a view, which the model may not write to; a copy it may.
+                    if self._copies or "modified inplace" not in str(error):
+                        raise
+                    self._copies = True
+
+    def _unprobe(self, paths: Collection[str]) -> None:
+        """Take weights from the probes, with all uses of the same weight."""
+        blocks = {site.block for site in self.sites if site.path in paths}
+        self.sites = [replace(s, probed=s.probed and s.block not in blocks) for s in self.sites]
 
     def _differentiate(self, batch: Batch) -> Rows:
-        lowered = self.lowered()
-        size = len(next(iter(batch.values())))
+        lowered, size = self.lowered(), _size(batch)
+        probed = {site.block for site in self.sites if site.probed}
+        tokens = (batch["input_ids"].shape[1],) if self.view.tokens else ()
         slots = {
             name: torch.zeros((), dtype=plan.dtype, device=plan.device)
-            .expand(size, *plan.shape)
+            .expand(size, *tokens, *plan.shape)
             .requires_grad_()
             for name, plan in lowered.plans.items()
+            if name in probed
         }
-        losses = self._losses(batch, slots)
-        self._refuse_bypassed(batch, size)
-        if not losses.requires_grad:
+
+        def factors(site: Site, layer: Layer, where: Where | None) -> _Factors:
+            if tokens and (where is not None or isinstance(layer, Conv)):
+                raise _no_tokens(site.path)
+            return _Factors(lowered.plans[site.block], layer, site.path, *tokens or (None,), where)
+
+        losses = self._losses(batch, slots, factors)
+        if slots and not losses.requires_grad:
             raise InputError(
                 "the loss does not depend on any attributed layer: check the loss, --include and --exclude"
             )
-        grads = torch.autograd.grad(losses.sum(), list(slots.values()), materialize_grads=True)
-        blocks = dict(zip(slots, grads, strict=True))
+        grads = (
+            torch.autograd.grad(losses.sum(), list(slots.values()), materialize_grads=True) if slots else ()
+        )
+        blocks = dict(zip(slots, grads, strict=True)) | self._unprobed_blocks(batch)
+        blocks = {name: blocks[name] for name in lowered.plans}
+        if self.view.tokens:
+            real = batch["attention_mask"].bool() if "attention_mask" in batch else ...
+            blocks = {name: value[real] for name, value in blocks.items()}
         return Rows(lowered.finish(blocks), losses.detach())
 
-    def _losses(self, batch: Batch, slots: Blocks) -> Float[Tensor, " batch"]:
+    def _losses(self, batch: Batch, slots: Blocks, factors: MakeFactors) -> Float[Tensor, " batch"]:
         """The losses of the batch, in one forward with a probe behind every attributed layer."""
         batched: Callable[[Batch], Tensor] | None = getattr(self.loss, "batched", None)
         if batched is not None:
-            with self._probes(slots, size=len(next(iter(slots.values())))), fast_attention():
+            with self._probes(slots, factors, size=_size(batch)), fast_attention():
                 return batched(batch)
         params = params_of(self.model)
 
         def one(slots: Blocks, example: Batch) -> Tensor:
-            with self._probes(slots, size=None):
+            with self._probes(slots, factors, size=None):
                 return self.loss(params, example)
 
         return vmap(one)(slots, dict(batch))
 
-    def _refuse_bypassed(self, batch: Batch, size: int) -> None:
-        """Refuse a weight that the loss uses past its module, where no probe sees it; ask once a layer."""
-        silent = {site.path for site in self.sites} - self._called
-        self._called |= silent
-        params = params_of(self.model)
-        names = {name: path for path in silent if (name := f"{path}.weight".lstrip(".")) in params}
-        if not names:
+    def _unprobed_blocks(self, batch: Batch) -> Blocks:
+        """Blocks of the weights that no probe sees: `vmap(grad)` with respect to these parameters alone."""
+        sites = [site for site in self.sites if not site.probed]
+        if not sites:
+            return {}
+        if self.view.tokens:
+            raise _no_tokens(sites[0].path)
+        fixed = params_of(self.model)
+        some = {name: fixed[name] for site in sites for name in site.names}
+
+        def loss(params: Params, example: Example) -> Tensor:
+            return self.loss({**fixed, **params}, example)
+
+        blocks, plans = blocks_of(sites, definition(loss, some, batch)), self.lowered().plans
+        return {
+            name: plans[name].within(plans[name].kron(G.to(plans[name].dtype))) for name, G in blocks.items()
+        }
+
+    def _look_once(self, batch: Batch) -> None:
+        """On two examples of the first batch: is every weight seen by a probe, do examples stay apart?
+
+        A weight that the loss uses past its module, or whose rows cannot be told apart by example, is taken
+        from the probes and goes through `vmap(grad)`.
+        """
+        size = min(2, _size(batch))
+        if self._looked >= size:
             return
-        weights = [params[name].requires_grad_() for name in names]
-        losses = [self.loss(params, {key: value[b] for key, value in batch.items()}) for b in range(size)]
+        pair = {key: value[:size] for key, value in batch.items()}
+        watched: dict[str, _Watch] = {}
+
+        def watch(site: Site, layer: Layer, where: Where | None) -> _Watch:
+            return watched.setdefault(site.path, _Watch(size, where))
+
+        slots = {
+            site.block: torch.zeros(size, device=site.weight.device, requires_grad=True)
+            for site in self.sites
+            if site.probed
+        }
+        losses = self._losses(pair, slots, watch)
+        if getattr(self.loss, "batched", None) and size > 1 and losses.requires_grad:
+            torch.autograd.grad(losses[0], list(slots.values()), allow_unused=True)
+        lost = self._unseen(pair, watched) | {path for path, seen in watched.items() if seen.mixed}
+        self._unprobe(lost)
+        self._looked = size
+
+    def _unseen(self, batch: Batch, watched: Collection[str]) -> set[str]:
+        """The weights that no probe saw although the loss depends on them."""
+        seen = {id(s.weight) for s in self.sites if s.path in watched}
+        silent = {s.path: s.names[0] for s in self.sites if s.probed and id(s.weight) not in seen}
+        if not silent:
+            return set()
+        params = params_of(self.model)
+        weights = [params[name].requires_grad_() for name in silent.values()]
+        losses = [self.loss(params, _example(batch, b)) for b in range(_size(batch))]
         total = torch.stack(losses).sum()
         if not total.requires_grad:
-            return
+            return set()
         grads = torch.autograd.grad(total, weights, allow_unused=True)
-        for path, grad in zip(names.values(), grads, strict=True):
-            if grad is not None:
-                raise InputError(
-                    f"the weight of {path} is used without calling {path}, so no probe sees its gradient: "
-                    f"--exclude {path}"
-                )
+        return {path for path, grad in zip(silent, grads, strict=True) if grad is not None}
 
     @contextmanager
-    def _probes(self, slots: Blocks, size: int | None) -> Iterator[None]:
+    def _probes(self, slots: Blocks, factors: MakeFactors, size: int | None) -> Iterator[None]:
+        """Every probed weight's module calls a tap, which puts the weight's probes behind its output."""
         calls: Counter[str] = Counter()
-        plans = self.lowered().plans
-        with ExitStack() as hooks:
-            for site in self.sites:
-                factors = _Factors(plans[site.block], site.has_bias)
-                hook = self._hook(site, factors, slots[site.block], calls, size)
-                hooks.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
+        by_module: dict[int, list[Site]] = {}
+        for site in self.sites:
+            if site.probed:
+                by_module.setdefault(id(site.module), []).append(site)
+
+        def make_tap(sites: Sequence[Site]) -> Tap:
+            def tap(
+                name: str,
+                x: Tensor,
+                y: Tensor,
+                rows: tuple[int, int] | None = None,
+                ragged: tuple[Tensor, Tensor, int] | None = None,
+            ) -> Tensor:
+                for site in sites:
+                    layer = site.layer
+                    if rows is not None and isinstance(layer, AttentionInput):
+                        layer = layer.seen_in(*rows)
+                    if site.parameter != name or layer is None:
+                        continue
+                    calls[site.block] += 1
+                    if calls[site.block] > 1 and site.block not in self._shared:
+                        raise _RepeatedCallError(site.block)
+                    where = _where(ragged, size) if ragged else None
+                    made = factors(site, layer, where)
+                    one = size if where is None else None
+                    y = _put(site, made, x.detach(), y, slots[site.block], one, self._copies)
+                return y
+
+            return tap
+
+        with ExitStack() as undo:
+            for sites in by_module.values():
+                undo.callback(sites[0].attach(sites[0].module, make_tap(sites)))
             yield
 
-    def _hook(self, site: Site, factors: _Factors, slot: Tensor, calls: Counter[str], size: int | None):
-        def probe(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor) -> Tensor:
-            calls[site.block] += 1
-            self._called.add(site.path)
-            if calls[site.block] > 1 and site.block not in self._shared:
-                raise _RepeatedCallError(site.block)
-            x = (args[0] if args else next(iter(named.values()))).detach()
-            if size is not None and len(x) != size:
-                raise InputError(
-                    f"{site.path} was given {len(x)} rows for a batch of {size} examples, so its gradients "
-                    f"cannot be told apart by example: --exclude {site.path}"
-                )
-            return _Probe.apply(y, slot, factors.keep(x), factors.pullback)  # pyright: ignore[reportReturnType]
 
-        return probe
+def _put(
+    site: Site, factors: "_Factors | _Watch", x: Tensor, y: Tensor, slot: Tensor, size: int | None, copy: bool
+) -> Tensor:
+    """Put one probe behind `y`; with a batch of `size` examples, whatever is in front is split by example."""
+    kept = factors.keep(x)
+    if size is None or len(kept) == size:
+        return _Probe.apply(y, slot, kept, factors.pullback, copy)  # pyright: ignore[reportReturnType]
+    if len(kept) == 1:  # the same for all examples: positions, say
+        kept, y = kept.expand(size, *kept.shape[1:]), y.expand(size, *y.shape[1:])
+        return _Probe.apply(y, slot, kept, factors.pullback, copy)  # pyright: ignore[reportReturnType]
+    if len(kept) % size:
+        raise _MixedError(site.path)
+    kept, y = kept.unflatten(0, (size, -1)), y.unflatten(0, (size, -1))
+    return _Probe.apply(y, slot, kept, factors.pullback, copy).flatten(0, 1)  # pyright: ignore
+
+
+def _where(ragged: tuple[Tensor, Tensor, int], size: int | None) -> Where:
+    """The example of every row of a mixture's experts, whose tokens lie example after example."""
+    tokens, experts, count = ragged
+    if size is None or count % size:
+        raise InputError("a mixture of experts needs a loss with a batched form: exclude its experts")
+    return Where(tokens // (count // size), experts, size)
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _example(batch: Batch, row: int) -> Example:
+    return {key: value[row] for key, value in batch.items()}
 
 
 def probe_engine(
-    model: nn.Module,
-    loss: LossFn,
-    transform: Transform | None = None,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    model: nn.Module, loss: LossFn, transform: Transform | None = None, *, view: View | None = None
 ) -> Engine:
     """Make the function that gives every example's transformed gradient, `transform(d loss_b / d W)`.
 
@@ -263,14 +417,15 @@ def probe_engine(
             it runs in eval mode.
         loss: a pure loss of one example; its `batched` form is used where it has one.
         transform: applied to every example's blocks; None is the full gradient.
-        include, exclude: globs over module paths; see `find_sites`.
+        view: which weights, by head or not, by token or not; see `View`.
 
     Returns:
         `engine(batch) -> Rows(values, losses)`: `{module path: [batch, ...]}`, or `[batch, queries]` where
-        the chain ends in `dot`; losses `[batch]` in the loss's unit.
+        the chain ends in `dot`; losses `[batch]` in the loss's unit. By token, a row is a token: the tokens
+        of the batch one example after the other, those that `attention_mask` leaves out not among them.
 
     Raises:
-        InputError: nothing to attribute, or a layer whose rows are not examples.
+        InputError: nothing to attribute.
 
     >>> net = nn.Linear(3, 1)
     >>> def loss(params, e):
@@ -278,7 +433,9 @@ def probe_engine(
     >>> probe_engine(net, loss)({"x": torch.ones(5, 3)}).values["root"].shape
     torch.Size([5, 1, 4])
     """
-    sites = find_sites(model, include=include, exclude=exclude)
-    if isinstance(loss, CausalLMLoss) and any(site.module is output_head(model) for site in sites):
-        loss = replace(loss, fused_head=False)  # the head's own gradient needs its output
-    return Engine(model, loss, transform or chain(), sites)
+    view = view or View()
+    sites = find_sites(model, view)
+    whole = getattr(loss, "with_whole_logits", None)
+    if whole is not None and any(site.module is output_head(model) for site in sites):
+        loss = whole()  # the head's own gradient needs its output
+    return Engine(model, loss, transform or chain(), sites, view)

@@ -13,7 +13,7 @@ import gradfn
 from gradfn.errors import InputError
 from gradfn.fold import mean, total
 from gradfn.hf.models import model_fingerprint
-from gradfn.layers import find_sites
+from gradfn.layers import Linear, View, find_sites, uncovered
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import Engine, probe_engine
 from gradfn.store import Store, differing, open_store, open_writer
@@ -56,8 +56,7 @@ def describe(
     transform: Transform | None,
     *,
     loss: LossFn | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    view: View | None = None,
 ) -> dict[str, Any]:
     """What the rows of a run depend on, as plain values: model, data, loss, layers and transform."""
     fingerprint = getattr(data, "fingerprint", None)
@@ -68,7 +67,7 @@ def describe(
         "model": {"fingerprint": model_fingerprint(model)},
         "data": {"fingerprint": fingerprint() if callable(fingerprint) else None, "rows": len(data)},
         "loss": {"name": name or type(loss).__name__, "reduction": reduction},
-        "layers": {"include": list(include), "exclude": list(exclude)},
+        "layers": (view or View()).settings(),
         "transform": chain(transform or chain()).settings(),
     }
 
@@ -203,8 +202,7 @@ def build(
     transform: Transform | None = None,
     *,
     loss: LossFn | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     overwrite: bool = False,
@@ -214,7 +212,7 @@ def build(
 
     Args:
         run: the run directory.
-        model, data, transform, loss, include, exclude, token_batch_size, progress: see `collect`.
+        model, data, transform, loss, view, token_batch_size, progress: see `collect`.
         settings: recorded beside what is known of the model, data and transform (paths, say).
         overwrite: replace a store that was made otherwise.
 
@@ -223,8 +221,8 @@ def build(
         StorageError: the disk is full; what is complete is kept.
     """
     transform = transform or chain()
-    known = describe(model, data, transform, loss=loss, include=include, exclude=exclude)
-    engine = probe_engine(model, loss or causal_lm_loss(model), transform, include=include, exclude=exclude)
+    known = describe(model, data, transform, loss=loss, view=view)
+    engine = probe_engine(model, loss or causal_lm_loss(model), transform, view=view)
     return _write_run(
         run, "store", engine, data, merged(known, settings), _gradient_arrays,
         token_batch_size=token_batch_size, overwrite=overwrite, progress=progress,
@@ -239,8 +237,7 @@ def reduce(
     *,
     aggregation: Aggregation = "mean",
     loss: LossFn | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     overwrite: bool = False,
@@ -250,7 +247,7 @@ def reduce(
 
     Args:
         aggregation: "mean" or "sum" over rows, of the transformed gradients.
-        run, model, data, transform, loss, include, exclude, token_batch_size, settings, overwrite, progress:
+        run, model, data, transform, loss, view, token_batch_size, settings, overwrite, progress:
             see `build`.
 
     Raises:
@@ -259,9 +256,9 @@ def reduce(
     if aggregation not in get_args(Aggregation):
         raise InputError(f"no aggregation {aggregation!r}: choose {' or '.join(get_args(Aggregation))}")
     transform = transform or chain()
-    known = describe(model, data, transform, loss=loss, include=include, exclude=exclude)
+    known = describe(model, data, transform, loss=loss, view=view)
     known = merged({**known, "aggregation": aggregation}, settings)
-    engine = probe_engine(model, loss or causal_lm_loss(model), transform, include=include, exclude=exclude)
+    engine = probe_engine(model, loss or causal_lm_loss(model), transform, view=view)
     fold = mean() if aggregation == "mean" else total()
     with open_writer(run, "store", known, 1, overwrite) as writer:
         if not writer.complete:
@@ -291,8 +288,7 @@ def score_run(
     transform: Transform,
     *,
     loss: LossFn | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     fixed: Mapping[str, Any] | None = None,
@@ -305,12 +301,12 @@ def score_run(
         queries: the queries' gradients, transformed, `{block: [queries, ...]}`.
         transform: the training side of the method.
         fixed: arrays about the queries, kept in the index.
-        run, model, train, loss, include, exclude, token_batch_size, settings, overwrite, progress: see
+        run, model, train, loss, view, token_batch_size, settings, overwrite, progress: see
             `build`.
     """
-    known = describe(model, train, transform, loss=loss, include=include, exclude=exclude)
+    known = describe(model, train, transform, loss=loss, view=view)
     ending = chain(transform, dot({name: value.to(_device(model)) for name, value in queries.items()}))
-    engine = probe_engine(model, loss or causal_lm_loss(model), ending, include=include, exclude=exclude)
+    engine = probe_engine(model, loss or causal_lm_loss(model), ending, view=view)
     return _write_run(
         run, "scores", engine, train, merged(known, settings),
         lambda values: {"scores": values.float().numpy()},  # pyright: ignore[reportAttributeAccessIssue]
@@ -426,11 +422,11 @@ def ends_in_unit_norm(transform: Transform) -> bool:
     return bool(stages) and isinstance(stages[-1], UnitNormalize)
 
 
-def layer_summary(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> str:
+def layer_summary(model: nn.Module, view: View | None = None) -> str:
     """One line on what is attributed and what is not, in layers and parameters."""
-    sites = find_sites(model, include=include, exclude=exclude)
-    covered = {id(p): p.numel() for site in sites for p in site.module.parameters(recurse=False)}
-    everything = {id(p): p.numel() for p in model.parameters()}
-    share = sum(covered.values()) / sum(everything.values())
-    layers = "1 linear layer" if len(sites) == 1 else f"{len(sites)} linear layers"
-    return f"{layers}, {share:.0%} of {sum(everything.values()):,} parameters"
+    sites = find_sites(model, view)
+    everything = sum(p.numel() for p in model.parameters())
+    share = 1 - sum(uncovered(model, sites).values()) / everything
+    count = len({site.path for site in sites})
+    kind = "linear layer" if all(isinstance(site.layer, Linear) for site in sites) else "layer"
+    return f"{count} {kind}{'' if count == 1 else 's'}, {share:.0%} of {everything:,} parameters"

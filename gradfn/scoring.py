@@ -4,7 +4,7 @@ One convention of sign everywhere: a positive score is a proponent, a training s
 query's loss.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
+from gradfn.layers import View
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect
 from gradfn.transforms import Transform, chain, dot
 from gradfn.types import Blocks, Data, LossFn
@@ -46,8 +47,7 @@ def score(
     method: Method,
     loss: LossFn | None = None,
     query_loss: LossFn | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
 ) -> Float[Tensor, "rows queries"]:
@@ -60,7 +60,7 @@ def score(
         method: what to do to both sides, `grad_dot(...)` or `grad_cosine(...)`.
         loss: the training rows' loss; None means next-token cross-entropy.
         query_loss: the queries' loss; None means `loss`.
-        include, exclude, token_batch_size, progress: see `collect`.
+        view, token_batch_size, progress: see `collect`.
 
     Returns:
         float scores `[rows, queries]`; positive = proponent.
@@ -74,7 +74,7 @@ def score(
     tensor([[1., 0.],
             [0., 4.]])
     """
-    common = {"include": include, "exclude": exclude, "token_batch_size": token_batch_size}
+    common = {"view": view, "token_batch_size": token_batch_size}
     queries = collect(model, query, method.query, loss=query_loss or loss, **common)
     if not isinstance(queries, dict):
         raise TypeError("the method's query transform must give blocks, not scores")

@@ -1,15 +1,16 @@
 """Running an engine over data: batches by length under a token budget, results in the order of the rows."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.data import IGNORED, collate, plan_batches
+from gradfn.data import IGNORED, collate, offsets_of, plan_batches
 from gradfn.errors import InputError
+from gradfn.layers import View
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import Engine, probe_engine
 from gradfn.transforms import Transform
@@ -52,6 +53,8 @@ def stream(
 ) -> Iterator[tuple[np.ndarray, Rows]]:
     """Yield `(row numbers, results)` batch by batch, longest rows first.
 
+    Where the engine's view is by token, the results of a batch are those of its rows' tokens, row after row.
+
     Args:
         engine: what to run; see `probe_engine`.
         data: examples; sequences may differ in length.
@@ -69,9 +72,12 @@ def stream(
     device = next(engine.model.parameters()).device
     for batch in plan_batches(lengths, token_batch_size):
         numbers = batch + rows.start
-        examples = collate([_labelled(data, int(i)) for i in numbers])
-        result = engine({key: value.to(device) for key, value in examples.items()})
-        _refuse_nonfinite(result, data, numbers)
+        examples = [_labelled(data, int(i)) for i in numbers]
+        if engine.view.tokens:
+            examples = [_masked(example) for example in examples]
+        result = engine({key: value.to(device) for key, value in collate(examples).items()})
+        owners = np.repeat(numbers, lengths[batch]) if engine.view.tokens else numbers
+        _refuse_nonfinite(result, data, numbers, owners)
         yield numbers, result
         if progress:
             progress(int(lengths[batch].sum()))
@@ -92,15 +98,23 @@ def _labelled(data: Data, row: int) -> Example:
     return {**example, "labels": ids if mask is None else torch.where(mask.bool(), ids, IGNORED)}
 
 
-def _refuse_nonfinite(result: Rows, data: Data, numbers: np.ndarray) -> None:
+def _masked(example: Example) -> Example:
+    """The example with an attention mask, which says what is a token and what is padding."""
+    if "input_ids" not in example:
+        raise InputError("rows without input_ids have no tokens: view them by example")
+    return {"attention_mask": torch.ones_like(example["input_ids"]), **example}
+
+
+def _refuse_nonfinite(result: Rows, data: Data, numbers: np.ndarray, owners: np.ndarray) -> None:
     parts = list(result.values.values()) if isinstance(result.values, dict) else [result.values]
     sums = torch.stack([result.losses.sum(), *(part.sum().to(result.losses) for part in parts)])
     if bool(torch.isfinite(sums).all()):
         return
-    for what, value in (("loss", result.losses), *(("gradient", part) for part in parts)):
+    values = [("loss", result.losses, numbers), *(("gradient", part, owners) for part in parts)]
+    for what, value, rows in values:
         bad = ~torch.isfinite(value.flatten(1) if value.ndim > 1 else value[:, None]).all(1)
         if bool(bad.any()):
-            row = row_name(data, int(numbers[int(bad.nonzero()[0, 0])]))
+            row = row_name(data, int(rows[int(bad.nonzero()[0, 0])]))
             raise InputError(
                 f"the {what} of {row} is NaN or infinite: mend or leave out that row, or use --precision fp32"
             )
@@ -118,16 +132,21 @@ def gather(
     rows = range(len(data)) if rows is None else rows
     if not len(rows):
         raise InputError("the data has no rows: give at least one example")
+    lengths = lengths_of(data)[rows.start : rows.stop] if engine.view.tokens else np.ones(len(rows), np.int64)
+    offsets = offsets_of(lengths)
     out: Rows | None = None
     for numbers, result in stream(
         engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress
     ):
-        at = torch.from_numpy(numbers - rows.start)
+        batch = numbers - rows.start
+        spans = [range(int(offsets[i]), int(offsets[i + 1])) for i in batch]
+        at = torch.tensor([place for span in spans for place in span])
         if out is None:
-            _refuse_too_large(result.values, len(rows))
-            out = Rows(_map(lambda v: v.new_empty(len(rows), *v.shape[1:], device="cpu"), result.values),
+            count = int(offsets[-1])
+            _refuse_too_large(result.values, count)
+            out = Rows(_map(lambda v, n=count: v.new_empty(n, *v.shape[1:], device="cpu"), result.values),
                        result.losses.new_empty(len(rows), device="cpu"))  # fmt: skip
-        out.losses[at] = result.losses.cpu()
+        out.losses[torch.from_numpy(batch)] = result.losses.cpu()
         if isinstance(result.values, dict):
             for name, value in result.values.items():
                 out.values[name][at] = value.cpu()  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -161,8 +180,7 @@ def collect(
     transform: Transform | None = None,
     *,
     loss: LossFn | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
 ) -> Blocks | Tensor:
@@ -173,12 +191,13 @@ def collect(
         data: examples, each a mapping of tensors.
         transform: applied to every example's blocks; None is the full gradient.
         loss: `loss(params, example)`; None means next-token cross-entropy, `causal_lm_loss(model)`.
-        include, exclude: globs over module paths.
+        view: which weights, by head or not, by token or not; None is all linear layers, see `View`.
         token_batch_size: tokens a batch, padding included; changes no result.
         progress: called with the tokens done.
 
     Returns:
-        `{module path: [rows, ...]}` on the CPU, or `[rows, queries]` where the transform ends in `dot`.
+        `{module path: [rows, ...]}` on the CPU, or `[rows, queries]` where the transform ends in `dot`. By
+        token, all tokens of all rows one after the other: row i's start at `offsets_of(lengths)[i]`.
 
     Raises:
         InputError: no rows, nothing to attribute, a loss that is not finite.
@@ -189,5 +208,5 @@ def collect(
     >>> collect(net, [{"x": torch.ones(3)}] * 5, loss=loss)["root"].shape
     torch.Size([5, 1, 4])
     """
-    engine = probe_engine(model, loss or causal_lm_loss(model), transform, include=include, exclude=exclude)
+    engine = probe_engine(model, loss or causal_lm_loss(model), transform, view=view)
     return gather(engine, data, token_batch_size=token_batch_size, progress=progress).values

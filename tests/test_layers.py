@@ -4,7 +4,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradfn.errors import InputError
-from gradfn.layers import blocks_of, find_sites, output_head, uncovered
+from gradfn.layers import View, blocks_of, find_sites, output_head, uncovered
 
 
 class TinyLM(nn.Module):
@@ -22,8 +22,8 @@ class TinyLM(nn.Module):
         return self.head
 
 
-def paths(model, **globs):
-    return [site.path for site in find_sites(model, **globs)]
+def paths(model, view=None):
+    return [site.path for site in find_sites(model, view)]
 
 
 def test_all_linear_layers_but_the_head_are_attributed():
@@ -33,31 +33,37 @@ def test_all_linear_layers_but_the_head_are_attributed():
 
 
 @pytest.mark.parametrize(("include", "exclude", "expected"), [
-    (["body.*"], [], ["body.0"]),
-    (["*"], [], ["body.0", "out", "head"]),
+    (["body.*"], [], ["body.0", "body.1"]),
+    (["*"], [], ["embed", "body.0", "body.1", "out", "head"]),
     (["head"], [], ["head"]),
     ([], ["body.*"], ["out"]),
-    (["*"], ["h?ad", "out"], ["body.0"]),
+    (["*"], ["h?ad", "out", "embed"], ["body.0", "body.1"]),
     (["OUT", "out"], [], ["out"]),
 ])  # fmt: skip
 def test_globs_choose_modules(include, exclude, expected):
-    assert paths(TinyLM(), include=include, exclude=exclude) == expected
+    assert paths(TinyLM(), View(include, exclude)) == expected
 
 
 def test_globs_that_leave_nothing_are_refused_with_the_layers_there_are():
-    with pytest.raises(InputError, match=r"include=\['no'\].*body\.0, out, head"):
-        find_sites(TinyLM(), include=["no"])
+    with pytest.raises(InputError, match=r"include=\['no'\].*embed, body\.0, body\.1, out, head"):
+        find_sites(TinyLM(), View(include=["no"]))
 
 
-def test_a_model_without_linear_layers_is_refused():
-    with pytest.raises(InputError, match="linear layers are none"):
+def test_a_model_without_weight_matrices_is_refused_unless_told_otherwise():
+    with pytest.raises(InputError, match="the model's layers are root"):
         find_sites(nn.LayerNorm(3))
+    assert paths(nn.LayerNorm(3), View(include=["*"])) == [""]
 
 
-def test_a_tied_head_is_left_out_silently_and_refused_when_asked_for():
-    assert paths(TinyLM(tied=True)) == ["body.0", "out"]
-    with pytest.raises(InputError, match=r"head is also embed\.weight.*exclude head"):
-        find_sites(TinyLM(tied=True), include=["*"])
+def test_a_tied_head_has_one_block_with_the_embedding_and_is_refused_without_it():
+    model = TinyLM(tied=True)
+    assert paths(model) == ["body.0", "out"]
+    blocks = [(site.path, site.block) for site in find_sites(model, View(include=["embed", "head"]))]
+    assert blocks == [("embed", "embed"), ("head", "embed")]
+    with pytest.raises(
+        InputError, match=r"head is also embed\.weight.*--include embed too, or --exclude head"
+    ):
+        find_sites(model, View(include=["head"]))
 
 
 def test_blocks_are_out_by_in_with_the_bias_last_whatever_the_storage():
@@ -95,18 +101,18 @@ def test_tied_layers_share_the_block_of_the_first():
     assert list(blocks_of(sites, {"0.weight": torch.zeros(1, 3, 3)})) == ["0"]
 
 
-def test_a_shared_weight_with_two_biases_is_refused():
+def test_the_biases_of_a_shared_weight_have_blocks_of_their_own():
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     second.weight = first.weight
-    with pytest.raises(InputError, match="0 and 1 share a weight but not a bias"):
-        find_sites(nn.Sequential(first, second))
+    shapes = {site.block: site.spec.shape for site in find_sites(nn.Sequential(first, second))}
+    assert shapes == {"0": (3, 3), "0[bias]": (3, 1), "1[bias]": (3, 1)}
 
 
 def test_excluding_one_of_two_tied_layers_is_refused():
     first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
     second.weight = first.weight
     with pytest.raises(InputError, match=r"weight of 0 is also 1\.weight"):
-        find_sites(nn.Sequential(first, second), exclude=["1"])
+        find_sites(nn.Sequential(first, second), View(exclude=["1"]))
 
 
 def test_uncovered_names_every_parameter_without_a_block():

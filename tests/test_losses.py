@@ -12,7 +12,7 @@ from gradfn.losses import (
     head_is_plain,
     linear_cross_entropy,
     shifted_labels,
-    token_cross_entropy,
+    token_losses,
 )
 from gradfn.per_example import params_of
 from gradfn.stream import collect
@@ -59,7 +59,7 @@ def test_labels_stand_where_they_are_predicted():
 def test_token_losses_are_those_of_torch_in_float32_or_better():
     logits, targets = torch.randn(3, 5, 7, dtype=torch.bfloat16), torch.randint(0, 7, (3, 5))
     targets[0, 2] = -100
-    ours = token_cross_entropy(logits, targets)
+    ours = token_losses(logits, targets)
     theirs = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
     assert ours.dtype == torch.float32
     assert float(ours[0, 2]) == 0

@@ -9,6 +9,7 @@ from torch import nn
 import gradfn as gf
 from gradfn import runs
 from gradfn.errors import InputError
+from gradfn.layers import View
 
 TRANSFORMS = {
     "full": gf.chain(),
@@ -253,8 +254,8 @@ def test_what_describes_a_run_changes_with_all_that_rows_depend_on(documents):
         described(model, transform=gf.project(4)),
         described(model, transform=gf.project(4, seed=1)),
         described(model, loss=gf.causal_lm_loss(model, "sum")),
-        described(model, include=["*mlp*"]),
-        described(model, exclude=["*mlp*"]),
+        described(model, view=View(include=["*mlp*"])),
+        described(model, view=View(exclude=["*mlp*"])),
     ]
     assert all(a != b for i, a in enumerate(variants) for b in variants[:i])
     assert described(model) == described(make_model(), loss=gf.causal_lm_loss(model))

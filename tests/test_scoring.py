@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
+from gradfn.layers import View
 from gradfn.methods import grad_cosine, grad_dot
 from gradfn.scoring import Method, dots, score, top_k
 from gradfn.testing import assert_blocks_close
@@ -40,8 +41,8 @@ def test_globs_hold_on_both_sides():
     model = randomize(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)), 0)
     loss = squared_error(model)
     parts = [
-        score(model, ROWS, ROWS, method=grad_dot(), loss=loss, **globs)
-        for globs in ({"include": ["0"]}, {"exclude": ["0"]})
+        score(model, ROWS, ROWS, method=grad_dot(), loss=loss, view=view)
+        for view in (View(include=["0"]), View(exclude=["0"]))
     ]
     assert_blocks_close(parts[0] + parts[1], score(model, ROWS, ROWS, method=grad_dot(), loss=loss))
 

@@ -20,6 +20,7 @@ from gradfn.hf.models import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
+from gradfn.layers import View
 from gradfn.losses import CausalLMLoss, causal_lm_loss
 from gradfn.runs import ends_in_unit_norm, open_gradients, read_gradients, refuse_mismatch
 from gradfn.scoring import Method
@@ -39,8 +40,7 @@ class Subject:
     model: nn.Module
     tokenizer: Any
     loss: CausalLMLoss
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
+    view: View
     token_batch_size: int
     precision: str
 
@@ -51,7 +51,7 @@ class Subject:
 
     def engine_options(self) -> dict[str, Any]:
         """What every function that runs the engine takes."""
-        return {"loss": self.loss, "include": self.include, "exclude": self.exclude,
+        return {"loss": self.loss, "view": self.view,
                 "token_batch_size": self.token_batch_size}  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Subject:
                 "fingerprint": model_fingerprint(self.model),
             },
             "tokenizer": {"fingerprint": tokenizer_fingerprint(self.tokenizer)},
-            "layers": {"include": list(self.include), "exclude": list(self.exclude)},
+            "layers": self.view.settings(),
         }
 
 
@@ -110,12 +110,12 @@ def load_subject(options: Options, *, path: str | None = None, settings: Options
     recorded = settings or {}
     precision = options["precision"] or recorded.get("model", {}).get("precision", "fp32")
     model = load_model(path, precision=str(precision), device=options["device"])
-    layers = recorded.get("layers", {"include": options.get("include"), "exclude": options.get("exclude")})
+    view = View(**{key: value for key, value in {**options, **recorded.get("layers", {})}.items()
+                   if key in ("include", "exclude", "heads", "tokens") and value is not None})  # fmt: skip
     reduction = recorded["loss"]["reduction"] if recorded else options["loss_reduction"].value
     return Subject(
         path, model, load_tokenizer(path), causal_lm_loss(model, reduction),
-        tuple(layers["include"] or ()), tuple(layers["exclude"] or ()),
-        options["token_batch_size"], str(precision),
+        view, options["token_batch_size"], str(precision),
     )  # fmt: skip
 
 

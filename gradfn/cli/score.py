@@ -78,8 +78,8 @@ def run_score(**options: Any) -> None:
     train = inputs.load_documents(subject, rows, options)
     out = console()
     out.print(facts([*subject_facts(subject, train), ("method", f"{name}, {gradients_line(stage)}")]))
-    wanted = merged(describe(subject.model, [], method.query, loss=subject.loss, include=subject.include,
-                             exclude=subject.exclude), subject.settings())  # fmt: skip
+    wanted = merged(describe(subject.model, [], method.query, loss=subject.loss, view=subject.view),
+                    subject.settings())  # fmt: skip
     queries = inputs.load_queries(subject, query_rows, options, method.query, wanted)
     chunks = _scored(subject, train, queries, method, options)
     show_all(out, subject, train.ids, train.texts, queries, chunks, options)
@@ -98,7 +98,7 @@ def subject_facts(subject: Subject, train: Documents) -> list[tuple[str, str]]:
     )
     size = f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"
     lines = [
-        ("model", f"{subject.name} ({layer_summary(subject.model, subject.include, subject.exclude)}{head})"),
+        ("model", f"{subject.name} ({layer_summary(subject.model, subject.view)}{head})"),
         ("train", size),
     ]
     if unsupervised := int((train.supervised == 0).sum()):

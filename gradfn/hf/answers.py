@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from gradfn.data import IGNORED, Documents
-from gradfn.losses import token_cross_entropy
+from gradfn.losses import token_losses
 
 SAID_TOKENS = 24
 """Tokens of what the model says instead, at most: enough to see how it is wrong."""
@@ -53,7 +53,7 @@ def _answer(model: nn.Module, tokenizer: Any, query: dict[str, Tensor]) -> Answe
     device = next(model.parameters()).device
     logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, supervised.to(device)].cpu()
     targets = labels[1:][supervised]
-    losses = token_cross_entropy(logits, targets).double()
+    losses = token_losses(logits, targets).double()
     start = int(supervised[0]) + 1
     loss, probability = float(losses.mean()), float((-losses.sum()).exp())
     if not (labels[:start] == IGNORED).any():

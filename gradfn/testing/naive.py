@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradfn.layers import View, blocks_of, find_sites
 from gradfn.types import Blocks, Example, Params
 
 
@@ -45,15 +46,40 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def naive_blocks(
+def naive_grads(
     loss: Callable[[Params, Example], Tensor], model: nn.Module, rows: Sequence[Example]
+) -> Params:
+    """Per-example gradients of all parameters, `{name: [rows, *parameter]}`, one `autograd.grad` an example.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> def loss(params, e):
+    ...     return functional_call(net, params, e["x"]).sum()
+    >>> naive_grads(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["weight"]
+    tensor([[[3., 4.]]])
+    """
+    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    grads = [
+        torch.autograd.grad(
+            loss(params, example), list(params.values()), allow_unused=True, materialize_grads=True
+        )
+        for example in rows
+    ]
+    return {name: torch.stack(parts) for name, parts in zip(params, zip(*grads, strict=True), strict=True)}
+
+
+def naive_blocks(
+    loss: Callable[[Params, Example], Tensor],
+    model: nn.Module,
+    rows: Sequence[Example],
+    view: View | None = None,
 ) -> Blocks:
-    """Per-example gradients of all linear layers but the LM head, one `autograd.grad` an example.
+    """Per-example gradients as blocks, one `autograd.grad` an example.
 
     Args:
         loss: `loss(params, example) -> scalar`.
         model: the module whose parameters `params` are.
         rows: examples, not padded.
+        view: which weights, laid out by `blocks_of`; None is linear layers but the LM head, laid out here.
 
     Returns:
         `{module path: [rows, out, in (+ 1)]}`, the bias last.
@@ -64,21 +90,17 @@ def naive_blocks(
     >>> naive_blocks(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["root"]
     tensor([[[3., 4., 1.]]])
     """
-    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    collected: dict[str, list[Tensor]] = {}
-    for example in rows:
-        values = torch.autograd.grad(
-            loss(params, example), list(params.values()), allow_unused=True, materialize_grads=True
-        )
-        grads = dict(zip(params, values, strict=True))
-        for path, module in _layers(model):
-            prefix = f"{path}." if path else ""
-            weight = grads[f"{prefix}weight"]
-            block = weight if isinstance(module, nn.Linear) else weight.T
-            if getattr(module, "bias", None) is not None:
-                block = torch.cat([block, grads[f"{prefix}bias"][:, None]], 1)
-            collected.setdefault(path or "root", []).append(block)
-    return {name: torch.stack(blocks) for name, blocks in collected.items()}
+    grads = naive_grads(loss, model, rows)
+    if view is not None:
+        return blocks_of(find_sites(model, view), grads)
+    blocks = {}
+    for path, module in _layers(model):
+        prefix = f"{path}." if path else ""
+        block = grads[f"{prefix}weight"] if isinstance(module, nn.Linear) else grads[f"{prefix}weight"].mT
+        if getattr(module, "bias", None) is not None:
+            block = torch.cat([block, grads[f"{prefix}bias"][..., None]], -1)
+        blocks[path or "root"] = block
+    return blocks
 
 
 def assert_blocks_close(got: Blocks | Tensor, want: Blocks | Tensor, tolerance: float = 1e-9) -> None:

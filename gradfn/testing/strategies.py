@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from gradfn.data import IGNORED
 from gradfn.losses import CausalLMLoss
+from gradfn.per_example import call
 from gradfn.testing.naive import naive_causal_lm_loss
 from gradfn.transforms import Chain, Transform, adafactor, adam, chain, project, unit_normalize
 from gradfn.transforms.project import Distribution
@@ -188,25 +188,6 @@ def vector_rows(
     return rows
 
 
-def call(model: nn.Module, params: Params, *inputs: Tensor) -> Tensor:
-    """Call a model at other parameters, each module's once.
-
-    `functional_call` would replace the parameters of a module that occurs twice twice, and put back its own
-    replacement.
-
-    >>> call(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)}, torch.ones(1))
-    tensor([1.])
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    replaced = {
-        f"{path}.{name}".removeprefix("."): params[names[id(parameter)]]
-        for path, module in model.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
-    return functional_call(model, replaced, inputs, tie_weights=False)
-
-
 def squared_error(model: nn.Module) -> LossFn:
     """A user's loss, `sum (f(x) - y)²`, summed over positions too.
 
@@ -261,7 +242,7 @@ def chains(
         if kind == "project":
             dim = draw(st.integers(1, 6))
             made.append(project(dim, draw(st.sampled_from(DISTRIBUTIONS)), seed))
-            now = dict.fromkeys(now, (dim, dim))
+            now = {name: (min(dim, out), min(dim, fan_in)) for name, (out, fan_in) in now.items()}
         elif kind == "unit_normalize":
             made.append(unit_normalize())
         else:

@@ -22,6 +22,7 @@ class Dot(Rowwise):
 
     queries: Blocks
     unit: bool = False
+    by_block: bool = False
 
     def partial(self, name: str, G: Float[Tensor, "rows *block"]) -> Float[Tensor, "rows k"]:
         """One block's share: inner products, and the squared norm where rows are to be unit."""
@@ -37,29 +38,34 @@ class Dot(Rowwise):
         dots = flat @ query.T
         return torch.cat([dots, flat.square().sum(1, keepdim=True)], 1) if self.unit else dots
 
-    def finish(self, partials: Blocks) -> Float[Tensor, "rows queries"]:
-        """The sum over blocks, divided by the row's norm where rows are to be unit."""
+    def finish(self, partials: Blocks) -> Blocks | Float[Tensor, "rows queries"]:
+        """The sum over blocks (or each share), divided by the row's norm where rows are to be unit."""
         if extra := self.queries.keys() - partials.keys():
             raise InputError(
                 f"the rows have no block {min(extra)}: make rows and queries from the same layers"
             )
-        total = torch.stack(list(partials.values())).sum(0)
-        return total[:, :-1] * inverse_norms(total[:, -1])[:, None] if self.unit else total
+        if not self.unit:
+            return dict(partials) if self.by_block else torch.stack(list(partials.values())).sum(0)
+        scale = inverse_norms(torch.stack([part[:, -1] for part in partials.values()]).sum(0))[:, None]
+        shares = {name: part[:, :-1] * scale for name, part in partials.items()}
+        return shares if self.by_block else torch.stack(list(shares.values())).sum(0)
 
-    def __call__(self, blocks: Blocks) -> Tensor:
+    def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         return self.finish({name: self.partial(name, G) for name, G in blocks.items()})
 
 
-def dot(queries: Blocks) -> Dot:
+def dot(queries: Blocks, *, by_block: bool = False) -> Dot:
     """Score rows by their inner product with queries, `scores[b, q] = sum_blocks <row_b, query_q>`.
 
     Args:
         queries: `{block: [queries, ...]}`, the queries' gradients, transformed as the rows are.
+        by_block: keep each block's share of the sum apart.
 
     Returns:
-        A transform to `[rows, queries]`. Positive: a training step on the row lowers the query's loss.
+        A transform to `[rows, queries]`, or to `{block: [rows, queries]}`, which sums to it. Positive: a
+        training step on the row lowers the query's loss.
 
     >>> dot({"a": torch.eye(2)})({"a": torch.tensor([[3.0, 4.0]])})
     tensor([[3., 4.]])
     """
-    return Dot(queries)
+    return Dot(queries, by_block=by_block)

@@ -7,9 +7,11 @@
 Lowering never changes a result.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,6 +23,16 @@ from gradfn.transforms.normalize import UnitNormalize
 from gradfn.types import Blocks, BlockSpec
 
 BlockFn = Callable[[Tensor], Tensor]
+DENSE_ELEMENTS = 1 << 24
+"""Numbers of dense gradients of one layer to hold at a time in the backward: 64 MiB in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One block's share of a final dot product: the queries' block `[queries, out, in]`; whether to norm."""
+
+    queries: Tensor
+    unit: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +43,30 @@ class BlockPlan:
         kron: the fused leading Krons, for the factors.
         inside: functions of the dense block that run in the backward.
         behind: functions of the dense block that must wait until all uses of the weight are summed.
+        dense: the block's shape behind the Krons, before `inside`.
         shape: what the backward delivers for one row.
+        share: the share of a final dot product, where that is all that runs inside: it may be had from the
+            factors, without the dense block.
     """
 
     kron: Kron
     inside: tuple[BlockFn, ...]
     behind: tuple[BlockFn, ...]
+    dense: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    share: Share | None = None
+
+    def within(self, G: Tensor) -> Tensor:
+        """What runs in the backward on the dense block."""
+        return _apply(self.inside, G)
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows' dense blocks to hold at a time, where only what is made of them is kept."""
+        most = DENSE_ELEMENTS // max(1, prod(self.dense))
+        return max(1, most) if self.inside else sys.maxsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,19 +137,23 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool) -> Block
     kron, inside, behind = Kron(), [], []
     # An empty batch tells every stage's output shape without any work.
     G = torch.empty(0, *spec.shape, dtype=spec.dtype, device=spec.device)
-    shape = spec.shape
+    dense = shape = spec.shape
     for stage in stages:
         function, linear = _bind(stage, spec.name, G)
         G = function(G)
         if linear and isinstance(function, Kron) and not inside and not behind:
-            kron = function @ kron
+            kron, dense = function @ kron, tuple(G.shape[1:])
         elif behind or (shared and not linear):
             behind.append(function)
             continue
         else:
             inside.append(function)
         shape = tuple(G.shape[1:])
-    return BlockPlan(kron, tuple(inside), tuple(behind), shape, spec.dtype, spec.device)
+    last, share = stages[-1] if stages else None, None
+    if isinstance(last, _Partial) and len(inside) == 1 and not behind:
+        queries = last.dot.queries[spec.name].to(spec.device, spec.dtype)
+        share = Share(queries.view(len(queries), *dense), last.dot.unit)
+    return BlockPlan(kron, tuple(inside), tuple(behind), dense, shape, spec.dtype, spec.device, share)
 
 
 def _bind(stage: Transform, name: str, G: Tensor) -> tuple[BlockFn, bool]:

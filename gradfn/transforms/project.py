@@ -82,16 +82,18 @@ def random_matrix(
 
 @dataclass(frozen=True)
 class Project(Kronecker):
-    """`G -> L G Rᵀ` with random `L [dim, out]` and `R [dim, in]`; see `project`."""
+    """`G -> L G Rᵀ` with random `L [dim, out]` and `R [dim, in]`; sides up to `dim` stay; see `project`."""
 
     dim: int
     distribution: Distribution = "rademacher"
     seed: int = 0
 
     def kron(self, spec: BlockSpec) -> Kron:
-        """The two matrices of one block."""
+        """The two matrices of one block; None where there is nothing to make smaller."""
 
-        def side(which: str, width: int) -> Tensor:
+        def side(which: str, width: int) -> Tensor | None:
+            if width <= self.dim:
+                return None
             matrix = random_matrix(self.seed, spec.name, which, (self.dim, width), self.distribution)
             return matrix.to(spec.dtype).to(spec.device)
 
@@ -101,7 +103,8 @@ class Project(Kronecker):
 def project(dim: int, distribution: Distribution = "rademacher", seed: int = 0) -> Project | Chain:
     """Project both sides of every block at random, `[out, in] -> [dim, dim]`.
 
-    `E <P G, P H> = <G, H>` over seeds. `dim` 0 is the full gradient (no projection).
+    `E <P G, P H> = <G, H>` over seeds. A side that is no longer than `dim` is left as it is. `dim` 0 is the
+    full gradient (no projection).
 
     Args:
         dim: side length of the projected block.

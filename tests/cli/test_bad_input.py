@@ -157,7 +157,7 @@ def test_datasets_that_are_none(refused, model, data, tmp_path):
 @pytest.mark.parametrize("flag", ["--include", "--exclude"])
 def test_globs_that_leave_nothing(refused, model, corpus, flag):
     glob = "*nothing*" if flag == "--include" else "*"
-    words = r"no linear layer is left .* the model's linear layers are model.layers.0.self_attn.q_proj"
+    words = r"no layer is left .* the model's layers are model.embed_tokens, model.layers.0.self_attn.q_proj"
     refused(words, "build", "run", "--model", model, "--dataset", corpus, flag, glob)
 
 

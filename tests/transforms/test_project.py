@@ -10,10 +10,17 @@ from gradfn.transforms.project import random_matrix
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_a_block_is_multiplied_by_its_two_matrices(distribution):
-    G = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    L = random_matrix(7, "mlp", "left", (4, 3), distribution)
+    G = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    L = random_matrix(7, "mlp", "left", (4, 6), distribution)
     R = random_matrix(7, "mlp", "right", (4, 5), distribution)
     assert_blocks_close(project(4, distribution, 7)({"mlp": G})["mlp"], L @ G @ R.T, 1e-12)
+
+
+def test_a_side_that_is_small_already_is_left_as_it_is():
+    G = torch.randn(2, 3, 5, dtype=torch.float64)
+    R = random_matrix(7, "mlp", "right", (4, 5))
+    assert_blocks_close(project(4, seed=7)({"mlp": G})["mlp"], G @ R.T, 1e-12)
+    assert torch.equal(project(5)({"mlp": G})["mlp"], G)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (13, 5)])

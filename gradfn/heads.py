@@ -1,0 +1,126 @@
+"""Attention heads: which rows or columns of a projection's weight are which head's.
+
+Rows of the query, key and value projections, columns of the output projection. Key and value heads are fewer
+than query heads where these are grouped.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import einops
+import torch
+from torch import Tensor, nn
+
+from gradfn.errors import InputError
+
+
+@dataclass(frozen=True, init=False)
+class Heads:
+    """How the rows (or columns) of a weight split into attention heads.
+
+    Args:
+        side: "rows" (query, key, value) or "columns" (the output projection).
+        pattern: the axis in einops's notation with `h` for the heads: "(h d)", GPT-2's fused "(qkv h d)",
+            GPT-NeoX's interleaved "(h qkv d)". Several patterns joined by "+" follow one another, with sizes
+            numbered: "(h1 d) + (h2 d) + (h3 d)".
+        sizes: the sizes of the pattern's axes; one may be left out.
+
+    >>> Heads("rows", "(h qkv d)", h=2, qkv=3).parts(12, "c_attn")["1"]
+    tensor([ 6,  7,  8,  9, 10, 11])
+    >>> list(Heads("rows", "(h1 d) + (h2 d)", h1=2, h2=1, d=4).parts(12, "qk"))
+    ['0.0', '0.1', '1.0']
+    """
+
+    side: str
+    pattern: str
+    sizes: Mapping[str, int]
+
+    def __init__(self, side: str, pattern: str, **sizes: int):
+        if side not in ("rows", "columns"):
+            raise InputError(f"heads split rows or columns, not {side!r}")
+        for field, value in (("side", side), ("pattern", pattern), ("sizes", sizes)):
+            object.__setattr__(self, field, value)
+
+    def parts(self, width: int, path: str) -> dict[str, Tensor]:
+        """The indices of every head along an axis of `width`, by the head's name.
+
+        Raises:
+            InputError: the pattern does not fit the width.
+        """
+        patterns = [part.strip() for part in self.pattern.split("+")]
+        if len(patterns) == 1:
+            return {str(i): index for i, index in enumerate(self._split(patterns[0], "h", 0, width, path))}
+        parts, start = {}, 0
+        for number, pattern in enumerate(patterns):
+            axis = f"h{number + 1}"
+            size = self.sizes.get(axis, 0) * self.sizes.get("d", 0)
+            for i, index in enumerate(self._split(pattern, axis, start, start + size, path)):
+                parts[f"{number}.{i}"] = index
+            start += size
+        if start != width:
+            raise InputError(f"the heads {self.pattern!r} of {path} cover {start} of its {width} {self.side}")
+        return parts
+
+    def _split(self, pattern: str, axis: str, start: int, stop: int, path: str) -> Tensor:
+        names = pattern.strip("()").split()
+        rest = " ".join(name for name in names if name != axis)
+        sizes = {name: size for name, size in self.sizes.items() if name in names}
+        try:
+            return einops.rearrange(torch.arange(start, stop), f"{pattern} -> {axis} ({rest})", **sizes)
+        except einops.EinopsError as error:
+            raise InputError(
+                f"{path} has {stop - start} {self.side}, which do not split as {pattern!r} with {dict(sizes)}"
+            ) from error
+
+
+_QUERY = ("q_proj", "self.query", "attention.query", "SelfAttention.q", "EncDecAttention.q", "q_lin")
+_KEY_VALUE = (
+    "k_proj", "v_proj", "self.key", "self.value", "attention.key", "attention.value", "SelfAttention.k",
+    "SelfAttention.v", "EncDecAttention.k", "EncDecAttention.v", "k_lin", "v_lin",
+)  # fmt: skip
+_OUTPUT = (
+    "o_proj", "attn.out_proj", "attention.out_proj", "attention.output.dense", "attention.dense",
+    "self_attn.dense", "attn.c_proj", "SelfAttention.o", "EncDecAttention.o", "attention.out_lin",
+    "self_attention.dense",
+)  # fmt: skip
+_CONSECUTIVE = ("attn.c_attn",)
+_INTERLEAVED = {"gpt_neox": "attention.query_key_value", "bloom": "self_attention.query_key_value"}
+
+
+def _ends(path: str, names: tuple[str, ...]) -> bool:
+    return path.endswith(tuple(f".{name}" for name in names))
+
+
+def heads_of(model: nn.Module, path: str) -> Heads | None:
+    """The heads of one layer, by the names and the config of the common HF architectures; None: it has none.
+
+    Raises:
+        InputError: a fused projection of an architecture whose layout is not known here.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return None
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+    count = next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
+    if count is None:
+        return None
+    path = f".{path}"
+    grouped = getattr(config, "num_key_value_heads", None) or count
+    if _ends(path, _QUERY):
+        return Heads("rows", "(h d)", h=count)
+    if _ends(path, _KEY_VALUE):
+        return Heads("rows", "(h d)", h=grouped)
+    if _ends(path, _OUTPUT):
+        return Heads("columns", "(h d)", h=count)
+    if _ends(path, _CONSECUTIVE):
+        return Heads("rows", "(qkv h d)", h=count, qkv=3)
+    if _ends(path, ("query_key_value",)):
+        if not _ends(path, (_INTERLEAVED.get(getattr(config, "model_type", ""), "?"),)):
+            raise InputError(f"how {path[1:]} splits into heads is not known: declare it with heads={{...}}")
+        return Heads("rows", "(h qkv d)", h=count, qkv=3)
+    if _ends(path, ("qkv_proj",)):
+        width = getattr(config, "head_dim", None) or config.hidden_size // count
+        return Heads("rows", "(h1 d) + (h2 d) + (h3 d)", h1=count, h2=grouped, h3=grouped, d=width)
+    return None

@@ -1,0 +1,158 @@
+import pytest
+import torch
+from torch import nn
+
+from gradfn.errors import InputError
+from gradfn.heads import Heads, heads_of
+from gradfn.layers import View, find_sites
+from gradfn.losses import causal_lm_loss
+from gradfn.stream import collect
+from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
+from gradfn.testing.strategies import randomize
+from gradfn.transforms import chain, dot, project, unit_normalize
+
+ROWS = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([1, 2, 3, 4], [5, 6, 7])]
+
+
+def language_model(family):
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Phi3Config,
+        Phi3ForCausalLM,
+    )
+
+    if family == "gpt2":
+        config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+        return randomize(GPT2LMHeadModel(config), 0)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "max_position_embeddings": 8, "pad_token_id": None}  # fmt: skip
+    if family == "gpt_neox":
+        return randomize(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)), 0)
+    sizes["num_key_value_heads"] = 2
+    if family == "phi3":
+        return randomize(Phi3ForCausalLM(Phi3Config(**sizes)), 0)
+    return randomize(LlamaForCausalLM(LlamaConfig(**sizes)), 0)
+
+
+# Layer, and the block of each head cut out of the whole by hand.
+BY_HAND = {
+    "gpt2": {
+        "transformer.h.0.attn.c_attn": {
+            str(h): lambda G, h=h: torch.cat([G[:, at + h * 4 : at + h * 4 + 4] for at in (0, 8, 16)], 1)
+            for h in range(2)
+        },
+        "transformer.h.0.attn.c_proj": {
+            **{str(h): lambda G, h=h: G[:, :, h * 4 : h * 4 + 4] for h in range(2)},
+            "bias": lambda G: G[:, :, -1:],
+        },
+    },
+    "gpt_neox": {
+        "gpt_neox.layers.0.attention.query_key_value": {
+            str(h): lambda G, h=h: G[:, h * 6 : h * 6 + 6] for h in range(4)
+        },
+        "gpt_neox.layers.0.attention.dense": {
+            **{str(h): lambda G, h=h: G[:, :, h * 2 : h * 2 + 2] for h in range(4)},
+            "bias": lambda G: G[:, :, -1:],
+        },
+    },
+    "llama": {
+        "model.layers.0.self_attn.q_proj": {str(h): lambda G, h=h: G[:, 2 * h : 2 * h + 2] for h in range(4)},
+        "model.layers.0.self_attn.k_proj": {str(h): lambda G, h=h: G[:, 2 * h : 2 * h + 2] for h in range(2)},
+        "model.layers.0.self_attn.v_proj": {str(h): lambda G, h=h: G[:, 2 * h : 2 * h + 2] for h in range(2)},
+        "model.layers.0.self_attn.o_proj": {
+            str(h): lambda G, h=h: G[:, :, 2 * h : 2 * h + 2] for h in range(4)
+        },
+    },
+    "phi3": {
+        "model.layers.0.self_attn.qkv_proj": {
+            name: lambda G, s=start: G[:, s : s + 2]
+            for name, start in {
+                "0.0": 0, "0.1": 2, "0.2": 4, "0.3": 6, "1.0": 8, "1.1": 10, "2.0": 12, "2.1": 14,
+            }.items()
+        },
+        "model.layers.0.self_attn.o_proj": {
+            str(h): lambda G, h=h: G[:, :, 2 * h : 2 * h + 2] for h in range(4)
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BY_HAND)
+def test_heads_are_the_rows_and_columns_that_the_architecture_gives_them(family):
+    model = language_model(family)
+    whole = naive_blocks(naive_causal_lm_loss(model), model, ROWS)
+    heads = collect(model, ROWS, view=View(heads=True))
+    expected = {
+        f"{path}[{name}]": cut(whole[path])
+        for path, parts in BY_HAND[family].items()
+        for name, cut in parts.items()
+    }
+    expected |= {path: G for path, G in whole.items() if path not in BY_HAND[family]}
+    assert_blocks_close(heads, {name: expected[name] for name in heads})
+    assert heads.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("family", BY_HAND)
+@pytest.mark.parametrize("unit", [False, True])
+def test_the_scores_of_heads_sum_to_the_score_of_the_whole(family, unit):
+    model, loss = language_model(family), None
+    norm = [unit_normalize()] if unit else []
+
+    def scores(view, by_block):
+        queries = collect(model, ROWS, view=view, loss=loss)
+        return collect(model, ROWS, chain(*norm, dot(queries, by_block=by_block)), view=view)
+
+    parts = scores(View(heads=True), by_block=True)
+    assert_blocks_close(sum(parts.values()), scores(View(), by_block=False))
+
+
+@pytest.mark.parametrize("family", BY_HAND)
+def test_heads_compose_with_projection(family):
+    model, view = language_model(family), View(heads=True)
+    transform = chain(project(2), unit_normalize())
+    assert_blocks_close(
+        collect(model, ROWS, transform, view=view),
+        transform(naive_blocks(naive_causal_lm_loss(model), model, ROWS, view)),
+    )
+
+
+def test_heads_can_be_declared():
+    net = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 2)).double()
+    view = View(heads={"0": Heads("rows", "(h d)", h=3), "1": Heads("columns", "(h d)", d=3)})
+    assert [site.block for site in find_sites(net, view)] == [
+        "0[0]", "0[1]", "0[2]", "1[0]", "1[1]", "1[bias]",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "message"), [
+    (True, "no attention heads were found: declare them"),
+    ({"none": Heads("rows", "(h d)", h=3)}, "no attention heads were found"),
+    ({"0": Heads("rows", "(h d)", h=4)}, r"0 has 6 rows, which do not split as '\(h d\)' with {'h': 4}"),
+    ({"0": Heads("rows", "(h1 d) + (h2 d)", h1=1, h2=1, d=2)}, "cover 4 of its 6 rows"),
+    ({"1": Heads("rows", "(h d)", h=1)}, "1 is not a linear layer"),
+])  # fmt: skip
+def test_heads_that_do_not_fit_are_refused(heads, message):
+    net = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6))
+    with pytest.raises(InputError, match=message):
+        find_sites(net, View(include=["*"], heads=heads))
+
+
+def test_a_side_that_is_neither_rows_nor_columns_is_refused():
+    with pytest.raises(InputError, match="not 'both'"):
+        Heads("both", "(h d)")
+
+
+def test_an_unknown_fused_layout_is_refused():
+    model = language_model("gpt_neox")
+    model.config.model_type = "unheard_of"
+    with pytest.raises(InputError, match="is not known: declare it"):
+        heads_of(model, "layers.0.attention.query_key_value")
+
+
+def test_the_loss_that_knows_the_head_agrees():
+    assert causal_lm_loss(language_model("llama")).fused_head
