@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny import language_model
 from torch import nn
 
 from gradfn.errors import InputError
@@ -8,35 +9,9 @@ from gradfn.layers import View, find_sites
 from gradfn.losses import causal_lm_loss
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
-from gradfn.testing.strategies import randomize
 from gradfn.transforms import chain, dot, project, unit_normalize
 
 ROWS = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([1, 2, 3, 4], [5, 6, 7])]
-
-
-def language_model(family):
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        GPTNeoXConfig,
-        GPTNeoXForCausalLM,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Phi3Config,
-        Phi3ForCausalLM,
-    )
-
-    if family == "gpt2":
-        config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-        return randomize(GPT2LMHeadModel(config), 0)
-    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1,
-             "num_attention_heads": 4, "max_position_embeddings": 8, "pad_token_id": None}  # fmt: skip
-    if family == "gpt_neox":
-        return randomize(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)), 0)
-    sizes["num_key_value_heads"] = 2
-    if family == "phi3":
-        return randomize(Phi3ForCausalLM(Phi3Config(**sizes)), 0)
-    return randomize(LlamaForCausalLM(LlamaConfig(**sizes)), 0)
 
 
 # Layer, and the block of each head cut out of the whole by hand.

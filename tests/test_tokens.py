@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import language_model
 from torch import nn
 
 from gradfn.data import make_documents, offsets_of
@@ -12,7 +13,6 @@ from gradfn.probes import probe_engine
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close
 from gradfn.transforms import chain, dot, project, unit_normalize
-from tests.test_heads import language_model
 
 DOCUMENTS = make_documents([[1, 2, 3, 4], [5, 6], [7, 8, 9]])
 TOKENS = View(include=["*.h.*", "*.layers.*"], tokens=True)

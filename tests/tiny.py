@@ -5,12 +5,18 @@ import json
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from gradfn.testing.strategies import randomize
 
 CAPITALS = {
     "France": "Paris", "Peru": "Lima", "Kenya": "Nairobi", "Japan": "Tokyo", "Chile": "Santiago",
@@ -75,3 +81,18 @@ def write_jsonl(path, rows):
     """The path, with the rows in it."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def language_model(family):
+    """One layer of width 8 and random weights in float64: gpt2, gpt_neox, llama or phi3."""
+    if family == "gpt2":
+        config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+        return randomize(GPT2LMHeadModel(config), 0)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "max_position_embeddings": 8, "pad_token_id": None}  # fmt: skip
+    if family == "gpt_neox":
+        return randomize(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)), 0)
+    sizes["num_key_value_heads"] = 2
+    if family == "phi3":
+        return randomize(Phi3ForCausalLM(Phi3Config(**sizes)), 0)
+    return randomize(LlamaForCausalLM(LlamaConfig(**sizes)), 0)

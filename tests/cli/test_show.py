@@ -4,9 +4,10 @@ import json
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from tiny import write_jsonl
 
-from gradfn.cli.show import check_exports, clean, export, facts, progress_bar, ranking
+from gradfn.cli.show import _Pace, _TimeLeft, check_exports, clean, export, facts, progress_bar, ranking
 from gradfn.errors import InputError, StorageError
 
 HOSTILE = (
@@ -152,3 +153,25 @@ def test_progress_without_a_terminal_is_lines_when_long(capsys, monkeypatch):
         "gradients: 25%, 12 s, about 36 s left",
         "gradients: 400 tokens in 26.0 s",
     ]
+
+
+def test_the_time_left_of_a_resumed_run_is_that_of_the_new_rows(capsys, monkeypatch):
+    monkeypatch.setattr("gradfn.cli.show.PLAIN_EVERY_S", 10.0)
+    now = iter([0.0, 0.1, 20.0, 21.0])
+    monkeypatch.setattr("gradfn.cli.show.time.monotonic", lambda: next(now))
+    with progress_bar("gradients", 400) as progress:
+        progress(300)  # were there already
+        progress(20)
+    assert capsys.readouterr().err.splitlines()[0] == "gradients: 80%, 20 s, about 80 s left"
+
+
+def test_a_terminal_shows_the_time_left_after_the_first_batch(monkeypatch):
+    now = iter([0.0, 30.0, 30.0, 30.0])
+    monkeypatch.setattr("gradfn.cli.show.time.monotonic", lambda: next(now))
+    pace = _Pace(100)
+    column, bar = _TimeLeft(pace), Progress(get_time=lambda: 0.0)
+    bar.add_task("scores", total=100)
+    (task,) = bar.tasks
+    assert column.render(task).plain == "eta -:--:--"
+    pace.add(25, 30.0)
+    assert column.render(task).plain == "eta 0:01:30"
