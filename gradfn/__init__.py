@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradfn.per_example import params_of, per_example_grads
     from gradfn.probes import probe_engine
     from gradfn.runs import build, reduce, score_run
-    from gradfn.scoring import Method, dots, score, top_k
+    from gradfn.scoring import Method, best, dots, score, top_k
     from gradfn.store import open_store, open_writer
     from gradfn.stream import collect
     from gradfn.transforms import adafactor, adam, chain, dot, project, unit_normalize
@@ -41,7 +41,7 @@ _HOME = {
     "grad_cosine": "methods", "grad_dot": "methods",
     "params_of": "per_example", "per_example_grads": "per_example", "probe_engine": "probes",
     "build": "runs", "reduce": "runs", "score_run": "runs",
-    "Method": "scoring", "dots": "scoring", "score": "scoring", "top_k": "scoring",
+    "Method": "scoring", "best": "scoring", "dots": "scoring", "score": "scoring", "top_k": "scoring",
     "open_store": "store", "open_writer": "store",
     "adafactor": "transforms", "adam": "transforms", "chain": "transforms", "dot": "transforms",
     "project": "transforms", "unit_normalize": "transforms",
@@ -49,7 +49,7 @@ _HOME = {
 
 __all__ = [
     "Documents", "Fold", "Heads", "InputError", "Kron", "Method", "StorageError", "View", "adafactor",
-    "adam", "adam_moments", "advantages", "blocks_of", "build", "causal_lm_loss", "chain", "collate",
+    "adam", "adam_moments", "advantages", "best", "blocks_of", "build", "causal_lm_loss", "chain", "collate",
     "collect", "dot", "dots", "find_sites", "fit", "grad_cosine", "grad_dot", "linear_cross_entropy",
     "load_model", "load_rows", "load_tokenizer", "make_documents", "mean", "model_loss", "open_store",
     "open_writer", "params_of", "per_example_grads", "probe_engine", "project", "reduce", "score",

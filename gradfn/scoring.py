@@ -5,7 +5,7 @@ query's loss.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from gradfn.errors import InputError
 from gradfn.layers import View
-from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect
+from gradfn.losses import causal_lm_loss
+from gradfn.probes import probe_engine
+from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect, stream
 from gradfn.transforms import Transform, chain, dot
 from gradfn.types import Blocks, Data, LossFn
 
@@ -48,9 +50,10 @@ def score(
     loss: LossFn | None = None,
     query_loss: LossFn | None = None,
     view: View | None = None,
+    by_block: bool = False,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
-) -> Float[Tensor, "rows queries"]:
+) -> Blocks | Float[Tensor, "rows queries"]:
     """Score every training row against every query, without keeping any row's gradient.
 
     Args:
@@ -60,10 +63,12 @@ def score(
         method: what to do to both sides, `grad_dot(...)` or `grad_cosine(...)`.
         loss: the training rows' loss; None means next-token cross-entropy.
         query_loss: the queries' loss; None means `loss`.
+        by_block: keep each module's (or, by the view, each head's) share of a score apart.
         view, token_batch_size, progress: see `collect`.
 
     Returns:
-        float scores `[rows, queries]`; positive = proponent.
+        float scores `[rows, queries]`; positive = proponent. By block `{module path: [rows, queries]}`, which
+        sums to them. Where the view is by token, a row is a token of a training row, as in `collect`.
 
     >>> from gradfn.methods import grad_dot
     >>> net = nn.Linear(2, 1, bias=False)
@@ -74,12 +79,27 @@ def score(
     tensor([[1., 0.],
             [0., 4.]])
     """
-    common = {"view": view, "token_batch_size": token_batch_size}
-    queries = collect(model, query, method.query, loss=query_loss or loss, **common)
+    queries = _queries(model, query, method, query_loss or loss, view, token_batch_size)
+    return collect(
+        model, train, chain(method.train, dot(queries, by_block=by_block)), loss=loss, view=view,
+        token_batch_size=token_batch_size, progress=progress,
+    )  # fmt: skip
+
+
+def _queries(
+    model: nn.Module,
+    query: Data,
+    method: Method,
+    loss: LossFn | None,
+    view: View | None,
+    token_batch_size: int,
+) -> Blocks:
+    """The queries' gradients; a query is an example, also where training rows are seen by token."""
+    view = replace(view or View(), tokens=False)
+    queries = collect(model, query, method.query, loss=loss, view=view, token_batch_size=budget)
     if not isinstance(queries, dict):
         raise TypeError("the method's query transform must give blocks, not scores")
-    ending = chain(method.train, dot(on_device_of(model, queries)))
-    return collect(model, train, ending, loss=loss, progress=progress, **common)  # pyright: ignore[reportReturnType]
+    return on_device_of(model, queries)
 
 
 def on_device_of(model: nn.Module, blocks: Blocks) -> Blocks:
@@ -128,19 +148,76 @@ def extremes(chunks: Iterable[Tensor], k: int) -> tuple[TopK, TopK]:
     lowest: TopK | None = None
     start = 0
     for chunk in chunks:
-        highest = _extend(highest, chunk, start, k, largest=True)
-        lowest = _extend(lowest, chunk, start, k, largest=False)
+        rows = torch.arange(start, start + len(chunk))
+        highest = _extend(highest, chunk, rows, k, largest=True)
+        lowest = _extend(lowest, chunk, rows, k, largest=False)
         start += len(chunk)
     if highest is None or lowest is None:
         raise InputError("no rows to rank")
     return highest, lowest
 
 
-def _extend(best: TopK | None, chunk: Tensor, start: int, k: int, largest: bool) -> TopK:
-    """The best of those kept and of a chunk; a stable sort keeps equal scores in the order of their rows."""
-    rows = torch.arange(start, start + len(chunk)).expand(chunk.shape[1], -1)
-    scores = chunk.T
+def _extend(best: TopK | None, chunk: Tensor, rows: Tensor, k: int, largest: bool) -> TopK:
+    """The best of those kept and of a chunk; equal scores stand in the order of their rows."""
+    scores, rows = chunk.T, rows.expand(chunk.shape[1], -1)
     if best is not None:
         scores, rows = torch.cat([best.scores, scores], 1), torch.cat([best.rows, rows], 1)
+    by_row = rows.argsort(dim=1)
+    scores, rows = scores.gather(1, by_row), rows.gather(1, by_row)
     order = scores.argsort(dim=1, descending=largest, stable=True)[:, :k]
     return TopK(scores.gather(1, order), rows.gather(1, order))
+
+
+def best(
+    model: nn.Module,
+    train: Data,
+    query: Data,
+    k: int,
+    *,
+    method: Method,
+    loss: LossFn | None = None,
+    query_loss: LossFn | None = None,
+    view: View | None = None,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    progress: Progress | None = None,
+) -> tuple[TopK, TopK]:
+    """The `k` strongest proponents and the `k` strongest opponents of every query, in one pass.
+
+    Equal to `extremes([score(...)], k)`, but only one batch of scores is held at a time, so any number of
+    rows will do.
+
+    Args:
+        k: how many of each; fewer are returned where there are fewer rows.
+        model, train, query, method, loss, query_loss, view, token_batch_size, progress: see `score`.
+
+    Returns:
+        Proponents, highest first, and opponents, lowest first.
+
+    >>> from gradfn.methods import grad_dot
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
+    >>> data = [{"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([0.0, 2.0])}]
+    >>> best(net, data, data, 1, method=grad_dot(), loss=loss)[0].rows
+    tensor([[0],
+            [1]])
+    """
+    if k < 1:
+        raise InputError(f"top must be 1 or more, not {k}")
+    if not len(train):
+        raise InputError("the data has no rows: give at least one example")
+    view = view or View()
+    if view.tokens:
+        raise InputError("the best rows are examples: view them by example, and the best of them by token")
+    queries = _queries(model, query, method, query_loss or loss, view, token_batch_size)
+    engine = probe_engine(model, loss or causal_lm_loss(model), chain(method.train, dot(queries)), view=view)
+    highest: TopK | None = None
+    lowest: TopK | None = None
+    for numbers, result in stream(engine, train, token_batch_size=token_batch_size, progress=progress):
+        assert isinstance(result.values, Tensor)
+        scores, rows = result.values.cpu(), torch.from_numpy(numbers)
+        highest = _extend(highest, scores, rows, k, largest=True)
+        lowest = _extend(lowest, scores, rows, k, largest=False)
+    assert highest is not None
+    assert lowest is not None
+    return highest, lowest

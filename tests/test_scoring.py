@@ -4,7 +4,7 @@ import torch
 from gradfn.errors import InputError
 from gradfn.layers import View
 from gradfn.methods import grad_cosine, grad_dot
-from gradfn.scoring import Method, dots, score, top_k
+from gradfn.scoring import Method, best, dots, extremes, score, top_k
 from gradfn.testing import assert_blocks_close
 from gradfn.testing.strategies import randomize, squared_error
 from gradfn.transforms import chain, dot
@@ -83,3 +83,35 @@ def test_top_k_refuses_a_k_below_1(k):
 def test_top_k_of_nothing_is_refused():
     with pytest.raises(InputError, match="no rows"):
         top_k([], 1)
+
+
+@pytest.mark.parametrize("method", [grad_dot(), grad_cosine()])
+@pytest.mark.parametrize("k", [1, 3, 100])
+@pytest.mark.parametrize("budget", [1, 2, 100])
+def test_the_best_rows_are_those_of_the_whole_matrix(method, k, budget):
+    rows = [*ROWS, *ROWS[:2]]  # equal scores stand in the order of the rows
+    want = extremes([score(MODEL, rows, ROWS[:3], method=method, loss=LOSS)], k)
+    got = best(MODEL, rows, ROWS[:3], k, method=method, loss=LOSS, token_batch_size=budget)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours.rows, theirs.rows)
+        assert_blocks_close(ours.scores, theirs.scores)
+
+
+@pytest.mark.parametrize("method", [grad_dot(), grad_cosine()])
+def test_the_shares_of_the_blocks_sum_to_the_score(method):
+    model = randomize(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)), 0)
+    loss = squared_error(model)
+    shares = score(model, ROWS, ROWS[:2], method=method, loss=loss, by_block=True)
+    assert list(shares) == ["0", "1"]
+    assert_blocks_close(shares["0"] + shares["1"], score(model, ROWS, ROWS[:2], method=method, loss=loss))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"k": 0}, "top must be 1 or more"),
+    ({"train": []}, "no rows"),
+    ({"view": View(tokens=True)}, "view them by example"),
+])  # fmt: skip
+def test_best_rows_that_cannot_be_are_refused(change, message):
+    options = {"train": ROWS, "k": 1, "view": None} | change
+    with pytest.raises(InputError, match=message):
+        best(MODEL, options["train"], ROWS, options["k"], method=grad_dot(), loss=LOSS, view=options["view"])
