@@ -96,7 +96,7 @@ def _queries(
 ) -> Blocks:
     """The queries' gradients; a query is an example, also where training rows are seen by token."""
     view = replace(view or View(), tokens=False)
-    queries = collect(model, query, method.query, loss=loss, view=view, token_batch_size=budget)
+    queries = collect(model, query, method.query, loss=loss, view=view, token_batch_size=token_batch_size)
     if not isinstance(queries, dict):
         raise TypeError("the method's query transform must give blocks, not scores")
     return on_device_of(model, queries)
