@@ -256,7 +256,8 @@ def _bergson(folder: Path, run: str, command: str, data: str, *more: str) -> dic
     budget = str(context.get("max_position_embeddings") or context["n_positions"])
     CollectorComputer.run_with_collector_hooks = collect_watched
     paths = ["--model", str(folder / "model"), "--dataset", str(folder / data)]
-    rows = ["--include_bias", "--loss_reduction", "mean", "--precision", "fp32", "--truncation"]
+    precision = "--index_cfg.precision" if command == "score" else "--precision"
+    rows = ["--include_bias", "--loss_reduction", "mean", precision, "fp32", "--truncation"]
     sys.argv = ["bergson", command, str(folder / run), *paths, "--token_batch_size", budget, *rows, *more]
     try:
         main()
