@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -114,10 +115,11 @@ def _by_token(v: Tensor, tokens: int, path: str) -> Tensor:
 
 
 class _Watch:
-    """Instead of factors: notes whether the first example's loss has a gradient at another example's rows."""
+    """Instead of factors: notes whether one example's loss has a gradient at another example's rows."""
 
     def __init__(self, size: int, where: Where | None):
-        self.size, self.where, self.mixed = size, where, False
+        self.size, self.where = size, where
+        self.example, self.mixed = 0, False
 
     def keep(self, x: Tensor) -> Tensor:
         """The input as it is."""
@@ -125,11 +127,12 @@ class _Watch:
 
     def pullback(self, kept: Tensor, g: Tensor) -> Tensor:
         """Nothing; what is wanted was noted."""
-        others = g[1:] if self.where is None else g[self.where.examples > 0]
-        self.mixed |= bool((others != 0).any())
+        owners = torch.arange(self.size, device=g.device) if self.where is None else self.where.examples
+        self.mixed |= bool((g[owners != self.example] != 0).any())
         return g.new_zeros(self.size, dtype=torch.float32)
 
 
+Result = TypeVar("Result")
 MakeFactors = Callable[[Site, Layer, Where | None], "_Factors | _Watch"]
 
 
@@ -205,22 +208,31 @@ class Engine:
         return self._lowered
 
     def __call__(self, batch: Batch) -> Rows:
+        with self._ready():
+            self._retry(self._look, batch)
+            return self._retry(self._differentiate, batch)
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
-            while True:
-                try:
-                    self._look_once(batch)
-                    return self._differentiate(batch)
-                except _RepeatedCallError as repeated:
-                    # The weight's gradient is a sum over calls: what is not linear must wait behind it.
-                    self._shared.add(repeated.block)
-                    self._lowered = None
-                except _MixedError as mixed:
-                    self._unprobe({mixed.path})
-                except RuntimeError as error:
-                    # What a probe returns is a view, which the model may not write to; a copy it may.
-                    if self._copies or "modified inplace" not in str(error):
-                        raise
-                    self._copies = True
+            yield
+
+    def _retry(self, run: Callable[[Batch], Result], batch: Batch) -> Result:
+        """Run, and again with what was learned about the model."""
+        while True:
+            try:
+                return run(batch)
+            except _RepeatedCallError as repeated:
+                # The weight's gradient is a sum over calls: what is not linear must wait behind it.
+                self._shared.add(repeated.block)
+                self._lowered = None
+            except _MixedError as mixed:
+                self._unprobe({mixed.path})
+            except RuntimeError as error:
+                # What a probe returns is a view, which the model may not write to; a copy it may.
+                if self._copies or "modified inplace" not in str(error):
+                    raise
+                self._copies = True
 
     def _unprobe(self, paths: Collection[str]) -> None:
         """Take weights from the probes, with all uses of the same weight."""
@@ -291,12 +303,17 @@ class Engine:
             name: plans[name].within(plans[name].kron(G.to(plans[name].dtype))) for name, G in blocks.items()
         }
 
-    def _look_once(self, batch: Batch) -> None:
-        """On two examples of the first batch: is every weight seen by a probe, do examples stay apart?
+    def look(self, batch: Batch) -> None:
+        """Once, on two examples: is every weight seen by a probe, do examples stay apart?
 
         A weight that the loss uses past its module, or whose rows cannot be told apart by example, is taken
-        from the probes and goes through `vmap(grad)`.
+        from the probes and goes through `vmap(grad)`. `engine(batch)` looks by itself; looking at short
+        examples first costs less.
         """
+        with self._ready():
+            self._retry(self._look, batch)
+
+    def _look(self, batch: Batch) -> None:
         size = min(2, _size(batch))
         if self._looked >= size:
             return
@@ -313,8 +330,11 @@ class Engine:
         }
         losses = self._losses(pair, slots, watch)
         if getattr(self.loss, "batched", None) and size > 1 and losses.requires_grad:
-            torch.autograd.grad(losses[0], list(slots.values()), allow_unused=True)
-        lost = self._unseen(pair, watched) | {path for path, seen in watched.items() if seen.mixed}
+            example = int(losses.detach().abs().argmax())  # not one without a loss
+            for one in watched.values():
+                one.example = example
+            torch.autograd.grad(losses[example], list(slots.values()), allow_unused=True)
+        lost = self._unseen(pair, watched) | {path for path, one in watched.items() if one.mixed}
         self._unprobe(lost)
         self._looked = size
 

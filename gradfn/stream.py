@@ -19,6 +19,9 @@ from gradfn.types import Blocks, Data, Example, LossFn, Rows
 TOKEN_BATCH_SIZE = 8192
 """Tokens a batch, padding included, unless told otherwise."""
 
+TRIAL_TOKENS = 4
+"""Rows that are shorter say nothing of how a model treats positions."""
+
 Progress = Callable[[int], None]
 """Called with the number of tokens done since the last call."""
 
@@ -70,6 +73,10 @@ def stream(
         raise InputError(f"rows must follow one another, not be {rows}")
     lengths = lengths_of(data)[rows.start : rows.stop]
     device = next(engine.model.parameters()).device
+    trial = _short_rows(data, rows, lengths)
+    if trial:
+        examples = collate([_labelled(data, row) for row in trial])
+        engine.look({key: value.to(device) for key, value in examples.items()})
     for batch in plan_batches(lengths, token_batch_size):
         numbers = batch + rows.start
         examples = [_labelled(data, int(i)) for i in numbers]
@@ -81,6 +88,17 @@ def stream(
         yield numbers, result
         if progress:
             progress(int(lengths[batch].sum()))
+
+
+def _short_rows(data: Data, rows: range, lengths: np.ndarray) -> list[int]:
+    """Two short rows with something to learn from, for the engine to look at first, or none."""
+    supervised = getattr(data, "supervised", None)
+    useful = lengths >= TRIAL_TOKENS
+    if supervised is not None:
+        useful &= np.asarray(supervised)[rows.start : rows.stop] > 0
+    candidates = np.flatnonzero(useful)
+    shortest = candidates[np.argsort(lengths[candidates], kind="stable")[:2]]
+    return [rows.start + int(row) for row in shortest] if len(shortest) == 2 else []
 
 
 def _labelled(data: Data, row: int) -> Example:
