@@ -1,22 +1,46 @@
-"""For tests of estimators: Hypothesis strategies, and the naive loops that every engine must equal."""
+"""For tests of estimators: laws in one line, Hypothesis strategies, and the naive loops behind them."""
 
-from gradfn.testing.naive import assert_blocks_close, naive_blocks, naive_causal_lm_loss, recorded_shapes
+from gradfn.testing.estimators import check_estimator
+from gradfn.testing.folds import check_fold
+from gradfn.testing.layers import check_layer
+from gradfn.testing.models import convnets, encoders, language_models, mlps, seeds
+from gradfn.testing.naive import (
+    assert_blocks_close,
+    difference,
+    naive_blocks,
+    naive_causal_lm_loss,
+    recorded_shapes,
+)
 from gradfn.testing.profiles import load_profile
+from gradfn.testing.search import BrokenLawError
 from gradfn.testing.strategies import (
     Problem,
+    blocks,
     chains,
-    language_models,
-    mlps,
+    encoder_rows,
+    image_rows,
     problems,
-    seeds,
     token_rows,
     vector_rows,
+    views,
 )
+from gradfn.testing.transforms import check_transform
 
 __all__ = [
+    "BrokenLawError",
     "Problem",
     "assert_blocks_close",
+    "blocks",
     "chains",
+    "check_estimator",
+    "check_fold",
+    "check_layer",
+    "check_transform",
+    "convnets",
+    "difference",
+    "encoder_rows",
+    "encoders",
+    "image_rows",
     "language_models",
     "load_profile",
     "mlps",
@@ -27,4 +51,5 @@ __all__ = [
     "seeds",
     "token_rows",
     "vector_rows",
+    "views",
 ]

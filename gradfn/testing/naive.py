@@ -13,12 +13,16 @@ from gradfn.layers import View, blocks_of, find_sites
 from gradfn.types import Blocks, Example, Params
 
 
-def naive_causal_lm_loss(model: nn.Module, reduction: str = "mean") -> Callable[[Params, Example], Tensor]:
-    """Next-token cross-entropy written with `F.cross_entropy`, for one example `{"input_ids", "labels"}`.
+def naive_causal_lm_loss(
+    model: nn.Module, reduction: str = "mean", criterion: str = "cross_entropy", label_smoothing: float = 0.0
+) -> Callable[[Params, Example], Tensor]:
+    """A loss of next tokens written with `F.cross_entropy`, for one example `{"input_ids", "labels"}`.
 
     Args:
         model: a causal LM with HF's interface.
         reduction: "mean" or "sum" over the supervised positions.
+        criterion: "cross_entropy", or "log_odds": `-log (p_y / (1 - p_y))`.
+        label_smoothing: the share of the target that is spread over all tokens.
 
     >>> callable(naive_causal_lm_loss(nn.Linear(1, 1)))
     True
@@ -28,10 +32,28 @@ def naive_causal_lm_loss(model: nn.Module, reduction: str = "mean") -> Callable[
         inputs = {"input_ids": example["input_ids"][None], "use_cache": False}
         logits = functional_call(model, params, (), inputs).logits[0]
         targets = example["labels"][1:]
-        total = F.cross_entropy(logits[:-1], targets, ignore_index=-100, reduction="sum")
-        return total / max(1, int((targets != -100).sum())) if reduction == "mean" else total
+        total = naive_token_loss(logits[:-1], targets, criterion, label_smoothing)
+        total = total / max(1, int((targets != -100).sum())) if reduction == "mean" else total
+        return total * example["weight"] if "weight" in example else total
 
     return loss
+
+
+def naive_token_loss(
+    logits: Tensor, targets: Tensor, criterion: str = "cross_entropy", label_smoothing: float = 0.0
+) -> Tensor:
+    """The sum over positions (or classes) that are supervised.
+
+    >>> naive_token_loss(torch.zeros(2, 4), torch.tensor([1, -100])).exp()
+    tensor(4.)
+    """
+    if criterion == "cross_entropy":
+        return F.cross_entropy(
+            logits, targets, ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
+        )
+    at = (targets != -100).nonzero()[:, 0]
+    p = logits[at].softmax(-1)[range(len(at)), targets[at]]
+    return -(p / (1 - p)).log().sum()
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -103,30 +125,56 @@ def naive_blocks(
     return blocks
 
 
+def difference(got: Blocks | Tensor, want: Blocks | Tensor, tolerance: float = 1e-9) -> str:
+    """What is different between two statistics, or "" if each block is the same up to rounding.
+
+    Args:
+        got, want: blocks with the same names and shapes, or two tensors, whose first axis is rows.
+        tolerance: relative to the largest magnitude in the block of `want`.
+
+    >>> difference({"a": torch.tensor([[1.0], [2.5]])}, {"a": torch.tensor([[1.0], [2.0]])})
+    'a: off by 0.5, allowed 2e-09, in row 1 (2.5 instead of 2)'
+    """
+    if isinstance(got, Tensor) and isinstance(want, Tensor):
+        got, want = {"values": got}, {"values": want}
+    if not (isinstance(got, dict) and isinstance(want, dict)):
+        return f"{type(got).__name__} instead of {type(want).__name__}"
+    if list(got) != list(want):
+        return f"blocks {list(got)} instead of {list(want)}"
+    for name, expected in want.items():
+        if got[name].shape != expected.shape:
+            return f"{name}: shape {list(got[name].shape)} instead of {list(expected.shape)}"
+        if wrong := _off(got[name].double(), expected.double(), tolerance):
+            return f"{name}: {wrong}"
+    return ""
+
+
+def _off(got: Tensor, want: Tensor, tolerance: float) -> str:
+    # 1e-13: rounding of numbers that would be zero in exact arithmetic.
+    allowed = tolerance * float(want.abs().max()) + 1e-13 if want.numel() else 0.0
+    off = (got - want).abs().nan_to_num(nan=torch.inf)
+    worst = float(off.max()) if want.numel() else 0.0
+    if worst <= allowed:
+        return ""
+    at = int(off.argmax())
+    instead = f"{float(got.flatten()[at]):.4g} instead of {float(want.flatten()[at]):.4g}"
+    row = f"in row {at // (want.numel() // len(want))} " if want.ndim else ""
+    return f"off by {worst:.3g}, allowed {allowed:.3g}, {row}({instead})"
+
+
 def assert_blocks_close(got: Blocks | Tensor, want: Blocks | Tensor, tolerance: float = 1e-9) -> None:
     """Assert that two statistics are the same, each block to `tolerance` times its largest number.
 
     Args:
-        got, want: blocks with the same names and shapes, or two tensors.
-        tolerance: relative to the largest magnitude in the block of `want`.
+        got, want, tolerance: see `difference`.
 
     Raises:
         AssertionError: naming the block and the largest deviation.
 
     >>> assert_blocks_close({"a": torch.ones(1)}, {"a": torch.ones(1)})
     """
-    if isinstance(got, Tensor) or isinstance(want, Tensor):
-        got, want = {"values": got}, {"values": want}  # pyright: ignore[reportAssignmentType]
-    assert isinstance(got, dict)
-    assert isinstance(want, dict)
-    assert list(got) == list(want), f"blocks {list(got)} instead of {list(want)}"
-    for name, expected in want.items():
-        assert got[name].shape == expected.shape, f"{name}: {got[name].shape} instead of {expected.shape}"
-        if expected.numel():
-            worst = float((got[name].double() - expected.double()).abs().max())
-            # 1e-13: rounding of numbers that would be zero in exact arithmetic.
-            allowed = tolerance * float(expected.abs().max()) + 1e-13
-            assert worst <= allowed, f"{name}: off by {worst:.3g}, allowed {allowed:.3g}"
+    wrong = difference(got, want, tolerance)
+    assert not wrong, wrong
 
 
 @contextmanager

@@ -1,28 +1,38 @@
-"""Hypothesis strategies: tiny random models, ragged data and chains of transforms, all in float64."""
+"""Hypothesis strategies: losses, ragged data, views and chains of transforms, all in float64."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gradfn.data import IGNORED
-from gradfn.losses import CausalLMLoss
+from gradfn.layers import View
+from gradfn.losses import CausalLMLoss, model_loss
 from gradfn.per_example import call
-from gradfn.testing.naive import naive_causal_lm_loss
+from gradfn.testing.models import (
+    VOCAB,
+    Draw,
+    convnets,
+    encoders,
+    language_models,
+    mlps,
+    randomize,
+    seeds,
+)
+from gradfn.testing.naive import naive_causal_lm_loss, naive_token_loss
 from gradfn.transforms import Chain, Transform, adafactor, adam, chain, project, unit_normalize
 from gradfn.transforms.project import Distribution
-from gradfn.types import Example, LossFn, Params
+from gradfn.types import Batch, Blocks, Example, LossFn, Params
 
-VOCAB = 13
-CONTEXT = 16
-Draw = Callable[..., Any]
-"""Hypothesis's `DrawFn`, which cannot be checked at runtime."""
+__all__ = [
+    "DISTRIBUTIONS", "VOCAB", "Problem", "SquaredError", "blocks", "chains", "encoder_rows", "image_rows",
+    "problems", "randomize", "seeds", "shapes_of", "squared_error", "token_rows", "vector_rows", "views",
+]  # fmt: skip
 
-FAMILIES = ("gpt2", "gpt_neox", "llama")
 DISTRIBUTIONS: tuple[Distribution, ...] = ("rademacher", "gaussian", "orthonormal")
 
 
@@ -39,85 +49,8 @@ class Problem:
 
     model: nn.Module
     loss: LossFn
-    reference: Callable[[Params, Example], Tensor]
+    reference: Callable[[Params, Example], Tensor] = field(metadata={"shown": False})
     rows: list[dict[str, Tensor]]
-
-
-def seeds() -> st.SearchStrategy[int]:
-    """Seeds of random generators."""
-    return st.integers(0, 2**31 - 1)
-
-
-def randomize(model: nn.Module, seed: int, scale: float = 0.4) -> nn.Module:
-    """Give every parameter, biases and norms too, random values; eval mode, float64.
-
-    >>> bool(randomize(nn.LayerNorm(3), 0).weight.std() > 0)
-    True
-    """
-    generator = torch.Generator().manual_seed(seed)
-    model = model.double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * scale + (1.0 if parameter.ndim == 1 else 0.0))
-    return model
-
-
-def _gpt2(width: int, heads: int, depth: int, attention: str, flags: tuple[bool, bool], _: int) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=width, n_layer=depth, n_head=heads,
-        tie_word_embeddings=flags[0], bos_token_id=0, eos_token_id=0, attn_implementation=attention,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
-def _gpt_neox(
-    width: int, heads: int, depth: int, attention: str, flags: tuple[bool, bool], _: int
-) -> nn.Module:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    config = GPTNeoXConfig(
-        vocab_size=VOCAB, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-        intermediate_size=width + 4, max_position_embeddings=CONTEXT, tie_word_embeddings=flags[0],
-        use_parallel_residual=flags[1], attention_bias=flags[1], bos_token_id=0, eos_token_id=0,
-        attn_implementation=attention,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
-    return GPTNeoXForCausalLM(config)
-
-
-def _llama(
-    width: int, heads: int, depth: int, attention: str, flags: tuple[bool, bool], kv_heads: int
-) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=width, intermediate_size=width + 3, num_hidden_layers=depth,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=flags[0], attention_bias=flags[1], mlp_bias=flags[1], pad_token_id=None,
-        bos_token_id=0, eos_token_id=0, attn_implementation=attention,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-_BUILDERS = {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "llama": _llama}
-
-
-@st.composite
-def language_models(draw: Draw, families: Sequence[str] = FAMILIES, *, attention: str = "sdpa") -> nn.Module:
-    """Tiny causal LMs of 13 tokens: depth 1-2, width 4-8, 1-2 heads, tied or not, with and without biases.
-
-    Args:
-        families: any of "gpt2", "gpt_neox", "llama" (the last with fewer key-value heads at times).
-        attention: transformers' attention implementation; "eager" passes through `vmap`.
-    """
-    heads = draw(st.integers(1, 2))
-    kv_heads = draw(st.sampled_from([1, heads]))
-    width = heads * draw(st.sampled_from([4, 2]) if heads == 2 else st.just(4))
-    depth, flags = draw(st.integers(1, 2)), draw(st.tuples(st.booleans(), st.booleans()))
-    model = _BUILDERS[draw(st.sampled_from(families))](width, heads, depth, attention, flags, kv_heads)
-    return randomize(model, draw(seeds()))
 
 
 @st.composite
@@ -147,32 +80,6 @@ def token_rows(
     return rows
 
 
-ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
-    nn.Tanh, nn.GELU, partial(nn.ReLU, inplace=False), partial(nn.LeakyReLU, 0.1),
-)  # fmt: skip
-
-
-@st.composite
-def mlps(draw: Draw) -> nn.Sequential:
-    """MLPs from 3 to 2 features: depth, width and biases at random; a hidden layer may come twice or be tied.
-
-    "twice" calls one module two times; "tied" has two modules with one weight and one bias.
-    """
-    width, bias, make = draw(st.integers(1, 5)), draw(st.booleans()), draw(st.sampled_from(ACTIVATIONS))
-    layers: list[nn.Module] = [nn.Linear(3, width, bias=draw(st.booleans())), make()]
-    for kind in draw(st.lists(st.sampled_from(["plain", "twice", "tied"]), max_size=2)):
-        hidden = nn.Linear(width, width, bias=bias)
-        layers += [hidden, make()]
-        if kind == "twice":
-            layers += [hidden, make()]
-        if kind == "tied":
-            other = nn.Linear(width, width, bias=bias)
-            other.weight, other.bias = hidden.weight, hidden.bias
-            layers += [other, make()]
-    layers.append(nn.Linear(width, 2, bias=draw(st.booleans())))
-    return randomize(nn.Sequential(*layers), draw(seeds()), scale=0.7)  # pyright: ignore[reportReturnType]
-
-
 @st.composite
 def vector_rows(
     draw: Draw, features: int = 3, outputs: int = 2, *, min_rows: int = 1, max_rows: int = 6
@@ -182,9 +89,42 @@ def vector_rows(
     positions = draw(st.sampled_from([(), (1,), (3,)]))
     rows = []
     for zero in draw(st.lists(st.booleans(), min_size=min_rows, max_size=max_rows)):
-        x = torch.randn((*positions, features), generator=generator, dtype=torch.float64)
-        y = torch.randn((outputs,), generator=generator, dtype=torch.float64)
+        x, y = (_halves(shape, generator) for shape in ((*positions, features), (outputs,)))
         rows.append({"x": x * (not zero), "y": y})
+    return rows
+
+
+def _halves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal numbers rounded to halves, which are easily read in a counterexample."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64).mul(2).round() / 2
+
+
+@st.composite
+def image_rows(draw: Draw, *, min_rows: int = 1, max_rows: int = 4) -> list[dict[str, Tensor]]:
+    """Images `{"x": [2, 4, 4], "y": [2]}`."""
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    count = draw(st.integers(min_rows, max_rows))
+    return [{"x": _halves((2, 4, 4), generator), "y": _halves((2,), generator)} for _ in range(count)]
+
+
+@st.composite
+def encoder_rows(
+    draw: Draw, task: str, *, min_rows: int = 1, max_rows: int = 4, max_length: int = 6
+) -> list[dict[str, Tensor]]:
+    """Ragged rows of an encoder, `{"input_ids", "attention_mask", "labels"}`.
+
+    Args:
+        task: "classification" (a label a row, of 3) or "masked_lm" (a label a token, -100 where not asked).
+        min_rows, max_rows, max_length: how many rows, of how many tokens.
+    """
+    rows = []
+    for _ in range(draw(st.integers(min_rows, max_rows))):
+        ids = torch.tensor(draw(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=max_length)))
+        labels = torch.tensor(draw(st.integers(0, 2)))
+        if task == "masked_lm":
+            asked = torch.tensor(draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
+            labels = torch.where(asked, ids, IGNORED)
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return rows
 
 
@@ -202,21 +142,107 @@ def squared_error(model: nn.Module) -> LossFn:
     return loss
 
 
-@st.composite
-def problems(draw: Draw, kinds: Sequence[str] = ("lm", "mlp"), *, min_rows: int = 1) -> Problem:
-    """A model with its loss and data: language models, with and without the fused head, and MLPs.
+@dataclass(frozen=True, eq=False)
+class SquaredError:
+    """`sum (f(x) - y)²` of a model that wants a batch axis, with a batched form.
 
-    Args:
-        kinds: any of "lm" and "mlp".
-        min_rows: rows of data, at least.
+    >>> SquaredError(nn.Linear(1, 1)).batched({"x": torch.zeros(5, 1), "y": torch.zeros(5, 1)}).shape
+    torch.Size([5])
     """
-    if draw(st.sampled_from(kinds)) == "mlp":
-        mlp = draw(mlps())
-        loss = squared_error(mlp)
-        return Problem(mlp, loss, loss, draw(vector_rows(min_rows=min_rows)))
+
+    model: nn.Module
+
+    def __call__(self, params: Params, example: Example) -> Tensor:
+        return (call(self.model, params, example["x"][None])[0] - example["y"]).square().sum()
+
+    def batched(self, batch: Batch) -> Tensor:
+        """The same in one forward."""
+        return (self.model(batch["x"]) - batch["y"]).square().sum(1)
+
+
+def _mlp(draw: Draw, min_rows: int) -> Problem:
+    model = draw(mlps())
+    loss = squared_error(model)
+    return Problem(model, loss, loss, draw(vector_rows(min_rows=min_rows)))
+
+
+def _conv(draw: Draw, min_rows: int) -> Problem:
+    model = draw(convnets())
+    loss = SquaredError(model)
+    return Problem(model, loss, loss, draw(image_rows(min_rows=min_rows)))
+
+
+def _lm(draw: Draw, min_rows: int) -> Problem:
     model, reduction = draw(language_models()), draw(st.sampled_from(["mean", "sum"]))
     loss = CausalLMLoss(model, reduction, fused_head=draw(st.booleans()))
     return Problem(model, loss, naive_causal_lm_loss(model, reduction), draw(token_rows(min_rows=min_rows)))
+
+
+def _weighted_lm(draw: Draw, min_rows: int) -> Problem:
+    """Any criterion, label smoothing, and a weight for each row, negative ones too."""
+    model, reduction = draw(language_models()), draw(st.sampled_from(["mean", "sum"]))
+    criterion = draw(st.sampled_from(["cross_entropy", "log_odds"]))
+    smoothing = draw(st.sampled_from([0.0, 0.25])) if criterion == "cross_entropy" else 0.0
+    loss = CausalLMLoss(model, reduction, criterion=criterion, label_smoothing=smoothing)
+    reference = naive_causal_lm_loss(model, reduction, criterion, smoothing)
+    rows = draw(token_rows(min_rows=min_rows))
+    weights = st.sampled_from([-0.5, 1.0, 0.0])
+    return Problem(
+        model, loss, reference, [{**row, "weight": torch.tensor(draw(weights)).double()} for row in rows]
+    )
+
+
+def _encoder(draw: Draw, min_rows: int) -> Problem:
+    model = draw(encoders())
+    task = "masked_lm" if type(model).__name__.endswith("MaskedLM") else "classification"
+    rows = draw(encoder_rows(task, min_rows=min_rows))
+
+    def reference(params: Params, example: Example) -> Tensor:
+        logits = functional_call(model, params, (), {"input_ids": example["input_ids"][None]}).logits[0]
+        if task == "classification":
+            return F.cross_entropy(logits, example["labels"])
+        total = naive_token_loss(logits, example["labels"])
+        return total / max(1, int((example["labels"] != IGNORED).sum()))
+
+    return Problem(model, model_loss(model, task), reference, rows)
+
+
+_PROBLEMS = {"mlp": _mlp, "conv": _conv, "lm": _lm, "weighted_lm": _weighted_lm, "encoder": _encoder}
+
+
+@st.composite
+def problems(draw: Draw, kinds: Sequence[str] = ("mlp", "lm"), *, min_rows: int = 1) -> Problem:
+    """A model with its loss and data.
+
+    Args:
+        kinds: any of "mlp" (some with a layer that occurs twice), "conv" (images), "lm" (causal language
+            models, with and without the fused head), "weighted_lm" (other criteria, and weighted rows), and
+            "encoder" (with padding to mask). Counterexamples are of the first kind that has one.
+        min_rows: rows of data, at least.
+    """
+    return _PROBLEMS[draw(st.sampled_from(kinds))](draw, min_rows)
+
+
+@st.composite
+def views(draw: Draw, model: nn.Module) -> View:
+    """Views of a model by example: the default or everything, and attention heads where it has them."""
+    heads = draw(st.booleans()) if hasattr(model, "config") else False
+    include = draw(st.sampled_from([(), ("*",)]))
+    return View(include=include, heads=heads)
+
+
+@st.composite
+def blocks(draw: Draw, *, min_rows: int = 1, max_rows: int = 4) -> Blocks:
+    """Dense gradients `{"a": [rows, out, in], ...}` of one to three layers; some rows are zero."""
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    zeros = draw(st.lists(st.booleans(), min_size=min_rows, max_size=max_rows))
+    keep = 1.0 - torch.tensor(zeros).double()[:, None, None]
+    sizes = st.tuples(st.integers(1, 4), st.integers(1, 4))
+    shapes = draw(st.lists(sizes, min_size=1, max_size=3))
+    return {
+        name: keep * _halves((len(zeros), *shape), generator)
+        for name, shape in zip("abc", shapes, strict=False)
+    }
 
 
 @st.composite

@@ -1,0 +1,178 @@
+"""The laws of a transform: what `lower` and the store rely on."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import partial
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradfn.data import collate
+from gradfn.probes import probe_engine
+from gradfn.testing.models import Draw, seeds
+from gradfn.testing.naive import difference, naive_blocks
+from gradfn.testing.search import first, refute
+from gradfn.testing.strategies import Problem, blocks, chains, problems, shapes_of
+from gradfn.transforms import Kronecker, Transform, chain
+from gradfn.types import Blocks
+
+Shapes = Mapping[str, tuple[int, int]]
+Transforms = Transform | st.SearchStrategy[Transform] | Callable[[Shapes], "Transforms"]
+"""A transform, a strategy of them, or a function of the blocks' shapes that gives either."""
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A transform and the dense blocks that it is applied to."""
+
+    transform: Transform
+    blocks: Blocks
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered(Problem):
+    """A problem, and a chain with the transform in it."""
+
+    chain: Transform
+
+
+def _drawn(draw: Draw, transforms: Transforms, shapes: Shapes) -> Transform:
+    if isinstance(transforms, st.SearchStrategy):
+        return draw(transforms)
+    return transforms if isinstance(transforms, Transform) else _drawn(draw, transforms(shapes), shapes)
+
+
+@st.composite
+def _applied(draw: Draw, transforms: Transforms) -> Applied:
+    drawn = draw(blocks())
+    return Applied(_drawn(draw, transforms, shapes_of(drawn)), drawn, draw(seeds()))
+
+
+@st.composite
+def _lowered(draw: Draw, transforms: Transforms, kind: str) -> Lowered:
+    """The transform between others, where these fit: rows' norms behind anything that gives blocks."""
+    problem = draw(problems((kind,)))
+    dense = naive_blocks(problem.reference, problem.model, problem.rows)
+    before = draw(chains(shapes_of(dense), stages=("project", "adafactor", "adam"), max_stages=2))
+    values = before(dense)
+    assert isinstance(values, dict)
+    transform = _drawn(draw, transforms, shapes_of(values))
+    made, values = chain(before, transform), transform(values)
+    if isinstance(values, dict):
+        dense = all(G.ndim == 3 for G in values.values())
+        behind = chains(shapes_of(values), max_stages=2) if dense else chains({}, stages=("unit_normalize",))
+        made = chain(made, draw(behind))
+    return Lowered(problem.model, problem.loss, problem.reference, problem.rows, made)
+
+
+def _rows(values: Blocks | Tensor, rows: slice) -> Blocks | Tensor:
+    return {name: G[rows] for name, G in values.items()} if isinstance(values, dict) else values[rows]
+
+
+def _finite(values: Blocks | Tensor) -> bool:
+    parts = values.values() if isinstance(values, dict) else [values]
+    return all(bool(G.isfinite().all()) for G in parts)
+
+
+def _pure(case: Applied) -> str:
+    before = {name: G.clone() for name, G in case.blocks.items()}
+    first = case.transform(case.blocks)
+    if wrong := difference(case.blocks, before, 0.0):
+        return f"it changes the blocks it is given: {wrong}"
+    if wrong := difference(case.transform(case.blocks), first, 0.0):
+        return f"twice the same blocks give different rows: {wrong}"
+    return ""
+
+
+def _row_by_row(tolerance: float, case: Applied) -> str:
+    together = case.transform(case.blocks)
+    for row in range(len(next(iter(case.blocks.values())))):
+        alone = case.transform({name: G[row : row + 1] for name, G in case.blocks.items()})
+        if wrong := difference(alone, _rows(together, slice(row, row + 1)), tolerance):
+            return f"rows are not independent: row {row} alone is not what it is among the others: {wrong}"
+    none = case.transform({name: G[:0] for name, G in case.blocks.items()})
+    if wrong := difference(none, _rows(together, slice(0)), tolerance):
+        return f"of no rows it does not give no rows: {wrong}"
+    return ""
+
+
+def _zero_is_finite(case: Applied) -> str:
+    zeros = {name: torch.zeros_like(G) for name, G in case.blocks.items()}
+    return "" if _finite(case.transform(zeros)) else "a gradient of zero gives numbers that are not finite"
+
+
+def _linear(tolerance: float, case: Applied) -> str:
+    T = case.transform
+    if not (isinstance(T, Kronecker) or getattr(T, "linear", False)):
+        return ""
+    generator = torch.Generator().manual_seed(case.seed)
+    other = {
+        name: torch.randn(G.shape, generator=generator, dtype=G.dtype) for name, G in case.blocks.items()
+    }
+    mixed = T({name: 2 * G - other[name] for name, G in case.blocks.items()})
+    one, two = T(case.blocks), T(other)
+    assert isinstance(one, dict)
+    assert isinstance(two, dict)
+    wrong = difference(mixed, {name: 2 * G - two[name] for name, G in one.items()}, tolerance)
+    return f"it says that it is linear, but T(2 G - H) is not 2 T(G) - T(H): {wrong}" if wrong else ""
+
+
+def _settings(case: Applied) -> str:
+    T = case.transform
+    if not is_dataclass(T) or not T.__dataclass_params__.frozen:  # pyright: ignore[reportAttributeAccessIssue]
+        return f"{type(T).__name__} is not a frozen dataclass, so its settings are not its fields"
+    before = json.dumps(T.settings(), sort_keys=True)
+    T(case.blocks)
+    after = json.dumps(T.settings(), sort_keys=True)
+    return "" if before == after else f"using it changes its settings: {before} became {after}"
+
+
+def _jittered(dense: Blocks) -> Blocks:
+    """The blocks with more noise than rounding makes, and less than the tolerance lets pass."""
+    size = 1e-13 * (1.0 + max(float(G.abs().max()) for G in dense.values()))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: G + size * torch.randn(G.shape, generator=generator, dtype=G.dtype) for name, G in dense.items()
+    }
+
+
+def _lowering(tolerance: float, case: Lowered) -> str:
+    dense = naive_blocks(case.reference, case.model, case.rows)
+    got = probe_engine(case.model, case.loss, case.chain)(collate(case.rows)).values
+    want = case.chain(dense)
+    wrong = difference(got, want, tolerance)
+    # At a jump (a sign, a root at zero) the rounding of a zero gradient decides, which says nothing.
+    if not wrong or difference(case.chain(_jittered(dense)), want, tolerance):
+        return ""
+    return f"lowered into the backward it gives other rows than applied to dense blocks: {wrong}"
+
+
+def check_transform(
+    transform: Transforms, *, kinds: Sequence[str] = ("mlp", "lm"), tolerance: float = 1e-8
+) -> None:
+    """Check that a transform may stand anywhere in a chain.
+
+    It is pure, and each row's result is a function of that row alone (so neither batches nor their order
+    matter); zero gives finite numbers; a `Kronecker`, and what says `linear = True`, is linear; its settings
+    can be stored; and in a chain with others `probe_engine` gives what the chain makes of naive gradients.
+
+    Args:
+        transform: a transform that fits blocks of any shape; a strategy of such; or, for one that is fitted
+            to the blocks, a function of `{block: (out, in)}` that gives either.
+        kinds: the models to try the engine on, see `problems`.
+        tolerance: relative to the largest number of a block.
+
+    Raises:
+        BrokenLawError: naming the law, with the smallest case that breaks it.
+
+    >>> from gradfn.transforms import project
+    >>> check_transform(project(2), kinds=("mlp",))
+    """
+    laws = (_zero_is_finite, _pure, _settings, partial(_row_by_row, tolerance), partial(_linear, tolerance))
+    refute("check_transform", partial(first, laws), _applied(transform))
+    for kind in kinds:
+        few = 25 if kind == "mlp" else 8  # language models are slow to build
+        refute("check_transform", partial(_lowering, tolerance), _lowered(transform, kind), few)

@@ -1,0 +1,101 @@
+"""Realistic mistakes in an estimator are found, each with a small problem to show it."""
+
+import pytest
+import torch
+
+import gradfn as gf
+from gradfn.data import collate
+from gradfn.testing import BrokenLawError, check_estimator
+
+
+def gradient_dot(model, loss, train, query):
+    return gf.score(model, train, query, method=gf.grad_dot(), loss=loss)
+
+
+def gradient_cosine(model, loss, train, query):
+    return gf.score(model, train, query, method=gf.grad_cosine(), loss=loss)
+
+
+def divided_by_the_batch(*asked):
+    return gradient_dot(*asked) / len(asked[2])
+
+
+def opponents_first(*asked):
+    return -gradient_dot(*asked)
+
+
+def transposed(*asked):
+    return gradient_dot(*asked).T
+
+
+def in_another_order(model, loss, train, query):
+    ordered = sorted(train, key=lambda row: float(row["x"].sum()))
+    return gradient_dot(model, loss, ordered, query)
+
+
+def supervising_padding(model, loss, train, query):
+    def grads(rows):
+        batch = collate(rows)
+        if "labels" in batch:
+            batch["labels"] = batch["labels"].clamp_min(0)
+        return gf.probe_engine(model, loss)(batch).values
+
+    return gf.dots(grads(train), grads(query))
+
+
+def random_scores(model, loss, train, query):
+    return gradient_dot(model, loss, train, query) * torch.rand(())
+
+
+def fails(*_):
+    raise ValueError("no such thing")
+
+
+MISTAKES = [
+    (divided_by_the_batch, "mlp", r"is [-\d.]+ instead of [-\d.]+\n"),
+    (opponents_first, "mlp", "the score of train 0 for query 0"),
+    (transposed, "mlp", r"scores have shape \[1, 2\], but rows and queries are \[2, 1\]"),
+    (in_another_order, "mlp", "train 1: {x"),
+    pytest.param(supervising_padding, "lm", "train 0: {input_ids", marks=pytest.mark.slow),
+    (random_scores, "mlp", "the score of train|not a function of its inputs"),
+    (fails, "mlp", "ValueError: no such thing"),
+]
+
+
+@pytest.mark.parametrize(("scores", "kind", "message"), MISTAKES, ids=lambda v: getattr(v, "__name__", ""))
+def test_a_mistake_is_found_and_shown(scores, kind, message):
+    with pytest.raises(BrokenLawError, match=message) as caught:
+        check_estimator(scores, kinds=[kind], max_examples=15)
+    assert "falsifying" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(("scores", "reference", "agreement"), [
+    (gradient_dot, None, "exact"),
+    (gradient_cosine, gf.grad_cosine(), "exact"),
+    (gradient_cosine, gradient_cosine, "exact"),
+    (divided_by_the_batch, None, "scale"),
+    (divided_by_the_batch, None, "ranking"),
+    (lambda *asked: gradient_dot(*asked).sigmoid() * 1e6, lambda *asked: gradient_dot(*asked).clamp(-9, 9),
+     "ranking"),
+])  # fmt: skip
+def test_agreement(scores, reference, agreement):
+    check_estimator(scores, reference, agreement=agreement, kinds=["mlp"], max_examples=15)
+
+
+@pytest.mark.parametrize(("agreement", "message"), [
+    ("scale", "-1 times what they should be"),
+    ("ranking", "should rank above"),
+])  # fmt: skip
+def test_the_sign_counts_in_every_agreement(agreement, message):
+    with pytest.raises(BrokenLawError, match=message):
+        check_estimator(opponents_first, agreement=agreement, kinds=["mlp"])
+
+
+def test_a_cosine_is_no_multiple_of_a_dot():
+    with pytest.raises(BrokenLawError, match="up to a factor of"):
+        check_estimator(gradient_cosine, agreement="scale", kinds=["mlp"])
+
+
+def test_an_unknown_agreement_is_refused():
+    with pytest.raises(gf.InputError, match="no agreement 'roughly': choose exact, scale, ranking"):
+        check_estimator(gradient_dot, agreement="roughly")

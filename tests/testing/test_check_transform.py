@@ -1,0 +1,123 @@
+"""Each law of a transform refuses a transform that breaks it, and says which."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from gradfn.kron import Kron
+from gradfn.testing import BrokenLawError, chains, check_transform
+from gradfn.transforms import adafactor, dot, project, unit_normalize
+from gradfn.transforms.chain import Blockwise, Kronecker, Rowwise
+
+
+@dataclass(frozen=True)
+class Sign(Blockwise):
+    linear = True
+
+    def block(self, name, G):
+        return G.sign()
+
+
+@dataclass(frozen=True)
+class Centre(Blockwise):
+    def block(self, name, G):
+        return G - G.mean(0) if len(G) else G
+
+
+@dataclass(frozen=True)
+class NotOfNone(Blockwise):
+    def block(self, name, G):
+        return G if len(G) else G.flatten(1)
+
+
+@dataclass(frozen=True)
+class Unguarded(Rowwise):
+    def __call__(self, blocks):
+        return {name: G / G.flatten(1).norm(dim=1)[:, None, None] for name, G in blocks.items()}
+
+
+@dataclass(frozen=True)
+class InPlace(Blockwise):
+    def block(self, name, G):
+        return G.clamp_(-1, 1)
+
+
+@dataclass(frozen=True)
+class Dropped(Blockwise):
+    def block(self, name, G):
+        return G * torch.rand(G.shape)
+
+
+@dataclass(frozen=True)
+class Counted(Blockwise):
+    calls: list = field(default_factory=list)
+
+    def block(self, name, G):
+        self.calls.append(name)
+        return G
+
+
+class Open(Blockwise):
+    def block(self, name, G):
+        return G
+
+
+@dataclass(frozen=True)
+class Unequal(Kronecker):
+    """The dense form is not what the factors give."""
+
+    def kron(self, spec):
+        return Kron(torch.full(spec.shape[:1], 2.0, dtype=spec.dtype), None)
+
+    def __call__(self, blocks):
+        return {name: 3 * G for name, G in blocks.items()}
+
+
+@dataclass(frozen=True)
+class Tanh(Blockwise):
+    """Not linear and saying so, hence behind the sum over the uses of a shared weight."""
+
+    def block(self, name, G):
+        return G.tanh()
+
+
+BROKEN = {
+    "it says that it is linear, but": Sign(),
+    "rows are not independent: row 0 alone": Centre(),
+    "of no rows it does not give no rows": NotOfNone(),
+    "a gradient of zero gives numbers that are not finite": Unguarded(),
+    "it changes the blocks it is given": InPlace(),
+    "twice the same blocks give different rows": Dropped(),
+    "using it changes its settings": Counted(),
+    "Open is not a frozen dataclass": Open(),
+    "lowered into the backward it gives other rows": Unequal(),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_law_is_named(message):
+    with pytest.raises(BrokenLawError, match=message):
+        check_transform(BROKEN[message], kinds=("mlp",))
+
+
+@pytest.mark.parametrize("transform", [
+    project(2), unit_normalize(), Tanh(), lambda shapes: chains(shapes, max_stages=2),
+    lambda shapes: adafactor({name: torch.ones(shape) for name, shape in shapes.items()}),
+    lambda shapes: dot({name: torch.ones(1, *shape) for name, shape in shapes.items()}),
+], ids=["project", "unit", "nonlinear", "chains", "fitted", "scores"])  # fmt: skip
+def test_transforms_that_hold(transform):
+    check_transform(transform, kinds=("mlp",))
+
+
+def test_the_counterexample_is_small_and_the_same_every_time():
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(BrokenLawError) as caught:
+            check_transform(Centre(), kinds=("mlp",))
+        messages.add(str(caught.value))
+    assert messages == {
+        "check_transform: rows are not independent: row 0 alone is not what it is among the others: "
+        "a: off by 1, allowed 1e-08, in row 0 (0 instead of 1)\n"
+        "  transform: Centre()\n  blocks: {a: [[[1.5]], [[-0.5]]]}\n  seed: 0"
+    }
