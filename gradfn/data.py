@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from gradfn.errors import InputError
 
-__all__ = ["IGNORED", "Documents", "check_lengths", "collate", "make_documents", "offsets_of", "plan_batches"]
+__all__ = [
+    "IGNORED", "Documents", "Pairs", "check_lengths", "collate", "make_documents", "offsets_of",
+    "plan_batches",
+]  # fmt: skip
 
 IGNORED = -100
 """The label of a position that is not supervised, and the padding of labels."""
@@ -32,9 +35,11 @@ class Documents:
         offsets: where each row starts and the last one ends, int64 `[rows + 1]`.
         ids: the name of each row.
         texts: what to show of each row.
+        extras: one number a row by name: "weight", which multiplies a row's loss; "labels", a class or a
+            number, which stands in for the token labels and brings an attention mask with it.
 
     Raises:
-        InputError: the five fields do not describe the same rows.
+        InputError: the fields do not describe the same rows.
 
     >>> docs = make_documents([[5, 6, 7], [8]], ids=["a", "b"])
     >>> len(docs), docs.lengths.tolist(), docs.supervised.tolist()
@@ -50,6 +55,7 @@ class Documents:
     offsets: Int64[np.ndarray, " bounds"]
     ids: list[str]
     texts: list[str]
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows, tokens = len(self.offsets) - 1, len(self.input_ids)
@@ -61,6 +67,11 @@ class Documents:
             )
         if self.offsets[0] != 0 or self.offsets[-1] != tokens or (np.diff(self.offsets) < 0).any():
             raise InputError(f"document offsets must rise from 0 to the {tokens} tokens there are")
+        for name, values in self.extras.items():
+            if values.shape != (rows,):
+                raise InputError(
+                    f"{name!r} has shape {list(values.shape)}, expected a number for each of the {rows} rows"
+                )
 
     def __repr__(self) -> str:
         return f"Documents({len(self)} rows, {len(self.input_ids)} tokens)"
@@ -71,10 +82,13 @@ class Documents:
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         row = range(len(self))[row]  # bounds check and negative rows, as a list would
         span = slice(self.offsets[row], self.offsets[row + 1])
-        return {
+        example = {
             "input_ids": torch.from_numpy(self.input_ids[span].astype(np.int64)),
             "labels": torch.from_numpy(self.labels[span].astype(np.int64)),
         }
+        if "labels" in self.extras:
+            example["attention_mask"] = torch.ones_like(example["input_ids"])
+        return {**example, **{name: torch.as_tensor(values[row]) for name, values in self.extras.items()}}
 
     @cached_property
     def lengths(self) -> Int64[np.ndarray, " rows"]:
@@ -83,7 +97,9 @@ class Documents:
 
     @cached_property
     def supervised(self) -> Int64[np.ndarray, " rows"]:
-        """Supervised positions of each row: label not -100, position not 0."""
+        """Supervised positions of each row: label not -100, position not 0; one where the row has a label."""
+        if "labels" in self.extras:
+            return np.ones(len(self), np.int64)
         counts = np.zeros(len(self), np.int64)
         filled = self.lengths > 0  # reduceat gives nonsense for empty rows
         if filled.any():
@@ -104,15 +120,88 @@ class Documents:
         offsets = offsets_of(lengths)
         tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
         ids, texts = [self.ids[row] for row in chosen], [self.texts[row] for row in chosen]
-        return Documents(self.input_ids[tokens], self.labels[tokens], offsets, ids, texts)
+        extras = {name: values[chosen] for name, values in self.extras.items()}
+        return Documents(self.input_ids[tokens], self.labels[tokens], offsets, ids, texts, extras)
 
     def fingerprint(self) -> str:
-        """16 hex digits of token ids, labels and offsets, which are what is computed on."""
+        """16 hex digits of token ids, labels, offsets and extras, which are what is computed on."""
         digest = hashlib.sha256()
         for array, kind in ((self.input_ids, "<i4"), (self.labels, "<i4"), (self.offsets, "<i8")):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(array, kind).data)
+        for name, values in sorted(self.extras.items()):
+            digest.update(f"{name} {values.dtype.str} ".encode())
+            digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
         return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Rows of an input and of the output that it is to be mapped to, for encoder-decoder models.
+
+    Args:
+        inputs: what the encoder reads; its ids name the rows and its extras are theirs.
+        outputs: what the decoder is to say; every token of it is supervised.
+
+    Raises:
+        InputError: there are not as many inputs as outputs.
+
+    >>> pairs = Pairs(make_documents([[5, 6]]), make_documents([[7, 8, 9]]))
+    >>> pairs[0]["attention_mask"], pairs[0]["labels"], pairs.lengths
+    (tensor([1, 1]), tensor([7, 8, 9]), array([3]))
+    """
+
+    inputs: Documents
+    outputs: Documents
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.outputs):
+            raise InputError(
+                f"{len(self.inputs)} inputs came with {len(self.outputs)} outputs: give one for each"
+            )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        example = self.inputs[row]
+        mask = torch.ones_like(example["input_ids"])
+        return {**example, "attention_mask": mask, "labels": self.outputs[row]["labels"]}
+
+    @property
+    def ids(self) -> list[str]:
+        """The name of each row."""
+        return self.inputs.ids
+
+    @property
+    def texts(self) -> list[str]:
+        """What to show of each row: the input, and after an arrow the output."""
+        pairs = zip(self.inputs.texts, self.outputs.texts, strict=True)
+        return [f"{asked} → {said}" for asked, said in pairs]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " rows"]:
+        """Tokens of the longer of the two."""
+        return np.maximum(self.inputs.lengths, self.outputs.lengths)
+
+    @property
+    def supervised(self) -> Int64[np.ndarray, " rows"]:
+        """Tokens of each output."""
+        return self.outputs.lengths
+
+    @property
+    def extras(self) -> Mapping[str, np.ndarray]:
+        """One number a row by name; see `Documents`."""
+        return self.inputs.extras
+
+    def select(self, rows: Any) -> "Pairs":
+        """The given rows in the given order; see `Documents.select`."""
+        return Pairs(self.inputs.select(rows), self.outputs.select(rows))
+
+    def fingerprint(self) -> str:
+        """16 hex digits of inputs and outputs."""
+        both = self.inputs.fingerprint() + self.outputs.fingerprint()
+        return hashlib.sha256(both.encode()).hexdigest()[:16]
 
 
 def make_documents(

@@ -261,6 +261,10 @@ class ModelLoss(_Weighted):
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "weight")}
+        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        if pad and "input_ids" in inputs and "attention_mask" in inputs:
+            # A decoder that classifies finds the end of a text by its padding token.
+            inputs["input_ids"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], pad)
         if self.task == "seq2seq_lm":
             # The model itself makes the decoder's inputs of the labels.
             return {**inputs, "labels": batch["labels"], "use_cache": False}

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import gradfn
+from gradfn.data import offsets_of
 from gradfn.errors import InputError
 from gradfn.fold import mean, total
 from gradfn.hf.models import model_fingerprint
 from gradfn.layers import Linear, View, find_sites, uncovered
-from gradfn.losses import causal_lm_loss
+from gradfn.losses import CausalLMLoss, ModelLoss, causal_lm_loss
 from gradfn.probes import Engine, probe_engine
 from gradfn.store import Store, differing, open_store, open_writer
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, gather, lengths_of, stream
@@ -24,6 +25,7 @@ from gradfn.types import Blocks, Data, LossFn, Rows
 Settings = Mapping[str, Any]
 Aggregation = Literal["mean", "sum"]
 GRADIENTS = "gradients/"
+SHARES = "scores_by/"
 SEGMENT_BATCHES = 16
 SEGMENT_BYTES = 256 << 20
 READ_BYTES = 256 << 20
@@ -37,10 +39,11 @@ class Summary:
 
     Args:
         path: the index file.
-        rows: how many rows it holds.
+        rows: how many rows it holds; tokens, where the view is by token.
         unsupervised: rows with nothing to supervise; their gradient is zero.
         zero: rows whose result is zero altogether (the unsupervised ones among them).
         resumed: rows that were there already.
+        unprobed: the layers that no probe could see, which went through `vmap(grad)`.
     """
 
     path: Path
@@ -48,6 +51,12 @@ class Summary:
     unsupervised: int
     zero: int
     resumed: int
+    unprobed: tuple[str, ...] = ()
+
+
+def unprobed(engine: Engine) -> tuple[str, ...]:
+    """The layers of an engine that go through `vmap(grad)`; known for certain after its first batch."""
+    return tuple(dict.fromkeys(site.path or "root" for site in engine.sites if not site.probed))
 
 
 def describe(
@@ -60,15 +69,33 @@ def describe(
 ) -> dict[str, Any]:
     """What the rows of a run depend on, as plain values: model, data, loss, layers and transform."""
     fingerprint = getattr(data, "fingerprint", None)
-    reduction = getattr(loss, "reduction", "mean" if loss is None else None)
-    name = "causal_lm" if loss is None or hasattr(loss, "fused_head") else getattr(loss, "__qualname__", "")
     return {
         "gradfn": gradfn.__version__,
         "model": {"fingerprint": model_fingerprint(model)},
         "data": {"fingerprint": fingerprint() if callable(fingerprint) else None, "rows": len(data)},
-        "loss": {"name": name or type(loss).__name__, "reduction": reduction},
+        "loss": loss_settings(loss),
         "layers": (view or View()).settings(),
         "transform": chain(transform or chain()).settings(),
+    }
+
+
+def loss_settings(loss: LossFn | None) -> dict[str, Any]:
+    """What a run records of a loss; None is next-token cross-entropy.
+
+    >>> def square(params, example): ...
+    >>> loss_settings(square)
+    {'name': 'square'}
+    """
+    if loss is not None and not isinstance(loss, CausalLMLoss | ModelLoss):
+        reduction = {"reduction": loss.reduction} if hasattr(loss, "reduction") else {}  # pyright: ignore
+        return {"name": getattr(loss, "__qualname__", type(loss).__name__), **reduction}
+    reference = getattr(loss, "reference", None)
+    return {
+        "name": loss.task if isinstance(loss, ModelLoss) else "causal_lm",
+        "reduction": "mean" if loss is None else loss.reduction,
+        "criterion": "cross_entropy" if loss is None else loss.criterion,
+        "label_smoothing": 0.0 if loss is None else loss.label_smoothing,
+        "reference": None if reference is None else {"fingerprint": model_fingerprint(reference)},
     }
 
 
@@ -107,20 +134,22 @@ def transform_of(settings: Settings) -> Transform:
     return chain(*stages)
 
 
-def plan_slices(lengths: np.ndarray, token_batch_size: int, row_bytes: int) -> list[tuple[int, int]]:
+def plan_slices(
+    lengths: np.ndarray, token_batch_size: int, row_bytes: int | np.ndarray
+) -> list[tuple[int, int]]:
     """Cut rows into the slices of segments: at most 16 batches of tokens and 256 MiB each.
 
     >>> plan_slices(np.array([4, 4, 4]), token_batch_size=1, row_bytes=200 << 20)
     [(0, 1), (1, 2), (2, 3)]
     """
-    most_rows = max(1, SEGMENT_BYTES // max(1, row_bytes))
-    slices, start, tokens = [], 0, 0
-    for row, length in enumerate(lengths):
-        full = row - start >= most_rows or tokens + length > SEGMENT_BATCHES * token_batch_size
+    sizes = np.broadcast_to(row_bytes, len(lengths))
+    slices, start, tokens, held = [], 0, 0, 0
+    for row, (length, size) in enumerate(zip(lengths.tolist(), sizes.tolist(), strict=True)):
+        full = held + size > SEGMENT_BYTES or tokens + length > SEGMENT_BATCHES * token_batch_size
         if row > start and full:
             slices.append((start, row))
-            start, tokens = row, 0
-        tokens += int(length)
+            start, tokens, held = row, 0, 0
+        tokens, held = tokens + length, held + size
     return [*slices, (start, len(lengths))]
 
 
@@ -156,6 +185,23 @@ def _row_arrays(data: Data, rows: range, result: Rows) -> dict[str, np.ndarray |
     }
 
 
+def _token_arrays(data: Data, rows: range, result: Rows) -> dict[str, np.ndarray | list[str]]:
+    """What lies beside the gradients or scores of every token: its row of the data, its place, its id."""
+    lengths = lengths_of(data)[rows.start : rows.stop]
+    return {
+        "rows/document": np.repeat(np.arange(rows.start, rows.stop), lengths),
+        "rows/position": np.concatenate([np.arange(length) for length in lengths]),
+        "rows/token": np.concatenate([data[row]["input_ids"].numpy() for row in rows]).astype(np.int32),
+        "rows/zero": _zero_rows(result.values).numpy(),
+    }
+
+
+def _token_facts(data: Data, bounds: np.ndarray) -> dict[str, Any]:
+    """What a store of tokens keeps of its documents: where their tokens start, and their names."""
+    ids = getattr(data, "ids", None) or range(len(data))
+    return {"tokens/offsets": bounds, "documents/id": [str(name) for name in ids]}
+
+
 def _write_run(
     run: str | Path,
     kind: str,
@@ -169,24 +215,44 @@ def _write_run(
     progress: Progress | None,
     fixed: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Run the engine over the rows that are missing, a segment at a time, and join the segments."""
-    lengths = lengths_of(data)
-    slices = plan_slices(lengths, token_batch_size, _row_bytes(engine))
-    with open_writer(run, kind, settings, len(data), overwrite) as writer:
-        missing = writer.missing(slices)
-        resumed = len(data) - sum(stop - start for start, stop in missing)
+    """Run the engine over the rows that are missing, a segment at a time, and join the segments.
+
+    By token, a segment holds the tokens of whole documents.
+    """
+    tokens, lengths = engine.view.tokens, lengths_of(data)
+    bounds = offsets_of(lengths if tokens else np.ones(len(data), np.int64))
+    beside = _token_arrays if tokens else _row_arrays
+    fixed = {**(fixed or {}), **(_token_facts(data, bounds) if tokens else {})}
+    plan = plan_slices(lengths, token_batch_size, _row_bytes(engine) * np.diff(bounds))
+    slices = [(int(bounds[a]), int(bounds[b])) for a, b in plan if bounds[a] < bounds[b]]
+    with open_writer(run, kind, settings, int(bounds[-1]), overwrite) as writer:
+        missing = [_between(bounds, *span) for span in writer.missing(slices)]
+        todo = sum(int(lengths[rows.start : rows.stop].sum()) for rows in missing)
+        resumed = int(bounds[-1]) - sum(int(bounds[rows.stop] - bounds[rows.start]) for rows in missing)
         if progress:
-            progress(int(lengths.sum()) - sum(int(lengths[start:stop].sum()) for start, stop in missing))
-        for start, stop in missing:
-            rows = range(start, stop)
+            progress(int(lengths.sum()) - todo)
+        for rows in missing:
             result = gather(engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
-            writer.write(start, stop, {**arrays(result.values), **_row_arrays(data, rows, result)})
-        path = writer.finish({n: storable(v) if isinstance(v, list) else v for n, v in (fixed or {}).items()})
-    supervised = getattr(data, "supervised", None)
-    unsupervised = 0 if supervised is None else int((supervised == 0).sum())
+            start, stop = int(bounds[rows.start]), int(bounds[rows.stop])
+            writer.write(start, stop, {**arrays(result.values), **beside(data, rows, result)})
+        path = writer.finish({n: storable(v) if isinstance(v, list) else v for n, v in fixed.items()})
     with open_store(path, kind) as store:
         zero = int(store.read("rows/zero").sum())
-    return Summary(path, len(data), unsupervised, zero, resumed)
+    return Summary(path, int(bounds[-1]), _unsupervised(data), zero, resumed, unprobed(engine))
+
+
+def _between(bounds: np.ndarray, start: int, stop: int) -> range:
+    """The documents whose tokens (or rows) are `start` to `stop`; empty ones at the borders left out.
+
+    >>> _between(np.array([0, 0, 2, 2, 5]), 0, 2)
+    range(1, 2)
+    """
+    return range(int(np.searchsorted(bounds, start, "right")) - 1, int(np.searchsorted(bounds, stop)))
+
+
+def _unsupervised(data: Data) -> int:
+    supervised = getattr(data, "supervised", None)
+    return 0 if supervised is None else int((supervised == 0).sum())
 
 
 def _gradient_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
@@ -209,6 +275,9 @@ def build(
     progress: Progress | None = None,
 ) -> Summary:
     """Write the transformed gradient of every row to `RUN/store.h5`; a killed run resumes where it was.
+
+    By token (`View(tokens=True)`), the rows of the file are tokens: `rows/document` and `rows/position` say
+    which, and `tokens/offsets` where each document's start.
 
     Args:
         run: the run directory.
@@ -251,10 +320,12 @@ def reduce(
             see `build`.
 
     Raises:
-        InputError: the directory holds a store made otherwise; no rows; a loss is not finite.
+        InputError: the directory holds a store made otherwise; no rows; a view by token; a loss not finite.
     """
     if aggregation not in get_args(Aggregation):
         raise InputError(f"no aggregation {aggregation!r}: choose {' or '.join(get_args(Aggregation))}")
+    if view is not None and view.tokens:
+        raise InputError("gradients are reduced by example or by head, not by token: use build for tokens")
     transform = transform or chain()
     known = describe(model, data, transform, loss=loss, view=view)
     known = merged({**known, "aggregation": aggregation}, settings)
@@ -275,9 +346,8 @@ def reduce(
             if writer.missing([(0, 1)]):
                 writer.write(0, 1, {**_gradient_arrays(blocks), **row})
         path = writer.finish()
-    supervised = getattr(data, "supervised", None)
-    unsupervised = 0 if supervised is None else int((supervised == 0).sum())
-    return Summary(path, 1, unsupervised, unsupervised, 0)
+    unsupervised = _unsupervised(data)
+    return Summary(path, 1, unsupervised, unsupervised, 0, unprobed(engine))
 
 
 def score_run(
@@ -287,6 +357,7 @@ def score_run(
     queries: Blocks,
     transform: Transform,
     *,
+    by_block: bool = False,
     loss: LossFn | None = None,
     view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
@@ -300,18 +371,28 @@ def score_run(
     Args:
         queries: the queries' gradients, transformed, `{block: [queries, ...]}`.
         transform: the training side of the method.
+        by_block: write each block's share of the scores too, `/scores_by/<block>`.
         fixed: arrays about the queries, kept in the index.
         run, model, train, loss, view, token_batch_size, settings, overwrite, progress: see
             `build`.
     """
-    known = describe(model, train, transform, loss=loss, view=view)
-    ending = chain(transform, dot({name: value.to(_device(model)) for name, value in queries.items()}))
+    known = {**describe(model, train, transform, loss=loss, view=view), "by_block": by_block}
+    there = {name: value.to(_device(model)) for name, value in queries.items()}
+    ending = chain(transform, dot(there, by_block=by_block))
     engine = probe_engine(model, loss or causal_lm_loss(model), ending, view=view)
     return _write_run(
-        run, "scores", engine, train, merged(known, settings),
-        lambda values: {"scores": values.float().numpy()},  # pyright: ignore[reportAttributeAccessIssue]
+        run, "scores", engine, train, merged(known, settings), _score_arrays,
         token_batch_size=token_batch_size, overwrite=overwrite, progress=progress, fixed=fixed,
     )  # fmt: skip
+
+
+def _score_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
+    """Scores, and where they came by block the shares that they are the sum of."""
+    if not isinstance(values, dict):
+        return {"scores": values.float().numpy()}
+    total = sum(values.values(), torch.zeros(()))
+    return {"scores": total.float().numpy(),
+            **{SHARES + name: share.float().numpy() for name, share in values.items()}}  # fmt: skip
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -410,6 +491,13 @@ def stored_scores(
     for _, _, arrays in store.chunks(names, rows_per_chunk or max(1, READ_BYTES // row_bytes)):
         rows = {name.removeprefix(GRADIENTS): torch.from_numpy(a) for name, a in arrays.items()}
         yield final(rows)  # pyright: ignore[reportReturnType]
+
+
+def stored_shares(store: Store, row: int, queries: Blocks, *, unit: bool = False) -> Blocks:
+    """Each block's share of a stored row's scores, `{block: [queries]}`; they sum to `stored_scores`."""
+    final = chain(*([unit_normalize()] if unit else []), dot(queries, by_block=True))
+    shares: Any = final(read_gradients(store, row, row + 1))
+    return {name: share[0] for name, share in shares.items()}
 
 
 def ends_in_unit_norm(transform: Transform) -> bool:

@@ -158,7 +158,7 @@ def gather(
     ):
         batch = numbers - rows.start
         spans = [range(int(offsets[i]), int(offsets[i + 1])) for i in batch]
-        at = torch.tensor([place for span in spans for place in span])
+        at = torch.tensor([place for span in spans for place in span], dtype=torch.long)
         if out is None:
             count = int(offsets[-1])
             _refuse_too_large(result.values, count)

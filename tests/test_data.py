@@ -1,8 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from gradfn.data import Documents, check_lengths, collate, make_documents, offsets_of, plan_batches
+from gradfn.data import Documents, Pairs, check_lengths, collate, make_documents, offsets_of, plan_batches
 from gradfn.errors import InputError
 
 ROWS = [[5, 6, 7], [], [8], [9, 10]]
@@ -221,3 +223,59 @@ def test_collate_keeps_types_and_pads_floats_with_zero():
 def test_examples_that_do_not_stack_are_refused(examples, message):
     with pytest.raises(InputError, match=message):
         collate(examples)
+
+
+def with_extras():
+    docs = make_documents([[5, 6, 7], [8], [9, 9]], ids=["a", "b", "c"])
+    return dataclasses.replace(docs, extras={"weight": np.array([1.0, -2.0, 0.5])})
+
+
+def test_extras_come_with_their_rows():
+    docs = with_extras()
+    assert docs[1].keys() == {"input_ids", "labels", "weight"}
+    assert docs[1]["weight"].item() == -2.0
+    assert docs.select([2, 0])[0]["weight"].item() == 0.5
+    batch = collate([docs[row] for row in range(3)])
+    assert batch["weight"].tolist() == [1.0, -2.0, 0.5]
+
+
+def test_a_label_of_a_row_stands_in_for_those_of_its_tokens():
+    docs = dataclasses.replace(with_extras(), extras={"labels": np.array([2, 0, 1])})
+    batch = collate([docs[row] for row in range(3)])
+    assert batch["labels"].tolist() == [2, 0, 1]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert docs.supervised.tolist() == [1, 1, 1]
+
+
+def test_extras_enter_the_fingerprint():
+    docs = with_extras()
+    changed = dataclasses.replace(docs, extras={"weight": np.array([1.0, -2.0, 0.25])})
+    renamed = dataclasses.replace(docs, extras={"labels": docs.extras["weight"]})
+    bare = dataclasses.replace(docs, extras={})
+    assert len({each.fingerprint() for each in (docs, changed, renamed, bare)}) == 4
+    assert docs.fingerprint() == with_extras().fingerprint()
+
+
+def test_extras_are_one_a_row():
+    with pytest.raises(
+        InputError, match=r"'weight' has shape \[2\], expected a number for each of the 3 rows"
+    ):
+        dataclasses.replace(with_extras(), extras={"weight": np.zeros(2)})
+
+
+def test_pairs_are_an_input_and_an_output():
+    inputs = with_extras()
+    pairs = Pairs(inputs, make_documents([[1], [2, 3, 4], [5, 6]], texts=["x", "y", "z"]))
+    assert pairs.lengths.tolist() == [3, 3, 2]
+    assert pairs.supervised.tolist() == [1, 3, 2]
+    batch = collate([pairs[row] for row in range(3)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0], [9, 9, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[1, -100, -100], [2, 3, 4], [5, 6, -100]]
+    assert batch["weight"].tolist() == [1.0, -2.0, 0.5]
+    chosen = pairs.select([2, 0])
+    assert (chosen.ids, chosen.texts) == (["c", "a"], [" → z", " → x"])
+    assert chosen[0]["labels"].tolist() == [5, 6]
+    assert chosen.fingerprint() != pairs.fingerprint() == pairs.select([0, 1, 2]).fingerprint()
+    with pytest.raises(InputError, match="3 inputs came with 1 outputs: give one for each"):
+        Pairs(inputs, make_documents([[1]]))

@@ -289,5 +289,58 @@ def test_a_loss_that_is_not_finite_names_the_row_and_keeps_what_is_complete(docu
 
 def test_layers_in_words():
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
-    assert runs.layer_summary(net, (), ()) == "2 linear layers, 72% of 29 parameters"
-    assert runs.layer_summary(net, (), ["2"]) == "1 linear layer, 55% of 29 parameters"
+    assert runs.layer_summary(net) == "2 linear layers, 72% of 29 parameters"
+    assert runs.layer_summary(net, View(exclude=["2"])) == "1 linear layer, 55% of 29 parameters"
+
+
+def test_shares_sum_to_the_scores(model, documents, tmp_path):
+    queries = gf.collect(model, documents.select([1, 4]), gf.project(4))
+    gf.score_run(tmp_path, model, documents, queries, gf.project(4), by_block=True)
+    gf.build(tmp_path, model, documents, gf.project(4))
+    with gf.open_store(tmp_path, "scores") as scores, gf.open_store(tmp_path) as store:
+        shares = {name.removeprefix(runs.SHARES): scores.read(name) for name in scores.names(runs.SHARES)}
+        assert shares.keys() == queries.keys()
+        np.testing.assert_allclose(sum(shares.values()), scores.read("scores"), rtol=1e-4, atol=1e-5)
+        for name, share in runs.stored_shares(store, 2, queries).items():
+            np.testing.assert_allclose(share.numpy(), shares[name][2], rtol=1e-4, atol=1e-5)
+        unit = runs.stored_shares(store, 2, queries, unit=True)
+        (whole,) = runs.stored_scores(store, queries, unit=True)
+        torch.testing.assert_close(sum(unit.values()), whole[2], rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_of_a_store_sum_to_its_documents(model, documents, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SEGMENT_BATCHES", 1)
+    summary = gf.build(tmp_path, model, documents, gf.project(4), view=View(tokens=True), token_batch_size=8)
+    assert summary.rows == documents.lengths.sum()
+    assert len(list((tmp_path / "segments").glob("*.h5"))) > 2
+    expected = gf.collect(model, documents, gf.project(4))
+    with gf.open_store(tmp_path) as store:
+        owners = store.read("rows/document")
+        for name, rows in runs.read_gradients(store).items():
+            sums = np.zeros(expected[name].shape)
+            np.add.at(sums, owners, rows.numpy().astype(np.float64))
+            np.testing.assert_allclose(sums, expected[name].numpy(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="by example or by head, not by token: use build"):
+        gf.reduce(tmp_path / "no", model, documents, view=View(tokens=True))
+
+
+class Scaled(nn.Module):
+    """A linear layer whose output is scaled by a parameter that no layer kind knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+def test_layers_that_no_probe_sees_are_named(tmp_path):
+    net = Scaled()
+    data = [{"x": torch.randn(3)} for _ in range(4)]
+
+    def loss(params, example):
+        return torch.func.functional_call(net, params, example["x"]).square().sum()
+
+    assert gf.build(tmp_path / "a", net, data, loss=loss).unprobed == ()
+    assert gf.build(tmp_path / "b", net, data, loss=loss, view=View(["*"])).unprobed == ("scale",)

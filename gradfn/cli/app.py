@@ -23,12 +23,7 @@ app = typer.Typer(
     },
 )
 
-STORE = typer.Argument(help="A run directory, or the store.h5 in it.")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-RUN = typer.Argument(
-    help="The run directory to write; made if absent, resumed if it was made by the same command."
-)
-
 
 UsageError: Any = typer.BadParameter.__base__
 """What the parser raises; typer has it from click, or from a copy of click inside, and does not export it."""
@@ -71,39 +66,9 @@ def _common(
 
 
 @app.command()
-def score(
-    run: str | None = typer.Argument(
-        None, help="The run directory to write scores.h5 to; none: only show them."
-    ),
-    model: o.Model = None,
-    precision: o.Precisions = o.Precision.fp32,
-    device: o.Device = "cpu",
-    token_batch_size: o.TokenBatchSize = 4096,
-    dataset: o.Dataset = None,
-    split: o.Split = "train",
-    text_column: o.TextColumn = "text",
-    prompt_column: o.PromptColumn = None,
-    completion_column: o.CompletionColumn = None,
-    truncation: o.Truncation = False,
-    query: o.Query = None,
-    completion: o.Completion = None,
-    query_path: str | None = typer.Option(
-        None, "--query-path", rich_help_panel="Data", help="Query gradients that build or reduce wrote."
-    ),
-    method: o.Method = None,
-    projection_dim: o.ScoreProjectionDim = None,
-    projection: o.Projection = o.Distribution.rademacher,
-    seed: o.Seed = 0,
-    unit_normalize: o.UnitNormalize = False,
-    loss_reduction: o.LossReduction = o.Reduction.mean,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    top: o.Top = 3,
-    csv: o.Csv = None,
-    jsonl: o.Jsonl = None,
-    parquet: o.Parquet = None,
-    overwrite: o.Overwrite = False,
-) -> None:
+@o.takes(o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.QUERY, o.METHOD, o.SCORE_PROJECTION, o.UNIT, o.LOSS,
+         o.QUERY_LOSS, o.LAYERS, o.BY, o.TABLE, o.OVERWRITE)  # fmt: skip
+def score(run: o.ScoreRun = None, **options: Any) -> None:
     """Show which training rows made the model do this.
 
     For each query, its proponents and opponents. A positive score is a proponent: a training step on that row
@@ -112,108 +77,62 @@ def score(
     """
     from gradfn.cli.score import run_score
 
-    run_score(**locals())
+    run_score(run=run, **options)
 
 
 @app.command()
-def build(
-    run: str = RUN,
-    model: o.Model = None,
-    precision: o.Precisions = o.Precision.fp32,
-    device: o.Device = "cpu",
-    token_batch_size: o.TokenBatchSize = 4096,
-    dataset: o.Dataset = None,
-    split: o.Split = "train",
-    text_column: o.TextColumn = "text",
-    prompt_column: o.PromptColumn = None,
-    completion_column: o.CompletionColumn = None,
-    truncation: o.Truncation = False,
-    projection_dim: o.ProjectionDim = 16,
-    projection: o.Projection = o.Distribution.rademacher,
-    seed: o.Seed = 0,
-    unit_normalize: o.UnitNormalize = False,
-    loss_reduction: o.LossReduction = o.Reduction.mean,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    overwrite: o.Overwrite = False,
-) -> None:
+@o.takes(o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.GRADIENTS, o.OVERWRITE)
+def build(run: o.Run, **options: Any) -> None:
     """Write a store of per-example gradients.
 
     `gradfn query` searches it; `gradfn score --query-path` takes it as queries.
     """
     from gradfn.cli.build import run_build
 
-    run_build(**locals())
+    run_build(run=run, **options)
 
 
 @app.command()
-def reduce(
-    run: str = RUN,
-    aggregation: o.Aggregation = o.Aggregated.mean,
-    model: o.Model = None,
-    precision: o.Precisions = o.Precision.fp32,
-    device: o.Device = "cpu",
-    token_batch_size: o.TokenBatchSize = 4096,
-    dataset: o.Dataset = None,
-    split: o.Split = "train",
-    text_column: o.TextColumn = "text",
-    prompt_column: o.PromptColumn = None,
-    completion_column: o.CompletionColumn = None,
-    truncation: o.Truncation = False,
-    projection_dim: o.ProjectionDim = 16,
-    projection: o.Projection = o.Distribution.rademacher,
-    seed: o.Seed = 0,
-    unit_normalize: o.UnitNormalize = False,
-    loss_reduction: o.LossReduction = o.Reduction.mean,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    overwrite: o.Overwrite = False,
-) -> None:
+@o.takes(o.AGGREGATION, o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.GRADIENTS, o.OVERWRITE)
+def reduce(run: o.Run, **options: Any) -> None:
     """Write the mean or sum of a query set's gradients.
 
     `gradfn score --query-path` and `gradfn query --query-path` take it as one query.
     """
     from gradfn.cli.build import run_reduce
 
-    run_reduce(**locals())
+    run_reduce(run=run, **options)
 
 
 @app.command()
-def query(
-    store: str = STORE,
-    query: o.Query = None,
-    completion: o.Completion = None,
-    query_path: str | None = typer.Option(
-        None, "--query-path", rich_help_panel="Data", help="Query gradients that build or reduce wrote."
-    ),
-    model: o.StoredModel = None,
-    precision: o.StoredPrecision = None,
-    device: o.Device = "cpu",
-    token_batch_size: o.TokenBatchSize = 4096,
-    split: o.QuerySplit = "train",
-    text_column: o.TextColumn = "text",
-    prompt_column: o.PromptColumn = None,
-    completion_column: o.CompletionColumn = None,
-    truncation: o.Truncation = False,
-    unit_normalize: o.UnitNormalize = False,
-    top: o.Top = 3,
-    csv: o.Csv = None,
-    jsonl: o.Jsonl = None,
-    parquet: o.Parquet = None,
-    overwrite: o.Overwrite = False,
-) -> None:
+@o.takes(o.QUERY, o.STORED_MODEL, o.QUERY_SPLIT, o.COLUMNS, o.UNIT, o.QUERY_LOSS, o.REFERENCE, o.QUERY_BY,
+         o.TABLE, o.OVERWRITE)  # fmt: skip
+def query(store: o.Store, **options: Any) -> None:
     """Search a store that `gradfn build` wrote.
 
     The search is exact. Model, layers, loss and transform are the store's.
     """
     from gradfn.cli.query import run_query
 
-    run_query(**locals())
+    run_query(store=store, **options)
 
 
 @app.command()
-def info(run: str = typer.Argument(help="A run directory, or an .h5 file in it.")) -> None:
+def info(run: o.Inspected) -> None:
     """Show what a run holds and how it was made."""
     from gradfn.cli.info import run_info
 
     run_info(run)
+
+
+@app.command()
+@o.takes(o.CHECKED, o.DATASET, o.COLUMNS, o.LAYERS)
+def check(model: o.CheckedModel, **options: Any) -> None:
+    """Show which weights of a model are attributed, whether their gradients are right, and how noisy.
+
+    Coverage of all parameters; the engine against plain autograd; rows in batches against rows alone, and the
+    precision against fp32, on a few rows of --dataset, or on random tokens.
+    """
+    from gradfn.cli.check import run_check
+
+    run_check(model=model, **options)

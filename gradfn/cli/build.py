@@ -4,7 +4,7 @@ from typing import Any
 
 from gradfn.cli import inputs
 from gradfn.cli.inputs import Options
-from gradfn.cli.score import gradients_line, subject_facts
+from gradfn.cli.score import gradients_line, subject_facts, unprobed_facts
 from gradfn.cli.show import console, count, facts, progress_bar
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
@@ -15,6 +15,7 @@ from gradfn.transforms import Chain, chain, project, unit_normalize
 def _prepared(options: Options) -> tuple[inputs.Subject, Any, Chain, dict[str, Any]]:
     """Model, documents and transform; what can be wrong with the options is found first."""
     inputs.check_run(options["run"])
+    inputs.check_options(options)
     for name in ("model", "dataset"):
         if options[name] is None:
             raise InputError(f"no --{name}: gradients need a model and a dataset")
@@ -31,13 +32,13 @@ def _prepared(options: Options) -> tuple[inputs.Subject, Any, Chain, dict[str, A
     return subject, documents, transform, recorded
 
 
-def _report(summary: Summary) -> None:
-    notes = [("store", f"{summary.path} [{count(summary.rows, 'row')}]")]
+def _report(summary: Summary, noun: str = "row") -> None:
+    notes = [("store", f"{summary.path} [{count(summary.rows, noun)}]")]
     if summary.resumed:
-        notes.append(("resumed", f"from {count(summary.resumed, 'row')} that were there already"))
+        notes.append(("resumed", f"from {count(summary.resumed, noun)} that were there already"))
     if summary.zero:
-        notes.append(("note", f"{count(summary.zero, 'row')} with a zero gradient"))
-    console().print(facts(notes))
+        notes.append(("note", f"{count(summary.zero, noun)} with a zero gradient"))
+    console().print(facts([*notes, *unprobed_facts(summary.unprobed)]))
 
 
 def run_build(**options: Any) -> None:
@@ -48,11 +49,16 @@ def run_build(**options: Any) -> None:
             options["run"], subject.model, documents, transform, settings=settings,
             overwrite=options["overwrite"], progress=progress, **subject.engine_options(),
         )  # fmt: skip
-    _report(summary)
+    _report(summary, "token" if subject.view.tokens else "row")
 
 
 def run_reduce(**options: Any) -> None:
     """Load, reduce, report."""
+    if str(options["by"]) == "token":
+        raise InputError(
+            "a mean over the tokens of all rows answers no question: reduce --by example or head, or build "
+            "--by token"
+        )
     subject, documents, transform, settings = _prepared(options)
     with progress_bar("gradients", int(documents.lengths.sum())) as progress:
         summary = reduce(

@@ -1,15 +1,15 @@
-"""The vocabulary of the command line: every option, once."""
+"""The vocabulary of the command line: every option, once, in groups that commands take."""
 
+import inspect
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-_DATA = "Data"
-_MODEL = "Model"
-_GRADIENTS = "Gradients"
-_OUTPUT = "Output"
+Group = Mapping[str, tuple[Any, Any]]
+"""Options by the name of their parameter: the annotated type and the default."""
 
 
 class Precision(StrEnum):
@@ -50,102 +50,286 @@ class MethodName(StrEnum):
     grad_cosine = "grad_cosine"
 
 
-def _option(*names: str, panel: str, help: str) -> typer.models.OptionInfo:
-    return typer.Option(*names, rich_help_panel=panel, help=help, show_default=True)
+class TaskName(StrEnum):
+    """What the model was made for, which decides what a loss compares."""
+
+    causal_lm = "causal_lm"
+    seq2seq_lm = "seq2seq_lm"
+    classification = "classification"
+    regression = "regression"
 
 
-Model = Annotated[str | None, _option("--model", panel=_MODEL, help="Local folder, .gguf file or hub name.")]
-Precisions = Annotated[Precision, _option("--precision", panel=_MODEL, help="Dtype of the model's weights.")]
-StoredModel = Annotated[
-    str | None, _option("--model", panel=_MODEL, help="The store's model, if it lies elsewhere by now.")
-]
-StoredPrecision = Annotated[
-    Precision | None,
-    _option("--precision", panel=_MODEL, help="Dtype of the model's weights; the store's unless told."),
-]
-Device = Annotated[str, _option("--device", panel=_MODEL, help="cpu, cuda, cuda:1, ...")]
-Dataset = Annotated[
-    str | None,
-    _option(
-        "--dataset",
-        panel=_DATA,
-        help="Training rows: .jsonl .json .csv .parquet .arrow .txt, a save_to_disk folder, or a hub name.",
-    ),
-]
-Split = Annotated[
-    str, _option("--split", panel=_DATA, help='Split of --dataset, or a part of one: "train[:100]".')
-]
-QuerySplit = Annotated[
+class LossName(StrEnum):
+    """What is computed of a position's logits."""
+
+    cross_entropy = "cross_entropy"
+    log_odds = "log_odds"
+    kl = "kl"
+
+
+class By(StrEnum):
+    """How finely scores are told apart."""
+
+    example = "example"
+    module = "module"
+    head = "head"
+    token = "token"
+
+
+class StoredBy(StrEnum):
+    """How finely a store tells gradients apart; its blocks are modules in any case."""
+
+    example = "example"
+    head = "head"
+    token = "token"
+
+
+def _option(kind: Any, name: str, help: str) -> Any:
+    return Annotated[kind, typer.Option(name, help=help, show_default=True)]
+
+
+def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of the groups, behind its own; they reach it as keywords.
+
+    >>> @takes({"top": (int, 3)})
+    ... def command(run: str, **options): ...
+    >>> inspect.signature(command)
+    <Signature (run: str, *, top: int = 3) -> None>
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for group in groups
+            for name, (kind, default) in group.items()
+        ]
+        new = signature.replace(parameters=[*own, *added], return_annotation=None)
+        annotations = {p.name: p.annotation for p in new.parameters.values()}
+        # The parser reads the signature and the annotations, not the code.
+        command.__signature__ = new  # pyright: ignore[reportFunctionMemberAccess]
+        command.__annotations__ = {**annotations, "return": None}
+        return command
+
+    return decorate
+
+
+Store = Annotated[str, typer.Argument(help="A run directory, or the store.h5 in it.")]
+Run = Annotated[
     str,
-    _option("--split", panel=_DATA, help='Split of a dataset in --query, or a part of one: "test[:100]".'),
+    typer.Argument(
+        help="The run directory to write; made if absent, resumed if it was made by the same command."
+    ),
 ]
-TextColumn = Annotated[str, _option("--text-column", panel=_DATA, help="Column with the text.")]
-PromptColumn = Annotated[
-    str | None, _option("--prompt-column", panel=_DATA, help="Column with prompts, which are not supervised.")
+ScoreRun = Annotated[
+    str | None, typer.Argument(help="The run directory to write scores.h5 to; none: only show them.")
 ]
-CompletionColumn = Annotated[
-    str | None,
-    _option("--completion-column", panel=_DATA, help="Column with completions: only they are supervised."),
-]
-Truncation = Annotated[
-    bool, _option("--truncation", panel=_DATA, help="Cut documents that are longer than the model's context.")
-]
-TokenBatchSize = Annotated[
-    int,
-    _option("--token-batch-size", panel=_MODEL, help="Tokens a batch, padding included; changes no result."),
-]
+CheckedModel = Annotated[str, typer.Argument(help="Local folder, .gguf file or hub name.")]
+Inspected = Annotated[str, typer.Argument(help="A run directory, or an .h5 file in it.")]
+
+MODEL: Group = {
+    "model": (_option(str | None, "--model", "Local folder, .gguf file or hub name."), None),
+    "task": (_option(TaskName, "--task", "What the model does with a row."), TaskName.causal_lm),
+    "precision": (_option(Precision, "--precision", "Dtype of the model's weights."), Precision.fp32),
+    "device": (_option(str, "--device", "cpu, cuda, cuda:1, ..."), "cpu"),
+    "token_batch_size": (
+        _option(int, "--token-batch-size", "Tokens a batch, padding included; changes no result."),
+        4096,
+    ),
+}
+CHECKED: Group = {
+    **{name: option for name, option in MODEL.items() if name != "model"},
+    "attention": (
+        _option(str | None, "--attention", "sdpa or eager. [default: what transformers takes]"),
+        None,
+    ),
+}
+STORED_MODEL: Group = {
+    "model": (_option(str | None, "--model", "The store's model, if it lies elsewhere by now."), None),
+    "precision": (
+        _option(Precision | None, "--precision", "Dtype of the model's weights; the store's unless told."),
+        None,
+    ),
+    "device": MODEL["device"],
+    "token_batch_size": MODEL["token_batch_size"],
+}
+
+DATASET: Group = {
+    "dataset": (
+        _option(
+            str | None,
+            "--dataset",
+            "Training rows: .jsonl .json .csv .parquet .arrow .txt, a save_to_disk folder, or a hub name.",
+        ),
+        None,
+    ),
+    "split": (_option(str, "--split", 'Split of --dataset, or a part of one: "train[:100]".'), "train"),
+}
+QUERY_SPLIT: Group = {
+    "split": (
+        _option(str, "--split", 'Split of a dataset in --query, or a part of one: "test[:100]".'),
+        "train",
+    ),
+}
+COLUMNS: Group = {
+    "text_column": (_option(str, "--text-column", "Column with the text."), "text"),
+    "prompt_column": (
+        _option(str | None, "--prompt-column", "Column with prompts, which are not supervised."),
+        None,
+    ),
+    "completion_column": (
+        _option(str | None, "--completion-column", "Column with completions: only they are supervised."),
+        None,
+    ),
+    "messages_column": (
+        _option(
+            str | None,
+            "--messages-column",
+            "Column with chats, lists of role and content, for the tokenizer's template; only the "
+            "assistant is supervised. [default: messages, where there is no text]",
+        ),
+        None,
+    ),
+    "label_column": (
+        _option(
+            str | None,
+            "--label-column",
+            "Column with what a text is to be mapped to: class numbers or names, or (regression) numbers.",
+        ),
+        None,
+    ),
+    "truncation": (
+        _option(bool, "--truncation", "Cut documents that are longer than the model's context."),
+        False,
+    ),
+}
+WEIGHTS: Group = {
+    "reward_column": (
+        _option(
+            str | None,
+            "--reward-column",
+            "Column with rewards: a row's loss is multiplied by its reward less the mean of its prompt.",
+        ),
+        None,
+    ),
+    "advantage_column": (
+        _option(str | None, "--advantage-column", "Column with numbers that multiply the rows' losses."),
+        None,
+    ),
+}
+QUERY: Group = {
+    "query": (
+        _option(
+            str | None,
+            "--query",
+            "A text in quotes, or a dataset of queries (a file, or a save_to_disk folder): its prompts and "
+            "completions, or its texts.",
+        ),
+        None,
+    ),
+    "completion": (
+        _option(str | None, "--completion", "What follows the text of --query; only it is supervised."),
+        None,
+    ),
+    "query_path": (
+        _option(str | None, "--query-path", "Query gradients that build or reduce wrote."),
+        None,
+    ),
+}
+
+METHOD: Group = {
+    "method": (
+        _option(MethodName | None, "--method", "A recipe: the inner product (the default), or the cosine."),
+        None,
+    ),
+}
 _SIDE = "Side of each layer's projected block; 0: none, the full gradient."
-ProjectionDim = Annotated[int, _option("--projection-dim", panel=_GRADIENTS, help=_SIDE)]
-ScoreProjectionDim = Annotated[
-    int | None,
-    _option("--projection-dim", panel=_GRADIENTS, help=f"{_SIDE} [default: 16; the example: 0]"),
-]
-Projection = Annotated[
-    Distribution, _option("--projection", panel=_GRADIENTS, help="Distribution of the projection.")
-]
-Seed = Annotated[int, _option("--seed", panel=_GRADIENTS, help="Key of the projection.")]
-UnitNormalize = Annotated[
-    bool, _option("--unit-normalize", panel=_GRADIENTS, help="Scale every row's gradient to norm 1 (cosine).")
-]
-LossReduction = Annotated[
-    Reduction, _option("--loss-reduction", panel=_GRADIENTS, help="Over a document's supervised tokens.")
-]
-Include = Annotated[
-    list[str] | None,
-    _option(
-        "--include",
-        panel=_GRADIENTS,
-        help="Glob of layers to take; several may be given. All linear layers but the LM head, unless told.",
+PROJECTION: Group = {
+    "projection_dim": (_option(int, "--projection-dim", _SIDE), 16),
+    "projection": (
+        _option(Distribution, "--projection", "Distribution of the projection."),
+        Distribution.rademacher,
     ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    _option("--exclude", panel=_GRADIENTS, help="Glob of layers to leave out; several may be given."),
-]
-Query = Annotated[
-    str | None,
-    _option(
-        "--query",
-        panel=_DATA,
-        help="A text in quotes, or a dataset of queries (a file, or a save_to_disk folder): its prompts and "
-        "completions, or its texts.",
+    "seed": (_option(int, "--seed", "Key of the projection."), 0),
+}
+SCORE_PROJECTION: Group = {
+    **PROJECTION,
+    "projection_dim": (
+        _option(int | None, "--projection-dim", f"{_SIDE} [default: 16; the example: 0]"),
+        None,
     ),
-]
-Completion = Annotated[
-    str | None,
-    _option("--completion", panel=_DATA, help="What follows the text of --query; only it is supervised."),
-]
-Method = Annotated[
-    MethodName | None,
-    _option("--method", panel=_GRADIENTS, help="A recipe: the inner product (the default), or the cosine."),
-]
-Aggregation = Annotated[
-    Aggregated, _option("--aggregation", panel=_GRADIENTS, help="Of the rows' gradients.")
-]
-Top = Annotated[int, _option("--top", panel=_OUTPUT, help="Proponents and opponents to show of each query.")]
-Csv = Annotated[Path | None, _option("--csv", panel=_OUTPUT, help="Write the table here too.")]
-Jsonl = Annotated[Path | None, _option("--jsonl", panel=_OUTPUT, help="Write the table here too.")]
-Parquet = Annotated[Path | None, _option("--parquet", panel=_OUTPUT, help="Write the table here too.")]
-Overwrite = Annotated[
-    bool, _option("--overwrite", panel=_OUTPUT, help="Replace what an earlier command wrote there.")
-]
+}
+UNIT: Group = {
+    "unit_normalize": (
+        _option(bool, "--unit-normalize", "Scale every row's gradient to norm 1 (cosine)."),
+        False,
+    ),
+}
+REFERENCE: Group = {
+    "reference": (
+        _option(str | None, "--reference", "The model that kl compares with, of the same vocabulary."),
+        None,
+    ),
+}
+QUERY_LOSS: Group = {
+    "query_loss": (
+        _option(LossName | None, "--query-loss", "Loss of the queries, where it is not that of the rows."),
+        None,
+    ),
+}
+LOSS: Group = {
+    "loss": (_option(LossName, "--loss", "Loss of a position (or class)."), LossName.cross_entropy),
+    **REFERENCE,
+    "label_smoothing": (
+        _option(float, "--label-smoothing", "Share of cross-entropy's target that goes to all tokens alike."),
+        0.0,
+    ),
+    "loss_reduction": (
+        _option(Reduction, "--loss-reduction", "Over a document's supervised tokens."),
+        Reduction.mean,
+    ),
+}
+LAYERS: Group = {
+    "include": (
+        _option(
+            list[str] | None,
+            "--include",
+            "Glob of layers to take; several may be given. All linear layers but the LM head, unless told.",
+        ),
+        None,
+    ),
+    "exclude": (
+        _option(list[str] | None, "--exclude", "Glob of layers to leave out; several may be given."),
+        None,
+    ),
+}
+
+_BY = "What a score belongs to: a row, in all or by module or attention head too; or a token of a row."
+BY: Group = {"by": (_option(By, "--by", _BY), By.example)}
+STORED_BY: Group = {
+    "by": (
+        _option(
+            StoredBy,
+            "--by",
+            "What a gradient belongs to: a row and module; one attention head of it; a token of a row.",
+        ),
+        StoredBy.example,
+    ),
+}
+QUERY_BY: Group = {"by": (_option(By | None, "--by", f"{_BY} [default: the store's]"), None)}
+
+AGGREGATION: Group = {
+    "aggregation": (_option(Aggregated, "--aggregation", "Of the rows' gradients."), Aggregated.mean),
+}
+OVERWRITE: Group = {
+    "overwrite": (_option(bool, "--overwrite", "Replace what an earlier command wrote there."), False),
+}
+TABLE: Group = {
+    "top": (_option(int, "--top", "Proponents and opponents to show of each query."), 3),
+    "csv": (_option(Path | None, "--csv", "Write the table here too."), None),
+    "jsonl": (_option(Path | None, "--jsonl", "Write the table here too."), None),
+    "parquet": (_option(Path | None, "--parquet", "Write the table here too."), None),
+}
+GRADIENTS: Group = {**PROJECTION, **UNIT, **LOSS, **LAYERS, **STORED_BY}
+"""Of commands that write gradients."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradfn.cli import inputs
 from gradfn.cli.inputs import Options, Queries, Subject
+from gradfn.cli.rows import DocumentRows, Scored, ShownRows, loaded_rows, top_shares
 from gradfn.cli.show import (
     NAME_WIDTH,
     check_exports,
@@ -20,16 +21,19 @@ from gradfn.cli.show import (
     progress_bar,
     ranking,
 )
-from gradfn.data import Documents
+from gradfn.data import Documents, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.answers import Answer, answers
 from gradfn.hf.datasets import load_rows
 from gradfn.lexical import NOT_FOUND, bm25_ranks
-from gradfn.runs import describe, layer_summary, merged, score_run
+from gradfn.losses import CausalLMLoss
+from gradfn.probes import probe_engine
+from gradfn.runs import SHARES, describe, layer_summary, merged, score_run, unprobed
 from gradfn.scoring import Method, TopK, extremes, on_device_of
 from gradfn.store import open_store
-from gradfn.stream import collect
+from gradfn.stream import gather
 from gradfn.transforms import Transform, chain, dot, project
+from gradfn.types import Blocks
 
 KNOWN_RANKS = 5
 QUERY_CHARACTERS = 300
@@ -42,10 +46,10 @@ class Ranked:
 
     proponents: TopK
     opponents: TopK
-    ids: Sequence[str]
-    texts: Sequence[str]
+    known: ShownRows
+    scored: Scored
 
-    def rows(self, query: int, query_id: str, top: int) -> list[dict[str, str | int | float]]:
+    def rows(self, query: int, query_id: str, top: int) -> list[dict[str, Any]]:
         """The table of one query, proponents first."""
         table = []
         for side, best in (("proponent", self.proponents), ("opponent", self.opponents)):
@@ -53,13 +57,17 @@ class Ranked:
                 row, value = int(best.rows[query, rank]), float(best.scores[query, rank])
                 if (value > 0) == (side == "proponent") and value != 0:
                     table.append({"query": query_id, "side": side, "rank": rank + 1, "score": value,
-                                  "row": row, "id": self.ids[row], "text": self.texts[row]})  # fmt: skip
+                                  **self.known.cells(row), **self._shares(row, query)})  # fmt: skip
         return table
+
+    def _shares(self, row: int, query: int) -> dict[str, Any]:
+        return {} if self.scored.shares is None else {"shares": top_shares(self.scored.shares(row), query)}
 
 
 def run_score(**options: Any) -> None:
     """Load, score, show."""
     inputs.check_run(options["run"])
+    inputs.check_options(options)
     is_example = options["model"] is None and options["dataset"] is None
     options = inputs.example_options(options) if is_example else options
     if options["model"] is None or options["dataset"] is None:
@@ -81,8 +89,8 @@ def run_score(**options: Any) -> None:
     wanted = merged(describe(subject.model, [], method.query, loss=subject.loss, view=subject.view),
                     subject.settings())  # fmt: skip
     queries = inputs.load_queries(subject, query_rows, options, method.query, wanted)
-    chunks = _scored(subject, train, queries, method, options)
-    show_all(out, subject, train.ids, train.texts, queries, chunks, options)
+    scored, by = _scored(subject, train, queries, method, options), str(options["by"])
+    show_all(out, subject, loaded_rows(train, subject.tokenizer, by), queries, scored, by, options)
 
 
 def check_top(top: int) -> None:
@@ -91,11 +99,12 @@ def check_top(top: int) -> None:
         raise InputError(f"--top must be 1 or more, not {top}")
 
 
-def subject_facts(subject: Subject, train: Documents) -> list[tuple[str, str]]:
+def subject_facts(subject: Subject, train: Documents | Pairs) -> list[tuple[str, str]]:
     """What is attributed, in two lines; what is unusual about the data in a third."""
-    head = (
-        "" if subject.loss.fused_head else "; logits are not a plain linear map, so they are computed whole"
-    )
+    loss = subject.loss
+    simple = isinstance(loss, CausalLMLoss) and loss.criterion == "cross_entropy" and not loss.label_smoothing
+    whole = simple and not loss.fused_head  # pyright: ignore
+    head = "; logits are not a plain linear map, so they are computed whole" if whole else ""
     size = f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"
     lines = [
         ("model", f"{subject.name} ({layer_summary(subject.model, subject.view)}{head})"),
@@ -112,27 +121,65 @@ def gradients_line(*transforms: Transform) -> str:
     return ", ".join(map(str, chain(*transforms).stages)) or "full gradients"
 
 
+def unprobed_facts(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """A note on the layers that no probe could see, if there are any."""
+    if not paths:
+        return []
+    named = ", ".join(paths[:3]) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
+    return [("note", f"no probe sees {named}: through vmap(grad), which is slower")]
+
+
 def _scored(
-    subject: Subject, train: Documents, queries: Queries, method: Method, options: Options
-) -> Iterable[Tensor]:
+    subject: Subject, train: Documents | Pairs, queries: Queries, method: Method, options: Options
+) -> Scored:
     """Score all rows, to a run directory if one is given."""
-    total = int(train.lengths.sum())
-    with progress_bar("scores", total) as progress:
+    by_block = str(options["by"]) in ("module", "head")
+    with progress_bar("scores", int(train.lengths.sum())) as progress:
         if options["run"] is None:
-            ending = chain(method.train, dot(on_device_of(subject.model, queries.gradients)))
-            return [collect(subject.model, train, ending, progress=progress, **subject.engine_options())]  # pyright: ignore
-        settings = merged(subject.settings(), {**_data_settings(options), **queries.settings})
-        fixed = {"queries/id": queries.ids, "queries/text": queries.texts}
-        summary = score_run(
-            options["run"], subject.model, train, queries.gradients, method.train, settings=settings,
-            fixed=fixed, overwrite=options["overwrite"], progress=progress, **subject.engine_options(),
-        )  # fmt: skip
-    shape = f"{count(summary.rows, 'row')}, {count(len(queries.ids), 'query')}"
-    lines = [("scores", f"{summary.path} [{shape}]")]
-    if summary.resumed:
-        lines.append(("resumed", f"from {count(summary.resumed, 'row')} that were there already"))
-    console().print(facts(lines))
-    return score_chunks(options["run"])
+            there = on_device_of(subject.model, queries.gradients)
+            ending = chain(method.train, dot(there, by_block=by_block))
+            engine = probe_engine(subject.model, subject.loss, ending, view=subject.view)
+            values = gather(
+                engine, train, token_batch_size=subject.token_batch_size, progress=progress
+            ).values
+            lines, scored = unprobed_facts(unprobed(engine)), _in_memory(values)
+        else:
+            settings = merged(subject.settings(), {**_data_settings(options), **queries.settings})
+            fixed = {"queries/id": queries.ids, "queries/text": queries.texts}
+            summary = score_run(
+                options["run"], subject.model, train, queries.gradients, method.train, by_block=by_block,
+                settings=settings, fixed=fixed, overwrite=options["overwrite"], progress=progress,
+                **subject.engine_options(),
+            )  # fmt: skip
+            noun = "token" if subject.view.tokens else "row"
+            shape = f"{count(summary.rows, noun)}, {count(len(queries.ids), 'query')}"
+            lines = [("scores", f"{summary.path} [{shape}]")]
+            if summary.resumed:
+                lines.append(("resumed", f"from {count(summary.resumed, noun)} that were there already"))
+            lines, scored = [*lines, *unprobed_facts(summary.unprobed)], _on_disk(options["run"], by_block)
+    if lines:
+        console().print(facts(lines))
+    return scored
+
+
+def _in_memory(values: Blocks | Tensor) -> Scored:
+    if not isinstance(values, dict):
+        return Scored([values])
+    total = sum(values.values(), next(iter(values.values())).new_zeros(()))
+    return Scored([total], lambda row: {name: share[row] for name, share in values.items()})
+
+
+def _on_disk(run: str, by_block: bool) -> Scored:
+    return Scored(score_chunks(run), (lambda row: score_shares(run, row)) if by_block else None)
+
+
+def score_shares(run: str, row: int) -> Blocks:
+    """Of a row's scores in a run the share of each block, `{block: [queries]}`."""
+    import torch
+
+    with open_store(run, "scores") as store:
+        return {name.removeprefix(SHARES): torch.from_numpy(store.read(name, row, row + 1)[0])
+                for name in store.names(SHARES)}  # fmt: skip
 
 
 def _data_settings(options: Options) -> dict[str, Any]:
@@ -149,32 +196,38 @@ def score_chunks(run: str) -> Iterable[Tensor]:
 
 
 def show_all(
-    out: Console, subject: Subject, ids: Sequence[str], texts: Sequence[str], queries: Queries,
-    chunks: Iterable[Tensor], options: Options,
+    out: Console, subject: Subject, known: ShownRows, queries: Queries, scored: Scored, by: str,
+    options: Options,
 ) -> None:  # fmt: skip
     """Rank, show every query, say how often known sources were found, export."""
-    ranked = Ranked(*extremes(chunks, max(options["top"], KNOWN_RANKS)), ids, texts)
-    known = None
-    if queries.documents is not None:
-        known = answers(subject.model, subject.tokenizer, queries.documents)
-    lexical = None
-    if any(queries.sources):
-        ranks = bm25_ranks(texts, queries.texts, max(options["top"], KNOWN_RANKS))
-        lexical = [[ids[int(row)] for row in found if row != NOT_FOUND] for found in ranks.tolist()]
+    ranked = Ranked(*extremes(scored.chunks, max(options["top"], KNOWN_RANKS)), known, scored)
+    told = None
+    if isinstance(queries.documents, Documents) and subject.task == "causal_lm":
+        told = answers(subject.model, subject.tokenizer, queries.documents)
+    lexical = _lexical(known, queries, options["top"])
     table = []
     for number, query_id in enumerate(queries.ids):
         rows = ranked.rows(number, query_id, options["top"])
         table.extend(rows)
         out.print()
-        out.print(facts(_query_facts(queries, number, known[number] if known else None)))
+        out.print(facts(_query_facts(queries, number, told[number] if told else None)))
         out.print(ranking(rows, out.width))
         if lexical is not None:
             found = [clean(name, NAME_WIDTH) for name in lexical[number][: options["top"]]]
             out.print(facts([("BM25 finds", ", ".join(found) or "no row that shares a word")]))
-    if lexical is not None:
+    if lexical is not None and isinstance(known, DocumentRows):
         out.print()
-        out.print(facts(_recall(queries, ranked, lexical)))
-    export(table, csv_path=options["csv"], jsonl_path=options["jsonl"], parquet_path=options["parquet"])
+        out.print(facts(_recall(queries, ranked, known.ids, lexical)))
+    paths = {f"{kind}_path": options[kind] for kind in ("csv", "jsonl", "parquet")}
+    export(table, by=by, **paths)
+
+
+def _lexical(known: ShownRows, queries: Queries, top: int) -> list[list[str]] | None:
+    """What BM25 finds for every query, where sources are known and rows are documents."""
+    if not any(queries.sources) or not isinstance(known, DocumentRows):
+        return None
+    ranks = bm25_ranks(known.texts, queries.texts, max(top, KNOWN_RANKS))
+    return [[known.ids[int(row)] for row in found if row != NOT_FOUND] for found in ranks.tolist()]
 
 
 def _query_facts(queries: Queries, number: int, answer: Answer | None) -> list[tuple[str, str]]:
@@ -192,12 +245,14 @@ def _query_facts(queries: Queries, number: int, answer: Answer | None) -> list[t
     return [*lines, ("model", f"{chance}: it does NOT know the answer{says}, so there may be no source")]
 
 
-def _recall(queries: Queries, ranked: Ranked, lexical: list[list[str]]) -> list[tuple[str, str]]:
+def _recall(
+    queries: Queries, ranked: Ranked, ids: Sequence[str], lexical: list[list[str]]
+) -> list[tuple[str, str]]:
     """How often the known source of a query is ranked first and among the first five, beside BM25."""
-    there = set(ranked.ids)
+    there = set(ids)
     named = [(number, source) for number, source in enumerate(queries.sources) if source]
     asked = [(number, source) for number, source in named if source in there]
-    gradients = [[ranked.ids[int(row)] for row in rows[:KNOWN_RANKS]] for rows in ranked.proponents.rows]
+    gradients = [[ids[int(row)] for row in rows[:KNOWN_RANKS]] for rows in ranked.proponents.rows]
     lines = []
     if asked:
         for name, found in (("gradients", gradients), ("BM25", lexical)):

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -26,12 +27,16 @@ from rich.text import Text
 
 from gradfn.errors import InputError, StorageError
 
-Row = Mapping[str, str | int | float]
+Row = Mapping[str, Any]
 PLAIN_EVERY_S = 10.0
 QUIET_BELOW_S = 2.0
 RESUMED_WITHIN_S = 0.5
 NAME_WIDTH = 30
+SHOWN_SHARES = 3
 EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "text")
+FURTHER = {"module": ("module", "share"), "head": ("module", "share"),
+           "token": ("document", "position", "token")}  # fmt: skip
+"""Columns of an export that there are only where scores are told apart so finely."""
 
 
 def console() -> Console:
@@ -151,22 +156,35 @@ def facts(pairs: Sequence[tuple[str, str]]) -> Table:
 
 
 def ranking(rows: Sequence[Row], width: int) -> Table:
-    """Proponents and opponents of one query: rank, score, id and an excerpt that fits in the width."""
+    """Proponents and opponents of one query: rank, score, id and an excerpt that fits in the width.
+
+    Below a row that has `shares` stand the largest of them.
+    """
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis", max_width=NAME_WIDTH)
     table.add_column(no_wrap=True, overflow="ellipsis")
-    ids = [Text(clean(str(row["id"]))) for row in rows]
+    ids = [Text(clean(_name(row))) for row in rows]
     # Rich would shrink all columns alike, and it is the excerpt that has room to spare.
-    excerpt = width - 32 - min(NAME_WIDTH, max((name.cell_len for name in ids), default=0))
+    excerpt = max(20, width - 32 - min(NAME_WIDTH, max((name.cell_len for name in ids), default=0)))
     for row, name in zip(rows, ids, strict=True):
-        style = "green" if float(row["score"]) > 0 else "red" if float(row["score"]) < 0 else ""
         table.add_row(
-            Text(f"  {row['side']} {row['rank']}"), Text(f"{float(row['score']):+.4g}", style=style),
-            name, _cut(clean(str(row["text"])), max(20, excerpt)),
+            Text(f"  {row['side']} {row['rank']}"), _signed(float(row["score"])),
+            name, _cut(clean(str(row["text"])), excerpt),
         )  # fmt: skip
+        for block, share in row.get("shares", ())[:SHOWN_SHARES]:
+            table.add_row("", _signed(share), "", _cut(clean(block), excerpt))
     return table
+
+
+def _name(row: Row) -> str:
+    """The id of a row; of a token, that of its document with the position in it."""
+    return f"{row['id']}:{row['position']}" if "position" in row else str(row["id"])
+
+
+def _signed(value: float) -> Text:
+    return Text(f"{value:+.4g}", style="green" if value > 0 else "red" if value < 0 else "")
 
 
 def _cut(text: str, cells: int) -> Text:
@@ -189,38 +207,54 @@ def check_exports(paths: Sequence[Path | None], overwrite: bool) -> None:
 
 
 def export(
-    rows: Sequence[Row], *, csv_path: Path | None, jsonl_path: Path | None, parquet_path: Path | None
+    rows: Sequence[Row],
+    *,
+    by: str = "example",
+    csv_path: Path | None,
+    jsonl_path: Path | None,
+    parquet_path: Path | None,
 ) -> None:
-    """Write the table in the formats asked for, each whole or not at all."""
+    """Write the table in the formats asked for, each whole or not at all; one line a share of a score."""
+    columns = (*EXPORTED, *FURTHER.get(by, ()))
+    lines = [line for row in rows for line in _lines(row)]
     for path, write in ((csv_path, _write_csv), (jsonl_path, _write_jsonl), (parquet_path, _write_parquet)):
         if path is None:
             continue
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            write(rows, partial)
+            write(lines, columns, partial)
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise StorageError(error.errno, f"could not write {path}: {error.strerror or error}") from error
 
 
-def _write_csv(rows: Sequence[Row], path: Path) -> None:
+def _lines(row: Row) -> list[dict[str, Any]]:
+    """A row of the table as lines of the export: one, or one a share."""
+    line = {key: value for key, value in row.items() if key != "shares"}
+    if "shares" not in row:
+        return [line]
+    return [{**line, "module": name, "share": share} for name, share in row["shares"]]
+
+
+def _write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=EXPORTED)
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _write_jsonl(rows: Sequence[Row], path: Path) -> None:
+def _write_jsonl(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
+            file.write(json.dumps({name: row[name] for name in columns}, ensure_ascii=False) + "\n")
 
 
-def _write_parquet(rows: Sequence[Row], path: Path) -> None:
+def _write_parquet(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"rank": pa.int64(), "row": pa.int64(), "score": pa.float64()}
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in EXPORTED])
+    kinds = {**dict.fromkeys(("rank", "row", "document", "position"), pa.int64()),
+             **dict.fromkeys(("score", "share"), pa.float64())}  # fmt: skip
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), path)

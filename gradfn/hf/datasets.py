@@ -2,23 +2,27 @@
 
 import dataclasses
 import glob
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 
-from gradfn.data import IGNORED, Documents, check_lengths, make_documents, offsets_of
+from gradfn.data import IGNORED, Documents, Pairs, check_lengths, make_documents, offsets_of
 from gradfn.errors import InputError
 from gradfn.hf.hub import hub_answers, is_hub_name, offline, quiet, summary
+from gradfn.losses import advantages
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-__all__ = ["load_rows", "text_query", "tokenize"]
+__all__ = [
+    "load_rows", "text_pair", "text_query", "tokenize", "tokenize_pairs", "with_labels", "with_weights",
+]  # fmt: skip
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
@@ -37,6 +41,7 @@ _EXCERPT = 128
 """Tokens decoded to show a row that came without its text."""
 
 _Encode = Callable[["pyarrow.Table", list[str]], Documents]
+Weighed = TypeVar("Weighed", bound=Documents | Pairs)
 
 
 def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
@@ -70,15 +75,19 @@ def tokenize(
     text_column: str = "text",
     prompt_column: str | None = None,
     completion_column: str | None = None,
+    messages_column: str | None = None,
     max_length: int | None = None,
     truncation: bool = False,
 ) -> Documents:
-    """Documents from rows of text, of prompts and completions, or of token ids.
+    """Documents from rows of text, of prompts and completions, of chats, or of token ids.
 
     Text gets the special tokens that the tokenizer adds. A prompt and its completion are tokenised apart and
     joined, with special tokens only around the whole; the completion alone is supervised. Without those two
     columns, rows that have `input_ids` (and `labels`) are used as they are, less the positions where
     an `attention_mask` is 0. A null text is an empty one.
+
+    A chat goes through the tokenizer's template. Supervised are the tokens that the template marks as the
+    assistant's (`{% generation %}`); where it marks none, the assistant's last message alone.
 
     Args:
         rows: what `load_rows` returns; a column `id` names the rows.
@@ -86,6 +95,7 @@ def tokenize(
         text_column: the column of texts.
         prompt_column: the column of prompts; needs `completion_column`.
         completion_column: the column of completions, each with its own leading space if it needs one.
+        messages_column: the column of chats, lists of messages with `role` and `content`.
         max_length: tokens of a row, at most.
         truncation: cut longer rows instead of refusing them.
 
@@ -94,7 +104,10 @@ def tokenize(
     """
     if max_length is not None and max_length < 1:
         raise InputError(f"the length limit must be at least 1 token, got {max_length}")
-    encode = _choose_encoder(rows, tokenizer, text_column, prompt_column, completion_column)
+    if messages_column is None:
+        encode = _choose_encoder(rows, tokenizer, text_column, prompt_column, completion_column)
+    else:
+        encode = _chat_encoder(rows, tokenizer, messages_column)
     parts = []
     for start, table in _tables(rows):
         part = encode(table, _row_ids(table, start))
@@ -137,6 +150,139 @@ def text_query(
             "give a longer text, or allow more tokens"
         )
     return docs
+
+
+def tokenize_pairs(
+    rows: "datasets.Dataset",
+    tokenizer: Any,
+    *,
+    prompt_column: str,
+    completion_column: str,
+    max_length: int | None = None,
+    truncation: bool = False,
+) -> Pairs:
+    """Inputs and outputs of an encoder-decoder model, each with the special tokens that the tokenizer adds.
+
+    Args:
+        rows, tokenizer, max_length, truncation: see `tokenize`; the limit is that of each side.
+        prompt_column: the column of inputs.
+        completion_column: the column of outputs.
+
+    Raises:
+        InputError: a column is missing or holds something else, or a row is too long.
+    """
+    _check_text(rows, prompt_column)
+    _check_text(rows, completion_column)
+    inputs, outputs = [], []
+    for start, table in _tables(rows):
+        ids = _row_ids(table, start)
+        for parts, column, target in ((inputs, prompt_column, False), (outputs, completion_column, True)):
+            texts = _texts(table, column)
+            part = make_documents(_encode_side(tokenizer, texts, target), ids=ids, texts=texts)
+            parts.append(_fit(part, start, max_length, truncation))
+    return Pairs(_concatenate(inputs), _concatenate(outputs))
+
+
+def text_pair(
+    tokenizer: Any, text: str, completion: str, *, max_length: int | None = None, truncation: bool = False
+) -> Pairs:
+    """One pair from an input and an output; tokenised as `tokenize_pairs` does."""
+    sides = [
+        _fit(make_documents(_encode_side(tokenizer, [side], target), texts=[side]), 0, max_length, truncation)
+        for side, target in ((text, False), (completion, True))
+    ]
+    return Pairs(*sides)
+
+
+def with_labels(
+    docs: Documents, rows: "datasets.Dataset", column: str, classes: Mapping[str, int] | None
+) -> Documents:
+    """Documents with a label each instead of token labels.
+
+    Args:
+        docs: what `tokenize` made of the rows.
+        rows: the rows.
+        column: class numbers or names; or the numbers that a regression is to give.
+        classes: the numbers of the model's classes by name, `config.label2id`; None for a regression.
+
+    Raises:
+        InputError: there is no such column, or a row's label is none.
+    """
+    values = _column(rows, column, "--label-column")
+    if (docs.lengths == 0).any():
+        row = int(np.argmin(docs.lengths))
+        raise InputError(f"row {row} (id {docs.ids[row]!r}) has no tokens to read: leave it out")
+    if classes is None:
+        labels = _numbers(values, column)
+    else:
+        labels = np.array([_class(value, row, classes) for row, value in enumerate(values)], np.int64)
+    return dataclasses.replace(docs, extras={**docs.extras, "labels": labels})
+
+
+def with_weights(
+    docs: Weighed,
+    rows: "datasets.Dataset",
+    *,
+    advantage_column: str | None = None,
+    reward_column: str | None = None,
+    prompt_column: str | None = None,
+) -> Weighed:
+    """Documents with a weight each, which multiplies its loss.
+
+    Args:
+        docs: what `tokenize` or `tokenize_pairs` made of the rows.
+        rows: the rows.
+        advantage_column: the weights themselves; or else
+        reward_column: rewards, of which the mean over the rows with the same prompt is taken; see
+            `advantages`.
+        prompt_column: the column of prompts, for rewards.
+
+    Raises:
+        InputError: not one of the two columns is given, is there and holds numbers.
+    """
+    if (advantage_column is None) == (reward_column is None):
+        raise InputError("weights come of rewards or are given as advantages: name one of the two columns")
+    if advantage_column is not None:
+        weights = _numbers(_column(rows, advantage_column, "--advantage-column"), advantage_column)
+    else:
+        assert reward_column is not None
+        if prompt_column is None:
+            raise InputError("a reward is compared with others of its prompt: name the --prompt-column too")
+        rewards = _numbers(_column(rows, reward_column, "--reward-column"), reward_column)
+        prompts = _column(rows, prompt_column, "--prompt-column")
+        weights = np.array(advantages(rewards.tolist(), prompts), np.float64)
+    if isinstance(docs, Pairs):
+        inputs = dataclasses.replace(docs.inputs, extras={**docs.extras, "weight": weights})
+        return dataclasses.replace(docs, inputs=inputs)
+    return dataclasses.replace(docs, extras={**docs.extras, "weight": weights})
+
+
+def _column(rows: "datasets.Dataset", column: str, option: str) -> list[Any]:
+    if column not in rows.column_names:
+        raise InputError(
+            f"no column {column!r} in the dataset, which has {', '.join(rows.column_names)}: "
+            f"name another with {option}"
+        )
+    return list(rows[column])
+
+
+def _numbers(values: list[Any], column: str) -> np.ndarray:
+    for row, value in enumerate(values):
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            raise InputError(f"row {row} has {value!r} in column {column!r}, expected a number: mend it")
+    return np.array(values, np.float64)
+
+
+def _class(value: Any, row: int, classes: Mapping[str, int]) -> int:
+    if isinstance(value, str) and value in classes:
+        return int(classes[value])
+    if isinstance(value, int) and 0 <= value < len(classes):
+        return int(value)
+    known = ", ".join([*classes][:8]) + (", ..." if len(classes) > 8 else "")
+    raise InputError(
+        f"row {row} has the label {value!r}, expected a number from 0 to {len(classes) - 1} or one of "
+        f"{known}: mend it, or name another --label-column"
+    )
 
 
 def _read_local(place: Path) -> dict[str, "datasets.Dataset"]:
@@ -255,6 +401,76 @@ def _choose_encoder(
     return lambda table, ids: _from_texts(tokenizer, _texts(table, text_column), ids)
 
 
+def _chat_encoder(rows: "datasets.Dataset", tokenizer: Any, column: str) -> _Encode:
+    """How a table of chats becomes documents; refuses a column or a tokenizer that cannot."""
+    if column not in rows.column_names:
+        raise InputError(
+            f"no column {column!r} in the dataset, which has {', '.join(rows.column_names)}: "
+            "name another with --messages-column"
+        )
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError(
+            "chats need a tokenizer with a chat template, and this one has none: use the model's tuned "
+            "version, or turn the chats into prompts and completions"
+        )
+    marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()))
+    encode = _marked_chat if marked else _last_answer
+
+    def documents(table: "pyarrow.Table", ids: list[str]) -> Documents:
+        chats = [
+            _messages(chat, column, name) for chat, name in zip(table[column].to_pylist(), ids, strict=True)
+        ]
+        tokens, labels, texts = zip(
+            *(encode(tokenizer, chat, name) for chat, name in zip(chats, ids, strict=True)), strict=True
+        )
+        return make_documents(tokens, labels, ids=ids, texts=texts)
+
+    return documents
+
+
+def _messages(chat: Any, column: str, name: str) -> list[dict[str, Any]]:
+    """A chat up to the assistant's last message; what comes after it has no loss."""
+    if not isinstance(chat, list) or not all(isinstance(m, dict) and "role" in m for m in chat):
+        raise InputError(f"row {name} of column {column!r} is no chat: give a list of role and content")
+    said = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+    if not said:
+        raise InputError(f"the chat of row {name} has no message of the assistant's: leave it out")
+    return chat[: said[-1] + 1]
+
+
+_Encoded = tuple[list[int], list[int], str]
+
+
+def _templated(tokenizer: Any, chat: list[dict[str, Any]], name: str, **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(chat, **options)
+    except Exception as error:  # a template is a program of the tokenizer's author's
+        raise InputError(
+            f"the chat template cannot take the chat of row {name} ({summary(error)}): mend it"
+        ) from error
+
+
+def _marked_chat(tokenizer: Any, chat: list[dict[str, Any]], name: str) -> _Encoded:
+    """Tokens and labels of a chat whose template marks what the assistant says."""
+    made = _templated(tokenizer, chat, name, return_dict=True, return_assistant_tokens_mask=True)
+    pairs = zip(made["input_ids"], made["assistant_masks"], strict=True)
+    labels = [token if own else IGNORED for token, own in pairs]
+    return list(made["input_ids"]), labels, _templated(tokenizer, chat, name, tokenize=False)
+
+
+def _last_answer(tokenizer: Any, chat: list[dict[str, Any]], name: str) -> _Encoded:
+    """Tokens and labels of a chat of which the last message is supervised."""
+    whole = list(_templated(tokenizer, chat, name, return_dict=True)["input_ids"])
+    asked = _templated(tokenizer, chat[:-1], name, return_dict=True, add_generation_prompt=True)["input_ids"]
+    if list(asked) != whole[: len(asked)]:
+        raise InputError(
+            f"the chat template writes row {name} up to the answer otherwise than in the whole chat, so the "
+            "answer's tokens cannot be told: use prompts and completions, or mark it with {% generation %}"
+        )
+    labels = [IGNORED] * len(asked) + whole[len(asked) :]
+    return whole, labels, _templated(tokenizer, chat, name, tokenize=False)
+
+
 def _check_text(rows: "datasets.Dataset", column: str) -> None:
     if column not in rows.column_names:
         raise InputError(
@@ -288,6 +504,12 @@ def _encode(tokenizer: Any, texts: list[str], special: bool = True) -> list[list
     return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]
+
+
+def _encode_side(tokenizer: Any, texts: list[str], target: bool) -> list[list[int]]:
+    """Tokens of inputs or, in the tokenizer's own way with these, of outputs."""
+    given = {"text_target": texts} if target else {"text": texts}
+    return tokenizer(**given, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _from_texts(tokenizer: Any, texts: list[str], ids: list[str]) -> Documents:

@@ -1,4 +1,4 @@
-"""Causal language models and their tokenizers, from a folder, a GGUF file or the hub."""
+"""Language models and their tokenizers, from a folder, a GGUF file or the hub."""
 
 import hashlib
 import json
@@ -16,6 +16,16 @@ __all__ = ["context_length", "load_model", "load_tokenizer", "model_fingerprint"
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
+ATTENTION = ("sdpa", "eager")
+
+MODEL_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+}
+
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
 _TOKENIZER = (
     "tokenizer.json",
@@ -29,17 +39,22 @@ _TOKENIZER = (
 
 def load_model(
     path: str | Path,
+    task: str = "causal_lm",
     *,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
+    attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A causal language model in evaluation mode with all parameters frozen.
+    """A model in evaluation mode with all parameters frozen; a causal language model unless told otherwise.
 
     Args:
         path: a folder, a .gguf file, a folder with one .gguf file and no other weights, or a hub name.
+        task: what its head is for: "causal_lm", "masked_lm", "seq2seq_lm", "classification" or "regression"
+            (of sequences, both).
         precision: "fp32", "bf16", "fp16" or "fp64"; quantised GGUF weights are expanded to it.
         device: where the parameters shall be.
+        attention: "sdpa" or "eager", the kernel of attention; None is the one that transformers takes.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
@@ -52,15 +67,20 @@ def load_model(
     """
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    if attention is not None and attention not in ATTENTION:
+        raise InputError(f"unknown attention {attention!r}: use one of {', '.join(ATTENTION)}")
+    if task not in MODEL_CLASSES:
+        raise InputError(f"no task {task!r}: choose {', '.join(MODEL_CLASSES)}")
     _check_device(device)
     source, options = _locate_model(path)
     options |= {"trust_remote_code": trust_remote_code, "dtype": PRECISIONS[precision]}
-    model, info = _load("model", path, _model_class(), source, output_loading_info=True, **options)
+    options |= {} if attention is None else {"attn_implementation": attention}
+    model, info = _load("model", path, _model_class(task), source, output_loading_info=True, **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(
             f"{path} lacks weights of {type(model).__name__}, {missing[0]} first of {len(missing)}, which "
-            "would be random numbers: give a model that was saved with its language modelling head"
+            f"would be random numbers: give a model that was saved with its head for {task}"
         )
     if "gguf_file" in options:
         _forget_quantization(model)
@@ -138,10 +158,10 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
-def _model_class() -> Any:
-    from transformers import AutoModelForCausalLM
+def _model_class(task: str) -> Any:
+    import transformers
 
-    return AutoModelForCausalLM
+    return getattr(transformers, MODEL_CLASSES[task])
 
 
 def _check_device(device: str | torch.device) -> None:

@@ -73,6 +73,11 @@ def test_the_list_of_commands_is_not_cut_short(ok, name):
             ["score", "--projection", "cauchy"],
             r"'cauchy' is not one of 'rademacher', 'gaussian', 'orthonormal'",
         ),
+        (["score", "--by", "word"], r"'word' is not one of 'example', 'module', 'head', 'token': see"),
+        (["build", "r", "--by", "module"], r"'module' is not one of 'example', 'head', 'token': see"),
+        (["score", "--loss", "hinge"], r"'hinge' is not one of 'cross-entropy', 'log-odds', 'kl': see"),
+        (["score", "--query-loss", "hinge"], r"'hinge' is not one of 'cross-entropy', 'log-odds', 'kl': see"),
+        (["build", "r", "--task", "vision"], r"'vision' is not one of 'causal-lm', 'seq2seq-lm', 'class"),
         (["build", "r", "--loss-reduction", "max"], r"'max' is not one of 'mean', 'sum': see gradfn build"),
         (["reduce", "r", "--aggregation", "max"], r"'max' is not one of 'mean', 'sum': see gradfn reduce"),
     ],
@@ -117,11 +122,14 @@ COMMON = {
     "precision": "bf16", "split": "train[:7]", "text_column": "prompt", "prompt_column": "prompt",
     "completion_column": "completion", "projection_dim": 3, "projection": "gaussian", "seed": 1,
     "unit_normalize": True, "loss_reduction": "sum", "include": "*mlp*", "exclude": "*mlp*",
+    "loss": "log_odds", "label_smoothing": 0.5, "by": "head",
 }  # fmt: skip
-SCORED = COMMON | {"method": "grad_cosine", "query": "The capital of Nepal", "completion": " Oslo"}
-ELSEWHERE = {  # options that change no number, each with a test of its own
+SCORED = COMMON | {"method": "grad_cosine", "query": "The capital of Nepal", "completion": " Oslo",
+                   "query_loss": "log_odds", "by": "token"}  # fmt: skip
+ELSEWHERE = {  # options that change no number, or need other data, each with a test of its own
     "run", "model", "dataset", "device", "token_batch_size", "truncation", "query_path", "top", "csv",
-    "jsonl", "parquet", "overwrite",
+    "jsonl", "parquet", "overwrite", "task", "reference", "label_column", "messages_column",
+    "reward_column", "advantage_column",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 

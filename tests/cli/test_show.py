@@ -110,7 +110,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     old = tmp_path / "t.csv"
     old.write_text("old")
 
-    def fail(rows, path):
+    def fail(rows, columns, path):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
@@ -175,3 +175,12 @@ def test_a_terminal_shows_the_time_left_after_the_first_batch(monkeypatch):
     assert column.render(task).plain == "eta -:--:--"
     pace.add(25, 30.0)
     assert column.render(task).plain == "eta 0:01:30"
+
+
+def test_layers_that_no_probe_sees_are_told():
+    from gradfn.cli.score import unprobed_facts
+
+    assert unprobed_facts([]) == []
+    assert unprobed_facts(["a"]) == [("note", "no probe sees a: through vmap(grad), which is slower")]
+    ((_, told),) = unprobed_facts(["a", "b", "c", "d", "e"])
+    assert told == "no probe sees a, b, c and 2 more: through vmap(grad), which is slower"

@@ -12,7 +12,15 @@ import pyarrow.parquet
 import pytest
 
 from gradfn.errors import InputError
-from gradfn.hf.datasets import load_rows, text_query, tokenize
+from gradfn.hf.datasets import (
+    load_rows,
+    text_pair,
+    text_query,
+    tokenize,
+    tokenize_pairs,
+    with_labels,
+    with_weights,
+)
 
 ROWS = [{"id": f"r{i}", "text": f"Row {i} of ten, é."} for i in range(10)]
 
@@ -611,3 +619,96 @@ def test_a_long_query(tokenizers):
 def test_types(tokenizers):
     docs = tokenize(rows_of(text=TEXTS), tokenizers["bos"])
     assert (docs.input_ids.dtype, docs.labels.dtype, docs.offsets.dtype) == (np.int32, np.int32, np.int64)
+
+
+CLASSES = {"bad": 0, "good": 1}
+
+
+def labelled(column, **columns):
+    rows = datasets.Dataset.from_dict({"text": ["a b", "c d", "e"], column: [0, 0, 0], **columns})
+    return rows
+
+
+@pytest.mark.parametrize("values", [[1, 0, 1], ["good", "bad", "good"], [True, False, True]])
+def test_labels_are_class_numbers_or_names(tokenizers, values):
+    rows = labelled("label", label=values)
+    docs = with_labels(tokenize(rows, tokenizers["bos"]), rows, "label", CLASSES)
+    assert docs.extras["labels"].tolist() == [1, 0, 1]
+    assert docs.extras["labels"].dtype == np.int64
+    assert docs[0]["attention_mask"].tolist() == [1] * docs.lengths[0]
+
+
+@pytest.mark.parametrize("value", ["fine", 2, -1, None, 0.5])
+def test_labels_that_are_no_class(tokenizers, value):
+    rows = labelled("label", label=pa.array([value] * 3).to_pylist())
+    docs = tokenize(rows, tokenizers["bos"])
+    words = rf"row 0 has the label {value!r}, expected a number from 0 to 1 or one of bad, good: mend it"
+    with pytest.raises(InputError, match=words):
+        with_labels(docs, rows, "label", CLASSES)
+
+
+def test_labels_of_a_regression_are_numbers(tokenizers):
+    rows = labelled("y", y=[0.5, -1.0, 2.0])
+    docs = with_labels(tokenize(rows, tokenizers["bos"]), rows, "y", None)
+    assert docs.extras["labels"].tolist() == [0.5, -1.0, 2.0]
+    for values, shown in (([1.0, None, 2.0], "None"), ([1.0, float("nan"), 2.0], "nan"), (["x"] * 3, "'x'")):
+        rows = labelled("y", y=values)
+        with pytest.raises(InputError, match=rf"row \d has {shown} in column 'y', expected a number"):
+            with_labels(tokenize(rows, tokenizers["bos"]), rows, "y", None)
+    with pytest.raises(
+        InputError, match=r"no column 'z' in the dataset, .*: name another with --label-column"
+    ):
+        with_labels(tokenize(rows, tokenizers["bos"]), rows, "z", None)
+
+
+def test_a_row_to_classify_has_tokens(tokenizers):
+    rows = datasets.Dataset.from_dict({"text": ["a", ""], "label": [0, 1]})
+    with pytest.raises(InputError, match=r"row 1 \(id '1'\) has no tokens to read: leave it out"):
+        with_labels(tokenize(rows, tokenizers["nothing"]), rows, "label", CLASSES)
+
+
+def test_rewards_are_compared_within_a_prompt(tokenizers):
+    rows = datasets.Dataset.from_dict(
+        {
+            "text": list("abcd"),
+            "prompt": ["p", "q", "p", "p"],
+            "reward": [1, 5, 2, 6],
+            "advantage": [1, 2, 3, 4],
+        }
+    )
+    docs = tokenize(rows, tokenizers["bos"])
+    of_rewards = with_weights(docs, rows, reward_column="reward", prompt_column="prompt")
+    assert of_rewards.extras["weight"].tolist() == [-2.0, 0.0, -1.0, 3.0]
+    given = with_weights(docs, rows, advantage_column="advantage")
+    assert given[3]["weight"].item() == 4.0
+    pairs = tokenize_pairs(rows, tokenizers["bos"], prompt_column="prompt", completion_column="text")
+    assert with_weights(pairs, rows, advantage_column="advantage")[3]["weight"].item() == 4.0
+    for columns, words in (
+        (
+            {"reward_column": "reward"},
+            "a reward is compared with others of its prompt: name the --prompt-column",
+        ),
+        (
+            {"reward_column": "text", "prompt_column": "prompt"},
+            "row 0 has 'a' in column 'text', expected a num",
+        ),
+        ({"advantage_column": "none"}, "no column 'none' in the dataset"),
+        ({"reward_column": "reward", "advantage_column": "advantage"}, "name one of the two columns"),
+        ({}, "name one of the two columns"),
+    ):
+        with pytest.raises(InputError, match=words):
+            with_weights(docs, rows, **columns)
+
+
+def test_pairs_have_special_tokens_on_both_sides(tokenizers):
+    rows = datasets.Dataset.from_dict({"id": ["x", "y"], "prompt": ["a b", "c"], "completion": ["d", "e f"]})
+    tokenizer = tokenizers["bos+eos"]
+    pairs = tokenize_pairs(rows, tokenizer, prompt_column="prompt", completion_column="completion")
+    for row in range(2):
+        assert pairs[row]["input_ids"].tolist() == tokenizer(rows[row]["prompt"])["input_ids"]
+        assert pairs[row]["labels"].tolist() == tokenizer(rows[row]["completion"])["input_ids"]
+    assert (pairs.ids, pairs.texts) == (["x", "y"], ["a b → d", "c → e f"])
+    one = text_pair(tokenizer, "c", "e f")
+    assert one[0]["labels"].tolist() == pairs[1]["labels"].tolist()
+    with pytest.raises(InputError, match=r"row 0 .* more than the limit of 2: cut such rows"):
+        tokenize_pairs(rows, tokenizer, prompt_column="prompt", completion_column="completion", max_length=2)

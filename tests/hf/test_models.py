@@ -9,6 +9,7 @@ import warnings
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -413,3 +414,22 @@ def test_context_lengths(neox_folder, llama_folder):
     assert context_length(load_model(neox_folder)) == 64
     assert context_length(load_model(llama_folder)) == 128
     assert context_length(nn.Linear(1, 1)) is None
+
+
+def test_the_task_chooses_the_head(tmp_path):
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    config = transformers.BertConfig(**sizes, num_labels=3)
+    for task, made in (
+        ("classification", transformers.BertForSequenceClassification(config)),
+        ("masked_lm", transformers.BertForMaskedLM(config)),
+    ):
+        made.save_pretrained(tmp_path / task)
+        loaded = load_model(tmp_path / task, task)
+        assert type(loaded) is type(made)
+        assert model_fingerprint(loaded) == model_fingerprint(made)
+    words = r"lacks weights of BertForSequenceClassification, .* with its head for classification"
+    with pytest.raises(InputError, match=words):
+        load_model(tmp_path / "masked_lm", "classification")
+    with pytest.raises(InputError, match="no task 'vision': choose causal_lm, masked_lm, seq2seq_lm, class"):
+        load_model(tmp_path / "masked_lm", "vision")

@@ -1,0 +1,124 @@
+"""What is shown of a row that was scored: a document, or a token in its context."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from torch import Tensor
+
+from gradfn.data import Documents, Pairs
+from gradfn.store import Store
+from gradfn.types import Blocks
+
+BEFORE, AFTER = 6, 4
+"""Tokens of context around a token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Scores of rows against queries.
+
+    Args:
+        chunks: the score matrix, consecutive rows at a time, to be read once.
+        shares: of a row's scores the share of each block, `{block: [queries]}`; None where not asked for.
+    """
+
+    chunks: Iterable[Tensor]
+    shares: Callable[[int], Blocks] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentRows:
+    """Rows that are documents."""
+
+    ids: Sequence[str]
+    texts: Sequence[str]
+
+    def cells(self, row: int) -> dict[str, Any]:
+        """Number, id and text."""
+        return {"row": row, "id": self.ids[row], "text": self.texts[row]}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows that are tokens, document after document.
+
+    Args:
+        ids: the documents' names.
+        offsets: where the tokens of each document start, and where the last end.
+        tokens: the token ids of rows `start` to `stop`.
+        tokenizer: to read them.
+    """
+
+    ids: Sequence[str]
+    offsets: np.ndarray
+    tokens: Callable[[int, int], np.ndarray]
+    tokenizer: Any
+
+    def cells(self, row: int) -> dict[str, Any]:
+        """Number, the document's id and number, the position in it, the token, and where it stands."""
+        document = int(np.searchsorted(self.offsets, row, "right")) - 1
+        first, last = int(self.offsets[document]), int(self.offsets[document + 1])
+        start, stop = max(first, row - BEFORE), min(last, row + 1 + AFTER)
+        left, token, right = self._parts(self.tokens(start, stop).tolist(), row - start)
+        text = f"{'…' if start > first else ''}{left}»{token}«{right}{'…' if stop < last else ''}"
+        return {"row": row, "id": self.ids[document], "text": text, "document": document,
+                "position": row - first, "token": token}  # fmt: skip
+
+    def _parts(self, tokens: list[int], at: int) -> tuple[str, str, str]:
+        """The text before the token, the token's and the text behind; some tokens alone lose their space."""
+        left, through, whole = (self.tokenizer.decode(tokens[:end]) for end in (at, at + 1, len(tokens)))
+        return left, through[len(left) :], whole[len(through) :]
+
+
+ShownRows = DocumentRows | TokenRows
+"""What is known of the rows of a score matrix: `cells(row)` are those of a row in a table."""
+
+
+@dataclass(frozen=True)
+class StoredTexts(Sequence[str]):
+    """An array of strings that stays on disk: a store may have more rows than fit in memory as text."""
+
+    store: Store
+    name: str
+
+    def __len__(self) -> int:
+        return self.store.rows
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        row = range(len(self))[index]
+        return str(self.store.read(self.name, row, row + 1)[0])
+
+    def __iter__(self) -> Iterator[str]:
+        for _, _, arrays in self.store.chunks([self.name], 1024):
+            yield from arrays[self.name]
+
+
+def loaded_rows(documents: Documents | Pairs, tokenizer: Any, by: str) -> ShownRows:
+    """What is known of documents at hand, or of their tokens."""
+    if by != "token":
+        return DocumentRows(documents.ids, documents.texts)
+    assert isinstance(documents, Documents)
+    ids = documents.input_ids
+    return TokenRows(documents.ids, documents.offsets, lambda start, stop: ids[start:stop], tokenizer)
+
+
+def stored_rows(store: Store, tokenizer: Any, by: str) -> ShownRows:
+    """What a store knows of its rows."""
+    if by != "token":
+        return DocumentRows(StoredTexts(store, "rows/id"), StoredTexts(store, "rows/text"))
+    ids, offsets = store.fixed("documents/id").tolist(), store.fixed("tokens/offsets")
+    return TokenRows(ids, offsets, lambda start, stop: store.read("rows/token", start, stop), tokenizer)
+
+
+def top_shares(shares: Mapping[str, Tensor], query: int) -> list[tuple[str, float]]:
+    """Blocks and their shares of one query's score, the largest in size first."""
+    values = [(name, float(share[query])) for name, share in shares.items()]
+    return sorted(values, key=lambda pair: -abs(pair[1]))
