@@ -292,8 +292,8 @@ def hidden_states(
 
 def _decoder(model: nn.Module) -> Any:
     """The model without its head; of a model with PEFT adapters, that of the model that they are in."""
-    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
-    return getattr(inner, "base_model", None)
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return getattr(unwrap() if callable(unwrap) else model, "base_model", None)
 
 
 def head_is_plain(model: nn.Module) -> bool:

@@ -35,6 +35,17 @@ def test_of_a_model_with_adapters_the_adapters_are_attributed(family):
     assert len(base) == len(targets)
 
 
+def test_adapters_that_transformers_put_in_are_found_too():
+    peft = pytest.importorskip("peft")
+    model = language_model("llama")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    model = model.double().eval()
+    assert {site.path.split(".")[-2] for site in find_sites(model)} == {"lora_A", "lora_B"}
+    assert causal_lm_loss(model).fused_head
+    want = naive_blocks(naive_causal_lm_loss(model), model, ROWS, View())
+    assert_blocks_close(collect(model, ROWS), want)
+
+
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
 def test_quantised_layers_have_the_gradient_of_the_weight_that_they_stand_for(kind):
     bnb = pytest.importorskip("bitsandbytes")
