@@ -291,7 +291,13 @@ def hidden_states(
     model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch tokens dim"]:
     """The hidden states that the LM head reads: the output of the model without its head."""
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # pyright: ignore
+    return _decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state  # pyright: ignore
+
+
+def _decoder(model: nn.Module) -> Any:
+    """The model without its head; of a model with PEFT adapters, that of the model that they are in."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return getattr(unwrap() if callable(unwrap) else model, "base_model", None)
 
 
 def head_is_plain(model: nn.Module) -> bool:
@@ -300,12 +306,13 @@ def head_is_plain(model: nn.Module) -> bool:
     Compares the head applied to the hidden states with the model's own logits on a few tokens.
     """
     head = output_head(model)
-    if not isinstance(head, nn.Linear) or not hasattr(model, "base_model") or model.base_model is model:
+    decoder = _decoder(model)
+    if not isinstance(head, nn.Linear) or decoder in (None, model):
         return False
     ids = torch.linspace(0, len(head.weight) - 1, 8, device=head.weight.device).long().view(4, 2)
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits
-        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)  # pyright: ignore
+        hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
         ours = head(hidden) if hidden is not None and hidden.shape[-1] == head.in_features else None
     if ours is None or ours.shape != own.shape:
         return False

@@ -271,3 +271,18 @@ def test_batches_do_not_matter(case):
     for b, row in enumerate(rows):
         alone = probe_engine(model, Batched(model), project(2), view=EVERYTHING)(collate([row])).values
         assert_blocks_close(alone, {name: value[b : b + 1] for name, value in whole.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_statistics_in_half_precision_are_float32_and_close(case, dtype):
+    model, batch, rows = problem(case)
+    x = batch["x"].to(dtype) if batch["x"].is_floating_point() else batch["x"]
+    exact = naive_blocks(SumOfSquares(model), model, rows, EVERYTHING)
+    coarse = model.to(dtype)
+    for transform in (chain(), project(2)):
+        got = probe_engine(coarse, Batched(coarse), transform, view=EVERYTHING)({"x": x}).values
+        for name, want in transform(exact).items():
+            assert got[name].dtype == torch.float32
+            flat, wanted = got[name].flatten().double(), want.flatten()
+            assert float(torch.cosine_similarity(flat, wanted, 0)) > 0.97, name

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pickle
@@ -816,3 +817,16 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
     with pytest.raises(StorageError) as error:
         open_store(tmp_path)
     assert "delete" not in one_sentence(error, "Permission denied")
+
+
+def test_a_write_that_the_system_cuts_short_is_gone_on_with(tmp_path):
+    class Short(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data[:3]))
+
+    class Sink(store_module._Sink, Short):
+        pass
+
+    with Sink(tmp_path / "file", "w") as sink:
+        assert sink.write(b"0123456789") == 10
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
