@@ -69,13 +69,13 @@ class Layer:
         """`L G Rᵀ` of every example, `[batch, p, q]`, or of every token, `[batch, tokens, p, q]`."""
         raise NotImplementedError
 
-    def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool) -> bool:
+    def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
         """Whether inner products cost less from the factors than from the dense block."""
         return False
 
     def score(
-        self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool
-    ) -> Float[Tensor, "batch k"]:
+        self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool
+    ) -> Float[Tensor, "*rows k"]:
         """Inner products with `queries [n, out, in]`, and the squared norm if `unit`, from the factors."""
         raise NotImplementedError
 
@@ -129,23 +129,22 @@ class Linear(Layer):
             G = torch.cat([G, _positions(left, tokens).sum(-2)[..., None]], -1)
         return apply_side(kron.right, G)
 
-    def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool) -> bool:
+    def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
         if _is_matrix(kron.left) or _is_matrix(kron.right):
             return False
-        out, size = self.out_features, self.out_features * self.in_features
-        tokens = prod(kept.shape[1:-1])
-        ghost = tokens * (out + self.in_features) if unit else 0
-        return queries * tokens * size + tokens * ghost < (tokens + queries) * size
+        size, positions = self.out_features * self.in_features, prod(kept.shape[2 if tokens else 1 : -1])
+        ghost = positions * (self.out_features + self.in_features) if unit else 0
+        return queries * positions * size + positions * ghost < (positions + queries) * size
 
-    def score(self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool) -> Tensor:
-        left = _positions(apply_side(kron.left, g if self.rows is None else g[..., self.rows]), False)
-        right = _positions(kept, False)
+    def score(self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool) -> Tensor:
+        left = _positions(apply_side(kron.left, g if self.rows is None else g[..., self.rows]), tokens)
+        right = _positions(kept, tokens)
         if self.bias:
             right = torch.cat([right, right.new_ones(1).expand(*right.shape[:-1], 1)], -1)
         right = apply_side(kron.right, right)
-        dots = [((left @ query) * right).sum((1, 2)) for query in queries]
-        norms = [((left @ left.mT) * (right @ right.mT)).sum((1, 2))] if unit else []
-        return torch.stack(dots + norms, 1)
+        dots = [((left @ query) * right).sum((-2, -1)) for query in queries]
+        norms = [((left @ left.mT) * (right @ right.mT)).sum((-2, -1))] if unit else []
+        return torch.stack(dots + norms, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,19 +267,19 @@ class Embedding(Layer):
         G.index_add_(0, flat.flatten(), right.flatten(0, -2))
         return G.view(*lead, self.out_features, -1)
 
-    def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool) -> bool:
+    def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
         return not (_is_matrix(kron.left) or _is_matrix(kron.right))
 
-    def score(self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool) -> Tensor:
+    def score(self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool) -> Tensor:
         """Rows of the queries are looked up; two positions meet in the norm where their ids are the same."""
         right = self._right(kept, g, kron.right)
         if kron.left is not None:
             right = right * kron.left[kept][..., None]
-        ids, right = kept.flatten(1), right.flatten(1, -2)
-        dots = [(query[ids] * right).sum((1, 2)) for query in queries]
-        same = ids[:, :, None] == ids[:, None, :]
-        norms = [((right @ right.mT) * same).sum((1, 2))] if unit else []
-        return torch.stack(dots + norms, 1)
+        ids, right = kept.reshape(*kept.shape[: 2 if tokens else 1], -1), _positions(right, tokens)
+        dots = [(query[ids] * right).sum((-2, -1)) for query in queries]
+        same = ids[..., :, None] == ids[..., None, :]
+        norms = [((right @ right.mT) * same).sum((-2, -1))] if unit else []
+        return torch.stack(dots + norms, -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,13 +88,15 @@ class _Factors:
         if self.where is not None:
             assert isinstance(self.layer, Experts)
             return plan.within(self.layer.contract_ragged(kept, g, plan.kron, self.where))
+        tokens = self.tokens is not None
         if self.tokens is not None:
             kept, g = _by_token(kept, self.tokens, self.path), _by_token(g, self.tokens, self.path)
+        share = plan.share
+        if share and self.layer.prefers_factors(kept, plan.kron, len(share.queries), share.unit, tokens):
+            return self.layer.score(kept, g, plan.kron, share.queries, share.unit, tokens)
+        if tokens:
             G = self.layer.contract(kept, g, plan.kron, tokens=True)
             return plan.within(G.flatten(0, 1)).unflatten(0, G.shape[:2])
-        share = plan.share
-        if share and self.layer.prefers_factors(kept, plan.kron, len(share.queries), share.unit):
-            return self.layer.score(kept, g, plan.kron, share.queries, share.unit)
         step = plan.rows_at_once
         if step >= len(g):
             return plan.within(self.layer.contract(kept, g, plan.kron, tokens=False))

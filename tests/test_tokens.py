@@ -7,7 +7,7 @@ from torch import nn
 
 from gradfn.data import make_documents, offsets_of
 from gradfn.errors import InputError
-from gradfn.layers import View
+from gradfn.layers import Embedding, Linear, View
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import probe_engine
 from gradfn.stream import collect
@@ -77,6 +77,18 @@ def test_tokens_compose_with_rows_and_scores():
         dot(queries),
     ):
         assert_blocks_close(collect(model, DOCUMENTS, transform, view=TOKENS), transform(plain))
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_scores_of_tokens_from_factors_are_those_of_dense_blocks(unit, monkeypatch):
+    model = language_model("gpt2")
+    everything = View(include=["*"], tokens=True)
+    queries = collect(model, DOCUMENTS, view=View(include=["*"]))
+    transform = chain(*([unit_normalize()] if unit else []), dot(queries))
+    got = collect(model, DOCUMENTS, transform, view=everything)
+    for kind in (Linear, Embedding):
+        monkeypatch.setattr(kind, "prefers_factors", lambda *_: False)
+    assert_blocks_close(got, collect(model, DOCUMENTS, transform, view=everything))
 
 
 def test_batches_and_padding_do_not_matter_to_tokens():

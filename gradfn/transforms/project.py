@@ -91,13 +91,13 @@ class Project(Kronecker):
     def kron(self, spec: BlockSpec) -> Kron:
         """The two matrices of one block; None where there is nothing to make smaller."""
 
-        def side(which: str, width: int) -> Tensor | None:
-            if width <= self.dim:
-                return None
-            matrix = random_matrix(self.seed, spec.name, which, (self.dim, width), self.distribution)
-            return matrix.to(spec.dtype).to(spec.device)
+        return Kron(self._side(spec, "left", spec.shape[0]), self._side(spec, "right", spec.shape[1]))
 
-        return Kron(side("left", spec.shape[0]), side("right", spec.shape[1]))
+    def _side(self, spec: BlockSpec, which: str, width: int) -> Tensor | None:
+        if width <= self.dim:
+            return None
+        matrix = random_matrix(self.seed, spec.name, which, (self.dim, width), self.distribution)
+        return matrix.to(spec.dtype).to(spec.device)
 
 
 def project(dim: int, distribution: Distribution = "rademacher", seed: int = 0) -> Project | Chain:
