@@ -128,7 +128,7 @@ def info(run: o.Inspected) -> None:
 @app.command()
 @o.takes(o.CHECKED, o.DATASET, o.COLUMNS, o.LAYERS)
 def check(model: o.CheckedModel, **options: Any) -> None:
-    """Show which weights of a model are attributed, whether their gradients are right, and how noisy.
+    """Show what is attributed, whether it is right, and how noisy.
 
     Coverage of all parameters; the engine against plain autograd; rows in batches against rows alone, and the
     precision against fp32, on a few rows of --dataset, or on random tokens.

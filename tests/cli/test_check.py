@@ -121,10 +121,12 @@ def test_rows_of_one_length_are_told(ok, model, tmp_path):
 @pytest.mark.parametrize(
     ("precision", "words"), [("fp32", "with --precision fp64"), ("fp64", "please tell us")]
 )
-def test_an_engine_that_is_wrong_is_told(ok, model, monkeypatch, precision, words):
+def test_an_engine_that_is_wrong_is_told(command, model, monkeypatch, precision, words):
     worst = BlockError("model.layers.0.mlp.up_proj", 0.25, 0.96875)
     monkeypatch.setattr(module, "equality", lambda *_: (worst, BlockError("b", 0.0, 1.0)))
-    out = " ".join(ok("check", model, "--precision", precision).split())
+    result = command("check", model, "--precision", precision)
+    assert result.status == 1
+    out = " ".join(result.out.split())
     assert (
         "the worst of 2 blocks is model.layers.0.mlp.up_proj: relative error 2.5e-01, cosine 0.968750" in out
     )
