@@ -75,6 +75,8 @@ def load_model(
     source, options = _locate_model(path)
     options |= {"trust_remote_code": trust_remote_code, "dtype": PRECISIONS[precision]}
     options |= {} if attention is None else {"attn_implementation": attention}
+    if options.get("local_files_only"):  # where peft is installed, transformers asks for adapters by itself
+        options["adapter_kwargs"] = {"local_files_only": True}
     model, info = _load("model", path, _model_class(task), source, output_loading_info=True, **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -395,7 +395,7 @@ def test_a_file_that_may_not_grow(model, corpus, tmp_path):
 
 
 def test_an_export_that_fails(command, model, corpus, tmp_path, monkeypatch):
-    def full(rows, path):
+    def full(rows, columns, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("gradfn.cli.show._write_csv", full)
