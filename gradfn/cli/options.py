@@ -295,7 +295,8 @@ LAYERS: Group = {
         _option(
             list[str] | None,
             "--include",
-            "Glob of layers to take; several may be given. All linear layers but the LM head, unless told.",
+            "Glob of layers to take; several may be given. All weight matrices but the LM head "
+            "and embeddings, unless told.",
         ),
         None,
     ),
