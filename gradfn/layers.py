@@ -416,11 +416,6 @@ class Site:
         return attrgetter(self.bias)(self.module) if self.layer.bias else None
 
     @property
-    def has_bias(self) -> bool:
-        """Whether the block has a bias column."""
-        return self.layer.bias
-
-    @property
     def spec(self) -> BlockSpec:
         """The block's name, shape (bias column included), device and statistics dtype."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)

@@ -15,6 +15,7 @@ from gradfn.probes import probe_engine
 from gradfn.testing import assert_blocks_close, naive_blocks
 from gradfn.testing.strategies import randomize
 from gradfn.transforms import adafactor, adam, chain, dot, project, unit_normalize
+from gradfn.transforms.chain import Kronecker
 
 EVERYTHING = View(include=["*"])
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -214,12 +215,7 @@ def transforms(blocks):
     }
 
 
-from dataclasses import dataclass as _frozen  # noqa: E402
-
-from gradfn.transforms.chain import Kronecker  # noqa: E402
-
-
-@_frozen(frozen=True)
+@dataclass(frozen=True)
 class Left(Kronecker):
     """A projection of the left side alone."""
 
