@@ -17,7 +17,7 @@ from torch import Tensor
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BAND = 64
 """Queries a band."""
-BAND_ELEMENTS = 1 << 20
+BAND_ELEMENTS = 1 << 19
 """Attention weights of a band over the heads taken together: few enough for the CPU's cache."""
 
 
@@ -38,8 +38,11 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        delta = (grads[0] * out).sum(-1, keepdim=True).neg_()
-        inputs = (q * ctx.scale, k, v, grads[0], lse[..., None].neg(), delta)
+        delta = (grads[0] * out).sum(-1, keepdim=True)
+        # One more feature subtracts lse and delta within the products: [q, -lse] [k, 1]ᵀ = q kᵀ - lse.
+        one = torch.ones_like(delta)
+        inputs = _joined(q * ctx.scale, -lse[..., None]), _joined(k, one), _joined(v, one)
+        inputs = (*inputs, _joined(grads[0], -delta))
         results = tuple(torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
         heads = max(1, BAND_ELEMENTS // (BAND * q.shape[-2]))
         for group in zip(*(part.flatten(0, 1).split(heads) for part in inputs + results), strict=True):
@@ -47,28 +50,22 @@ class _CausalAttention(torch.autograd.Function):
         return results[0].mul_(ctx.scale), *results[1:], None
 
 
-def _banded_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    go: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    """Fill `dq, dk, dv` for a few heads `[heads, tokens, dim]`; `lse` and `delta` come negated."""
-    tokens = q.shape[1]
+def _joined(v: Tensor, feature: Tensor) -> Tensor:
+    return torch.cat([v, feature], -1)
+
+
+def _banded_backward(q: Tensor, k: Tensor, v: Tensor, go: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Fill `dq, dk, dv [heads, tokens, dim]` of a few heads; the other four have one more feature."""
+    tokens, dim = dq.shape[1:]
     for start in reversed(range(0, tokens, BAND)):
         stop = min(start + BAND, tokens)
         rows, seen = slice(start, stop), slice(0, stop)
-        p = torch.baddbmm(lse[:, rows], q[:, rows], k[:, seen].mT).exp_()
+        p = torch.bmm(q[:, rows], k[:, seen].mT).exp_()
         p[:, :, rows].tril_()
-        dv_part = p.mT @ go[:, rows]
-        dz = p.mul_(torch.baddbmm(delta[:, rows], go[:, rows], v[:, seen].mT))
-        dq[:, rows] = dz @ k[:, seen]
-        dk_part = dz.mT @ q[:, rows]
+        dv_part = p.mT @ go[:, rows, :dim]
+        dz = p.mul_(torch.bmm(go[:, rows], v[:, seen].mT))
+        dq[:, rows] = dz @ k[:, seen, :dim]
+        dk_part = dz.mT @ q[:, rows, :dim]
         if stop == tokens:  # the last band sees every key, so it fills what the others add to
             dv.copy_(dv_part)
             dk.copy_(dk_part)

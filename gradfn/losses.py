@@ -36,7 +36,7 @@ def shifted_labels(labels: Int[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch 
 
 def _tile(device: torch.device) -> tuple[int, int]:
     """Positions and vocabulary entries at a time: on a CPU few enough for its cache."""
-    return (1024, 1024) if device.type == "cpu" else (4096, 8192)
+    return (2048, 512) if device.type == "cpu" else (4096, 8192)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
