@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gradfn.curvature import (
+        Curvature,
+        ekfac,
+        kfac,
+        mix,
+        mixing_coefficient,
+        second_moment,
+        shampoo,
+        tkfac,
+    )
     from gradfn.data import Documents, collate, make_documents
     from gradfn.errors import InputError, StorageError
     from gradfn.fold import Fold, adam_moments, fit, mean, total
@@ -19,14 +29,16 @@ if TYPE_CHECKING:
     from gradfn.kron import Kron
     from gradfn.layers import View, blocks_of, find_sites, uncovered
     from gradfn.losses import advantages, causal_lm_loss, linear_cross_entropy, model_loss
-    from gradfn.methods import grad_cosine, grad_dot
+    from gradfn.methods import Problem, Recipe, grad_cosine, grad_dot, influence, relatif, trackstar
     from gradfn.per_example import params_of, per_example_grads
     from gradfn.probes import probe_engine
-    from gradfn.runs import build, reduce, score_run
+    from gradfn.runs import build, hessian, load_curvature, mix_runs, reduce, score_run
+    from gradfn.sampling import sample_labels
     from gradfn.scoring import Method, best, dots, score, top_k
+    from gradfn.spectrum import Damping
     from gradfn.store import open_store, open_writer
     from gradfn.stream import collect
-    from gradfn.transforms import adafactor, adam, chain, dot, project, unit_normalize
+    from gradfn.transforms import adafactor, adam, chain, dot, precondition, project, unit_normalize
 
 _HOME = {
     "collect": "stream", "Documents": "data", "collate": "data", "make_documents": "data",
@@ -34,6 +46,11 @@ _HOME = {
     "Fold": "fold", "adam_moments": "fold", "fit": "fold", "mean": "fold", "total": "fold",
     "load_rows": "hf.datasets", "text_query": "hf.datasets", "tokenize": "hf.datasets",
     "load_model": "hf.models", "load_tokenizer": "hf.models",
+    "Curvature": "curvature", "ekfac": "curvature", "kfac": "curvature", "mix": "curvature",
+    "mixing_coefficient": "curvature", "second_moment": "curvature", "shampoo": "curvature",
+    "tkfac": "curvature", "Damping": "spectrum", "sample_labels": "sampling", "precondition": "transforms",
+    "Problem": "methods", "Recipe": "methods", "influence": "methods", "relatif": "methods",
+    "trackstar": "methods", "hessian": "runs", "load_curvature": "runs", "mix_runs": "runs",
     "Heads": "heads", "View": "layers",
     "Kron": "kron", "blocks_of": "layers", "find_sites": "layers", "uncovered": "layers",
     "advantages": "losses", "causal_lm_loss": "losses", "linear_cross_entropy": "losses",
@@ -48,12 +65,15 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
-    "Documents", "Fold", "Heads", "InputError", "Kron", "Method", "StorageError", "View", "adafactor",
-    "adam", "adam_moments", "advantages", "best", "blocks_of", "build", "causal_lm_loss", "chain", "collate",
-    "collect", "dot", "dots", "find_sites", "fit", "grad_cosine", "grad_dot", "linear_cross_entropy",
-    "load_model", "load_rows", "load_tokenizer", "make_documents", "mean", "model_loss", "open_store",
-    "open_writer", "params_of", "per_example_grads", "probe_engine", "project", "reduce", "score",
-    "score_run", "text_query", "tokenize", "top_k", "total", "uncovered", "unit_normalize",
+    "Curvature", "Damping", "Documents", "Fold", "Heads", "InputError", "Kron", "Method", "Problem",
+    "Recipe", "StorageError", "View", "adafactor", "adam", "adam_moments", "advantages", "best",
+    "blocks_of", "build", "causal_lm_loss", "chain", "collate", "collect", "dot", "dots", "ekfac",
+    "find_sites", "fit", "grad_cosine", "grad_dot", "hessian", "influence", "kfac",
+    "linear_cross_entropy", "load_curvature", "load_model", "load_rows", "load_tokenizer",
+    "make_documents", "mean", "mix", "mix_runs", "mixing_coefficient", "model_loss", "open_store",
+    "open_writer", "params_of", "per_example_grads", "precondition", "probe_engine", "project", "reduce",
+    "relatif", "sample_labels", "score", "score_run", "second_moment", "shampoo", "text_query", "tkfac",
+    "tokenize", "top_k", "total", "trackstar", "uncovered", "unit_normalize",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ definition, `noise` of batches and of the precision.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -274,6 +275,7 @@ def noise(
     transform: Transform | None = None,
     view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Progress | None = None,
 ) -> Noise:
     """Measure what batches, and the precision, do to rows of gradients.
@@ -284,10 +286,12 @@ def noise(
     Args:
         model: the model in the precision that is asked about.
         data: examples of different lengths, so that padding matters.
-        reference: the same model in float32.
+        reference: the same model in float32; `model` itself, where `inside` is what is asked about.
         make_loss: the loss of a model.
         transform: of the rows that are compared; None is `project(16)`.
         view, token_batch_size, progress: see `collect`.
+        inside: the context in which the model's rows are made, and not the reference's; see
+            `gradfn.precision.multiplying`.
 
     Raises:
         InputError: see `collect`.
@@ -308,7 +312,8 @@ def noise(
             raise InputError("scores are no rows of gradients: give a transform that does not end in dot")
         return made
 
-    alone, together = rows(model, 1), rows(model, token_batch_size)
+    with inside():
+        alone, together = rows(model, 1), rows(model, token_batch_size)
     exact = None if reference is None else row_difference(alone, rows(reference, 1))
     return Noise(row_difference(together, alone), exact)
 

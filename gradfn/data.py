@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -346,4 +347,4 @@ def _is_empty(rows: Any) -> bool:
 
 
 def _flat(rows: Sequence[Sequence[int]], lengths: Int64[np.ndarray, " rows"]) -> Int32[np.ndarray, " tokens"]:
-    return np.fromiter((token for row in rows for token in row), np.int32, count=int(lengths.sum()))
+    return np.fromiter(chain.from_iterable(rows), np.int32, count=int(lengths.sum()))

@@ -1,20 +1,26 @@
 """Statistics fitted over data: `Fold(init, update, merge, finalize)`.
 
 `merge` is associative and commutative, so chunking, resuming, sharding and mixing are one operation.
-Folds accumulate in float64 on the CPU, whatever the model's dtype.
+A batch's sums are made in float32 or better, whatever the model's dtype, and kept in float64 (the covariances
+of factors: float32 or better).
 """
 
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
-from gradfn.layers import View
+from gradfn.layers import Site, View
 from gradfn.losses import causal_lm_loss
-from gradfn.probes import probe_engine
-from gradfn.stream import TOKEN_BATCH_SIZE, Progress, stream
-from gradfn.transforms import Adam, Transform, adam
+from gradfn.probes import Engine, probe_engine
+from gradfn.stream import TOKEN_BATCH_SIZE, Progress, free_memory, lengths_of, stream
+from gradfn.transforms import Adam, Dot, Transform, adam, chain
+from gradfn.transforms.summed import Summed
 from gradfn.types import Blocks, Data, LossFn
 
 State = TypeVar("State")
@@ -44,14 +50,32 @@ class Fold(Protocol, Generic[State, Result]):
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """A count of rows and sums over them, float64."""
+    """A count of rows, sums over them, and the shape `(out, in)` of each block they were made of."""
 
     count: int
     blocks: Blocks
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class _Additive:
-    """Folds whose state is a count and sums: merging adds."""
+class Additive(Generic[Result]):
+    """Folds whose state is a count of rows and sums over them: merging adds.
+
+    `stage` says what is summed. It ends a chain, so the sums are made inside the backward pass, while one
+    layer's gradients are alive; `update` makes the same sums of blocks at hand.
+    """
+
+    accumulator: ClassVar[torch.dtype] = torch.float64
+    """What sums are kept in, or the dtype of the gradients where that is wider."""
+    gives_curvature: ClassVar[bool] = False
+    """Whether what comes out is a curvature, which one fitted before may stand in for."""
+
+    def stage(self) -> Transform:
+        """The transform of rows to sums, a chain that ends in `Summed` or `FactorSummed`."""
+        raise NotImplementedError
+
+    def finalize(self, state: Sums) -> Result:
+        """What was wanted, of the sums."""
+        raise NotImplementedError
 
     def init(self) -> Sums:
         """No rows."""
@@ -61,39 +85,59 @@ class _Additive:
         """Add counts and sums."""
         if not a.blocks or not b.blocks:
             return a if a.blocks else b
-        return Sums(a.count + b.count, {name: a.blocks[name] + b.blocks[name] for name in a.blocks})
+        blocks = {name: a.blocks[name] + b.blocks[name] for name in a.blocks}
+        return Sums(a.count + b.count, blocks, a.shapes)
 
     def update(self, state: Sums, blocks: Blocks) -> Sums:
         """Add the rows' share."""
         count = len(next(iter(blocks.values())))
-        share = {name: self.row_sum(G).double().cpu() for name, G in blocks.items()}
-        return self.merge(state, Sums(count, share))
+        share = self.stage()(blocks)
+        assert isinstance(share, dict)
+        shapes = {name: tuple(G.shape[1:]) for name, G in blocks.items()}
+        return self.merge(state, Sums(count, self._wide(share), shapes))
 
-    def row_sum(self, G: Tensor) -> Tensor:
-        """What is summed over the rows of one block."""
-        raise NotImplementedError
+    def _wide(self, share: Blocks) -> Blocks:
+        return {n: v.to(torch.promote_types(v.dtype, self.accumulator), copy=True) for n, v in share.items()}
+
+    def add(self, state: Sums, share: Sums) -> Sums:
+        """Like `merge`, in the memory of `state`, which is given up; block by block out of `share`."""
+        if not state.blocks:
+            return Sums(share.count, self._wide(share.blocks), share.shapes)
+        for name in state.blocks:
+            state.blocks[name].add_(share.blocks.pop(name))
+        return Sums(state.count + share.count, state.blocks, state.shapes)
 
 
-def _refuse_empty(state: Sums) -> None:
+def refuse_empty(state: Sums) -> None:
+    """Refuse a statistic of no rows."""
     if not state.count:
         raise InputError("a statistic of no rows: give at least one example")
 
 
+def _row_sum(name: str, G: Tensor) -> Tensor:
+    return G.to(torch.promote_types(G.dtype, torch.float32)).sum(0)
+
+
 @dataclass(frozen=True)
-class Mean(_Additive):
+class Mean(Additive[Blocks]):
     """The mean (or sum) of the rows; see `mean` and `total`."""
 
     divide: bool = True
 
-    def row_sum(self, G: Tensor) -> Tensor:
+    def stage(self) -> Transform:
         """The plain sum."""
-        return G.double().sum(0)
+        return Summed(_row_sum)
 
     def finalize(self, state: Sums) -> Blocks:
         """One row of float32 blocks, `{block: [1, ...]}`."""
-        _refuse_empty(state)
+        refuse_empty(state)
         scale = state.count if self.divide else 1
-        return {name: (total / scale).float()[None] for name, total in state.blocks.items()}
+        return {name: (total / scale).float()[None].cpu() for name, total in state.blocks.items()}
+
+
+def square_sum(name: str, G: Tensor) -> Tensor:
+    """`sum_b G_b²`, elementwise, float32 or better."""
+    return G.to(torch.promote_types(G.dtype, torch.float32)).square().sum(0)
 
 
 def mean() -> Mean:
@@ -119,19 +163,21 @@ def total() -> Mean:
 
 
 @dataclass(frozen=True)
-class AdamMoments(_Additive):
+class AdamMoments(Additive[Adam]):
     """The second moment of the rows, elementwise; see `adam_moments`."""
 
     eps: float = 1e-8
 
-    def row_sum(self, G: Tensor) -> Tensor:
+    def stage(self) -> Transform:
         """The sum of squares."""
-        return G.double().square().sum(0)
+        return Summed(square_sum)
 
     def finalize(self, state: Sums) -> Adam:
         """The transform that divides by its root."""
-        _refuse_empty(state)
-        return adam({name: (total / state.count).float() for name, total in state.blocks.items()}, self.eps)
+        refuse_empty(state)
+        return adam(
+            {name: (total / state.count).float().cpu() for name, total in state.blocks.items()}, self.eps
+        )
 
 
 def adam_moments(eps: float = 1e-8) -> AdamMoments:
@@ -145,25 +191,113 @@ def adam_moments(eps: float = 1e-8) -> AdamMoments:
     return AdamMoments(eps)
 
 
+@runtime_checkable
+class TwoPass(Protocol, Generic[Result]):
+    """A statistic that needs another one first, from a pass of its own."""
+
+    @property
+    def first(self) -> Additive[Any]:
+        """What is fitted first."""
+        ...
+
+    def then(self, fitted: Any) -> Additive[Result]:
+        """What is fitted next, given that."""
+        ...
+
+
+def sums_of(
+    fold: Additive[Any],
+    engine: Engine,
+    data: Data,
+    *,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    progress: Progress | None = None,
+) -> tuple[Sums, float]:
+    """The sums of a fold over data, and the sum of the losses.
+
+    Args:
+        engine: one that ends in the fold's stage.
+        data, token_batch_size, progress: see `collect`.
+    """
+    state, losses, lengths = fold.init(), 0.0, lengths_of(data)
+    for numbers, result in stream(engine, data, token_batch_size=token_batch_size, progress=progress):
+        assert isinstance(result.values, dict)
+        count = int(lengths[numbers].sum()) if engine.view.tokens else len(numbers)
+        shapes = {name: plan.dense for name, plan in engine.lowered().plans.items()}
+        state = fold.add(state, Sums(count, dict(result.values), shapes))
+        losses += float(result.losses.double().sum())
+    return state, losses
+
+
+def state_bytes(fold: Additive[Any], engine: Engine) -> dict[str, int]:
+    """What each block's sums take in memory: those of a batch and those kept."""
+    plans = engine.lowered().plans
+    kept = {name: torch.promote_types(plan.dtype, fold.accumulator).itemsize for name, plan in plans.items()}
+    return {name: prod(plan.shape) * (plan.dtype.itemsize + kept[name]) for name, plan in plans.items()}
+
+
+def _partitions(fold: Additive[Any], engine: Engine, count: int) -> list[list[Site]]:
+    """The sites in `count` parts of about equal memory, in the model's order; uses of a weight together."""
+    sizes = state_bytes(fold, engine)
+    if not 1 <= count <= len(sizes):
+        raise InputError(f"{count} partitions of {len(sizes)} blocks: choose between 1 and {len(sizes)}")
+    ends = np.cumsum(list(sizes.values()))
+    part = {
+        name: min(count - 1, int((end - 1) * count // ends[-1]))
+        for name, end in zip(sizes, ends, strict=True)
+    }
+    parts = [[site for site in engine.sites if part[site.block] == i] for i in range(count)]
+    return [sites for sites in parts if sites]
+
+
+def _refuse_too_large(fold: Additive[Any], engine: Engine, parts: Sequence[Sequence[Site]]) -> None:
+    """Refuse sums that would not fit in memory, before the pass."""
+    sizes = state_bytes(fold, engine)
+    most = max(sum(sizes[name] for name in {site.block for site in sites}) for sites in parts)
+    free = free_memory(next(engine.model.parameters()).device)
+    name = type(fold).__name__
+    if most > 1 << 30 and most > free:
+        raise InputError(
+            f"the sums of {name} take {most / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: fit them "
+            "in several passes (--partitions 4), or project the gradients (--projection-dim 32)"
+        )
+
+
+def passes(fold: Any) -> int:
+    """How many times a fit goes over the data.
+
+    >>> passes(mean())
+    1
+    """
+    return 2 if isinstance(fold, TwoPass) else 1
+
+
 def fit(
-    fold: Fold[State, Result],
+    fold: Fold[State, Result] | Additive[Result] | TwoPass[Result],
     model: nn.Module,
     data: Data,
     transform: Transform | None = None,
     *,
     loss: LossFn | None = None,
     view: View | None = None,
+    partitions: int = 1,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
 ) -> Result:
     """Fit a statistic over the transformed per-example gradients of data.
 
     Args:
-        fold: what to fit: `mean()`, `total()`, `adam_moments()`, or one of your own.
+        fold: what to fit: `mean()`, `total()`, `adam_moments()`, `second_moment()`, `kfac()`, `ekfac()`,
+            `shampoo()`, `tkfac()`, or one of your own.
+        partitions: fit the blocks in so many passes over the data, each with its share of them, so that
+            fewer sums are held at a time; it changes no result.
         model, data, transform, loss, view, token_batch_size, progress: see `collect`.
 
     Returns:
         What the fold's `finalize` gives.
+
+    Raises:
+        InputError: no rows, a loss that is not finite, sums that do not fit in memory.
 
     >>> import torch
     >>> net = nn.Linear(1, 1, bias=False)
@@ -172,10 +306,31 @@ def fit(
     >>> fit(mean(), net, [{"x": torch.ones(1)}, {"x": torch.zeros(1)}], loss=loss)
     {'root': tensor([[[0.5000]]])}
     """
-    engine = probe_engine(model, loss or causal_lm_loss(model), transform, view=view)
+    loss = loss or causal_lm_loss(model)
+    if any(isinstance(stage, Dot) for stage in chain(transform or chain()).stages):
+        raise TypeError("a fold needs blocks: the transform must not end in scores")
+
+    def run(fold: Additive[Any]) -> Any:
+        whole = chain(transform or chain(), fold.stage())
+        engine = probe_engine(model, loss, whole, view=view)
+        parts = _partitions(fold, engine, partitions)
+        _refuse_too_large(fold, engine, parts)
+        state = fold.init()
+        for sites in parts:
+            one = Engine(model, engine.loss, whole, sites, engine.view)
+            sums, _ = sums_of(fold, one, data, token_batch_size=token_batch_size, progress=progress)
+            state = Sums(sums.count, state.blocks | sums.blocks, state.shapes | sums.shapes)
+        return fold.finalize(state)
+
+    if isinstance(fold, Additive):
+        return run(fold)
+    if isinstance(fold, TwoPass):
+        return run(fold.then(run(fold.first)))
+    if partitions != 1:
+        raise InputError(f"{type(fold).__name__} is fitted in one pass: leave out partitions")
+    engine = probe_engine(model, loss, transform, view=view)
     state = fold.init()
     for _, result in stream(engine, data, token_batch_size=token_batch_size, progress=progress):
-        if not isinstance(result.values, dict):
-            raise TypeError("a fold needs blocks: the transform must not end in scores")
+        assert isinstance(result.values, dict)
         state = fold.update(state, result.values)
     return fold.finalize(state)

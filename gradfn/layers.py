@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -69,6 +69,13 @@ class Layer:
         """`L G Rᵀ` of every example, `[batch, p, q]`, or of every token, `[batch, tokens, p, q]`."""
         raise NotImplementedError
 
+    has_factors: ClassVar[bool] = False
+    """Whether the block is a sum of outer products of `factors`."""
+
+    def factors(self, kept: Tensor, g: Tensor, kron: Kron) -> tuple[Tensor, Tensor]:
+        """`R x [batch, positions, q]`, bias column included, and `L g [batch, positions, p]`."""
+        raise NotImplementedError
+
     def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
         """Whether inner products cost less from the factors than from the dense block."""
         return False
@@ -88,6 +95,11 @@ def _positions(v: Tensor, tokens: bool) -> Tensor:
     """What is summed over in one axis: all positions of an example, or what a token has beside its place."""
     lead = 2 if tokens else 1
     return v.reshape(*v.shape[:lead], prod(v.shape[lead:-1]), v.shape[-1])
+
+
+def _with_one(v: Tensor) -> Tensor:
+    """One more feature, the constant 1: the bias's input."""
+    return torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
 
 
 def _outer(left: Tensor, right: Tensor, tokens: bool) -> Tensor:
@@ -120,6 +132,15 @@ class Linear(Layer):
             return F.linear(x.to(right.dtype), right)
         return F.linear(x.to(right.dtype), right[:, :-1], right[:, -1])
 
+    has_factors = True
+
+    def factors(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool = False) -> tuple[Tensor, Tensor]:
+        left = _positions(apply_side(kron.left, g if self.rows is None else g[..., self.rows]), tokens)
+        right = _positions(kept, tokens)
+        if not _is_matrix(kron.right):
+            right = apply_side(kron.right, _with_one(right) if self.bias else right)
+        return right, left
+
     def contract(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
         left = apply_side(kron.left, g if self.rows is None else g[..., self.rows])
         G = _outer(left, kept, tokens)
@@ -137,11 +158,7 @@ class Linear(Layer):
         return queries * positions * size + positions * ghost < (positions + queries) * size
 
     def score(self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool) -> Tensor:
-        left = _positions(apply_side(kron.left, g if self.rows is None else g[..., self.rows]), tokens)
-        right = _positions(kept, tokens)
-        if self.bias:
-            right = torch.cat([right, right.new_ones(1).expand(*right.shape[:-1], 1)], -1)
-        right = apply_side(kron.right, right)
+        right, left = self.factors(kept, g, kron, tokens)
         dots = [((left @ query) * right).sum((-2, -1)) for query in queries]
         norms = [((left @ left.mT) * (right @ right.mT)).sum((-2, -1))] if unit else []
         return torch.stack(dots + norms, -1)
@@ -151,22 +168,21 @@ class Linear(Layer):
 class AttentionInput(Linear):
     """The projection to q, k or v inside nn.MultiheadAttention: rows of one weight, or one of its own.
 
-    The bias of all three is one vector, of which `rows` are this one's.
+    The bias of all three is one vector, of which `rows` are this one's; its own weight begins at `first`.
     """
 
-    fused: bool = True
+    first: int = 0
 
     def block(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert self.rows is not None
-        G = weight[..., self.rows, :] if self.fused else weight
+        G = weight[..., self.rows - self.first, :]
         return torch.cat([G, bias[..., self.rows, None]], -1) if self.bias and bias is not None else G
 
     def seen_in(self, start: int, stop: int) -> "AttentionInput | None":
         """The same where `y` holds the weight's rows `start` to `stop`; None if these are not its own."""
         assert self.rows is not None
-        if not self.fused:
-            return replace(self, rows=None)
-        return replace(self, rows=self.rows - start) if start <= int(self.rows[0]) < stop else None
+        rows = self.rows - self.first
+        return replace(self, rows=rows - start) if start <= int(rows[0]) < stop else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,22 +231,33 @@ class Conv(Layer):
         x = x.permute(0, 1, *kernel, *places).flatten(2 + self._axes)
         return x.flatten(1, -2).unflatten(0, (-1, self.module.groups))
 
-    def contract(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
+    @property
+    def has_factors(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.module.groups == 1
+
+    def _grouped(self, kept: Tensor, g: Tensor, right: Side) -> tuple[Tensor, Tensor]:
+        """Inputs `[batch, images, groups, inputs, places]` and output gradients alike, of every group."""
         size, groups = len(g), self.module.groups
-        if _is_matrix(kron.right):
-            right = kept.reshape(size, -1, *kept.shape[-3:])
+        if _is_matrix(right):
+            x = kept.reshape(size, -1, *kept.shape[-3:])
         else:
-            places = kept.shape[-self._axes - 1 :]
-            patches = self._patches(kept.reshape(-1, *places).to(g.dtype))
-            right = patches.reshape(size, -1, *patches.shape[1:])
-        g = g.reshape(size, -1, groups, self.out_features // groups, prod(g.shape[-self._axes :]))
+            patches = self._patches(kept.reshape(-1, *kept.shape[-self._axes - 1 :]).to(g.dtype))
+            x = patches.reshape(size, -1, *patches.shape[1:])
+            if self.bias:
+                x = torch.cat([x, x.new_ones(1).expand(*x.shape[:3], 1, x.shape[-1])], -2)
+            x = x if right is None else x * right[:, None]
+        return x, g.reshape(size, -1, groups, self.out_features // groups, prod(g.shape[-self._axes :]))
+
+    def factors(self, kept: Tensor, g: Tensor, kron: Kron) -> tuple[Tensor, Tensor]:
+        right, left = (v.squeeze(2).movedim(-1, 2).flatten(1, 2) for v in self._grouped(kept, g, kron.right))
+        return right, apply_side(kron.left, left)
+
+    def contract(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
         # n: images of one example, e: groups, o: outputs of a group, i: inputs, t: places
-        if not _is_matrix(kron.right) and self.bias:
-            right = torch.cat([right, right.new_ones(1).expand(*right.shape[:3], 1, right.shape[-1])], -2)
-        right = right if kron.right is None or _is_matrix(kron.right) else right * kron.right[:, None]
+        right, g = self._grouped(kept, g, kron.right)
         if _is_matrix(kron.left):
             assert kron.left is not None
-            left = torch.einsum("peo,bneot->bnept", kron.left.unflatten(1, (groups, -1)), g)
+            left = torch.einsum("peo,bneot->bnept", kron.left.unflatten(1, (self.module.groups, -1)), g)
             return torch.einsum("bnept,bneqt->bpq", left, right)
         G = torch.einsum("bneot,bneit->beoi", g, right).flatten(1, 2)
         return G if kron.left is None else G * kron.left[:, None]
@@ -337,7 +364,7 @@ class Experts(Layer):
         """`L G Rᵀ` of every example; rows of `kept` and `g` are those of `where`."""
         size = self.out_features // self.experts
         if not _is_matrix(kron.right) and self.bias:
-            kept = torch.cat([kept, kept.new_ones(len(kept), 1)], 1)
+            kept = _with_one(kept)
         right = kept if _is_matrix(kron.right) else apply_side(kron.right, kept)
         left = g
         if kron.left is not None and kron.left.ndim == 1:
@@ -561,8 +588,9 @@ def _attention(path: str, module: nn.Module) -> list[Site]:
         fused = module.in_proj_weight is not None
         weight = "in_proj_weight" if fused else f"{name}_proj_weight"
         fan_in = module.get_parameter(weight).shape[1]
-        rows = torch.arange(number * width, (number + 1) * width)
-        layer = AttentionInput(width, fan_in, bias, rows=rows, fused=fused)
+        first = number * width
+        rows = torch.arange(first, first + width)
+        layer = AttentionInput(width, fan_in, bias, rows=rows, first=0 if fused else first)
         where = f"{path}.in_proj[{name}]".lstrip(".")
         sites.append(Site(where, where, module, layer, weight, "in_proj_bias", _attach_attention))
     out = f"{path}.out_proj".lstrip(".")

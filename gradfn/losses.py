@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gradfn.data import IGNORED
@@ -213,6 +213,10 @@ class CausalLMLoss(_Weighted):
         total = losses.new_zeros(len(targets)).index_add(0, rows, losses)
         return self._weigh(total / self._count(targets), batch)
 
+    def positions(self, batch: Batch, path: str) -> Bool[Tensor, "batch tokens"]:
+        """The positions whose statistics count: those that predict a supervised token."""
+        return shifted_labels(_labels(batch)) != IGNORED
+
     def with_whole_logits(self) -> "CausalLMLoss":
         """The same loss with the head's output computed, which the head's own gradient needs."""
         return replace(self, fused_head=False)
@@ -257,7 +261,18 @@ class ModelLoss(_Weighted):
 
     def batched(self, batch: Batch) -> Float[Tensor, " batch"]:
         """The same for a padded batch in one forward; `attention_mask` says what is padding."""
-        return self._losses(self.model(**self._inputs(batch)).logits, batch)
+        return self._losses(self.logits(batch), batch)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """What the model makes of a padded batch."""
+        return self.model(**self._inputs(batch)).logits
+
+    def positions(self, batch: Batch, path: str) -> Tensor | None:
+        """The positions whose statistics count: supervised ones of a decoder, all but padding elsewhere."""
+        decoder = self.task == "seq2seq_lm" and "encoder" not in path.split(".")
+        if decoder or self.task == "masked_lm":
+            return batch["labels"] != IGNORED
+        return batch["attention_mask"].bool() if "attention_mask" in batch else None
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "weight")}

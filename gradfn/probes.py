@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -21,11 +23,13 @@ from torch.func import vmap
 
 from gradfn.attention import fast_attention
 from gradfn.errors import InputError
+from gradfn.kron import Kron
 from gradfn.layers import (
     AttentionInput,
     Conv,
     Experts,
     Layer,
+    Linear,
     Site,
     Tap,
     View,
@@ -35,8 +39,9 @@ from gradfn.layers import (
     output_head,
 )
 from gradfn.per_example import definition, params_of
-from gradfn.transforms import Transform, chain, lower
+from gradfn.transforms import Chain, Transform, chain, lower
 from gradfn.transforms.lower import BlockPlan, Lowered
+from gradfn.transforms.summed import FactorSummed, Summed
 from gradfn.types import Batch, Blocks, Example, LossFn, Params, Rows
 
 
@@ -44,7 +49,7 @@ class _Probe(torch.autograd.Function):
     """The identity on `y`; the cotangent of `slot` is `pullback(kept, dL/dy)`."""
 
     @staticmethod
-    def forward(y, slot, kept, pullback, copy):
+    def forward(y, slot, kept, pullback, copy, mark):
         return y.clone() if copy else y.view_as(y)
 
     @staticmethod
@@ -55,16 +60,22 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (kept,) = ctx.saved_tensors
-        return grads[0], ctx.pullback(kept, grads[0]), None, None, None
+        return grads[0], ctx.pullback(kept, grads[0]), None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, y, slot, kept, pullback, copy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Under vmap the examples' axis is moved to the front and the batched probe does the rest."""
-        y, slot, kept = (
+    def vmap(info, in_dims, y, slot, kept, pullback, copy, mark):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Under vmap the examples' axis is moved to the front and the batched probe does the rest.
+
+        `mark` differs by example, so that this is called where the layer's input and slot do not.
+        """
+        y, kept = (
             value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-            for value, dim in zip((y, slot, kept), in_dims[:3], strict=True)
+            for value, dim in ((y, in_dims[0]), (kept, in_dims[2]))
         )
-        return _Probe.apply(y, slot, kept, pullback, copy), 0
+        slot = (
+            slot if in_dims[1] is None else slot.movedim(in_dims[1], 0)
+        )  # one slot for all: a sum over them
+        return _Probe.apply(y, slot, kept, pullback, copy, None), 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +87,33 @@ class _Factors:
     path: str = ""
     tokens: int | None = None
     where: Where | None = None
+    counts: Tensor | None = None
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the Kron does not make the input smaller, so that it may as well act on the block."""
+        right = self.plan.kron.right
+        reduces = right is None or right.ndim < 2 or len(right) < right.shape[1]
+        return type(self.layer) is Linear and not reduces
 
     def keep(self, x: Tensor) -> Tensor:
         """What the backward needs of the input: its projection where there is one, else itself."""
-        return self.layer.keep(x, self.plan.kron.right)
+        return self.layer.keep(x, None if self.rotates else self.plan.kron.right)
 
     def pullback(self, kept: Tensor, g: Tensor) -> Tensor:
         """`inside(L (sum_t g_t x_tᵀ) Rᵀ)` for every example, or for every token."""
         plan, g = self.plan, g.to(self.plan.dtype)
         kept = kept.to(plan.dtype) if kept.is_floating_point() else kept
+        if self.rotates:
+            if self._block_is_cheaper(kept):
+                return self._rotated(kept, g)
+            assert isinstance(self.layer, Linear)
+            kept = replace(self.layer, columns=None).keep(kept, plan.kron.right)  # its columns were kept
         if self.where is not None:
             assert isinstance(self.layer, Experts)
             return plan.within(self.layer.contract_ragged(kept, g, plan.kron, self.where))
+        if plan.of_factors:
+            return self._of_factors(plan.of_factors, *self.layer.factors(kept, g, plan.kron))
         tokens = self.tokens is not None
         if self.tokens is not None:
             kept, g = _by_token(kept, self.tokens, self.path), _by_token(g, self.tokens, self.path)
@@ -96,16 +122,54 @@ class _Factors:
             return self.layer.score(kept, g, plan.kron, share.queries, share.unit, tokens)
         if tokens:
             G = self.layer.contract(kept, g, plan.kron, tokens=True)
-            return plan.within(G.flatten(0, 1)).unflatten(0, G.shape[:2])
+            made = plan.within(G.flatten(0, 1))
+            return made if plan.total else made.unflatten(0, G.shape[:2])
         step = plan.rows_at_once
         if step >= len(g):
             return plan.within(self.layer.contract(kept, g, plan.kron, tokens=False))
         parts = zip(kept.split(step), g.split(step), strict=True)
-        return torch.cat([plan.within(self.layer.contract(*part, plan.kron, tokens=False)) for part in parts])
+        made = (plan.within(self.layer.contract(*part, plan.kron, tokens=False)) for part in parts)
+        return reduce(torch.add, made) if plan.total else torch.cat(list(made))
+
+    def _block_is_cheaper(self, kept: Tensor) -> bool:
+        """Whether a Kron costs less on the blocks of the examples than on the factors of their positions."""
+        if self.plan.of_factors or self.plan.share or self.tokens is not None:
+            return False
+        out, into = self.layer.out_features, self.layer.in_features
+        return prod(kept.shape[1:-1]) * (out + into) * max(out, into) > out * into * (out + into)
+
+    def _rotated(self, kept: Tensor, g: Tensor) -> Tensor:
+        plan, step = self.plan, self.plan.rows_at_once
+        pairs = zip(kept.split(step), g.split(step), strict=True) if step < len(g) else [(kept, g)]
+        made = [plan.within(plan.kron(self.layer.contract(*pair, Kron(), tokens=False))) for pair in pairs]
+        return reduce(torch.add, made) if plan.total else torch.cat(made)
+
+    def _of_factors(self, summed: FactorSummed, x: Tensor, g: Tensor) -> Tensor:
+        """The statistic of the factors `[batch, positions, ...]`, over the positions that count."""
+        counts = g.new_ones(x.shape[:2])
+        if self.counts is not None and self.counts.shape == counts.shape:
+            counts = self.counts.to(counts)
+        elif self.counts is not None and x.shape[1] > 1:  # other positions than the loss knows of
+            counts = _with_gradient(g).to(counts)
+        if self.tokens is not None:
+            x, g, counts = (_by_token(v, self.tokens, self.path) for v in (x, g, counts[..., None]))
+            x, g, counts = x.flatten(0, 1)[:, None], g.flatten(0, 1)[:, None], counts.flatten(0, 1)
+        return summed.of(x, g, counts)[None]
+
+
+def _with_gradient(g: Tensor) -> Tensor:
+    """The positions that the loss depends on; padding is none of them."""
+    return (g != 0).any(-1)
 
 
 def _no_tokens(path: str) -> InputError:
     return InputError(f"{path} has no gradient of each token: --exclude '{path}'")
+
+
+def _no_factors(path: str, noun: str) -> InputError:
+    return InputError(
+        f"{path} has no input and output gradient of its own, which {noun} is fitted from: --exclude '{path}'"
+    )
 
 
 def _by_token(v: Tensor, tokens: int, path: str) -> Tensor:
@@ -209,6 +273,12 @@ class Engine:
             self._lowered = lower(self.transform, specs.values(), frozenset(self._shared))
         return self._lowered
 
+    @property
+    def summed(self) -> bool:
+        """Whether results are sums over the rows of a batch."""
+        stages = self.transform.stages if isinstance(self.transform, Chain) else (self.transform,)
+        return bool(stages) and isinstance(stages[-1], Summed | FactorSummed)
+
     def __call__(self, batch: Batch) -> Rows:
         with self._ready():
             self._retry(self._look, batch)
@@ -247,16 +317,23 @@ class Engine:
         tokens = (batch["input_ids"].shape[1],) if self.view.tokens else ()
         slots = {
             name: torch.zeros((), dtype=plan.dtype, device=plan.device)
-            .expand(size, *tokens, *plan.shape)
+            .expand(*((1,) if plan.total else (size, *tokens)), *plan.shape)
             .requires_grad_()
             for name, plan in lowered.plans.items()
             if name in probed
         }
+        positions = getattr(self.loss, "positions", None)
 
         def factors(site: Site, layer: Layer, where: Where | None) -> _Factors:
             if tokens and (where is not None or isinstance(layer, Conv)):
                 raise _no_tokens(site.path)
-            return _Factors(lowered.plans[site.block], layer, site.path, *tokens or (None,), where)
+            plan = lowered.plans[site.block]
+            if plan.of_factors is None:
+                return _Factors(plan, layer, site.path, *tokens or (None,), where)
+            if where is not None or not layer.has_factors:
+                raise _no_factors(site.path, plan.of_factors.noun)
+            counts = None if positions is None else positions(batch, site.path)
+            return _Factors(plan, layer, site.path, *tokens or (None,), counts=counts)
 
         losses = self._losses(batch, slots, factors)
         if slots and not losses.requires_grad:
@@ -270,7 +347,8 @@ class Engine:
         blocks = {name: blocks[name] for name in lowered.plans}
         if self.view.tokens:
             real = batch["attention_mask"].bool() if "attention_mask" in batch else ...
-            blocks = {name: value[real] for name, value in blocks.items()}
+            plans = lowered.plans
+            blocks = {n: value if plans[n].total else value[real] for n, value in blocks.items()}
         return Rows(lowered.finish(blocks), losses.detach())
 
     def _losses(self, batch: Batch, slots: Blocks, factors: MakeFactors) -> Float[Tensor, " batch"]:
@@ -282,10 +360,12 @@ class Engine:
         params = params_of(self.model)
 
         def one(slots: Blocks, example: Batch) -> Tensor:
-            with self._probes(slots, factors, size=None):
+            with self._probes(slots, factors, size=None, mark=next(iter(example.values()))):
                 return self.loss(params, example)
 
-        return vmap(one)(slots, dict(batch))
+        # A slot of one row for a batch of several is for a sum over them.
+        shared = {name: None if len(slot) != _size(batch) else 0 for name, slot in slots.items()}
+        return vmap(one, in_dims=(shared, 0))(slots, dict(batch))
 
     def _unprobed_blocks(self, batch: Batch) -> Blocks:
         """Blocks of the weights that no probe sees: `vmap(grad)` with respect to these parameters alone."""
@@ -300,6 +380,9 @@ class Engine:
         def loss(params: Params, example: Example) -> Tensor:
             return self.loss({**fixed, **params}, example)
 
+        for site in sites:
+            if of := self.lowered().plans[site.block].of_factors:
+                raise _no_factors(site.path, of.noun)
         blocks, plans = blocks_of(sites, definition(loss, some, batch)), self.lowered().plans
         return {
             name: plans[name].within(plans[name].kron(G.to(plans[name].dtype))) for name, G in blocks.items()
@@ -356,7 +439,9 @@ class Engine:
         return {path for path, grad in zip(silent, grads, strict=True) if grad is not None}
 
     @contextmanager
-    def _probes(self, slots: Blocks, factors: MakeFactors, size: int | None) -> Iterator[None]:
+    def _probes(
+        self, slots: Blocks, factors: MakeFactors, size: int | None, mark: Tensor | None = None
+    ) -> Iterator[None]:
         """Every probed weight's module calls a tap, which puts the weight's probes behind its output."""
         calls: Counter[str] = Counter()
         by_module: dict[int, list[Site]] = {}
@@ -384,7 +469,7 @@ class Engine:
                     where = _where(ragged, size) if ragged else None
                     made = factors(site, layer, where)
                     one = size if where is None else None
-                    y = _put(site, made, x.detach(), y, slots[site.block], one, self._copies)
+                    y = _put(site, made, x.detach(), y, slots[site.block], one, self._copies, mark)
                 return y
 
             return tap
@@ -396,19 +481,26 @@ class Engine:
 
 
 def _put(
-    site: Site, factors: "_Factors | _Watch", x: Tensor, y: Tensor, slot: Tensor, size: int | None, copy: bool
+    site: Site,
+    factors: "_Factors | _Watch",
+    x: Tensor,
+    y: Tensor,
+    slot: Tensor,
+    size: int | None,
+    copy: bool,
+    mark: Tensor | None,
 ) -> Tensor:
     """Put one probe behind `y`; with a batch of `size` examples, whatever is in front is split by example."""
     kept = factors.keep(x)
     if size is None or len(kept) == size:
-        return _Probe.apply(y, slot, kept, factors.pullback, copy)  # pyright: ignore[reportReturnType]
+        return _Probe.apply(y, slot, kept, factors.pullback, copy, mark)  # pyright: ignore[reportReturnType]
     if len(kept) == 1:  # the same for all examples: positions, say
         kept, y = kept.expand(size, *kept.shape[1:]), y.expand(size, *y.shape[1:])
-        return _Probe.apply(y, slot, kept, factors.pullback, copy)  # pyright: ignore[reportReturnType]
+        return _Probe.apply(y, slot, kept, factors.pullback, copy, mark)  # pyright: ignore[reportReturnType]
     if len(kept) % size:
         raise _MixedError(site.path)
     kept, y = kept.unflatten(0, (size, -1)), y.unflatten(0, (size, -1))
-    return _Probe.apply(y, slot, kept, factors.pullback, copy).flatten(0, 1)  # pyright: ignore
+    return _Probe.apply(y, slot, kept, factors.pullback, copy, mark).flatten(0, 1)  # pyright: ignore
 
 
 def _where(ragged: tuple[Tensor, Tensor, int], size: int | None) -> Where:

@@ -10,23 +10,30 @@ import torch
 from torch import Tensor, nn
 
 import gradfn
+from gradfn.curvature import Curvature, mix, mixing_coefficient
 from gradfn.data import offsets_of
 from gradfn.errors import InputError
-from gradfn.fold import mean, total
+from gradfn.fold import fit, mean, sums_of, total
 from gradfn.hf.models import model_fingerprint
 from gradfn.layers import Linear, View, find_sites, uncovered
 from gradfn.losses import CausalLMLoss, ModelLoss, causal_lm_loss
 from gradfn.probes import Engine, probe_engine
-from gradfn.store import Store, differing, open_store, open_writer
-from gradfn.stream import TOKEN_BATCH_SIZE, Progress, gather, lengths_of, stream
-from gradfn.transforms import Transform, UnitNormalize, chain, dot, project, unit_normalize
+from gradfn.sampling import sample_labels
+from gradfn.scoring import Method, on_device_of
+from gradfn.spectrum import Spectrum
+from gradfn.store import Store, Writer, differing, open_store, open_writer
+from gradfn.stream import TOKEN_BATCH_SIZE, Progress, gather, lengths_of
+from gradfn.transforms import Transform, UnitNormalize, chain, project, unit_normalize
+from gradfn.transforms.precondition import digest_of
 from gradfn.types import Blocks, Data, LossFn, Rows
 
 Settings = Mapping[str, Any]
 Aggregation = Literal["mean", "sum"]
 GRADIENTS = "gradients/"
 SHARES = "scores_by/"
-SEGMENT_BATCHES = 16
+CURVATURE = "curvature/"
+Labels = Literal["data", "model"]
+SEGMENT_BATCHES = 64
 SEGMENT_BYTES = 256 << 20
 READ_BYTES = 256 << 20
 TEXT_CHARACTERS = 4096
@@ -112,8 +119,11 @@ def merged(settings: dict[str, Any], more: Settings | None) -> dict[str, Any]:
     return result
 
 
-def transform_of(settings: Settings) -> Transform:
+def transform_of(settings: Settings, normalize: Transform | None = None) -> Transform:
     """Make the transform again from the settings that a store recorded.
+
+    Args:
+        normalize: the optimizer's normalisation that the settings tell by a digest.
 
     Raises:
         InputError: the chain has a stage that holds tensors, which a store records by digest only.
@@ -129,6 +139,8 @@ def transform_of(settings: Settings) -> Transform:
                 stages.append(project(**fields))
             case "UnitNormalize":
                 stages.append(unit_normalize())
+            case "Adam" | "Adafactor" if normalize is not None:
+                stages.append(normalize)
             case name:
                 raise InputError(f"{name} cannot be made from a store's settings: give its transform again")
     return chain(*stages)
@@ -137,7 +149,7 @@ def transform_of(settings: Settings) -> Transform:
 def plan_slices(
     lengths: np.ndarray, token_batch_size: int, row_bytes: int | np.ndarray
 ) -> list[tuple[int, int]]:
-    """Cut rows into the slices of segments: at most 16 batches of tokens and 256 MiB each.
+    """Cut rows into the slices of segments: at most 64 batches of tokens and 256 MiB each.
 
     >>> plan_slices(np.array([4, 4, 4]), token_batch_size=1, row_bytes=200 << 20)
     [(0, 1), (1, 2), (2, 3)]
@@ -329,15 +341,13 @@ def reduce(
     transform = transform or chain()
     known = describe(model, data, transform, loss=loss, view=view)
     known = merged({**known, "aggregation": aggregation}, settings)
-    engine = probe_engine(model, loss or causal_lm_loss(model), transform, view=view)
     fold = mean() if aggregation == "mean" else total()
+    summed = chain(transform, fold.stage())
+    engine = probe_engine(model, loss or causal_lm_loss(model), summed, view=view)
     with open_writer(run, "store", known, 1, overwrite) as writer:
         if not writer.complete:
-            state, losses = fold.init(), 0.0
-            for _, result in stream(engine, data, token_batch_size=token_batch_size, progress=progress):
-                state = fold.update(state, result.values)  # pyright: ignore[reportArgumentType]
-                losses += float(result.losses.double().sum())
-            blocks = fold.finalize(state)
+            sums, losses = sums_of(fold, engine, data, token_batch_size=token_batch_size, progress=progress)
+            blocks = fold.finalize(sums)
             count = len(data) if aggregation == "mean" else 1
             beside = Rows(blocks, torch.tensor([losses / count], dtype=torch.float64))
             row = {"rows/id": [aggregation], "rows/text": [f"{aggregation} of {len(data)} rows"],
@@ -354,8 +364,8 @@ def score_run(
     run: str | Path,
     model: nn.Module,
     train: Data,
-    queries: Blocks,
-    transform: Transform,
+    queries: Blocks | None,
+    method: Method,
     *,
     by_block: bool = False,
     loss: LossFn | None = None,
@@ -369,21 +379,51 @@ def score_run(
     """Write the scores of every row against queries to `RUN/scores.h5`, `/scores [rows, queries]` float32.
 
     Args:
-        queries: the queries' gradients, transformed, `{block: [queries, ...]}`.
-        transform: the training side of the method.
+        queries: the queries' gradients after the method's `query`, `{block: [queries, ...]}`; None for the
+            rows' self-influence.
+        method: see `score`; for several dampings the queries of one come after those of the other.
         by_block: write each block's share of the scores too, `/scores_by/<block>`.
         fixed: arrays about the queries, kept in the index.
         run, model, train, loss, view, token_batch_size, settings, overwrite, progress: see
             `build`.
     """
-    known = {**describe(model, train, transform, loss=loss, view=view), "by_block": by_block}
-    there = {name: value.to(_device(model)) for name, value in queries.items()}
-    ending = chain(transform, dot(there, by_block=by_block))
-    engine = probe_engine(model, loss or causal_lm_loss(model), ending, view=view)
+    known = {**describe(model, train, method.train, loss=loss, view=view), "by_block": by_block}
+    known["method"] = method_settings(method)
+    if queries is None:
+        scorer = method.self_scorer(by_block=by_block)
+    else:
+        scorer = method.scorer(on_device_of(model, queries), by_block=by_block)
+    engine = probe_engine(model, loss or causal_lm_loss(model), scorer, view=view)
     return _write_run(
         run, "scores", engine, train, merged(known, settings), _score_arrays,
         token_batch_size=token_batch_size, overwrite=overwrite, progress=progress, fixed=fixed,
     )  # fmt: skip
+
+
+def write_scores(
+    run: str | Path,
+    train: Data,
+    result: Rows,
+    *,
+    settings: Settings,
+    fixed: Mapping[str, Any] | None = None,
+    tokens: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write scores at hand to `RUN/scores.h5`, with what lies beside the rows.
+
+    Args:
+        result: scores `[rows, queries]` and the rows' losses.
+        tokens: whether a row of the scores is a token.
+        run, train, settings, fixed, overwrite: see `score_run`.
+    """
+    beside = _token_arrays if tokens else _row_arrays
+    with open_writer(run, "scores", settings, len(result.values), overwrite) as writer:
+        for start, stop in writer.missing([(0, len(result.values))]):
+            rows = {**_score_arrays(result.values), **beside(train, range(len(train)), result)}
+            writer.write(start, stop, {name: values[start:stop] for name, values in rows.items()})
+        kept = {**(fixed or {}), **(_token_facts(train, offsets_of(lengths_of(train))) if tokens else {})}
+        return writer.finish({n: storable(v) if isinstance(v, list) else v for n, v in kept.items()})
 
 
 def _score_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
@@ -395,23 +435,173 @@ def _score_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
             **{SHARES + name: share.float().numpy() for name, share in values.items()}}  # fmt: skip
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def method_settings(method: Method) -> dict[str, Any]:
+    """What a run records of a method beside its transforms.
+
+    >>> method_settings(Method(chain(), chain()))
+    {'norm': 'none', 'curvature': None}
+    """
+    H = method.curvature
+    if H is None:
+        return {"norm": method.norm, "curvature": None}
+    dampings = [None if damping is None else str(damping) for damping in method.damping]
+    return {"norm": method.norm, "curvature": digest_of(H), "damping": dampings}
 
 
-def without_unit_norm(settings: Settings) -> dict[str, Any]:
-    """Settings of a transform, the final unit norm left out: a norm can be added to stored rows later."""
-    stages = list(settings["transform"]["chain"])
-    if stages and stages[-1]["transform"] == "UnitNormalize":
-        stages.pop()
-    return {"chain": stages}
+def hessian(
+    run: str | Path,
+    model: nn.Module,
+    data: Data,
+    fold: Any,
+    transform: Transform | None = None,
+    *,
+    labels: Labels = "data",
+    seed: int = 0,
+    loss: LossFn | None = None,
+    view: View | None = None,
+    partitions: int = 1,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Curvature:
+    """Fit a curvature and write it to `RUN/hessian.h5`; what is there is taken if it was made alike.
+
+    Args:
+        run: the run directory.
+        fold: `second_moment()`, `kfac()`, `ekfac()`, `shampoo()` or `tkfac()`.
+        labels: "data", or "model" for labels drawn from the model with `seed`; see `sample_labels`.
+        model, data, transform, loss, view, partitions, token_batch_size, progress: see `fit`.
+        settings, overwrite: see `build`.
+
+    Raises:
+        InputError: see `fit`; the directory holds a curvature made otherwise.
+    """
+    known = describe(model, data, transform, loss=loss, view=view)
+    known["hessian"] = {"kind": str(fold), "labels": labels, "seed": seed if labels == "model" else None}
+    with _curvature_writer(run, merged(known, settings), overwrite) as writer:
+        if writer.complete:
+            return load_curvature(run)
+        if labels == "model":
+            loss = loss or causal_lm_loss(model)
+            data = sample_labels(loss, data, seed, token_batch_size=token_batch_size)
+        curvature: Curvature = fit(
+            fold, model, data, transform, loss=loss, view=view, partitions=partitions,
+            token_batch_size=token_batch_size, progress=progress,
+        )  # fmt: skip
+        _write_curvature(writer, curvature)
+    return curvature
+
+
+def mix_runs(
+    run: str | Path,
+    query: str | Path,
+    train: str | Path,
+    *,
+    coefficient: float | None = None,
+    components: int = 1000,
+    overwrite: bool = False,
+) -> tuple[Curvature, float]:
+    """Mix two curvatures on disk, `H = a H_query + (1 - a) H_train`, to `RUN/hessian.h5`; returns it and `a`.
+
+    Args:
+        coefficient: a; None means TrackStar's, see `mixing_coefficient`.
+        components: TrackStar's number of directions to count less.
+
+    Raises:
+        InputError: they were fitted on different models, layers or projections.
+    """
+    with open_curvature(query) as a, open_curvature(train) as b:
+        refuse_mismatch(a.settings, b.settings, f"the curvature in {query}")
+        sides = a.settings, b.settings
+    H_query, H_train = load_curvature(query), load_curvature(train)
+    weight = mixing_coefficient(H_query, H_train, components) if coefficient is None else coefficient
+    mixed = mix(H_query, H_train, weight)
+    parts = {"query": H_query.digest, "train": H_train.digest, "coefficient": weight}
+    shared = {key: sides[1][key] for key in ("gradfn", "model", "layers", "transform", "tokenizer", "loss")
+              if key in sides[1]}  # fmt: skip
+    prints = "+".join(str(side["data"]["fingerprint"]) for side in sides)
+    known = {
+        **shared,
+        "hessian": {"kind": f"mix of {H_query.kind}", **parts},
+        "data": {"fingerprint": prints},
+    }
+    with _curvature_writer(run, known, overwrite) as writer:
+        if not writer.complete:
+            _write_curvature(writer, mixed)
+    return mixed, weight
+
+
+def _curvature_writer(run: str | Path, settings: Settings, overwrite: bool) -> Any:
+    return open_writer(run, "hessian", settings, 1, overwrite)
+
+
+def _write_curvature(writer: Writer, curvature: Curvature) -> None:
+    """One row that says what there is, and the arrays of every block beside it."""
+    fixed: dict[str, Any] = {"blocks": list(curvature)}
+    for name, one in curvature.items():
+        parts = {"left": one.left, "right": one.right, "values": one.values}
+        if one.sides is not None:
+            parts |= {"left_values": one.sides[0], "right_values": one.sides[1]}
+        fixed |= {f"{CURVATURE}{name}/{key}": v.cpu().numpy() for key, v in parts.items() if v is not None}
+    if writer.missing([(0, 1)]):
+        writer.write(0, 1, {"fit/kind": [curvature.kind], "fit/rows": np.array([curvature.rows])})
+    writer.finish(fixed)
+
+
+def open_curvature(run: str | Path) -> Store:
+    """Open what `hessian` or `mix_runs` wrote."""
+    return open_store(run, "hessian")
+
+
+def load_curvature(run: str | Path) -> Curvature:
+    """Read what `hessian` or `mix_runs` wrote.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    with open_curvature(run) as store:
+        fixed = set(store.header.fixed)
+
+        def part(name: str, key: str) -> Tensor | None:
+            path = f"{CURVATURE}{name}/{key}"
+            return torch.from_numpy(store.fixed(path)) if path in fixed else None
+
+        spectra = {}
+        for name in store.fixed("blocks").tolist():
+            left, right, values = (part(name, key) for key in ("left", "right", "values"))
+            sides = part(name, "left_values"), part(name, "right_values")
+            assert right is not None
+            assert values is not None
+            both = None if sides[0] is None or sides[1] is None else (sides[0], sides[1])
+            spectra[name] = Spectrum(left, right, values, both)
+        return Curvature(str(store.read("fit/kind")[0]), spectra, int(store.read("fit/rows")[0]))
+
+
+LAST = ("Precondition", "UnitNormalize")
+"""What may come last in a chain, in this order."""
+
+
+def tail_of(settings: Settings) -> list[dict[str, Any]]:
+    """The curvature and the unit norm at the end of a transform's settings."""
+    stages, tail = list(settings["transform"]["chain"]), []
+    for name in reversed(LAST):
+        if stages and stages[-1]["transform"] == name:
+            tail.insert(0, stages.pop())
+    return tail
+
+
+def base_of(settings: Settings) -> dict[str, Any]:
+    """Settings of a transform, what `tail_of` gives left out: it can be added to stored rows later."""
+    stages = settings["transform"]["chain"]
+    return {"chain": stages[: len(stages) - len(tail_of(settings))]}
 
 
 def refuse_mismatch(stored: Settings, wanted: Settings, what: str) -> None:
     """Refuse to compare gradients that were made differently.
 
-    Compared: the model, the tokenizer (where both record one), the layers and the transform. A final unit
-    norm may be added to what is stored, but not taken away.
+    Compared: the model, the tokenizer (where both record one), the layers and the transform. A curvature and
+    a final unit norm may be added to what is stored; a unit norm cannot be taken away.
 
     Raises:
         InputError: naming what differs, with both values.
@@ -437,7 +627,7 @@ def _compared(settings: Settings, other: Settings) -> dict[str, Any]:
     compared = {
         "model": model["fingerprint"] if same else _model_in_words(model),
         "layers": settings["layers"],
-        "transform": without_unit_norm(settings),
+        "transform": base_of(settings),
     }
     prints = [side.get("tokenizer", {}).get("fingerprint") for side in (settings, other)]
     return compared if None in prints else {**compared, "tokenizer": prints[0]}
@@ -474,29 +664,24 @@ def read_gradients(store: Store, start: int = 0, stop: int | None = None) -> Blo
     return {n.removeprefix(GRADIENTS): torch.from_numpy(store.read(n, start, stop)) for n in names}
 
 
-def stored_scores(
-    store: Store, queries: Blocks, *, unit: bool = False, rows_per_chunk: int | None = None
-) -> Iterator[Tensor]:
+def stored_scores(store: Store, scorer: Transform, *, rows_per_chunk: int | None = None) -> Iterator[Tensor]:
     """Stream the scores of a store's rows against queries, chunk by chunk in row order: `[chunk, queries]`.
 
     Args:
         store: what `build` wrote.
-        queries: `{block: [queries, ...]}`, made with the store's transform.
-        unit: divide by the rows' norms (the queries' are the caller's to divide by).
+        scorer: from stored rows to scores, a method's `scorer`.
         rows_per_chunk: rows in memory at a time; None: as many as 256 MiB hold.
     """
-    final = chain(*([unit_normalize()] if unit else []), dot(queries))
     names = store.names(GRADIENTS)
     row_bytes = sum(4 * int(np.prod(store.shape(name)[1:])) for name in names)
     for _, _, arrays in store.chunks(names, rows_per_chunk or max(1, READ_BYTES // row_bytes)):
         rows = {name.removeprefix(GRADIENTS): torch.from_numpy(a) for name, a in arrays.items()}
-        yield final(rows)  # pyright: ignore[reportReturnType]
+        yield scorer(rows)  # pyright: ignore[reportReturnType]
 
 
-def stored_shares(store: Store, row: int, queries: Blocks, *, unit: bool = False) -> Blocks:
+def stored_shares(store: Store, row: int, scorer: Transform) -> Blocks:
     """Each block's share of a stored row's scores, `{block: [queries]}`; they sum to `stored_scores`."""
-    final = chain(*([unit_normalize()] if unit else []), dot(queries, by_block=True))
-    shares: Any = final(read_gradients(store, row, row + 1))
+    shares: Any = scorer(read_gradients(store, row, row + 1))
     return {name: share[0] for name, share in shares.items()}
 
 

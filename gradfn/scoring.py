@@ -4,34 +4,105 @@ One convention of sign everywhere: a positive score is a proponent, a training s
 query's loss.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradfn.data import offsets_of
 from gradfn.errors import InputError
 from gradfn.layers import View
 from gradfn.losses import causal_lm_loss
-from gradfn.probes import probe_engine
-from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect, stream
-from gradfn.transforms import Transform, chain, dot
+from gradfn.probes import Engine, probe_engine
+from gradfn.spectrum import Damping, Spectrum
+from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect, result_numbers, results_per_row, stream_to_host
+from gradfn.transforms import Dot, SelfDot, Transform, chain, dot, unit_normalize
+from gradfn.transforms.precondition import Rotate, RotateFlat, precondition
 from gradfn.types import Blocks, Data, LossFn
+
+Norm = Literal["none", "cosine", "relative"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """An attribution method: `score(z, q) = <train(grad z), query(grad q)>`.
+    """An attribution method: `score(z, q) = <train(grad z), query(grad q)>`, in the geometry of a curvature.
+
+    With a curvature H, an inner product takes `H^-1` on the query alone; a cosine takes `H^-1/2` on
+    both sides and the norm after it. The rows are only rotated into the eigenbasis; powers and dampings are
+    in what they are compared with, so several dampings cost one pass.
 
     Args:
-        train: what is done to the gradients of training rows.
-        query: what is done to the gradients of queries.
+        train: what is done to the gradients of training rows, before any curvature.
+        query: what is done to the gradients of queries, before any curvature.
+        curvature: one spectrum a block, of what `train` and `query` give.
+        damping: of the curvature; for several, scores come for each of them.
+        norm: "cosine" instead of an inner product, taken in the geometry of the curvature if there is one;
+            "relative" divides an inner product by `|H^-1 g|` of the row, which keeps outliers from being
+            everyone's proponents (RelatIF).
+        solve: instead of a curvature: any other map of the queries, all at once.
+
+    Source: RelatIF: Barshan et al., arXiv:2003.11630, section 4.
     """
 
     train: Transform
     query: Transform
+    curvature: Mapping[str, Spectrum] | None = field(default=None, repr=False)
+    damping: tuple[Damping | None, ...] = (Damping(),)
+    norm: Norm = "none"
+    solve: Callable[[Blocks], Blocks] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.damping:
+            raise InputError("a method needs one damping or more (None is the pseudo-inverse)")
+        if self.curvature is None and len(self.damping) > 1:
+            raise InputError("several dampings need a curvature: fit one")
+
+    def scorer(self, queries: Blocks, *, by_block: bool = False) -> Transform:
+        """What turns gradients of training rows into scores `[rows, dampings * queries]`.
+
+        Args:
+            queries: gradients of the queries after `query`.
+            by_block: keep each block's share apart, see `dot`.
+        """
+        H, queries = self.curvature, self.solve(queries) if self.solve else queries
+        if H is None:
+            queries = unit_normalize()(queries) if self.norm == "cosine" else queries
+            return chain(self.train, Dot(queries, unit=self.norm != "none", by_block=by_block))
+        if self.norm == "none":
+            powers = [precondition(H, -1.0, damping)(queries) for damping in self.damping]
+            return chain(self.train, dot(_joined(powers), by_block=by_block))
+        rotate = chain(Rotate(H), RotateFlat(H))
+        parts = [self._compared(rotate(queries), damping) for damping in self.damping]  # pyright: ignore
+        targets, squares = (_joined([part[i] for part in parts]) for i in (0, 1))
+        return chain(self.train, rotate, Dot(targets, unit=True, by_block=by_block, weights=squares))
+
+    def _compared(self, queries: Blocks, damping: Damping | None) -> tuple[Blocks, Blocks]:
+        """In the eigenbasis: what rows meet, and the weights of the squares in their norm, `[1, ...]`.
+
+        Cosine: `<W g, u> / |W g|`, `W = H^-1/2`, `u = W q / |W q|`. Relative: `<g, H^-1 q> / |H^-1 g|`.
+        """
+        assert self.curvature is not None
+        power = -0.5 if self.norm == "cosine" else -1.0
+        weights = {name: self.curvature[name].power(power, damping) for name in queries}
+        targets = {name: G * weights[name].to(G) for name, G in queries.items()}
+        if self.norm == "cosine":
+            targets = {name: G * weights[name].to(G) for name, G in unit_normalize()(targets).items()}
+        return targets, {name: w.square()[None] for name, w in weights.items()}
+
+    def self_scorer(self, *, by_block: bool = False) -> Transform:
+        """What turns gradients of rows into their self-influence `<g, H^-1 g>`, `[rows, dampings]`."""
+        if self.curvature is None:
+            return chain(self.train, SelfDot(by_block=by_block))
+        H = self.curvature
+        powers = [{name: one.power(-1.0, d)[None] for name, one in H.items()} for d in self.damping]
+        return chain(self.train, Rotate(H), RotateFlat(H), SelfDot(_joined(powers), by_block))
+
+
+def _joined(parts: Sequence[Blocks]) -> Blocks:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class TopK(NamedTuple):
@@ -67,8 +138,9 @@ def score(
         view, token_batch_size, progress: see `collect`.
 
     Returns:
-        float scores `[rows, queries]`; positive = proponent. By block `{module path: [rows, queries]}`, which
-        sums to them. Where the view is by token, a row is a token of a training row, as in `collect`.
+        float scores `[rows, queries]`; positive = proponent. For several dampings the queries of one come
+        after those of the other, `[rows, dampings * queries]`. By block `{module path: [rows, queries]}`,
+        which sums to them. Where the view is by token, a row is a token of a training row, as in `collect`.
 
     >>> from gradfn.methods import grad_dot
     >>> net = nn.Linear(2, 1, bias=False)
@@ -81,7 +153,7 @@ def score(
     """
     queries = _queries(model, query, method, query_loss or loss, view, token_batch_size)
     return collect(
-        model, train, chain(method.train, dot(queries, by_block=by_block)), loss=loss, view=view,
+        model, train, method.scorer(queries, by_block=by_block), loss=loss, view=view,
         token_batch_size=token_batch_size, progress=progress,
     )  # fmt: skip
 
@@ -142,30 +214,66 @@ def extremes(chunks: Iterable[Tensor], k: int) -> tuple[TopK, TopK]:
     >>> proponents.rows, opponents.rows
     (tensor([[1]]), tensor([[2]]))
     """
+
+    def numbered() -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for chunk in chunks:
+            yield torch.arange(start, start + len(chunk)), chunk
+            start += len(chunk)
+
+    return _extremes(numbered(), k)
+
+
+def extremes_of(
+    engine: Engine,
+    data: Data,
+    k: int,
+    *,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    progress: Progress | None = None,
+) -> tuple[TopK, TopK]:
+    """The `k` highest and `k` lowest rows of an engine that gives scores; a batch of these is held at a time.
+
+    Args:
+        engine: its transform ends in `dot`; where its view is by token, a row is a token.
+        data, token_batch_size, progress: see `stream`.
+        k: how many of each.
+    """
+    offsets = offsets_of(results_per_row(engine, data))
+    results = stream_to_host(engine, data, token_batch_size=token_batch_size, progress=progress)
+    numbered = ((torch.from_numpy(result_numbers(rows, offsets)), scores) for rows, (scores, _) in results)
+    return _extremes(numbered, k)  # pyright: ignore[reportArgumentType]
+
+
+def _extremes(chunks: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[TopK, TopK]:
+    """The highest and the lowest of chunks `(row numbers, scores [rows, queries])`, in whatever order."""
     if k < 1:
         raise InputError(f"top must be 1 or more, not {k}")
     highest: TopK | None = None
     lowest: TopK | None = None
-    start = 0
-    for chunk in chunks:
-        rows = torch.arange(start, start + len(chunk))
-        highest = _extend(highest, chunk, rows, k, largest=True)
-        lowest = _extend(lowest, chunk, rows, k, largest=False)
-        start += len(chunk)
+    for rows, scores in chunks:
+        highest = _extend(highest, scores, rows, k, largest=True)
+        lowest = _extend(lowest, scores, rows, k, largest=False)
     if highest is None or lowest is None:
         raise InputError("no rows to rank")
     return highest, lowest
 
 
-def _extend(best: TopK | None, chunk: Tensor, rows: Tensor, k: int, largest: bool) -> TopK:
+def _extend(kept: TopK | None, chunk: Tensor, rows: Tensor, k: int, largest: bool) -> TopK:
     """The best of those kept and of a chunk; equal scores stand in the order of their rows."""
-    scores, rows = chunk.T, rows.expand(chunk.shape[1], -1)
-    if best is not None:
-        scores, rows = torch.cat([best.scores, scores], 1), torch.cat([best.rows, rows], 1)
+    by_row = rows.argsort()
+    new = _first(TopK(chunk[by_row].T, rows[by_row].expand(chunk.shape[1], -1)), k, largest)
+    if kept is None:
+        return new
+    scores, rows = torch.cat([kept.scores, new.scores], 1), torch.cat([kept.rows, new.rows], 1)
     by_row = rows.argsort(dim=1)
-    scores, rows = scores.gather(1, by_row), rows.gather(1, by_row)
-    order = scores.argsort(dim=1, descending=largest, stable=True)[:, :k]
-    return TopK(scores.gather(1, order), rows.gather(1, order))
+    return _first(TopK(scores.gather(1, by_row), rows.gather(1, by_row)), k, largest)
+
+
+def _first(ranked: TopK, k: int, largest: bool) -> TopK:
+    """The best of candidates in the order of their rows."""
+    order = ranked.scores.argsort(dim=1, descending=largest, stable=True)[:, :k]
+    return TopK(ranked.scores.gather(1, order), ranked.rows.gather(1, order))
 
 
 def best(
@@ -184,7 +292,7 @@ def best(
     """The `k` strongest proponents and the `k` strongest opponents of every query, in one pass.
 
     Equal to `extremes([score(...)], k)`, but only one batch of scores is held at a time, so any number of
-    rows will do.
+    rows will do. Where the view is by token, a row is a token of a training row, as in `score`.
 
     Args:
         k: how many of each; fewer are returned where there are fewer rows.
@@ -206,18 +314,6 @@ def best(
         raise InputError(f"top must be 1 or more, not {k}")
     if not len(train):
         raise InputError("the data has no rows: give at least one example")
-    view = view or View()
-    if view.tokens:
-        raise InputError("the best rows are examples: view them by example, and the best of them by token")
     queries = _queries(model, query, method, query_loss or loss, view, token_batch_size)
-    engine = probe_engine(model, loss or causal_lm_loss(model), chain(method.train, dot(queries)), view=view)
-    highest: TopK | None = None
-    lowest: TopK | None = None
-    for numbers, result in stream(engine, train, token_batch_size=token_batch_size, progress=progress):
-        assert isinstance(result.values, Tensor)
-        scores, rows = result.values.cpu(), torch.from_numpy(numbers)
-        highest = _extend(highest, scores, rows, k, largest=True)
-        lowest = _extend(lowest, scores, rows, k, largest=False)
-    assert highest is not None
-    assert lowest is not None
-    return highest, lowest
+    engine = probe_engine(model, loss or causal_lm_loss(model), method.scorer(queries), view=view)
+    return extremes_of(engine, train, k, token_batch_size=token_batch_size, progress=progress)

@@ -53,3 +53,14 @@ def test_state_is_float64_on_the_cpu_whatever_comes():
 def test_a_transform_that_ends_in_scores_cannot_be_folded():
     with pytest.raises(TypeError, match="must not end in scores"):
         fit(mean(), MODEL, ROWS, dot(DENSE), loss=LOSS)
+
+
+def test_a_gradient_that_is_not_finite_is_found_in_a_sum():
+    net = nn.Linear(1, 1, bias=False)
+
+    def loss(params, e):
+        return torch.func.functional_call(net, params, (e["x"],)).sum().abs().sqrt()
+
+    rows = [{"x": torch.ones(1)}, {"x": torch.zeros(1)}]
+    with pytest.raises(InputError, match=r"a gradient among those of row 0, row 1 is NaN or infinite"):
+        fit(mean(), net, rows, loss=loss)

@@ -9,6 +9,8 @@ from gradfn.layers import View, find_sites
 from gradfn.losses import causal_lm_loss
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
+from gradfn.testing.naive import naive_grads
+from gradfn.testing.strategies import SquaredError, randomize
 from gradfn.transforms import chain, dot, project, unit_normalize
 
 ROWS = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([1, 2, 3, 4], [5, 6, 7])]
@@ -131,3 +133,85 @@ def test_an_unknown_fused_layout_is_refused():
 
 def test_the_loss_that_knows_the_head_agrees():
     assert causal_lm_loss(language_model("llama")).fused_head
+
+
+class Attentive(nn.Module):
+    """nn.MultiheadAttention with one weight of q, k and v, or one each, and a linear layer."""
+
+    def __init__(self, own, bias):
+        super().__init__()
+        sizes = {"kdim": 4, "vdim": 5} if own else {}
+        self.attn = nn.MultiheadAttention(6, 2, bias=bias, batch_first=True, **sizes)
+        self.out, self.own = nn.Linear(6, 2), own
+
+    def forward(self, x):
+        key, value = (x[..., :4], x[..., :5]) if self.own else (x, x)
+        return self.out(self.attn(x, key, value, need_weights=False)[0]).tanh().sum(-2)
+
+
+ATTENTIVE = View(
+    heads={"attn.in_proj*": Heads("rows", "(h d)", h=2), "attn.out_proj": Heads("columns", "(h d)", h=2)}
+)
+
+
+@pytest.fixture(params=[False, True], ids=["one weight", "three weights"])
+def attentive(request):
+    return request.param
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transform", [chain(), chain(project(2), unit_normalize())])
+def test_declared_heads_of_torchs_own_attention_are_parts_of_the_naive_gradient(attentive, bias, transform):
+    net = randomize(Attentive(attentive, bias), 0)
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "x": torch.randn(3, 6, generator=generator, dtype=torch.float64),
+            "y": torch.ones(2).double() * number,
+        }
+        for number in range(3)
+    ]
+    loss = SquaredError(net)
+    whole = naive_grads(loss, net, rows)
+    in_bias, out_weight = whole.get("attn.in_proj_bias"), whole["attn.out_proj.weight"]
+    cut = {}
+    for number, name in enumerate("qkv"):
+        weight = whole[f"attn.{name}_proj_weight"] if attentive else whole["attn.in_proj_weight"]
+        first = number * 6
+        for head in range(2):
+            at = slice(first + 3 * head, first + 3 * head + 3)
+            own = weight[:, 3 * head : 3 * head + 3] if attentive else weight[:, at]
+            parts = [own] if in_bias is None else [own, in_bias[:, at, None]]
+            cut[f"attn.in_proj[{name}][{head}]"] = torch.cat(parts, -1)
+    cut |= {f"attn.out_proj[{head}]": out_weight[:, :, 3 * head : 3 * head + 3] for head in range(2)}
+    cut |= {"attn.out_proj[bias]": whole["attn.out_proj.bias"][..., None]} if bias else {}
+    cut["out"] = torch.cat([whole["out.weight"], whole["out.bias"][..., None]], -1)
+    for some_loss in (loss, squared_error_of_one(loss)):
+        assert_blocks_close(collect(net, rows, transform, loss=some_loss, view=ATTENTIVE), transform(cut))
+
+
+def squared_error_of_one(loss):
+    """The loss without its batched form, which goes through vmap."""
+    return lambda params, example: loss(params, example)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_heads_of_torchs_own_attention_sum_to_the_score_of_the_whole(attentive, unit):
+    net = randomize(Attentive(attentive, bias=True), 1)
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"x": torch.randn(3, 6, generator=generator, dtype=torch.float64), "y": torch.zeros(2).double()}
+        for _ in range(3)
+    ]
+    norm = [unit_normalize()] if unit else []
+
+    def scores(view, by_block):
+        queries = collect(net, rows, view=view, loss=SquaredError(net))
+        ending = chain(*norm, dot(queries, by_block=by_block))
+        return collect(net, rows, ending, view=view, loss=SquaredError(net))
+
+    parts, blocks = scores(ATTENTIVE, True), scores(View(), True)
+    for path in ("attn.in_proj[q]", "attn.in_proj[k]", "attn.in_proj[v]", "attn.out_proj"):
+        assert_blocks_close(sum(v for name, v in parts.items() if name.startswith(path)), blocks[path])
+    assert_blocks_close(sum(parts.values()), scores(View(), False))

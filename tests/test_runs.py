@@ -8,8 +8,10 @@ from torch import nn
 
 import gradfn as gf
 from gradfn import runs
+from gradfn.curvature import ekfac, kfac, mixing_coefficient, second_moment
 from gradfn.errors import InputError
 from gradfn.layers import View
+from gradfn.spectrum import Damping
 
 TRANSFORMS = {
     "full": gf.chain(),
@@ -64,8 +66,8 @@ def test_stored_scores_are_scores_on_the_fly(model, documents, tmp_path, name):
     blocks = gf.collect(model, queries, made)
     live = gf.score(model, documents, queries, method=gf.Method(made, made))
     with gf.open_store(tmp_path / "run") as store:
-        chunks = list(runs.stored_scores(store, blocks, rows_per_chunk=3))
-        (whole,) = runs.stored_scores(store, blocks)
+        chunks = list(runs.stored_scores(store, gf.dot(blocks), rows_per_chunk=3))
+        (whole,) = runs.stored_scores(store, gf.dot(blocks))
     assert [len(chunk) for chunk in chunks] == [3, 3, 2]
     torch.testing.assert_close(torch.cat(chunks), live, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole, live, rtol=1e-4, atol=1e-4)
@@ -76,7 +78,7 @@ def test_rows_are_read_a_bounded_part_at_a_time(llama, documents, tmp_path, monk
     blocks = gf.collect(llama, documents.select([0]), gf.project(4))
     monkeypatch.setattr(runs, "READ_BYTES", 2 * 4 * 16 * len(blocks))
     with gf.open_store(tmp_path / "run") as store:
-        assert [len(chunk) for chunk in runs.stored_scores(store, blocks)] == [2, 2, 2, 2]
+        assert [len(chunk) for chunk in runs.stored_scores(store, gf.dot(blocks))] == [2, 2, 2, 2]
 
 
 def test_a_unit_norm_can_be_added_to_stored_rows(model, documents, tmp_path):
@@ -84,7 +86,7 @@ def test_a_unit_norm_can_be_added_to_stored_rows(model, documents, tmp_path):
     cosine = gf.grad_cosine(gf.project(4))
     blocks = gf.collect(model, documents, cosine.query)
     with gf.open_store(tmp_path / "run") as store:
-        stored = torch.cat(list(runs.stored_scores(store, blocks, unit=True)))
+        stored = torch.cat(list(runs.stored_scores(store, gf.grad_cosine().scorer(blocks))))
     torch.testing.assert_close(
         stored, gf.score(model, documents, documents, method=cosine), rtol=1e-4, atol=1e-5
     )
@@ -107,7 +109,7 @@ def test_reduce_is_the_mean_or_sum_of_collect(model, documents, tmp_path, aggreg
 def test_score_run_writes_float32_scores_and_what_is_known_of_the_queries(model, documents, tmp_path):
     queries = gf.collect(model, documents.select([1]), gf.project(4))
     fixed = {"queries/text": ["a query that ends in NUL\0"]}
-    summary = gf.score_run(tmp_path, model, documents, queries, gf.project(4), fixed=fixed)
+    summary = gf.score_run(tmp_path, model, documents, queries, gf.grad_dot(gf.project(4)), fixed=fixed)
     with gf.open_store(summary.path, "scores") as store:
         scores = store.read("scores")
         assert store.fixed("queries/text").tolist() == ["a query that ends in NUL"]
@@ -265,7 +267,7 @@ def test_scores_are_no_gradients(llama, documents, tmp_path):
     queries = gf.collect(llama, documents.select([1]), gf.project(4))
     with pytest.raises(TypeError, match="must not end in scores"):
         gf.build(tmp_path / "run", llama, documents, gf.chain(gf.project(4), gf.dot(queries)))
-    summary = gf.score_run(tmp_path / "scores", llama, documents, queries, gf.project(4))
+    summary = gf.score_run(tmp_path / "scores", llama, documents, queries, gf.grad_dot(gf.project(4)))
     with pytest.raises(InputError, match=r"scores\.h5 holds scores, not gradients"):
         runs.open_gradients(summary.path)
 
@@ -295,16 +297,16 @@ def test_layers_in_words():
 
 def test_shares_sum_to_the_scores(model, documents, tmp_path):
     queries = gf.collect(model, documents.select([1, 4]), gf.project(4))
-    gf.score_run(tmp_path, model, documents, queries, gf.project(4), by_block=True)
+    gf.score_run(tmp_path, model, documents, queries, gf.grad_dot(gf.project(4)), by_block=True)
     gf.build(tmp_path, model, documents, gf.project(4))
     with gf.open_store(tmp_path, "scores") as scores, gf.open_store(tmp_path) as store:
         shares = {name.removeprefix(runs.SHARES): scores.read(name) for name in scores.names(runs.SHARES)}
         assert shares.keys() == queries.keys()
         np.testing.assert_allclose(sum(shares.values()), scores.read("scores"), rtol=1e-4, atol=1e-5)
-        for name, share in runs.stored_shares(store, 2, queries).items():
+        for name, share in runs.stored_shares(store, 2, gf.dot(queries, by_block=True)).items():
             np.testing.assert_allclose(share.numpy(), shares[name][2], rtol=1e-4, atol=1e-5)
-        unit = runs.stored_shares(store, 2, queries, unit=True)
-        (whole,) = runs.stored_scores(store, queries, unit=True)
+        unit = runs.stored_shares(store, 2, gf.grad_cosine().scorer(queries, by_block=True))
+        (whole,) = runs.stored_scores(store, gf.grad_cosine().scorer(queries))
         torch.testing.assert_close(sum(unit.values()), whole[2], rtol=1e-4, atol=1e-6)
 
 
@@ -344,3 +346,65 @@ def test_layers_that_no_probe_sees_are_named(tmp_path):
 
     assert gf.build(tmp_path / "a", net, data, loss=loss).unprobed == ()
     assert gf.build(tmp_path / "b", net, data, loss=loss, view=View(["*"])).unprobed == ("scale",)
+
+
+KINDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_curvature_comes_back_as_it_was_fitted(llama, documents, tmp_path, kind):
+    transform = gf.project(3)
+    fitted = runs.hessian(tmp_path, llama, documents, KINDS[kind](), transform)
+    loaded = runs.load_curvature(tmp_path)
+    assert (loaded.kind, loaded.rows, loaded.digest) == (kind, 8, fitted.digest)
+    for name, one in fitted.items():
+        torch.testing.assert_close(loaded[name].dense(), one.dense())
+        assert (loaded[name].sides is None) == (one.sides is None)
+
+
+def test_a_curvature_that_is_there_is_not_fitted_again(llama, documents, tmp_path, monkeypatch):
+    first = runs.hessian(tmp_path, llama, documents, second_moment(), gf.project(3))
+    with pytest.raises(InputError, match="transform"):
+        runs.hessian(tmp_path, llama, documents, second_moment(), gf.project(4))
+    monkeypatch.setattr(runs, "fit", None)
+    again = runs.hessian(tmp_path, llama, documents, second_moment(), gf.project(3))
+    assert again.digest == first.digest
+
+
+def test_labels_of_the_model_make_another_curvature(llama, documents, tmp_path):
+    made = [
+        runs.hessian(
+            tmp_path / str(i), llama, documents, second_moment(), gf.project(3), labels=labels, seed=seed
+        )
+        for i, (labels, seed) in enumerate([("data", 0), ("model", 0), ("model", 0), ("model", 1)])
+    ]
+    assert made[1].digest == made[2].digest
+    assert len({one.digest for one in made}) == 3
+
+
+def test_mixed_runs(llama, documents, tmp_path):
+    for name, part in (("q", documents.select([0, 1])), ("t", documents.select([2, 4, 5]))):
+        runs.hessian(tmp_path / name, llama, part, second_moment(), gf.project(3))
+    mixed, weight = runs.mix_runs(tmp_path / "m", tmp_path / "q", tmp_path / "t", components=5)
+    q, t = (runs.load_curvature(tmp_path / name) for name in "qt")
+    assert weight == mixing_coefficient(q, t, 5)
+    for name, one in runs.load_curvature(tmp_path / "m").items():
+        expected = weight * q[name].dense() + (1 - weight) * t[name].dense()
+        torch.testing.assert_close(one.dense(), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    fixed, _ = runs.mix_runs(tmp_path / "half", tmp_path / "q", tmp_path / "t", coefficient=0.5)
+    assert fixed.digest != mixed.digest
+    runs.hessian(tmp_path / "other", llama, documents, second_moment(), gf.project(2))
+    with pytest.raises(InputError, match="made differently"):
+        runs.mix_runs(tmp_path / "no", tmp_path / "q", tmp_path / "other")
+
+
+def test_scores_with_a_curvature_on_disk(llama, documents, tmp_path):
+    H = runs.hessian(tmp_path, llama, documents, ekfac())
+    method = gf.influence(H, damping=(Damping(0.1), Damping(1.0)))
+    queries = gf.collect(llama, documents.select([1]))
+    summary = gf.score_run(tmp_path, llama, documents, queries, method)
+    with gf.open_store(summary.path, "scores") as store:
+        got = store.read("scores")
+        assert store.settings["method"]["damping"] == ["0.1", "1"]
+    live = gf.score(llama, documents, documents.select([1]), method=method)
+    np.testing.assert_allclose(got, live.numpy(), rtol=1e-4, atol=1e-4)

@@ -1,13 +1,21 @@
 import pytest
 import torch
+from tiny import language_model
 
+from gradfn.curvature import ekfac, kfac, second_moment
+from gradfn.data import make_documents
 from gradfn.errors import InputError
+from gradfn.fold import fit
 from gradfn.layers import View
 from gradfn.methods import grad_cosine, grad_dot
 from gradfn.scoring import Method, best, dots, extremes, score, top_k
+from gradfn.spectrum import Damping
+from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close
 from gradfn.testing.strategies import randomize, squared_error
-from gradfn.transforms import chain, dot
+from gradfn.transforms import chain, dot, unit_normalize
+from gradfn.transforms.normalize import squared_norms
+from gradfn.transforms.precondition import precondition
 
 MODEL = randomize(torch.nn.Linear(2, 1), 0)
 LOSS = squared_error(MODEL)
@@ -97,6 +105,17 @@ def test_the_best_rows_are_those_of_the_whole_matrix(method, k, budget):
         assert_blocks_close(ours.scores, theirs.scores)
 
 
+@pytest.mark.parametrize("budget", [1, 8, 100])
+def test_the_best_tokens_are_those_of_the_whole_matrix(budget):
+    model, view = language_model("gpt2"), View(tokens=True)
+    data = make_documents([[1, 2], [3, 4, 5, 6], [], [7, 8, 9], [1, 2]])
+    options = {"method": grad_dot(), "view": view, "token_batch_size": budget}
+    want = extremes([score(model, data, data.select([1, 3]), **options)], 4)
+    for ours, theirs in zip(best(model, data, data.select([1, 3]), 4, **options), want, strict=True):
+        assert torch.equal(ours.rows, theirs.rows)
+        assert_blocks_close(ours.scores, theirs.scores)
+
+
 @pytest.mark.parametrize("method", [grad_dot(), grad_cosine()])
 def test_the_shares_of_the_blocks_sum_to_the_score(method):
     model = randomize(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)), 0)
@@ -115,3 +134,82 @@ def test_best_rows_that_cannot_be_are_refused(change, message):
     options = {"train": ROWS, "k": 1, "view": None} | change
     with pytest.raises(InputError, match=message):
         best(MODEL, options["train"], ROWS, options["k"], method=grad_dot(), loss=LOSS, view=options["view"])
+
+
+class TestCurvature:
+    """A method with a curvature against its definition: preconditioned dense rows."""
+
+    @pytest.fixture
+    def case(self):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2)).double()
+
+        def loss(params, e):
+            z = torch.func.functional_call(net, params, (e["x"][None],))
+            return torch.nn.functional.cross_entropy(z, e["y"][None])
+
+        data = [{"x": torch.randn(4).double(), "y": torch.tensor(i % 2)} for i in range(9)]
+        return net, loss, data[:6], data[6:]
+
+    @pytest.mark.parametrize("kind", [kfac, ekfac, second_moment])
+    @pytest.mark.parametrize("norm", ["none", "cosine", "relative"])
+    def test_equal_to_preconditioned_rows(self, case, kind, norm):
+        net, loss, train, query = case
+        H = fit(kind(), net, train, loss=loss)
+        dampings = (Damping(0.1), Damping(0.01, "absolute"), Damping(1.0))
+        got = score(net, train, query, method=Method(chain(), chain(), H, dampings, norm), loss=loss)
+        assert got.shape == (6, 9)
+        rows, queries = (collect(net, part, loss=loss) for part in (train, query))
+        for i, damping in enumerate(dampings):
+            if norm == "cosine":
+                both = chain(precondition(H, -0.5, damping), unit_normalize())
+                expected = dots(both(rows), both(queries))
+            else:
+                inverse = precondition(H, -1.0, damping)
+                expected = dots(rows, inverse(queries))
+                if norm == "relative":
+                    expected = expected / squared_norms(inverse(rows)).sqrt()[:, None]
+            torch.testing.assert_close(got[:, 3 * i : 3 * i + 3], expected, rtol=1e-8, atol=1e-10)
+
+    def test_one_side_is_both_sides(self, case):
+        net, loss, train, query = case
+        H = fit(ekfac(), net, train, loss=loss)
+        rows, queries = (collect(net, part, loss=loss) for part in (train, query))
+        half = precondition(H, -0.5)
+        one = score(net, train, query, method=Method(chain(), chain(), H), loss=loss)
+        torch.testing.assert_close(one, dots(half(rows), half(queries)))
+
+    def test_shares_by_block_sum_to_the_score(self, case):
+        net, loss, train, query = case
+        H = fit(kfac(), net, train, loss=loss)
+        method = Method(chain(), chain(), H, (Damping(0.1), Damping(1.0)), "cosine")
+        shares = score(net, train, query, method=method, loss=loss, by_block=True)
+        torch.testing.assert_close(sum(shares.values()), score(net, train, query, method=method, loss=loss))
+
+    def test_a_zero_query_scores_zero(self, case):
+        net, loss, train, _ = case
+        H = fit(kfac(), net, train, loss=loss)
+        zero = {
+            name: torch.zeros(1, *G.shape[1:]).double() for name, G in collect(net, train, loss=loss).items()
+        }
+        for norm in ("none", "cosine", "relative"):
+            scorer = Method(chain(), chain(), H, norm=norm).scorer(zero)
+            assert not scorer(collect(net, train, loss=loss)).any()
+
+    def test_dampings_without_a_curvature_are_refused(self):
+        with pytest.raises(InputError, match="several dampings need a curvature"):
+            Method(chain(), chain(), damping=(Damping(0.1), Damping(1.0)))
+        with pytest.raises(InputError, match="one damping or more"):
+            Method(chain(), chain(), damping=())
+
+    @pytest.mark.parametrize("kind", [None, ekfac, second_moment])
+    def test_self_influence(self, case, kind):
+        net, loss, train, _ = case
+        H = None if kind is None else fit(kind(), net, train, loss=loss)
+        dampings = (Damping(0.1),) if H is None else (Damping(0.1), Damping(1.0))
+        scorer = Method(chain(), chain(), H, dampings).self_scorer()
+        got = collect(net, train, scorer, loss=loss)
+        rows = collect(net, train, loss=loss)
+        for i, damping in enumerate(dampings):
+            there = rows if H is None else precondition(H, -1.0, damping)(rows)
+            torch.testing.assert_close(got[:, i], dots(rows, there).diagonal())

@@ -66,8 +66,8 @@ def _common(
 
 
 @app.command()
-@o.takes(o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.QUERY, o.METHOD, o.SCORE_PROJECTION, o.UNIT, o.LOSS,
-         o.QUERY_LOSS, o.LAYERS, o.BY, o.TABLE, o.OVERWRITE)  # fmt: skip
+@o.takes(o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.QUERY, o.METHOD, o.OPTIMIZER, o.SCORE_PROJECTION,
+         o.CURVATURE, o.FIT, o.UNIT, o.LOSS, o.QUERY_LOSS, o.LAYERS, o.BY, o.TABLE, o.OVERWRITE)  # fmt: skip
 def score(run: o.ScoreRun = None, **options: Any) -> None:
     """Show which training rows made the model do this.
 
@@ -105,8 +105,8 @@ def reduce(run: o.Run, **options: Any) -> None:
 
 
 @app.command()
-@o.takes(o.QUERY, o.STORED_MODEL, o.QUERY_SPLIT, o.COLUMNS, o.UNIT, o.QUERY_LOSS, o.REFERENCE, o.QUERY_BY,
-         o.TABLE, o.OVERWRITE)  # fmt: skip
+@o.takes(o.QUERY, o.STORED_MODEL, o.QUERY_SPLIT, o.COLUMNS, o.CURVATURE, o.UNIT, o.QUERY_LOSS, o.REFERENCE,
+         o.QUERY_BY, o.TABLE, o.OVERWRITE)  # fmt: skip
 def query(store: o.Store, **options: Any) -> None:
     """Search a store that `gradfn build` wrote.
 
@@ -115,6 +115,31 @@ def query(store: o.Store, **options: Any) -> None:
     from gradfn.cli.query import run_query
 
     run_query(store=store, **options)
+
+
+@app.command()
+@o.takes(o.KIND, o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.OPTIMIZER, o.SCORE_PROJECTION, o.FIT, o.LOSS,
+         o.LAYERS, o.OVERWRITE)  # fmt: skip
+def hessian(run: o.Run, **options: Any) -> None:
+    """Fit a curvature over a dataset's gradients.
+
+    `gradfn score`, `query`, `reduce` and `build` take it as --hessian-path.
+    """
+    from gradfn.cli.hessian import run_hessian
+
+    run_hessian(run=run, **options)
+
+
+@app.command()
+@o.takes(o.MIX, o.OVERWRITE)
+def mix(run: o.Run, query: o.FittedQuery, train: o.FittedTrain, **options: Any) -> None:
+    """Mix two curvatures, a H_query + (1 - a) H_train.
+
+    With TrackStar's a, directions that are common to all queries count less.
+    """
+    from gradfn.cli.hessian import run_mix
+
+    run_mix(run=run, query=query, train=train, **options)
 
 
 @app.command()

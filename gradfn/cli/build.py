@@ -4,12 +4,13 @@ from typing import Any
 
 from gradfn.cli import inputs
 from gradfn.cli.inputs import Options
-from gradfn.cli.score import gradients_line, subject_facts, unprobed_facts
 from gradfn.cli.show import console, count, facts, progress_bar
+from gradfn.cli.stages import dampings_of, load_stages
+from gradfn.cli.tell import gradients_line, subject_facts, unprobed_facts
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
 from gradfn.runs import Summary, build, reduce
-from gradfn.transforms import Chain, chain, project, unit_normalize
+from gradfn.transforms import Chain
 
 
 def _prepared(options: Options) -> tuple[inputs.Subject, Any, Chain, dict[str, Any]]:
@@ -19,13 +20,16 @@ def _prepared(options: Options) -> tuple[inputs.Subject, Any, Chain, dict[str, A
     for name in ("model", "dataset"):
         if options[name] is None:
             raise InputError(f"no --{name}: gradients need a model and a dataset")
-    stage = project(options["projection_dim"], str(options["projection"]), options["seed"])  # pyright: ignore
-    transform = chain(stage, *([unit_normalize()] if options["unit_normalize"] else []))
+    if len(dampings_of(options)) > 1:
+        raise InputError("gradients are written for one damping: give one, or several to score or query")
     rows = load_rows(options["dataset"], options["split"])
     subject = inputs.load_subject(options)
     documents = inputs.load_documents(subject, rows, options)
+    stages = load_stages(subject, options)
+    transform = stages.query_side(options["unit_normalize"])
     recorded = {
         **subject.settings(),
+        **stages.settings,
         "data": {"path": inputs.anchored(options["dataset"]), "split": options["split"]},
     }
     console().print(facts([*subject_facts(subject, documents), ("gradients", gradients_line(transform))]))
@@ -44,7 +48,7 @@ def _report(summary: Summary, noun: str = "row") -> None:
 def run_build(**options: Any) -> None:
     """Load, build, report."""
     subject, documents, transform, settings = _prepared(options)
-    with progress_bar("gradients", int(documents.lengths.sum())) as progress:
+    with subject.multiplying(), progress_bar("gradients", int(documents.lengths.sum())) as progress:
         summary = build(
             options["run"], subject.model, documents, transform, settings=settings,
             overwrite=options["overwrite"], progress=progress, **subject.engine_options(),
@@ -60,7 +64,7 @@ def run_reduce(**options: Any) -> None:
             "--by token"
         )
     subject, documents, transform, settings = _prepared(options)
-    with progress_bar("gradients", int(documents.lengths.sum())) as progress:
+    with subject.multiplying(), progress_bar("gradients", int(documents.lengths.sum())) as progress:
         summary = reduce(
             options["run"], subject.model, documents, transform, aggregation=options["aggregation"].value,
             settings=settings, overwrite=options["overwrite"], progress=progress, **subject.engine_options(),

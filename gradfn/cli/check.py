@@ -1,6 +1,7 @@
 """`gradfn check`: what is attributed, whether it is right, how much of it is rounding."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -27,6 +28,7 @@ from gradfn.data import Documents, Pairs, collate, make_documents
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import PRECISIONS, context_length
+from gradfn.precision import EPS, multiplying
 from gradfn.probes import probe_engine
 from gradfn.transforms import project
 
@@ -36,7 +38,8 @@ RANDOM_ROWS, RANDOM_TOKENS = 12, 128
 DIM = 16
 EQUAL = 1e-4
 """A relative error that only rounding in fp32 or better stays below."""
-HALF = ("bf16", "fp16")
+ROUNDED = ("tf32", "bf16", "fp16")
+"""What is measured against fp32."""
 FIXED = {"loss": "cross_entropy", "loss_reduction": "mean", "label_smoothing": 0.0, "reference": None,
          "by": "example"}  # fmt: skip
 
@@ -55,26 +58,28 @@ def run_check(**options: Any) -> None:
     subject = inputs.load_subject(options)
     documents = _random(subject) if rows is None else _first(inputs.load_documents(subject, rows, options))
     engine = probe_engine(subject.model, subject.loss, project(DIM), view=subject.view)
-    out, attention = console(), getattr(subject.model.config, "_attn_implementation", "its own")
+    out = console()
     out.print(facts([
-        ("model", f"{subject.name}, {subject.precision}, {attention} attention"),
+        ("model", f"{subject.name}, {_precision(subject)}, {subject.attention or 'its own'} attention"),
         ("rows", _rows_line(documents, rows is None)),
     ]))  # fmt: skip
     quantised = any(not p.is_floating_point() for p in subject.model.parameters())
     pair = _pair(documents)
-    if quantised:
-        engine(collate([_on(example, options["device"]) for example in pair]))
-    errors = () if quantised else equality(engine, [_on(example, options["device"]) for example in pair])
+    with subject.multiplying():
+        if quantised:
+            engine(collate([_on(example, options["device"]) for example in pair]))
+        errors = () if quantised else equality(engine, [_on(example, options["device"]) for example in pair])
     out.print()
     out.print(_coverage_table(coverage(subject.model, subject.view, sites=engine.sites)))
     out.print()
-    out.print(facts(_equality_lines(errors, subject.precision, len(pair))))
+    out.print(facts(_equality_lines(errors, subject, len(pair))))
     out.print()
-    measured, verdict = _noise(subject, documents, options)
+    with multiplying("ieee", torch.device(options["device"])):  # the reference's; the subject's is its own
+        measured, verdict = _noise(subject, documents, options)
     out.print(_noise_table(measured, documents, subject.precision))
     out.print()
     out.print(facts([("advice", verdict)]))
-    if errors and errors[0].error > EQUAL and subject.precision not in HALF:
+    if errors and errors[0].error > EQUAL and subject.precision not in ROUNDED:
         raise SystemExit(1)  # not rounding: the engine is wrong about this model
 
 
@@ -157,7 +162,16 @@ def _coverage_table(rows: Sequence[Covered]) -> Table:
     return table
 
 
-def _equality_lines(errors: Sequence[BlockError], precision: str, rows: int) -> list[tuple[str, str]]:
+def _precision(subject: Subject) -> str:
+    """The precision, and of tf32 what it comes to where that is something else."""
+    return (
+        f"{subject.precision} ({subject.products} products)"
+        if subject.products == "bf16"
+        else subject.precision
+    )
+
+
+def _equality_lines(errors: Sequence[BlockError], subject: Subject, rows: int) -> list[tuple[str, str]]:
     if not errors:
         return [("equality", "not compared: autograd has no gradient of quantised weights")]
     worst = errors[0]
@@ -170,15 +184,20 @@ def _equality_lines(errors: Sequence[BlockError], precision: str, rows: int) -> 
             f"{worst.error:.1e}, cosine {worst.cosine:.6f}"
         )
     how = f"{count(rows, 'row')} in one batch against plain autograd, a row at a time"
-    return [("equality", f"{how}: {found}"), ("", _precision_line(precision, worst.error <= EQUAL))]
+    return [("equality", f"{how}: {found}"), ("", _precision_line(subject, worst.error <= EQUAL))]
 
 
-def _precision_line(precision: str, equal: bool) -> str:
+def _precision_line(subject: Subject, equal: bool) -> str:
     """What a precision means for the comparison above, and where more is to be seen."""
-    line = f"{precision} rounds every number to 1 part in {1 / torch.finfo(PRECISIONS[precision]).eps:,.0f}"
+    precision = subject.precision
+    if precision == "tf32":
+        what, eps = "both factors of a product", EPS[subject.products]
+    else:
+        what, eps = "every number", torch.finfo(PRECISIONS[precision]).eps
+    line = f"{precision} rounds {what} to 1 part in {1 / eps:,.0f}"
     if equal:
         return line
-    finer = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp64"}.get(precision)
+    finer = {"fp32": "fp64"}.get(precision, "fp32" if precision in ROUNDED else None)
     if finer is None:
         return f"{line}, which does not explain it: this should not be, please tell us"
     return f"{line}, on both sides; whether the engine is right is to be seen with --precision {finer}"
@@ -186,29 +205,30 @@ def _precision_line(precision: str, equal: bool) -> str:
 
 def _noise(subject: Subject, documents: Documents | Pairs, options: Options) -> tuple[Noise, str]:
     """The noise of the settings asked about; where it is too much, of others too, and what to do."""
-    half = subject.precision in HALF
-    exact = inputs.load_subject({**options, "precision": "fp32"}) if half else None
+    reference = None
+    if subject.precision in ROUNDED:
+        same = subject.precision == "tf32"  # its weights are fp32
+        reference = subject.model if same else inputs.load_subject({**options, "precision": "fp32"}).model
 
-    def measure(model: Any, reference: Any = None) -> Noise:
+    def measure(model: Any, reference: Any = None, inside: Any = subject.multiplying) -> Noise:
         total = int(documents.lengths.sum()) * (2 if reference is None else 3)
         with progress_bar("noise", total) as progress:
             return noise(
                 model, documents, reference=reference, make_loss=lambda m: replace(subject.loss, model=m),
                 transform=project(DIM), view=subject.view, token_batch_size=subject.token_batch_size,
-                progress=progress,
+                inside=inside, progress=progress,
             )  # fmt: skip
 
-    reference = None if exact is None else exact.model
     here = measure(subject.model, reference)
     if here.worst_cosine >= RANKS:
         return here, advice(here.worst_cosine)
     others = {}
-    if getattr(subject.model.config, "_attn_implementation", None) == "sdpa":
+    if subject.attention == "sdpa":
         eager = inputs.load_subject({**options, "attention": "eager"})
-        others["eager attention"] = measure(eager.model, reference).worst_cosine
+        others["--attention eager"] = measure(eager.model, reference).worst_cosine
     others["--token-batch-size 1"] = 1.0 if here.precision is None else here.precision.worst_cosine
     if reference is not None:
-        others["--precision fp32"] = measure(reference).worst_cosine
+        others["--precision fp32"] = measure(reference, inside=nullcontext).worst_cosine
     return here, advice(here.worst_cosine, others)
 
 

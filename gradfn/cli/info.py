@@ -8,7 +8,7 @@ from typing import Any
 from gradfn.cli.show import console, count, facts
 from gradfn.store import Store, open_store
 
-KINDS = ("store", "scores")
+KINDS = ("store", "scores", "hessian")
 
 
 def run_info(run: str) -> None:
@@ -32,7 +32,12 @@ def _lines(store: Store) -> Iterator[tuple[str, str]]:
     if "scores" in arrays:
         queries = count(store.shape("scores")[1], "query")
         yield "scores", f"{count(store.rows, 'row')} x {queries}; positive = proponent"
-    yield "rows", ", ".join(_row_facts(store, arrays))
+    if store.header.kind == "hessian":
+        kind, rows = store.read("fit/kind")[0], int(store.read("fit/rows")[0])
+        blocks = count(len(store.fixed("blocks")), "block")
+        yield "curvature", f"{kind}, {blocks}, {count(rows, 'row')}"
+    else:
+        yield "rows", ", ".join(_row_facts(store, arrays))
     for key, value in _flat(store.settings):
         yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

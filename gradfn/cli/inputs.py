@@ -1,27 +1,27 @@
 """From options to values: the model under study, its documents, its queries, and what they were made from."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradfn import example
-from gradfn.cli.show import progress_bar
 from gradfn.data import Documents, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.datasets import (
-    load_rows,
-    text_pair,
-    text_query,
     tokenize,
     tokenize_pairs,
     with_labels,
     with_weights,
 )
 from gradfn.hf.models import (
+    check_device,
     context_length,
     load_model,
     load_tokenizer,
@@ -30,18 +30,11 @@ from gradfn.hf.models import (
 )
 from gradfn.layers import View, output_head
 from gradfn.losses import CausalLMLoss, ModelLoss, causal_lm_loss, model_loss
+from gradfn.precision import Products, multiplying, products_of
 from gradfn.runs import (
-    ends_in_unit_norm,
     loss_settings,
     merged,
-    open_gradients,
-    read_gradients,
-    refuse_mismatch,
 )
-from gradfn.scoring import Method
-from gradfn.stream import collect
-from gradfn.transforms import Transform, unit_normalize
-from gradfn.types import Blocks
 
 Options = Mapping[str, Any]
 DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"}
@@ -60,6 +53,7 @@ class Subject:
     view: View
     token_batch_size: int
     precision: str
+    products: Products
 
     @property
     def name(self) -> str:
@@ -70,6 +64,15 @@ class Subject:
     def task(self) -> str:
         """What the model does with a row."""
         return task_of(loss_settings(self.loss))
+
+    @property
+    def attention(self) -> str | None:
+        """The kernel of attention that the model has, in transformers' words."""
+        return getattr(self.model.config, "_attn_implementation", None)
+
+    def multiplying(self) -> AbstractContextManager[None]:
+        """Where gradients are made: float32 matrices are multiplied as the precision says."""
+        return multiplying(self.products, next(self.model.parameters()).device)
 
     def engine_options(self) -> dict[str, Any]:
         """What every function that runs the engine over training rows takes."""
@@ -83,10 +86,13 @@ class Subject:
 
     def settings(self) -> dict[str, Any]:
         """What a run records of it."""
+        rounded = {} if self.products == "ieee" else {"products": self.products}
         return {
             "model": {
                 "path": anchored(self.path),
                 "precision": self.precision,
+                **rounded,
+                "attention": self.attention,
                 "fingerprint": model_fingerprint(self.model),
             },
             "tokenizer": {"fingerprint": tokenizer_fingerprint(self.tokenizer)},
@@ -100,28 +106,6 @@ class Subject:
         if known["reference"] is None or self.reference is None:
             return known
         return merged(known, {"reference": {"path": anchored(self.reference)}})
-
-
-@dataclass(frozen=True, eq=False)
-class Queries:
-    """Query gradients and what is known of the queries.
-
-    Args:
-        gradients: `{block: [queries, ...]}`, transformed.
-        settings: what a run records of them.
-        ids, texts: one a query.
-        shown: the texts as a person sees them, prompt and completion apart.
-        documents: their tokens; None for stored gradients.
-        sources: the ids of the rows that are known to teach the answers, None where none is known.
-    """
-
-    gradients: Blocks
-    settings: dict[str, Any]
-    ids: list[str]
-    texts: list[str]
-    shown: list[str]
-    documents: Documents | Pairs | None = None
-    sources: list[str | None] = field(default_factory=list)
 
 
 def anchored(path: str | Path) -> str:
@@ -213,18 +197,19 @@ def load_subject(options: Options, *, path: str | None = None, settings: Options
         raise InputError("no model: give --model a local folder, a .gguf file or a hub name")
     recorded = settings or {}
     how = recorded["loss"] if recorded else _recorded(options)
-    precision = str(options["precision"] or recorded.get("model", {}).get("precision", "fp32"))
-    model = load_model(
-        path, task=task_of(how), precision=precision, device=options["device"],
-        attention=options.get("attention"),
-    )  # fmt: skip
+    made = recorded.get("model", {})
+    precision = str(options["precision"] or made.get("precision", "fp32"))
+    products = _products(precision, options["device"])
+    _say_once("bitsandbytes.autograd._functions")
+    attention = options["attention"] or made.get("attention")
+    model = _load(path, options, precision, attention, task=task_of(how))
     _check_model(path, model, task_of(how))
     tokenizer = load_tokenizer(path)
     asked = str(options.get("query_loss") or how["criterion"])
     where, reference = None, None
     if "kl" in ([asked] if recorded else [how["criterion"], asked]):
         where = options["reference"] or how["reference"]["path"]
-        reference = load_model(where, precision=precision, device=options["device"])
+        reference = _load(where, options, precision, options["attention"])
         _check_reference(where, reference, how["reference"], output_head(model), tokenizer)
     query_loss = _make_loss(model, {**how, "criterion": asked}, reference)
     # A store's own loss is not run again: it is the queries' that are asked.
@@ -232,8 +217,54 @@ def load_subject(options: Options, *, path: str | None = None, settings: Options
     loss = query_loss if same else _make_loss(model, how, reference)
     return Subject(
         path, model, tokenizer, loss, query_loss, where, _view(options, recorded),
-        options["token_batch_size"], precision,
+        options["token_batch_size"], precision, products,
     )  # fmt: skip
+
+
+def at_checkpoint(subject: Subject, path: str, options: Options) -> Subject:
+    """The same with a checkpoint's weights; the tokenizer is the model's."""
+    model = _load(path, options, subject.precision, options["attention"], task=subject.task)
+    _check_model(path, model, subject.task)
+    losses = [replace(loss, model=model) for loss in (subject.loss, subject.query_loss)]
+    return replace(subject, path=path, model=model, loss=losses[0], query_loss=losses[1])
+
+
+def _products(precision: str, device: str) -> Products:
+    """How float32 matrices are multiplied; what the device offers is asked only where it matters."""
+    if precision != "tf32":
+        return "ieee"
+    check_device(device)
+    return products_of(precision, torch.device(device))
+
+
+class _Once(logging.Filter):
+    """Lets a message through the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        new = record.getMessage() not in self.known
+        self.known.add(record.getMessage())
+        return new
+
+
+def _say_once(logger: str) -> None:
+    """For libraries that say the same at every product."""
+    found = logging.getLogger(logger)
+    if not any(isinstance(known, _Once) for known in found.filters):
+        found.addFilter(_Once())
+
+
+def _load(
+    path: str, options: Options, precision: str, attention: str | None, task: str = "causal_lm"
+) -> nn.Module:
+    """A model as the options say; tf32 is of products, the weights are fp32."""
+    dtype = "fp32" if precision == "tf32" else precision
+    kernel = None if attention is None else str(attention)
+    return load_model(path, task=task, precision=dtype, device=options["device"], attention=kernel)
 
 
 def _view(options: Options, recorded: Options) -> View:
@@ -293,7 +324,7 @@ def _check_reference(
         )
 
 
-def _columns(names: list[str], options: Options, *, query: bool) -> dict[str, str | None]:
+def columns_of(names: list[str], options: Options, *, query: bool) -> dict[str, str | None]:
     """The columns to read: those given, else text, else prompt and completion (queries: these first)."""
     given = {key: options[key] for key in ("text_column", "prompt_column", "completion_column")}
     pair = {"prompt_column": "prompt", "completion_column": "completion"}
@@ -313,7 +344,7 @@ def load_documents(
 ) -> Documents | Pairs:
     """Tokenise the rows of a dataset; of training rows, with the weights that the options name."""
     pairs = subject.task == "seq2seq_lm"
-    columns: Any = _columns(list(rows.column_names), options, query=query or pairs)
+    columns: Any = columns_of(list(rows.column_names), options, query=query or pairs)
     fit = {"max_length": context_length(subject.model), "truncation": options["truncation"]}
     if pairs:
         both = [columns.get(key) for key in ("prompt_column", "completion_column")]
@@ -337,140 +368,13 @@ def load_documents(
     return with_weights(docs, rows, prompt_column=prompts, **given)
 
 
-def is_dataset(query: str) -> bool:
-    """Whether --query names a dataset rather than being a text."""
-    # `Path.exists` raises on what is too long to be a name.
-    return Path(query).suffix.lower() in DATA_SUFFIXES or os.path.exists(query)
-
-
-def query_rows(options: Options, split: str = "train") -> Any | None:
-    """The dataset of --query, loaded before the model so that a wrong path fails at once; None for a text."""
-    query, completion = options["query"], options["completion"]
-    if (query is None) == (options["query_path"] is None):
-        raise InputError("give one of --query (a dataset, or a text in quotes) and --query-path (a store)")
-    if completion is not None and (query is None or is_dataset(query)):
-        raise InputError("--completion follows a text: give that text in quotes with --query")
-    if query is None and options["query_loss"] is not None:
-        raise InputError("the queries of --query-path have their loss already: leave out --query-loss")
-    if query is None:
-        open_gradients(options["query_path"])
-        return None
-    if not query.strip() and not completion:
-        raise InputError("--query is empty: give a text in quotes, or a dataset")
-    if any("\ud800" <= letter <= "\udfff" for letter in query + (completion or "")):
-        raise InputError("the query is not valid UTF-8: give it in the encoding of the terminal")
-    return load_rows(query, split) if is_dataset(query) else None
-
-
-def load_queries(
-    subject: Subject, rows: Any | None, options: Options, transform: Transform, wanted: dict[str, Any]
-) -> Queries:
-    """Make (or read) the queries' gradients, with the query side's transform."""
-    if options["query_path"] is not None:
-        return _stored_queries(options["query_path"], transform, wanted)
-    documents = _query_documents(subject, rows, options)
-    empty = [documents.ids[row] for row in range(len(documents)) if not documents.supervised[row]]
-    if empty:
-        raise InputError(
-            f"query {empty[0]} has nothing to predict (it needs two tokens, or a completion): make it longer"
-        )
-    with progress_bar("query gradients", int(documents.lengths.sum())) as progress:
-        gradients = _query_gradients(subject, documents, transform, progress)
-    settings = {"query": {"path": None if rows is None else anchored(options["query"]),
-                          "fingerprint": documents.fingerprint(), "rows": len(documents),
-                          "loss": subject.loss_settings(subject.query_loss)}}  # fmt: skip
-    return Queries(gradients, settings, documents.ids, documents.texts,
-                   _shown(documents, rows, options), documents, _sources(rows))  # fmt: skip
-
-
-def _query_documents(subject: Subject, rows: Any | None, options: Options) -> Documents | Pairs:
-    try:
-        if rows is not None:
-            return load_documents(subject, rows, options, query=True)
-        fit: Any = {"max_length": context_length(subject.model), "truncation": options["truncation"]}
-        match subject.task:
-            case "causal_lm":
-                return text_query(subject.tokenizer, options["query"], options["completion"], **fit)
-            case "seq2seq_lm" if options["completion"] is not None:
-                return text_pair(subject.tokenizer, options["query"], options["completion"], **fit)
-            case "seq2seq_lm":
-                raise InputError("an input alone has no loss: give what the model said with --completion")
-            case task:
-                raise InputError(f"a text has no label, which {task} needs: give a dataset of queries")
-    except InputError as error:
-        raise InputError(f"in --query: {error}") from error
-
-
-def _query_gradients(subject: Subject, documents: Any, transform: Transform, progress: Any) -> Any:
-    try:
-        return collect(subject.model, documents, transform, progress=progress, **subject.query_options())
-    except InputError as error:
-        raise InputError(f"in --query: {error}") from error
-
-
-def _shown(documents: Documents | Pairs, rows: Any | None, options: Options) -> list[str]:
-    """Queries as a person reads them: what is asked, and after an arrow what is supervised."""
-    if isinstance(documents, Pairs):
-        return documents.texts
-    if rows is None:
-        prompts, completions = [options["query"]], [options["completion"]]
-    elif options["label_column"] is not None:
-        labels = zip(documents.texts, rows[options["label_column"]], strict=True)
-        return [f"{text} → {label}" for text, label in labels]
-    else:
-        columns = _columns(list(rows.column_names), options, query=True)
-        prompt, completion = columns["prompt_column"], columns["completion_column"]
-        if prompt is None or completion is None:
-            return documents.texts
-        prompts, completions = list(rows[prompt]), list(rows[completion])
-    pairs = zip(documents.texts, prompts, completions, strict=True)
-    return [f"{prompt} → {end.strip()}" if prompt and end else text for text, prompt, end in pairs]
-
-
-def _sources(rows: Any | None) -> list[str | None]:
-    if rows is None or "source" not in rows.column_names:
-        return []
-    return [None if source in (None, "") else str(source) for source in rows["source"]]
-
-
-def _stored_queries(path: str, transform: Transform, wanted: dict[str, Any]) -> Queries:
-    with open_gradients(path) as store:
-        whole = {**wanted, "layers": {**wanted["layers"], "tokens": False}}
-        refuse_mismatch(store.settings, whole, f"the query gradients in {path}")
-        gradients = read_gradients(store)
-        ids, texts = list(store.read("rows/id")), list(store.read("rows/text"))
-        made = store.settings
-    if ends_in_unit_norm(transform):
-        gradients = unit_normalize()(gradients)
-    # The same directory may hold other gradients of the same data tomorrow.
-    how = {key: made[key] for key in ("loss", "transform", "aggregation") if key in made}
-    about = {"path": anchored(path), "fingerprint": made["data"]["fingerprint"], "rows": len(ids), **how}
-    return Queries(gradients, {"query": about}, ids, texts, texts)
-
-
 def example_options(options: Options) -> dict[str, Any]:
     """Options filled in with the example's model, corpus and queries where none are given."""
     filled = {**options, "model": str(example.MODEL), "dataset": str(example.CORPUS), "text_column": "text"}
-    if options["query"] is None and options["query_path"] is None:
+    if options["query"] is None and options["query_path"] is None and not options["self_influence"]:
         filled["query"] = str(example.QUERIES)
-    if options["method"] is None:
+    if options["method"] is None and not options["self_influence"]:
         filled["unit_normalize"] = True
     if options["projection_dim"] is None:
         filled["projection_dim"] = 0  # so small a model needs no projection
     return filled
-
-
-def method_named(name: str | None, unit: bool) -> str:
-    """The recipe that --method and --unit-normalize ask for together."""
-    if name == "grad_dot" and unit:
-        raise InputError(
-            "grad_dot is the inner product, without unit norm: leave out --unit-normalize or --method"
-        )
-    return name or ("grad_cosine" if unit else "grad_dot")
-
-
-def make_method(name: str, *stages: Transform) -> Method:
-    """The recipe of that name over the stages given."""
-    from gradfn import methods
-
-    return getattr(methods, name)(*stages)

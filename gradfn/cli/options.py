@@ -13,12 +13,22 @@ Group = Mapping[str, tuple[Any, Any]]
 
 
 class Precision(StrEnum):
-    """Dtype of the model; statistics are float32 or better in all of them."""
+    """Of the model: its dtype, or fp32 with rounded products; statistics are float32 or better in all."""
 
     fp32 = "fp32"
+    tf32 = "tf32"
     bf16 = "bf16"
     fp16 = "fp16"
     fp64 = "fp64"
+
+
+class Attention(StrEnum):
+    """Kernel of attention, by the names of transformers."""
+
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+    flash_attention_3 = "flash_attention_3"
 
 
 class Distribution(StrEnum):
@@ -43,11 +53,21 @@ class Aggregated(StrEnum):
     sum = "sum"
 
 
-class MethodName(StrEnum):
-    """Recipes."""
+class Kind(StrEnum):
+    """Curvatures."""
 
-    grad_dot = "grad_dot"
-    grad_cosine = "grad_cosine"
+    second_moment = "second_moment"
+    kfac = "kfac"
+    ekfac = "ekfac"
+    shampoo = "shampoo"
+    tkfac = "tkfac"
+
+
+class LabelsOf(StrEnum):
+    """Where a curvature's labels come from."""
+
+    data = "data"
+    model = "model"
 
 
 class TaskName(StrEnum):
@@ -126,31 +146,37 @@ ScoreRun = Annotated[
     str | None, typer.Argument(help="The run directory to write scores.h5 to; none: only show them.")
 ]
 CheckedModel = Annotated[str, typer.Argument(help="Local folder, .gguf file or hub name.")]
+FittedQuery = Annotated[str, typer.Argument(help="The run directory of the queries' curvature.")]
+FittedTrain = Annotated[str, typer.Argument(help="The run directory of the training rows' curvature.")]
 Inspected = Annotated[str, typer.Argument(help="A run directory, or an .h5 file in it.")]
 
+_PRECISION = "Dtype of the model's weights; tf32: fp32, multiplied on the device's TF32 or bf16 units"
+_ATTENTION = "Kernel of attention; changes rounding, speed and memory."
 MODEL: Group = {
     "model": (_option(str | None, "--model", "Local folder, .gguf file or hub name."), None),
     "task": (_option(TaskName, "--task", "What the model does with a row."), TaskName.causal_lm),
-    "precision": (_option(Precision, "--precision", "Dtype of the model's weights."), Precision.fp32),
+    "precision": (
+        _option(Precision, "--precision", f"{_PRECISION}."),
+        Precision.fp32,
+    ),
+    "attention": (
+        _option(Attention | None, "--attention", f"{_ATTENTION} [default: what transformers takes]"),
+        None,
+    ),
     "device": (_option(str, "--device", "cpu, cuda, cuda:1, ..."), "cpu"),
     "token_batch_size": (
         _option(int, "--token-batch-size", "Tokens a batch, padding included; changes no result."),
         4096,
     ),
 }
-CHECKED: Group = {
-    **{name: option for name, option in MODEL.items() if name != "model"},
-    "attention": (
-        _option(str | None, "--attention", "sdpa or eager. [default: what transformers takes]"),
-        None,
-    ),
-}
+CHECKED: Group = {name: option for name, option in MODEL.items() if name != "model"}
 STORED_MODEL: Group = {
     "model": (_option(str | None, "--model", "The store's model, if it lies elsewhere by now."), None),
     "precision": (
-        _option(Precision | None, "--precision", "Dtype of the model's weights; the store's unless told."),
+        _option(Precision | None, "--precision", f"{_PRECISION}. [default: the store's]"),
         None,
     ),
+    "attention": (_option(Attention | None, "--attention", f"{_ATTENTION} [default: the store's]"), None),
     "device": MODEL["device"],
     "token_batch_size": MODEL["token_batch_size"],
 }
@@ -240,7 +266,81 @@ QUERY: Group = {
 
 METHOD: Group = {
     "method": (
-        _option(MethodName | None, "--method", "A recipe: the inner product (the default), or the cosine."),
+        _option(
+            str | None,
+            "--method",
+            "grad_dot, grad_cosine, tracin, less, trackstar, logra, kfac, ekfac, shampoo, tkfac, relatif, "
+            "trak, datainf, or FILE.py:NAME for your own. [default: grad_dot, or what other options say]",
+        ),
+        None,
+    ),
+    "self_influence": (
+        _option(bool, "--self", "Instead of queries: each row's influence on itself, for outliers."),
+        False,
+    ),
+    "group_column": (
+        _option(str | None, "--group-column", "Column of --query: queries of a group are averaged to one."),
+        None,
+    ),
+    "checkpoints": (
+        _option(
+            str | None,
+            "--checkpoints",
+            "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak).",
+        ),
+        None,
+    ),
+    "checkpoint_weights": (
+        _option(
+            str | None,
+            "--checkpoint-weights",
+            "A weight for each checkpoint, such as its learning rate. [default: 1 / number of checkpoints]",
+        ),
+        None,
+    ),
+    "target_downweight_components": (
+        _option(int, "--target-downweight-components", "trackstar: directions of the queries to count less."),
+        1000,
+    ),
+}
+OPTIMIZER: Group = {
+    "optimizer_state": (
+        _option(
+            str | None,
+            "--optimizer-state",
+            "Scale gradients as the optimizer does: its state_dict, a Trainer checkpoint, or safetensors.",
+        ),
+        None,
+    ),
+}
+_HESSIAN = "A curvature that hessian or mix wrote: H^-1 on the queries, or (cosine) H^-1/2 on both sides."
+_DAMPING = "Of the curvature: 0.1 adds 0.1 mean(lambda); or absolute:, truncated:, tikhonov:, factored:NUMBER"
+DAMPING: Group = {
+    "damping": (_option(str | None, "--damping", f"{_DAMPING}; several with commas. [default: 0.1]"), None),
+}
+CURVATURE: Group = {
+    "hessian_path": (_option(str | None, "--hessian-path", _HESSIAN), None),
+    **DAMPING,
+}
+FIT: Group = {
+    "labels": (
+        _option(LabelsOf, "--labels", "Of curvatures: the data's, or drawn from the model with --seed."),
+        LabelsOf.data,
+    ),
+    "partitions": (
+        _option(int, "--partitions", "Fit curvatures in so many passes, with less memory; same result."),
+        1,
+    ),
+}
+KIND: Group = {
+    "kind": (_option(Kind, "--method", "What to fit."), Kind.second_moment),
+}
+MIX: Group = {
+    "target_downweight_components": METHOD["target_downweight_components"],
+    "coefficient": (
+        _option(
+            float | None, "--coefficient", "Weight of the queries' curvature. [default: TrackStar's choice]"
+        ),
         None,
     ),
 }
@@ -256,7 +356,7 @@ PROJECTION: Group = {
 SCORE_PROJECTION: Group = {
     **PROJECTION,
     "projection_dim": (
-        _option(int | None, "--projection-dim", f"{_SIDE} [default: 16; the example: 0]"),
+        _option(int | None, "--projection-dim", f"{_SIDE} [default: the method's, 16 or 0]"),
         None,
     ),
 }
@@ -332,5 +432,5 @@ TABLE: Group = {
     "jsonl": (_option(Path | None, "--jsonl", "Write the table here too."), None),
     "parquet": (_option(Path | None, "--parquet", "Write the table here too."), None),
 }
-GRADIENTS: Group = {**PROJECTION, **UNIT, **LOSS, **LAYERS, **STORED_BY}
+GRADIENTS: Group = {**OPTIMIZER, **PROJECTION, **CURVATURE, **UNIT, **LOSS, **LAYERS, **STORED_BY}
 """Of commands that write gradients."""

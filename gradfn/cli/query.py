@@ -4,21 +4,27 @@ from pathlib import Path
 from typing import Any
 
 from gradfn.cli import inputs
-from gradfn.cli.rows import Scored, stored_rows
-from gradfn.cli.score import check_top, show_all
+from gradfn.cli.inputs import Subject
+from gradfn.cli.queries import Queries, load_queries, query_documents, query_rows_of
+from gradfn.cli.rows import Ranked, stored_rows
 from gradfn.cli.show import check_exports, console, count, facts
+from gradfn.cli.stages import curvature_for, dampings_of
+from gradfn.cli.tell import check_top, ranks_needed, show_all
 from gradfn.errors import InputError
+from gradfn.hf.optimizer_state import load_optimizer_state
 from gradfn.runs import (
+    base_of,
     ends_in_unit_norm,
     open_gradients,
     refuse_mismatch,
     stored_scores,
     stored_shares,
+    tail_of,
     transform_of,
 )
+from gradfn.scoring import Method, extremes
 from gradfn.store import Store
 from gradfn.transforms import chain, unit_normalize
-from gradfn.types import Blocks
 
 
 def _recorded_model(run: str, settings: inputs.Options) -> str:
@@ -58,33 +64,68 @@ def _check_losses(settings: inputs.Options, options: inputs.Options) -> None:
     inputs.check_columns(options, inputs.task_of(how))
 
 
-def _scored(store: Store, queries: Blocks, unit: bool, by: str) -> Scored:
-    chunks = stored_scores(store, queries, unit=unit)
+def _ranked(store: Store, queries: Queries, method: Method, by: str, ranks: int) -> Ranked:
+    best = extremes(stored_scores(store, method.scorer(queries.gradients)), ranks)
     if by not in ("module", "head"):
-        return Scored(chunks)
-    return Scored(chunks, lambda row: stored_shares(store, row, queries, unit=unit))
+        return Ranked(*best)
+    scorer = method.scorer(queries.gradients, by_block=True)
+
+    def shares(row: int, query: int) -> dict[str, float]:
+        return {name: float(share[query]) for name, share in stored_shares(store, row, scorer).items()}
+
+    return Ranked(*best, shares)
+
+
+def _method(subject: Subject, store: Store, options: inputs.Options) -> tuple[Method, dict[str, Any]]:
+    """Rows as they are stored, queries through the store's transform; what a curvature must agree with."""
+    settings, what = store.settings, f"the store {options['store']}"
+    stored = [stage["transform"] for stage in tail_of(settings)]
+    if "Precondition" in stored:
+        raise InputError(f"{what} is behind a curvature, which is for queries: give it as --query-path")
+    state = settings.get("optimizer_state", {}).get("path")
+    normalize = None if state is None else load_optimizer_state(state, subject.model, subject.view)
+    base = transform_of({"transform": base_of(settings)}, normalize)
+    wanted = {**subject.settings(), "transform": chain(base).settings()}
+    refuse_mismatch(settings, wanted, what)
+    unit, path = options["unit_normalize"] or "UnitNormalize" in stored, options["hessian_path"]
+    if path is None:
+        norm = [unit_normalize()] if unit else []
+        return Method(chain(*norm), chain(base, *norm)), wanted
+    if "UnitNormalize" in stored:
+        raise InputError(
+            f"{what} has unit norm, which comes after a curvature: build it without --unit-normalize"
+        )
+    dampings = dampings_of(options)
+    H = curvature_for(path, wanted, dampings)
+    return Method(chain(), chain(base), H, dampings, "cosine" if unit else "none"), wanted
 
 
 def run_query(**options: Any) -> None:
     """Open, ask, show."""
     check_top(options["top"])
     check_exports([options["csv"], options["jsonl"], options["parquet"]], options["overwrite"])
-    query_rows = inputs.query_rows(options, options["split"])
+    dampings_of(options)
+    query_rows = query_rows_of(options, options["split"])
     with open_gradients(options["store"]) as store:
         settings = store.settings
         by = _stored_by(options["store"], settings, options["by"])
         path = options["model"] or _recorded_model(options["store"], settings)
         _check_losses(settings, options)
-        stored = transform_of(settings)
-        unit = options["unit_normalize"] or ends_in_unit_norm(stored)
-        transform = chain(stored, unit_normalize()) if unit and not ends_in_unit_norm(stored) else stored
         subject = inputs.load_subject(options, path=path, settings=settings)
-        wanted = {**subject.settings(), "transform": transform.settings()}
-        refuse_mismatch(settings, wanted, f"the store {options['store']}")
-        queries = inputs.load_queries(subject, query_rows, options, transform, wanted)
+        method, wanted = _method(subject, store, options)
+        asked = query_documents(subject, query_rows, options)
+        queries, method = load_queries(subject, query_rows, asked, options, method, wanted)
         out = console()
         rows = count(store.rows, "token" if by == "token" else "row")
         out.print(facts([("store", f"{store.path} [{rows}]"), ("model", subject.path),
-                         ("method", "cosine" if unit else "inner product")]))  # fmt: skip
+                         ("method", _in_words(method))]))  # fmt: skip
         known = stored_rows(store, subject.tokenizer, by)
-        show_all(out, subject, known, queries, _scored(store, queries.gradients, unit, by), by, options)
+        ranked = _ranked(store, queries, method, by, ranks_needed(options))
+        shown = queries.with_dampings(["none" if d is None else str(d) for d in method.damping])
+        show_all(out, subject, known, shown, ranked, by, options)
+
+
+def _in_words(method: Method) -> str:
+    cosine = method.norm == "cosine" or ends_in_unit_norm(method.train)
+    kind = "" if method.curvature is None else f", {method.curvature.kind}"  # pyright: ignore
+    return f"{'cosine' if cosine else 'inner product'}{kind}"

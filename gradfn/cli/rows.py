@@ -1,31 +1,40 @@
 """What is shown of a row that was scored: a document, or a token in its context."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
-from torch import Tensor
 
 from gradfn.data import Documents, Pairs
+from gradfn.scoring import TopK
 from gradfn.store import Store
-from gradfn.types import Blocks
 
 BEFORE, AFTER = 6, 4
 """Tokens of context around a token."""
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """Scores of rows against queries.
+class Ranked:
+    """The best rows of every query, and what their scores are made of.
 
     Args:
-        chunks: the score matrix, consecutive rows at a time, to be read once.
-        shares: of a row's scores the share of each block, `{block: [queries]}`; None where not asked for.
+        proponents, opponents: rows and scores, the strongest first.
+        shares: of a row's score for a query the share of each block, `shares(row, query)`; None where not
+            asked for.
     """
 
-    chunks: Iterable[Tensor]
-    shares: Callable[[int], Blocks] | None = None
+    proponents: TopK
+    opponents: TopK
+    shares: Callable[[int, int], Mapping[str, float]] | None = None
+
+    def shown(self, query: int, top: int) -> Iterator[tuple[str, int, int, float]]:
+        """Side, rank, row and score of the first `top` that have the sign of their side."""
+        for side, sign, best in (("proponent", 1, self.proponents), ("opponent", -1, self.opponents)):
+            pairs = zip(best.rows[query, :top].tolist(), best.scores[query, :top].tolist(), strict=True)
+            for rank, (row, score) in enumerate(pairs, 1):
+                if sign * score > 0:
+                    yield side, rank, row, score
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +127,10 @@ def stored_rows(store: Store, tokenizer: Any, by: str) -> ShownRows:
     return TokenRows(ids, offsets, lambda start, stop: store.read("rows/token", start, stop), tokenizer)
 
 
-def top_shares(shares: Mapping[str, Tensor], query: int) -> list[tuple[str, float]]:
-    """Blocks and their shares of one query's score, the largest in size first."""
-    values = [(name, float(share[query])) for name, share in shares.items()]
-    return sorted(values, key=lambda pair: -abs(pair[1]))
+def top_shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Blocks and their shares of a score, the largest in size first.
+
+    >>> top_shares({"a": 1.0, "b": -2.0})
+    [('b', -2.0), ('a', 1.0)]
+    """
+    return sorted(shares.items(), key=lambda pair: -abs(pair[1]))

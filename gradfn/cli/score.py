@@ -1,67 +1,36 @@
 """`gradfn score`: the main job."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from gradfn.cli import inputs
-from gradfn.cli.inputs import Options, Queries, Subject
-from gradfn.cli.rows import DocumentRows, Scored, ShownRows, loaded_rows, top_shares
-from gradfn.cli.show import (
-    NAME_WIDTH,
-    check_exports,
-    clean,
-    console,
-    count,
-    export,
-    facts,
-    progress_bar,
-    ranking,
+from gradfn.cli.inputs import Options, Subject
+from gradfn.cli.queries import Queries, load_queries, query_documents, query_rows_of, self_query
+from gradfn.cli.rows import Ranked, loaded_rows
+from gradfn.cli.show import check_exports, console, count, facts, progress_bar
+from gradfn.cli.stages import Stages, load_stages, recipe_of
+from gradfn.cli.tell import (
+    check_top,
+    gradients_line,
+    ranks_needed,
+    show_all,
+    subject_facts,
+    unprobed_facts,
 )
 from gradfn.data import Documents, Pairs
 from gradfn.errors import InputError
-from gradfn.hf.answers import Answer, answers
 from gradfn.hf.datasets import load_rows
-from gradfn.lexical import NOT_FOUND, bm25_ranks
-from gradfn.losses import CausalLMLoss
-from gradfn.probes import probe_engine
-from gradfn.runs import SHARES, describe, layer_summary, merged, score_run, unprobed
-from gradfn.scoring import Method, TopK, extremes, on_device_of
+from gradfn.methods.recipes import Problem, Recipe, weighted_sum
+from gradfn.probes import Engine, probe_engine
+from gradfn.runs import SHARES, Summary, ends_in_unit_norm, merged, score_run, unprobed, write_scores
+from gradfn.scoring import Method, extremes, extremes_of, on_device_of
 from gradfn.store import open_store
-from gradfn.stream import gather
-from gradfn.transforms import Transform, chain, dot, project
-from gradfn.types import Blocks
-
-KNOWN_RANKS = 5
-QUERY_CHARACTERS = 300
-"""Of a query that is shown; it may be a whole document."""
-
-
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """Rows ranked for every query, with what is shown of them."""
-
-    proponents: TopK
-    opponents: TopK
-    known: ShownRows
-    scored: Scored
-
-    def rows(self, query: int, query_id: str, top: int) -> list[dict[str, Any]]:
-        """The table of one query, proponents first."""
-        table = []
-        for side, best in (("proponent", self.proponents), ("opponent", self.opponents)):
-            for rank in range(min(top, best.rows.shape[1])):
-                row, value = int(best.rows[query, rank]), float(best.scores[query, rank])
-                if (value > 0) == (side == "proponent") and value != 0:
-                    table.append({"query": query_id, "side": side, "rank": rank + 1, "score": value,
-                                  **self.known.cells(row), **self._shares(row, query)})  # fmt: skip
-        return table
-
-    def _shares(self, row: int, query: int) -> dict[str, Any]:
-        return {} if self.scored.shares is None else {"shares": top_shares(self.scored.shares(row), query)}
+from gradfn.stream import Progress, gather, stream_to_host
+from gradfn.types import Rows
 
 
 def run_score(**options: Any) -> None:
@@ -73,117 +42,266 @@ def run_score(**options: Any) -> None:
     if options["model"] is None or options["dataset"] is None:
         lacking = "--model" if options["model"] is None else "--dataset"
         raise InputError(f"no {lacking}: give both --model and --dataset, or neither for the example")
-    if options["projection_dim"] is None:
-        options["projection_dim"] = 16
-    name = inputs.method_named(options["method"], options["unit_normalize"])
-    stage = project(options["projection_dim"], str(options["projection"]), options["seed"])  # pyright: ignore
-    method = inputs.make_method(name, stage)
+    name, recipe = recipe_of(options)
+    options = _with_defaults(options, recipe)
     check_top(options["top"])
     check_exports([options["csv"], options["jsonl"], options["parquet"]], options["overwrite"])
-    query_rows = inputs.query_rows(options)
+    weighted = checkpoints_of(options)
+    query_rows = None if options["self_influence"] else query_rows_of(options)
     rows = load_rows(options["dataset"], options["split"])
     subject = inputs.load_subject(options)
     train = inputs.load_documents(subject, rows, options)
-    out = console()
-    out.print(facts([*subject_facts(subject, train), ("method", f"{name}, {gradients_line(stage)}")]))
-    wanted = merged(describe(subject.model, [], method.query, loss=subject.loss, view=subject.view),
-                    subject.settings())  # fmt: skip
-    queries = inputs.load_queries(subject, query_rows, options, method.query, wanted)
-    scored, by = _scored(subject, train, queries, method, options), str(options["by"])
-    show_all(out, subject, loaded_rows(train, subject.tokenizer, by), queries, scored, by, options)
+    asked = query_documents(subject, query_rows, options)
+    case = Case(options, name, recipe, train, asked, query_rows)
+    if len(weighted) == 1 and weighted[0][0] is None and recipe.combine is weighted_sum:
+        queries, ranked = _one_checkpoint(case, subject)
+    else:
+        queries, ranked = _checkpoints(case, subject, weighted)
+    by = str(options["by"])
+    show_all(console(), subject, loaded_rows(train, subject.tokenizer, by), queries, ranked, by, options)
 
 
-def check_top(top: int) -> None:
-    """Refuse a table of no rows."""
-    if top < 1:
-        raise InputError(f"--top must be 1 or more, not {top}")
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What is asked, of whatever checkpoint.
 
+    Args:
+        options: as given, with the method's defaults.
+        name, recipe: the method.
+        train: the training rows.
+        asked: the queries' tokens, where there are any.
+        query_rows: the dataset that they come from.
+    """
 
-def subject_facts(subject: Subject, train: Documents | Pairs) -> list[tuple[str, str]]:
-    """What is attributed, in two lines; what is unusual about the data in a third."""
-    loss = subject.loss
-    simple = isinstance(loss, CausalLMLoss) and loss.criterion == "cross_entropy" and not loss.label_smoothing
-    whole = simple and not loss.fused_head  # pyright: ignore
-    head = "; logits are not a plain linear map, so they are computed whole" if whole else ""
-    size = f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"
-    lines = [
-        ("model", f"{subject.name} ({layer_summary(subject.model, subject.view)}{head})"),
-        ("train", size),
-    ]
-    if unsupervised := int((train.supervised == 0).sum()):
-        rows = count(unsupervised, "row")
-        lines.append(("note", f"{rows} with nothing to supervise: zero gradient, zero scores"))
-    return lines
+    options: Options
+    name: str
+    recipe: Recipe
+    train: Documents | Pairs
+    asked: Documents | Pairs | None
+    query_rows: Any | None
 
+    @property
+    def by_block(self) -> bool:
+        """Whether scores are told apart by block."""
+        return str(self.options["by"]) in ("module", "head")
 
-def gradients_line(*transforms: Transform) -> str:
-    """A chain of transforms in words."""
-    return ", ".join(map(str, chain(*transforms).stages)) or "full gradients"
-
-
-def unprobed_facts(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """A note on the layers that no probe could see, if there are any."""
-    if not paths:
-        return []
-    named = ", ".join(paths[:3]) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
-    return [("note", f"no probe sees {named}: through vmap(grad), which is slower")]
-
-
-def _scored(
-    subject: Subject, train: Documents | Pairs, queries: Queries, method: Method, options: Options
-) -> Scored:
-    """Score all rows, to a run directory if one is given."""
-    by_block = str(options["by"]) in ("module", "head")
-    with progress_bar("scores", int(train.lengths.sum())) as progress:
-        if options["run"] is None:
-            there = on_device_of(subject.model, queries.gradients)
-            ending = chain(method.train, dot(there, by_block=by_block))
-            engine = probe_engine(subject.model, subject.loss, ending, view=subject.view)
-            values = gather(
-                engine, train, token_batch_size=subject.token_batch_size, progress=progress
-            ).values
-            lines, scored = unprobed_facts(unprobed(engine)), _in_memory(values)
+    def prepare(self, subject: Subject) -> tuple[Queries, Method, dict[str, Any]]:
+        """The queries' gradients, the method, and what a run records of them, for one checkpoint."""
+        options = self.options
+        stages = load_stages(subject, options, has_curvature=self.recipe.curvature)
+        wanted = {**subject.settings(), "transform": stages.base.settings()}
+        told = ("method", f"{self.name}, {gradients_line(stages.base)}")
+        console().print(facts([*subject_facts(subject, self.train), told]))
+        with subject.multiplying():
+            method = self.recipe.method(self._problem(subject, stages))
+        if options["self_influence"]:
+            if method.curvature is None and (
+                method.norm != "none" or method.solve or ends_in_unit_norm(method.train)
+            ):
+                raise InputError(
+                    f"{self.name} gives no self-influence: choose grad_dot, or a curvature, for --self"
+                )
+            queries = self_query()
         else:
-            settings = merged(subject.settings(), {**_data_settings(options), **queries.settings})
-            fixed = {"queries/id": queries.ids, "queries/text": queries.texts}
-            summary = score_run(
-                options["run"], subject.model, train, queries.gradients, method.train, by_block=by_block,
-                settings=settings, fixed=fixed, overwrite=options["overwrite"], progress=progress,
-                **subject.engine_options(),
-            )  # fmt: skip
-            noun = "token" if subject.view.tokens else "row"
-            shape = f"{count(summary.rows, noun)}, {count(len(queries.ids), 'query')}"
-            lines = [("scores", f"{summary.path} [{shape}]")]
-            if summary.resumed:
-                lines.append(("resumed", f"from {count(summary.resumed, noun)} that were there already"))
-            lines, scored = [*lines, *unprobed_facts(summary.unprobed)], _on_disk(options["run"], by_block)
+            queries, method = load_queries(subject, self.query_rows, self.asked, options, method, wanted)
+        known = {"recipe": self.name, **stages.settings, **queries.settings, **self._data()}
+        return queries, method, merged(subject.settings(), known)
+
+    def _problem(self, subject: Subject, stages: Stages) -> Problem:
+        options = self.options
+        return Problem(
+            subject.model, self.train, [] if self.asked is None else self.asked, subject.loss,
+            subject.query_loss, stages.normalize, stages.projection, stages.curvature, stages.dampings,
+            options["labels"].value, options["seed"], options["target_downweight_components"],
+            replace(subject.view, tokens=False), options["partitions"], subject.token_batch_size,
+            progress_bar,
+        )  # fmt: skip
+
+    def _data(self) -> dict[str, Any]:
+        return {"data": {"path": inputs.anchored(self.options["dataset"]), "split": self.options["split"]}}
+
+
+def _with_defaults(options: Options, recipe: Recipe) -> dict[str, Any]:
+    """What the method decides where the options do not."""
+    filled = dict(options)
+    if options["projection_dim"] is None:
+        filled["projection_dim"] = recipe.projection_dim
+    if recipe.criterion is not None and str(options["loss"]) == "cross_entropy":
+        filled["loss"] = recipe.criterion
+    if options["self_influence"]:
+        given = [
+            key for key in ("query", "query_path", "completion", "group_column") if options[key] is not None
+        ]
+        if given:
+            raise InputError(f"--self has no queries: leave out --{given[0].replace('_', '-')}")
+    elif options["group_column"] is not None and options["query"] is None:
+        raise InputError("--group-column groups the queries of a dataset: give one with --query")
+    return filled
+
+
+def checkpoints_of(options: Options) -> list[tuple[str | None, float]]:
+    """The checkpoints and their weights; None is the model itself."""
+    paths = [path.strip() for path in (options["checkpoints"] or "").split(",") if path.strip()]
+    text = options["checkpoint_weights"]
+    if text is None:
+        return [(path, 1 / len(paths)) for path in paths] or [(None, 1.0)]
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--checkpoint-weights {text} are not numbers: give 0.1,0.05, say") from None
+    if len(weights) != len(paths):
+        raise InputError(
+            f"{len(weights)} --checkpoint-weights for {len(paths)} --checkpoints: give one for each"
+        )
+    return list(zip(paths, weights, strict=True))
+
+
+def _one_checkpoint(case: Case, subject: Subject) -> tuple[Queries, Ranked]:
+    """Score all rows, to a run directory if one is given, and rank them."""
+    queries, method, settings = case.prepare(subject)
+    run, by_block = case.options["run"], case.by_block
+    shown = queries.with_dampings(damping_names(method))
+    with subject.multiplying(), progress_bar("scores", int(case.train.lengths.sum())) as progress:
+        if run is None:
+            engine = _engine(subject, queries, method, by_block=False)
+            best = extremes_of(engine, case.train, ranks_needed(case.options),
+                               token_batch_size=subject.token_batch_size, progress=progress)  # fmt: skip
+            lines = unprobed_facts(unprobed(engine))
+        else:
+            summary = _write_scores(case, subject, run, queries, shown, method, settings, progress)
+            lines = _score_facts(summary, subject, shown)
+            best = extremes(score_chunks(run), ranks_needed(case.options))
     if lines:
         console().print(facts(lines))
-    return scored
+    if not by_block:
+        return shown, Ranked(*best)
+    if run is not None:
+        return shown, Ranked(*best, lambda row, query: score_shares(run, row, query))
+    return shown, _with_shares(Ranked(*best), case, subject, queries, shown, method)
 
 
-def _in_memory(values: Blocks | Tensor) -> Scored:
-    if not isinstance(values, dict):
-        return Scored([values])
-    total = sum(values.values(), next(iter(values.values())).new_zeros(()))
-    return Scored([total], lambda row: {name: share[row] for name, share in values.items()})
+def damping_names(method: Method) -> list[str]:
+    """The dampings that scores come for, as the command line spells them."""
+    return ["none" if damping is None else str(damping) for damping in method.damping]
 
 
-def _on_disk(run: str, by_block: bool) -> Scored:
-    return Scored(score_chunks(run), (lambda row: score_shares(run, row)) if by_block else None)
+def _checkpoints(
+    case: Case, subject: Subject, weighted: Sequence[tuple[str | None, float]]
+) -> tuple[Queries, Ranked]:
+    """Score all rows at every checkpoint, and join what they say."""
+    if case.by_block:
+        raise InputError("joined scores are not told apart by block: use --by example or token")
+    run, results, shown = case.options["run"], [], self_query()
+    for number, (path, _) in enumerate(weighted, 1):
+        one = subject if path is None else inputs.at_checkpoint(subject, path, case.options)
+        queries, method, settings = case.prepare(one)
+        shown = queries.with_dampings(damping_names(method))
+        with one.multiplying(), progress_bar("scores", int(case.train.lengths.sum())) as progress:
+            if run is None:
+                results.append(gather(_engine(one, queries, method, by_block=False), case.train,
+                                      token_batch_size=one.token_batch_size, progress=progress))  # fmt: skip
+            else:
+                part = str(Path(run) / f"checkpoint-{number}")
+                _write_scores(case, one, part, queries, shown, method, settings, progress)
+                results.append(_read_scores(part))
+    scores = case.recipe.combine(results, [weight for _, weight in weighted])
+    if scores.shape[1] != len(shown.ids):
+        shown = shown.joined(case.name)
+    if run is not None:
+        _write_joined(case, subject, run, weighted, shown, Rows(scores, results[-1].losses))
+        lines = [
+            ("scores", f"{run}/scores.h5 [{count(len(scores), 'row')}, {count(scores.shape[1], 'query')}]")
+        ]
+        console().print(facts(lines))
+    return shown, Ranked(*extremes([scores], ranks_needed(case.options)))
 
 
-def score_shares(run: str, row: int) -> Blocks:
-    """Of a row's scores in a run the share of each block, `{block: [queries]}`."""
+def _read_scores(run: str) -> Rows:
     import torch
 
     with open_store(run, "scores") as store:
-        return {name.removeprefix(SHARES): torch.from_numpy(store.read(name, row, row + 1)[0])
+        losses = (
+            torch.from_numpy(store.read("rows/loss"))
+            if "rows/loss" in store.names("rows")
+            else torch.zeros(0)
+        )
+        return Rows(torch.from_numpy(store.read("scores")), losses)
+
+
+def _write_joined(
+    case: Case, subject: Subject, run: str, weighted: Sequence[tuple[str | None, float]], shown: Queries,
+    result: Rows,
+) -> None:  # fmt: skip
+    parts = [{"path": None if path is None else inputs.anchored(path), "weight": weight,
+              "settings": _settings_of(Path(run) / f"checkpoint-{number}")}
+             for number, (path, weight) in enumerate(weighted, 1)]  # fmt: skip
+    write_scores(
+        run, case.train, result, settings={"recipe": case.name, "checkpoints": parts},
+        fixed={"queries/id": shown.ids, "queries/text": shown.texts}, tokens=subject.view.tokens,
+        overwrite=case.options["overwrite"],
+    )  # fmt: skip
+
+
+def _settings_of(run: Path) -> dict[str, Any]:
+    with open_store(run, "scores") as store:
+        return store.settings
+
+
+def _write_scores(
+    case: Case, subject: Subject, run: str, queries: Queries, shown: Queries, method: Method,
+    settings: dict[str, Any], progress: Progress,
+) -> Summary:  # fmt: skip
+    return score_run(
+        run, subject.model, case.train, None if case.options["self_influence"] else queries.gradients, method,
+        by_block=case.by_block, settings=settings, overwrite=case.options["overwrite"], progress=progress,
+        fixed={"queries/id": shown.ids, "queries/text": shown.texts}, **subject.engine_options(),
+    )  # fmt: skip
+
+
+def _score_facts(summary: Summary, subject: Subject, shown: Queries) -> list[tuple[str, str]]:
+    """What there is to say of scores that were written."""
+    noun = "token" if subject.view.tokens else "row"
+    shape = f"{count(summary.rows, noun)}, {count(len(shown.ids), 'query')}"
+    lines = [("scores", f"{summary.path} [{shape}]")]
+    if summary.resumed:
+        lines.append(("resumed", f"from {count(summary.resumed, noun)} that were there already"))
+    return [*lines, *unprobed_facts(summary.unprobed)]
+
+
+def _engine(subject: Subject, queries: Queries, method: Method, *, by_block: bool) -> Engine:
+    """What gives the scores of rows against the queries (or themselves), or of each block its share."""
+    if queries.gradients:
+        scorer = method.scorer(on_device_of(subject.model, queries.gradients), by_block=by_block)
+    else:
+        scorer = method.self_scorer(by_block=by_block)
+    return probe_engine(subject.model, subject.loss, scorer, view=subject.view)
+
+
+def _with_shares(
+    ranked: Ranked, case: Case, subject: Subject, queries: Queries, told: Queries, method: Method
+) -> Ranked:
+    """Score the rows that are shown again, by block, rather than keep the shares of all rows."""
+    asked: dict[int, list[int]] = {}
+    for query in range(len(told.ids)):
+        for _, _, row, _ in ranked.shown(query, case.options["top"]):
+            asked.setdefault(row, []).append(query)
+    rows = list(asked)
+    shown, shares = case.train.select(rows), {}
+    engine, size = _engine(subject, queries, method, by_block=True), subject.token_batch_size
+    with subject.multiplying(), progress_bar("shares", int(shown.lengths.sum())) as progress:
+        for numbers, result in stream_to_host(engine, shown, token_batch_size=size, progress=progress):
+            assert isinstance(result.values, dict)
+            for place, row in enumerate(rows[number] for number in numbers):
+                for query in asked[row]:
+                    shares[row, query] = {name: float(v[place, query]) for name, v in result.values.items()}
+    return replace(ranked, shares=lambda row, query: shares[row, query])
+
+
+def score_shares(run: str, row: int, query: int) -> dict[str, float]:
+    """Of a score in a run the share of each block."""
+    with open_store(run, "scores") as store:
+        return {name.removeprefix(SHARES): float(store.read(name, row, row + 1)[0, query])
                 for name in store.names(SHARES)}  # fmt: skip
-
-
-def _data_settings(options: Options) -> dict[str, Any]:
-    return {"data": {"path": inputs.anchored(options["dataset"]), "split": options["split"]}}
 
 
 def score_chunks(run: str) -> Iterable[Tensor]:
@@ -193,76 +311,3 @@ def score_chunks(run: str) -> Iterable[Tensor]:
     with open_store(run, "scores") as store:
         for _, _, arrays in store.chunks(["scores"], 65536):
             yield torch.from_numpy(arrays["scores"])
-
-
-def show_all(
-    out: Console, subject: Subject, known: ShownRows, queries: Queries, scored: Scored, by: str,
-    options: Options,
-) -> None:  # fmt: skip
-    """Rank, show every query, say how often known sources were found, export."""
-    ranked = Ranked(*extremes(scored.chunks, max(options["top"], KNOWN_RANKS)), known, scored)
-    told = None
-    if isinstance(queries.documents, Documents) and subject.task == "causal_lm":
-        told = answers(subject.model, subject.tokenizer, queries.documents)
-    lexical = _lexical(known, queries, options["top"])
-    table = []
-    for number, query_id in enumerate(queries.ids):
-        rows = ranked.rows(number, query_id, options["top"])
-        table.extend(rows)
-        out.print()
-        out.print(facts(_query_facts(queries, number, told[number] if told else None)))
-        out.print(ranking(rows, out.width))
-        if lexical is not None:
-            found = [clean(name, NAME_WIDTH) for name in lexical[number][: options["top"]]]
-            out.print(facts([("BM25 finds", ", ".join(found) or "no row that shares a word")]))
-    if lexical is not None and isinstance(known, DocumentRows):
-        out.print()
-        out.print(facts(_recall(queries, ranked, known.ids, lexical)))
-    paths = {f"{kind}_path": options[kind] for kind in ("csv", "jsonl", "parquet")}
-    export(table, by=by, **paths)
-
-
-def _lexical(known: ShownRows, queries: Queries, top: int) -> list[list[str]] | None:
-    """What BM25 finds for every query, where sources are known and rows are documents."""
-    if not any(queries.sources) or not isinstance(known, DocumentRows):
-        return None
-    ranks = bm25_ranks(known.texts, queries.texts, max(top, KNOWN_RANKS))
-    return [[known.ids[int(row)] for row in found if row != NOT_FOUND] for found in ranks.tolist()]
-
-
-def _query_facts(queries: Queries, number: int, answer: Answer | None) -> list[tuple[str, str]]:
-    """A query, and what the model itself makes of it."""
-    lines = [(f"query {clean(queries.ids[number])}", clean(queries.shown[number], QUERY_CHARACTERS))]
-    if answer is None:
-        return lines
-    loss = f"loss {answer.loss:.2f} nats a token"
-    if answer.known is None:
-        return [*lines, ("model", loss)]
-    chance = f"{loss}, probability {answer.probability:.3g}"
-    if answer.known:
-        return [*lines, ("model", f"{chance}: it knows the answer")]
-    says = f' (it says "{clean(answer.says)}")' if clean(answer.says) else ""
-    return [*lines, ("model", f"{chance}: it does NOT know the answer{says}, so there may be no source")]
-
-
-def _recall(
-    queries: Queries, ranked: Ranked, ids: Sequence[str], lexical: list[list[str]]
-) -> list[tuple[str, str]]:
-    """How often the known source of a query is ranked first and among the first five, beside BM25."""
-    there = set(ids)
-    named = [(number, source) for number, source in enumerate(queries.sources) if source]
-    asked = [(number, source) for number, source in named if source in there]
-    gradients = [[ids[int(row)] for row in rows[:KNOWN_RANKS]] for rows in ranked.proponents.rows]
-    lines = []
-    if asked:
-        for name, found in (("gradients", gradients), ("BM25", lexical)):
-            first, five = (_hits(asked, found, k) for k in (1, KNOWN_RANKS))
-            lines.append((name, f"ranks the known source first for {first} of {count(len(asked), 'query')}, "
-                                f"in the top {KNOWN_RANKS} for {five}"))  # fmt: skip
-    if lost := len(named) - len(asked):
-        lines.append(("note", f"{count(lost, 'query')} with a source that is not among the rows"))
-    return lines
-
-
-def _hits(asked: list[tuple[int, str]], found: list[list[str]], k: int) -> int:
-    return sum(source in found[number][:k] for number, source in asked)

@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from gradfn.errors import InputError
 from gradfn.hf.hub import hub_answers, is_hub_name, listing, quiet, summary
 
-__all__ = ["context_length", "load_model", "load_tokenizer", "model_fingerprint", "tokenizer_fingerprint"]
+__all__ = [
+    "check_device",
+    "context_length",
+    "load_model",
+    "load_tokenizer",
+    "model_fingerprint",
+    "tokenizer_fingerprint",
+]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
-ATTENTION = ("sdpa", "eager")
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+"""Kernels by the names that transformers gives them."""
 
 MODEL_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
@@ -26,7 +34,8 @@ MODEL_CLASSES = {
     "regression": "AutoModelForSequenceClassification",
 }
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_ADAPTER = "adapter_config.json"
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,9 +61,11 @@ def load_model(
         path: a folder, a .gguf file, a folder with one .gguf file and no other weights, or a hub name.
         task: what its head is for: "causal_lm", "masked_lm", "seq2seq_lm", "classification" or "regression"
             (of sequences, both).
-        precision: "fp32", "bf16", "fp16" or "fp64"; quantised GGUF weights are expanded to it.
+        precision: "fp32", "bf16", "fp16" or "fp64"; quantised GGUF weights are expanded to it, other
+            quantised weights stay what they are.
         device: where the parameters shall be.
-        attention: "sdpa" or "eager", the kernel of attention; None is the one that transformers takes.
+        attention: "sdpa", "eager", "flash_attention_2" or "flash_attention_3" (on CUDA, in half precision),
+            the kernel of attention; None is the one that transformers takes.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
@@ -67,17 +78,17 @@ def load_model(
     """
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    if attention is not None and attention not in ATTENTION:
-        raise InputError(f"unknown attention {attention!r}: use one of {', '.join(ATTENTION)}")
     if task not in MODEL_CLASSES:
         raise InputError(f"no task {task!r}: choose {', '.join(MODEL_CLASSES)}")
-    _check_device(device)
-    source, options = _locate_model(path)
+    check_device(device)
+    _check_attention(attention, precision, torch.device(device))
+    source, options = locate_model(path)
     options |= {"trust_remote_code": trust_remote_code, "dtype": PRECISIONS[precision]}
     options |= {} if attention is None else {"attn_implementation": attention}
     if options.get("local_files_only"):  # where peft is installed, transformers asks for adapters by itself
         options["adapter_kwargs"] = {"local_files_only": True}
     model, info = _load("model", path, _model_class(task), source, output_loading_info=True, **options)
+    _refuse_other_attention(model, path, attention)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(
@@ -86,6 +97,8 @@ def load_model(
         )
     if "gguf_file" in options:
         _forget_quantization(model)
+    elif getattr(model, "is_quantized", False):
+        _cast_unquantised(model, PRECISIONS[precision])
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -166,7 +179,11 @@ def _model_class(task: str) -> Any:
     return getattr(transformers, MODEL_CLASSES[task])
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that is not here.
+
+    >>> check_device("cpu")
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -175,13 +192,35 @@ def _check_device(device: str | torch.device) -> None:
         ) from error
 
 
-def _locate_model(path: str | Path) -> tuple[str, dict[str, Any]]:
+def _check_attention(attention: str | None, precision: str, device: torch.device) -> None:
+    """Refuse a kernel that is unknown, or that cannot run on this device in this precision."""
+    if attention is None:
+        return
+    if attention not in ATTENTION:
+        raise InputError(f"unknown attention {attention!r}: use one of {', '.join(ATTENTION)}")
+    if "flash" in attention and (device.type != "cuda" or precision not in ("bf16", "fp16")):
+        raise InputError(
+            f"{attention} runs on CUDA in bf16 or fp16, not on {device} in {precision}: use sdpa or eager "
+            "attention"
+        )
+
+
+def _refuse_other_attention(model: Any, path: str | Path, attention: str | None) -> None:
+    """Refuse a model that was given another kernel than the one asked for."""
+    given = getattr(model.config, "_attn_implementation", None)
+    if attention is not None and given != attention:
+        raise InputError(f"{path} has no {attention} attention, only {given}: use that, or leave it out")
+
+
+def locate_model(path: str | Path) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` needs to find a model: a place and options."""
     place = Path(path).expanduser()
     if place.is_file():
         return _gguf(place)
     if not place.is_dir():
         return _locate_hub("model", path)
+    if (place / _ADAPTER).is_file():
+        return str(place), _base_options(place)
     ggufs = sorted(place.glob("*.gguf"))
     if any(next(place.glob(pattern), None) for pattern in _WEIGHTS):
         return str(place), {}
@@ -202,13 +241,40 @@ def _locate_tokenizer(path: str | Path) -> tuple[str, dict[str, Any]]:
     if folder.is_dir() and any((folder / name).exists() for name in _TOKENIZER):
         return str(folder), {}
     if place.is_file() or next(folder.glob("*.gguf"), None):
-        return _locate_model(path)
+        return locate_model(path)
+    if (folder / _ADAPTER).is_file() and (base := _base_of(folder)):
+        return _locate_tokenizer(base)
     if folder.is_dir():
         raise InputError(
             f"folder {path} holds no tokenizer, only {listing(folder)}: "
             "save the model's tokenizer there with tokenizer.save_pretrained"
         )
     return _locate_hub("tokenizer", path)
+
+
+def _base_of(folder: Path) -> str | None:
+    """The model that an adapter's folder names as its base; None if it names none."""
+    try:
+        return json.loads((folder / _ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise InputError(
+            f"{folder / _ADAPTER} is no JSON ({summary(error)}): save the adapter again"
+        ) from error
+
+
+def _base_options(folder: Path) -> dict[str, Any]:
+    """What `from_pretrained` needs to find an adapter's base, which is looked for here."""
+    from transformers import AutoConfig
+
+    base = _base_of(folder)
+    if base is None:
+        raise InputError(f"{folder / _ADAPTER} names no base_model_name_or_path: save the adapter again")
+    try:
+        source, options = locate_model(base)
+        _load("model", base, AutoConfig, source, **options)
+    except InputError as error:
+        raise InputError(f"{folder} is an adapter, whose base is missing: {error}") from error
+    return {key: value for key, value in options.items() if key == "local_files_only"}
 
 
 def _gguf(file: Path) -> tuple[str, dict[str, Any]]:
@@ -237,11 +303,13 @@ def _load(noun: str, path: str | Path, loader: Any, source: str, **options: Any)
         with quiet():
             return loader.from_pretrained(source, **options)
     except ImportError as error:
+        _refuse_kernel(error, path, options)
         extra = "pip install 'gradfn[gguf]'" if "gguf_file" in options else "install it"
         raise InputError(f"{path} needs a package that is not here ({summary(error)}): {extra}") from error
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever is raised here is about what lies at `path`
+        _refuse_kernel(error, path, options)
         if options.get("local_files_only"):
             raise InputError(
                 f"no {noun} {str(path)!r}: no file or folder here has this name, it is not among the cached "
@@ -254,11 +322,29 @@ def _load(noun: str, path: str | Path, loader: Any, source: str, **options: Any)
         raise InputError(f"the {noun} {str(path)!r} cannot be loaded ({summary(error)}): check it") from error
 
 
+def _refuse_kernel(error: Exception, path: str | Path, options: dict[str, Any]) -> None:
+    """Refuse a kernel of attention that the model or machine lacks, if that is what the error is about."""
+    asked = options.get("attn_implementation")
+    # The words of transformers, which has no error of its own for this.
+    if asked is not None and any(sign in str(error) for sign in ("attention implementation", "Flash")):
+        why = summary(error).split(". ")[0]
+        raise InputError(
+            f"{path} cannot have {asked} attention here ({why}): use another, or leave it out"
+        ) from error
+
+
 def _forget_quantization(model: Any) -> None:
     # The weights are plain numbers now; these marks of their past would keep the model from being saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
+
+
+def _cast_unquantised(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give parameters that are not quantised the dtype asked for, as transformers does of other models."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Transforms of gradient blocks: project, normalize, score, and the chain that composes them."""
 
 from gradfn.transforms.chain import Blockwise, Chain, Kronecker, Rowwise, Transform, chain
-from gradfn.transforms.dot import Dot, dot
+from gradfn.transforms.dot import Dot, SelfDot, dot
 from gradfn.transforms.lower import Lowered, lower
 from gradfn.transforms.normalize import (
     Adafactor,
@@ -11,6 +11,7 @@ from gradfn.transforms.normalize import (
     adam,
     unit_normalize,
 )
+from gradfn.transforms.precondition import Precondition, precondition
 from gradfn.transforms.project import Project, project
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "Dot",
     "Kronecker",
     "Lowered",
+    "Precondition",
     "Project",
     "Rowwise",
+    "SelfDot",
     "Transform",
     "UnitNormalize",
     "adafactor",
@@ -30,6 +33,7 @@ __all__ = [
     "chain",
     "dot",
     "lower",
+    "precondition",
     "project",
     "unit_normalize",
 ]

@@ -1,6 +1,7 @@
 """Inner products with queries, as the last stage of a chain."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,13 @@ class Dot(Rowwise):
     queries: Blocks
     unit: bool = False
     by_block: bool = False
+    weights: Blocks | None = None
+    """Of the squares in a row's norm, `[norms, ...]`: each norm is for its share of the queries, in order."""
+
+    @property
+    def linear_shares(self) -> bool:
+        """Whether the shares are linear in the rows."""
+        return not self.unit
 
     def partial(self, name: str, G: Float[Tensor, "rows *block"]) -> Float[Tensor, "rows k"]:
         """One block's share: inner products, and the squared norm where rows are to be unit."""
@@ -36,7 +44,12 @@ class Dot(Rowwise):
                 "make both with the same transform"
             )
         dots = flat @ query.T
-        return torch.cat([dots, flat.square().sum(1, keepdim=True)], 1) if self.unit else dots
+        if not self.unit:
+            return dots
+        squares = flat.square()
+        if self.weights is None:
+            return torch.cat([dots, squares.sum(1, keepdim=True)], 1)
+        return torch.cat([dots, squares @ self.weights[name].flatten(1).to(flat).T], 1)
 
     def finish(self, partials: Blocks) -> Blocks | Float[Tensor, "rows queries"]:
         """The sum over blocks (or each share), divided by the row's norm where rows are to be unit."""
@@ -46,9 +59,36 @@ class Dot(Rowwise):
             )
         if not self.unit:
             return dict(partials) if self.by_block else torch.stack(list(partials.values())).sum(0)
-        scale = inverse_norms(torch.stack([part[:, -1] for part in partials.values()]).sum(0))[:, None]
-        shares = {name: part[:, :-1] * scale for name, part in partials.items()}
+        norms = 1 if self.weights is None else len(next(iter(self.weights.values())))
+        scale = inverse_norms(torch.stack([part[:, -norms:] for part in partials.values()]).sum(0))
+        shares = {
+            name: (part[:, :-norms].unflatten(1, (norms, -1)) * scale[..., None]).flatten(1)
+            for name, part in partials.items()
+        }
         return shares if self.by_block else torch.stack(list(shares.values())).sum(0)
+
+    def __call__(self, blocks: Blocks) -> Blocks | Tensor:
+        return self.finish({name: self.partial(name, G) for name, G in blocks.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class SelfDot(Rowwise):
+    """`[rows, norms]`: squared norms of rows, `sum w g²` with weights `{block: [norms, ...]}`, or 1."""
+
+    weights: Blocks | None = None
+    by_block: bool = False
+    linear_shares: ClassVar[bool] = False
+
+    def partial(self, name: str, G: Float[Tensor, "rows *block"]) -> Float[Tensor, "rows k"]:
+        """One block's share."""
+        squares = G.flatten(1).square()
+        if self.weights is None:
+            return squares.sum(1, keepdim=True)
+        return squares @ self.weights[name].flatten(1).to(squares).T
+
+    def finish(self, partials: Blocks) -> Blocks | Float[Tensor, "rows norms"]:
+        """The sum over blocks, or each share."""
+        return dict(partials) if self.by_block else torch.stack(list(partials.values())).sum(0)
 
     def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         return self.finish({name: self.partial(name, G) for name, G in blocks.items()})

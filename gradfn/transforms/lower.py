@@ -3,6 +3,7 @@
     leading Krons  -> fused into one, applied to the factors before they meet
     then blocks    -> functions of one dense block, run while only that layer is alive
     then rows      -> run after the backward, on all blocks of an example
+    a final sum    -> over the rows, inside the backward, where the blocks are the layer's whole gradient
 
 Lowering never changes a result.
 """
@@ -16,10 +17,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from gradfn.errors import InputError
 from gradfn.kron import Kron
 from gradfn.transforms.chain import Blockwise, Chain, Kronecker, Rowwise, Transform, spec_of
-from gradfn.transforms.dot import Dot
+from gradfn.transforms.dot import Dot, SelfDot
 from gradfn.transforms.normalize import UnitNormalize
+from gradfn.transforms.summed import FactorSummed, Summed
 from gradfn.types import Blocks, BlockSpec
 
 BlockFn = Callable[[Tensor], Tensor]
@@ -47,6 +50,8 @@ class BlockPlan:
         shape: what the backward delivers for one row.
         share: the share of a final dot product, where that is all that runs inside: it may be had from the
             factors, without the dense block.
+        total: whether the backward sums over the rows and delivers one.
+        of_factors: what is made of the factors instead of the dense block, where a statistic is of them.
     """
 
     kron: Kron
@@ -57,6 +62,8 @@ class BlockPlan:
     dtype: torch.dtype
     device: torch.device
     share: Share | None = None
+    total: bool = False
+    of_factors: FactorSummed | None = None
 
     def within(self, G: Tensor) -> Tensor:
         """What runs in the backward on the dense block."""
@@ -87,16 +94,37 @@ def _apply(functions: Iterable[BlockFn], G: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Partial(Blockwise):
-    """The block's share of a final `Dot`; linear as long as no norm is asked for."""
+    """The block's share of a final `Dot` or `SelfDot`."""
 
-    dot: Dot
+    dot: Dot | SelfDot
 
     @property
     def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return not self.dot.unit
+        return self.dot.linear_shares
 
     def block(self, name: str, G: Tensor) -> Tensor:
         return self.dot.partial(name, G)
+
+
+@dataclass(frozen=True, eq=False)
+class _Total(Blockwise):
+    """The sum over rows of one block, as one row."""
+
+    summed: Summed
+
+    def block(self, name: str, G: Tensor) -> Tensor:
+        return self.summed.of(name, G)[None]
+
+
+def _only_row(blocks: Blocks) -> Blocks:
+    return {name: value[0] for name, value in blocks.items()}
+
+
+def _expanded(transform: Transform) -> tuple[Transform, ...]:
+    """The stages of a chain; those that are themselves several stages are taken apart."""
+    stages = transform.stages if isinstance(transform, Chain) else (transform,)
+    parts = [part for stage in stages for part in (stage.stages() if hasattr(stage, "stages") else (stage,))]  # pyright: ignore
+    return tuple(parts)
 
 
 def _split(
@@ -106,11 +134,15 @@ def _split(
     at = next((i for i, stage in enumerate(stages) if isinstance(stage, Rowwise)), len(stages))
     blocks, rows = stages[:at], stages[at:]
     match rows:
-        case (Dot() as last,):
+        case (Dot() | SelfDot() as last,):
             return (*blocks, _Partial(last)), last.finish
         case (UnitNormalize(), Dot() as last):
             unit = replace(last, unit=True)
             return (*blocks, _Partial(unit)), unit.finish
+        case (Summed() as last,):
+            return (*blocks, _Total(last)), _only_row
+        case (FactorSummed() as last,):
+            return (*blocks, last), _only_row
     return blocks, Chain(rows)
 
 
@@ -128,12 +160,13 @@ def lower(transform: Transform, specs: Iterable[BlockSpec], shared: frozenset[st
     >>> plan.kron.right.shape, plan.shape
     (torch.Size([4, 9]), (4, 4))
     """
-    stages = transform.stages if isinstance(transform, Chain) else (transform,)
-    block_stages, rows = _split(stages)
+    block_stages, rows = _split(_expanded(transform))
     return Lowered({spec.name: _plan(block_stages, spec, spec.name in shared) for spec in specs}, rows)
 
 
 def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool) -> BlockPlan:
+    if stages and isinstance(stages[-1], FactorSummed):
+        return _factor_plan(stages[:-1], stages[-1], spec)
     kron, inside, behind = Kron(), [], []
     # An empty batch tells every stage's output shape without any work.
     G = torch.empty(0, *spec.shape, dtype=spec.dtype, device=spec.device)
@@ -150,10 +183,35 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool) -> Block
             inside.append(function)
         shape = tuple(G.shape[1:])
     last, share = stages[-1] if stages else None, None
-    if isinstance(last, _Partial) and len(inside) == 1 and not behind:
-        queries = last.dot.queries[spec.name].to(spec.device, spec.dtype)
-        share = Share(queries.view(len(queries), *dense), last.dot.unit)
-    return BlockPlan(kron, tuple(inside), tuple(behind), dense, shape, spec.dtype, spec.device, share)
+    if isinstance(last, _Partial) and len(inside) == 1 and not behind and last.dot.weights is None:
+        share = _share(last.dot, spec, dense)
+    total = isinstance(last, _Total) and not behind
+    return BlockPlan(kron, tuple(inside), tuple(behind), dense, shape, spec.dtype, spec.device, share, total)
+
+
+def _share(last: Dot | SelfDot, spec: BlockSpec, dense: tuple[int, ...]) -> Share:
+    if isinstance(last, SelfDot):
+        return Share(torch.empty(0, *dense, dtype=spec.dtype, device=spec.device), unit=True)
+    queries = last.queries[spec.name].to(spec.device, spec.dtype)
+    return Share(queries.view(len(queries), *dense), last.unit)
+
+
+def _factor_plan(stages: tuple[Transform, ...], last: FactorSummed, spec: BlockSpec) -> BlockPlan:
+    """A statistic of the factors: only Krons may come before it."""
+    kron, (out, into) = Kron(), spec.shape
+    for stage in stages:
+        if not isinstance(stage, Kronecker):
+            raise InputError(
+                f"{last.noun} is fitted from factors, so {stage} cannot come before it: leave it out"
+            )
+        one = stage.kron(replace(spec, shape=(out, into)))
+        kron, (out, into) = (
+            one @ kron,
+            one(torch.empty(out, into, device=spec.device, dtype=spec.dtype)).shape,
+        )
+    x, g = (torch.empty(0, 1, size, device=spec.device, dtype=spec.dtype) for size in (into, out))
+    size = tuple(last.of(x, g, x[..., 0]).shape)
+    return BlockPlan(kron, (), (), (out, into), size, spec.dtype, spec.device, total=True, of_factors=last)
 
 
 def _bind(stage: Transform, name: str, G: Tensor) -> tuple[BlockFn, bool]:

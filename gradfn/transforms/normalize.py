@@ -1,6 +1,7 @@
 """Optimizer normalisation of blocks, and the unit norm of rows."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -12,35 +13,37 @@ from gradfn.transforms.chain import Blockwise, Kronecker, Rowwise
 from gradfn.types import Blocks, BlockSpec
 
 
-def _moment_of(moments: Blocks, name: str, shape: tuple[int, int]) -> Tensor:
-    """The second moment of one block, or why there is none."""
+def _check_moment(moments: Blocks, name: str, found: Sequence[int], shape: tuple[int, ...]) -> None:
+    """Refuse a block whose second moment is missing or has another shape."""
     if name not in moments:
         raise InputError(f"no second moment for {name}: it has {', '.join(sorted(moments)[:6])}")
-    if tuple(moments[name].shape) != shape:
+    if tuple(found) != shape:
         raise InputError(
-            f"the second moment of {name} has shape {tuple(moments[name].shape)}, its gradient {shape} "
+            f"the second moment of {name} has shape {tuple(found)}, its gradient {shape} "
             "(out, in and a bias column): fit it on the same model"
         )
-    return moments[name]
 
 
 @dataclass(frozen=True, eq=False)
 class Adam(Blockwise):
     """`G -> G / (sqrt(v) + eps)`; see `adam`."""
 
-    moments: Blocks
+    moments: Blocks = field(repr=False)
     eps: float = 1e-8
 
     linear = True
 
     def block(self, name: str, G: Float[Tensor, "rows out in"]) -> Float[Tensor, "rows out in"]:
         """Divide one block elementwise."""
-        v = _moment_of(self.moments, name, (G.shape[-2], G.shape[-1]))
+        v = self.moments.get(name, G.new_empty(0))
+        _check_moment(self.moments, name, v.shape, (G.shape[-2], G.shape[-1]))
         return G / (v.to(G).sqrt() + self.eps)
 
 
 def adam(moments: Blocks, eps: float = 1e-8) -> Adam:
     """Scale gradients as Adam scales its steps, `G / (sqrt(v) + eps)` elementwise.
+
+    Each example's gradient is scaled by itself, before any projection and before any mean over examples.
 
     Args:
         moments: the second moment `v [out, in]` of every block, bias column included.
@@ -61,24 +64,29 @@ def adam(moments: Blocks, eps: float = 1e-8) -> Adam:
 class Adafactor(Kronecker):
     """`G -> G / sqrt(r cᵀ / mean(r))`; see `adafactor`."""
 
-    moments: Blocks
+    rows: Blocks = field(repr=False)
+    columns: Blocks = field(repr=False)
     eps: float = 1e-30
 
     def kron(self, spec: BlockSpec) -> Kron:
         """Diagonal sides, `(r / mean(r))^-1/2` and `c^-1/2`."""
-        v = _moment_of(self.moments, spec.name, spec.shape).double() + self.eps
-        r, c = v.mean(1), v.mean(0)
+        r, c = (
+            sides.get(spec.name, torch.empty(0)).double() + self.eps for sides in (self.rows, self.columns)
+        )
+        _check_moment(self.rows, spec.name, (len(r), len(c)), spec.shape)
         left, right = (r / r.mean()).rsqrt(), c.rsqrt()
         return Kron(left.to(spec.dtype).to(spec.device), right.to(spec.dtype).to(spec.device))
 
 
-def adafactor(moments: Blocks, eps: float = 1e-30) -> Adafactor:
+def adafactor(moments: Mapping[str, Tensor | tuple[Tensor, Tensor]], eps: float = 1e-30) -> Adafactor:
     """Scale gradients by the rank-1 estimate of their second moment, `G_ij / sqrt(r_i c_j / mean(r))`.
 
     `r` and `c` are the row and column means of `v`. The scaling is a Kron, so it costs no dense gradient.
+    Each example's gradient is scaled by itself, before any projection and before any mean over examples.
 
     Args:
-        moments: the second moment `v [out, in]` of every block (only its row and column means are used).
+        moments: the second moment `v [out, in]` of every block, bias column included, or its row and column
+            means `(r [out], c [in])` alone; no more of it is kept.
         eps: added to `v`, in units of the squared gradient.
 
     Raises:
@@ -91,7 +99,13 @@ def adafactor(moments: Blocks, eps: float = 1e-30) -> Adafactor:
 
     Source: Adafactor, arXiv:1804.04235, section 3.
     """
-    return Adafactor(moments, eps)
+    means = {name: _means(v) if isinstance(v, Tensor) else v for name, v in moments.items()}
+    rows, columns = ({name: pair[side] for name, pair in means.items()} for side in (0, 1))
+    return Adafactor(rows, columns, eps)
+
+
+def _means(v: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
+    return v.double().mean(1), v.double().mean(0)
 
 
 def squared_norms(blocks: Blocks) -> Float[Tensor, " rows"]:
@@ -103,7 +117,7 @@ def squared_norms(blocks: Blocks) -> Float[Tensor, " rows"]:
     return sum(G.flatten(1).square().sum(1) for G in blocks.values())  # pyright: ignore[reportReturnType]
 
 
-def inverse_norms(squared: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def inverse_norms(squared: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     """`1 / norm`, and 0 for a norm of zero: the one policy for zero gradients (they stay zero).
 
     >>> inverse_norms(torch.tensor([4.0, 0.0]))

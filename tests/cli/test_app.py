@@ -67,8 +67,11 @@ def test_the_list_of_commands_is_not_cut_short(ok, name):
         (["score", "--top"], r"'--top' requires an argument: see gradfn --help"),
         (["score", "a", "b"], r"unexpected extra argument.*b.*: see gradfn score --help"),
         (["build"], r"Missing argument 'run': see gradfn build --help"),
-        (["score", "--method", "magic"], r"'magic' is not one of 'grad-dot', 'grad-cosine': see"),
-        (["score", "--precision", "int4"], r"'int4' is not one of 'fp32', 'bf16', 'fp16', 'fp64': see"),
+        (["score", "--method", "magic"], r"no method 'magic': choose grad_dot, .*, or FILE\.py:NAME"),
+        (
+            ["score", "--precision", "int4"],
+            r"'int4' is not one of 'fp32', 'tf32', 'bf16', 'fp16', 'fp64': see",
+        ),
         (
             ["score", "--projection", "cauchy"],
             r"'cauchy' is not one of 'rademacher', 'gaussian', 'orthonormal'",
@@ -129,7 +132,7 @@ SCORED = COMMON | {"method": "grad_cosine", "query": "The capital of Nepal", "co
 ELSEWHERE = {  # options that change no number, or need other data, each with a test of its own
     "run", "model", "dataset", "device", "token_batch_size", "truncation", "query_path", "top", "csv",
     "jsonl", "parquet", "overwrite", "task", "reference", "label_column", "messages_column",
-    "reward_column", "advantage_column",
+    "reward_column", "advantage_column", "attention",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 

@@ -6,7 +6,9 @@ from tiny import DOCUMENTS, write_jsonl
 
 from gradfn.check import BlockError, Difference, Noise
 from gradfn.cli import check as module
+from gradfn.cli import inputs
 from gradfn.hf.models import load_model
+from gradfn.precision import features_of
 
 FEW = ("--split", "train[:4]")
 
@@ -76,13 +78,72 @@ def test_a_precision_that_is_too_noisy_gets_a_remedy_that_was_measured(ok, model
     assert "use --precision fp32: the worst row keeps a cosine of 1.000000 there, and of 0.900000" in out
 
 
+def test_an_attention_that_helps_is_advised_by_its_option(ok, model, monkeypatch):
+    def measured(model, documents, **_):
+        worst = 0.995 if model.config._attn_implementation == "eager" else 0.9
+        return Noise(Difference(1.0, worst, 0.0, 0.0, 0), None)
+
+    monkeypatch.setattr(module, "noise", measured)
+    out = " ".join(ok("check", model, "--attention", "sdpa").split())
+    assert "use --attention eager: the worst row keeps a cosine of 0.995000 there" in out
+
+
+def flags():
+    """How PyTorch multiplies and convolves float32 matrices on the CPU."""
+    return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.mkldnn.conv.fp32_precision
+
+
+@pytest.fixture
+def bf16_units(monkeypatch):
+    """Commands take this CPU for one with bf16 units, which no flag needs, only speed and rounding."""
+    known = inputs.products_of
+    monkeypatch.setattr(inputs, "products_of", lambda *asked: known(*asked, features={"avx512_bf16"}))
+
+
+def test_tf32_multiplies_on_the_units_of_this_cpu_or_is_refused(command, model):
+    result = command("check", model, "--precision", "tf32")
+    if features_of(torch.device("cpu")) & {"amx_fp16", "amx_bf16", "avx512_bf16"}:
+        assert result.status == 0
+    else:
+        assert (result.status, result.out) == (2, "")
+        assert re.search(r"tf32 multiplies on .*, and cpu has none of them: use fp32\n$", result.err)
+        assert result.err.count("\n") == 1
+
+
+def test_tf32_is_compared_with_fp32_and_its_rounding_is_told(ok, model, bf16_units, monkeypatch):
+    seen, known = [], module.noise
+    before = flags()
+
+    def spied(model, documents, *, reference, make_loss, **options):
+        assert reference is model
+
+        def watched(model):
+            loss = make_loss(model)
+            seen.append(flags())
+            return loss
+
+        return known(model, documents, reference=reference, make_loss=watched, **options)
+
+    monkeypatch.setattr(module, "noise", spied)
+    out = " ".join(ok("check", model, "--precision", "tf32").split())
+    assert seen == [("bf16", "bf16")] * 2 + [("ieee", "ieee")]
+    assert flags() == before
+    assert "tf32 (bf16 products), sdpa attention" in out
+    assert "tf32 rounds both factors of a product to 1 part in 128" in out
+    assert "tf32 against fp32" in out
+
+
 # --- bad input
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--attention", "flash"], "unknown attention 'flash': use one of sdpa, eager"),
+        (["--attention", "flash"], "'flash' is not one of 'sdpa', 'eager'"),
+        (
+            ["--attention", "flash_attention_2"],
+            "flash_attention_2 runs on CUDA in bf16 or fp16, not on cpu in",
+        ),
         (["--token-batch-size", "0"], "--token-batch-size must be 1 or more"),
         (["--precision", "int3"], "int3.*see gradfn check --help"),
         (["--include", "nothing.like.it"], "no layer is left to attribute"),

@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from tiny import CAPITALS, DOCUMENTS, QUERIES, make_model, make_tokenizer, write_jsonl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfn as gf
 from gradfn import example
@@ -235,7 +236,7 @@ def test_cosine_of_stored_queries_is_taken_of_what_was_stored(ok, base, model, q
 
 
 def test_a_killed_score_resumes(ok, base, tmp_path):
-    args = ("score", tmp_path / "run", *base, *ASK, "--token-batch-size", 4)
+    args = ("score", tmp_path / "run", *base, *ASK, "--token-batch-size", 1)
     whole = ok(*args)
     before = scores_of(tmp_path / "run")
     segments = sorted((tmp_path / "run" / "segments").glob("*.h5"))
@@ -299,6 +300,69 @@ def test_text_from_data_is_only_text(ok, command, model, tmp_path):
     assert result.status == 2
     assert "tokens, more than the limit of 128" in result.err
     assert "\x1b" not in result.err
+
+
+class Dimensions(TorchDispatchMode):
+    """Notes the lengths of all dimensions of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.seen.update(value.shape)
+        return result
+
+
+MANY = 131
+"""A number of rows that is no dimension of the model or of a small batch."""
+
+
+@pytest.fixture(scope="module")
+def many(folder):
+    """Many rows."""
+    return write_jsonl(folder / "many.jsonl", [{"text": DOCUMENTS[i % 12]["text"]} for i in range(MANY)])
+
+
+@pytest.fixture(scope="module")
+def many_documents(model, many):
+    return gf.tokenize(gf.load_rows(many), gf.load_tokenizer(model))
+
+
+@pytest.mark.parametrize("by", ["example", "module", "head", "token"])
+def test_without_a_run_the_matrix_of_scores_is_never_held(
+    ok, model, many, many_documents, queries, by, tmp_path
+):
+    flags = ("--model", model, "--dataset", many, "--query", queries, "--by", by, "--top", 2)
+    with Dimensions() as made:
+        ok("score", *flags, "--token-batch-size", 400, "--jsonl", tmp_path / "t.jsonl")
+    assert not {MANY, len(many_documents.input_ids)} & made.seen
+    assert {line["query"] for line in table_of(tmp_path / "t.jsonl")} == {query["id"] for query in QUERIES}
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_the_matrix_of_scores_would_be_noticed(model, many_documents, tokens):
+    net, options = gf.load_model(model), {"method": gf.grad_dot(gf.project(4)), "token_batch_size": 400}
+    with Dimensions() as made:
+        gf.score(net, many_documents, many_documents.select([0]), view=gf.View(tokens=tokens), **options)
+    assert (len(many_documents.input_ids) if tokens else MANY) in made.seen
+
+
+@pytest.mark.parametrize("by", ["module", "head"])
+def test_shares_are_made_for_what_is_shown(ok, base, queries, tmp_path, by):
+    """Of the rows shown for each query, and equal to those that a run keeps of all."""
+    flags = (*base, "--query", queries, "--by", by, "--top", 3, "--jsonl")
+    ok("score", *flags, tmp_path / "live.jsonl")
+    ok("score", tmp_path / "run", *flags, tmp_path / "kept.jsonl")
+    live, kept = (
+        {(line["query"], line["row"], line["module"]): line["share"] for line in table_of(tmp_path / name)}
+        for name in ("live.jsonl", "kept.jsonl")
+    )
+    assert live == pytest.approx(kept, rel=1e-3, abs=1e-6)
+    assert len({key[:2] for key in live}) > 3 * len(QUERIES)  # both sides of every query
 
 
 @pytest.mark.skipif(not example.MODEL.exists(), reason="the example's model is not made yet")

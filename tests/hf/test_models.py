@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from gradfn.errors import InputError
-from gradfn.hf import hub
+from gradfn.hf import hub, models
 from gradfn.hf.models import (
     context_length,
     load_model,
@@ -294,6 +294,46 @@ def test_a_cached_download_needs_no_hub(no_hub, llama_folder, tmp_path, monkeypa
 def test_unknown_precision(neox_folder):
     with pytest.raises(InputError, match="unknown precision 'int4': use one of fp32, bf16, fp16, fp64"):
         load_model(neox_folder, precision="int4")
+
+
+def test_products_are_no_dtype(neox_folder):
+    with pytest.raises(InputError, match="unknown precision 'tf32': use one of fp32, bf16, fp16, fp64"):
+        load_model(neox_folder, precision="tf32")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_is_the_one_asked_for(neox_folder, attention):
+    assert load_model(neox_folder, attention=attention).config._attn_implementation == attention
+
+
+def test_an_unknown_attention(neox_folder):
+    with pytest.raises(InputError, match=r"unknown attention 'flash': use one of sdpa, eager, flash_atten"):
+        load_model(neox_folder, attention="flash")
+
+
+def test_a_kernel_that_the_model_does_not_have(tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    BloomForCausalLM(BloomConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"cannot have sdpa attention here \(Bloom[^.]* not support") as told:
+        load_model(tmp_path, attention="sdpa")
+    assert str(told.value).endswith("yet): use another, or leave it out")
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "bf16"), ("cpu", "fp32"), ("cuda", "fp32")])
+def test_a_kernel_that_cannot_run_there(device, precision):
+    words = f"flash_attention_3 runs on CUDA in bf16 or fp16, not on {device} in {precision}: use sdpa"
+    with pytest.raises(InputError, match=words):
+        models._check_attention("flash_attention_3", precision, torch.device(device))
+
+
+def test_a_kernel_that_can_run_there():
+    models._check_attention("flash_attention_2", "bf16", torch.device("cuda:1"))
+
+
+def test_a_kernel_in_the_place_of_another_is_refused(neox_folder):
+    model = load_model(neox_folder, attention="eager")
+    with pytest.raises(InputError, match="m has no sdpa attention, only eager: use that, or leave it out"):
+        models._refuse_other_attention(model, "m", "sdpa")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])

@@ -21,6 +21,18 @@ def test_adafactor_divides_by_the_rank_1_estimate():
     assert_blocks_close(adafactor({"a": V})({"a": G})["a"], G / estimate.sqrt(), 1e-12)
 
 
+def test_adafactor_takes_the_row_and_column_means_alone():
+    of_means = adafactor({"a": (V.mean(1), V.mean(0))}, eps=0.25)
+    assert_blocks_close(of_means({"a": G}), adafactor({"a": V}, eps=0.25)({"a": G}), 1e-12)
+    with pytest.raises(InputError, match=r"moment of a has shape \(3, 2\), its gradient \(2, 3\)"):
+        adafactor({"a": (V.mean(0), V.mean(1))})({"a": G})
+
+
+def test_adafactor_records_its_numbers_in_the_settings():
+    one, same, other = (adafactor({"a": v}).settings() for v in (V, V.clone(), V + 1))
+    assert one == same != other
+
+
 def test_adafactor_equals_adam_where_the_moment_has_rank_1():
     v = torch.tensor([1.0, 3.0]).double()[:, None] * torch.tensor([2.0, 1.0, 5.0]).double()
     assert_blocks_close(adafactor({"a": v})({"a": G}), adam({"a": v}, eps=0.0)({"a": G}), 1e-12)

@@ -1,0 +1,165 @@
+"""What the options say is done to gradients: optimizer normalisation, projection, curvature, norm."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradfn.cli.inputs import Options, Subject, anchored
+from gradfn.curvature import Curvature
+from gradfn.errors import InputError
+from gradfn.hf.optimizer_state import load_optimizer_state
+from gradfn.methods import RECIPES, Problem, Recipe, influence, recipe_named
+from gradfn.runs import load_curvature, open_curvature, refuse_mismatch
+from gradfn.spectrum import Damping, parse_dampings
+from gradfn.transforms import Chain, Transform, chain, precondition, project, unit_normalize
+
+COSINES = ("grad_cosine", "trackstar", "less")
+"""Recipes that are cosines already."""
+NO_SELF = (*COSINES, "relatif", "datainf", "influence cosine")
+"""Recipes in which a row has no influence on itself to speak of: a norm, or a solution for given queries."""
+PRODUCTS = ("kfac", "tkfac")
+"""Recipes whose curvature is a product of two factors."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """What is done to every gradient before scores, and what a run records of where it came from.
+
+    Args:
+        normalize: the optimizer's normalisation, or nothing.
+        projection: the random projection, or nothing.
+        curvature: the one of --hessian-path.
+        dampings: of a curvature.
+        settings: the paths of what was read.
+    """
+
+    normalize: Transform
+    projection: Transform
+    curvature: Curvature | None
+    dampings: tuple[Damping, ...]
+    settings: dict[str, Any]
+
+    @property
+    def base(self) -> Chain:
+        """Normalisation and projection."""
+        return chain(self.normalize, self.projection)
+
+    def query_side(self, unit: bool) -> Chain:
+        """What `build` and `reduce` write: behind a curvature `H^-1 g`, or `H^-1/2 g` and the unit norm."""
+        norm = [unit_normalize()] if unit else []
+        if self.curvature is None:
+            return chain(self.base, *norm)
+        (damping,) = self.dampings
+        power = precondition(self.curvature, -0.5 if unit else -1.0, damping)
+        return chain(self.base, power, *norm)
+
+
+def dampings_of(options: Options, *, fitted: bool = False) -> tuple[Damping, ...]:
+    """What --damping says, read before anything is loaded.
+
+    Args:
+        fitted: whether the method fits a curvature where --hessian-path gives none.
+
+    Raises:
+        InputError: no damping, or one without a curvature.
+    """
+    path, damping = options["hessian_path"], options["damping"]
+    if path is not None:
+        open_curvature(path).close()
+    elif damping is not None and not fitted:
+        raise InputError("--damping belongs to a curvature: give --hessian-path, or a --method that fits one")
+    return (Damping(),) if damping is None else parse_dampings(damping)
+
+
+def load_stages(subject: Subject, options: Options, *, fitted: bool = False) -> Stages:
+    """Read the optimizer state and the curvature that the options name.
+
+    Args:
+        fitted: see `dampings_of`.
+
+    Raises:
+        InputError: a curvature of another model, layers or transform; a damping without a curvature.
+    """
+    dampings, path = dampings_of(options, fitted=fitted), options["hessian_path"]
+    normalize, settings = _normalizer(subject, options["optimizer_state"])
+    dim, kind = options["projection_dim"], str(options["projection"])
+    projection = project(dim, kind, options["seed"])  # pyright: ignore[reportArgumentType]
+    wanted = {**subject.settings(), "transform": chain(normalize, projection).settings()}
+    H = None if path is None else curvature_for(path, wanted, dampings)
+    if path is not None:
+        settings["hessian"] = {"path": anchored(path)}
+    return Stages(normalize, projection, H, dampings, settings)
+
+
+def _normalizer(subject: Subject, path: str | None) -> tuple[Transform, dict[str, Any]]:
+    if path is None:
+        return chain(), {}
+    normalize = load_optimizer_state(path, subject.model, replace(subject.view, tokens=False))
+    return normalize, {"optimizer_state": {"path": anchored(path)}}
+
+
+def curvature_for(path: str, wanted: Mapping[str, Any], dampings: Sequence[Damping]) -> Curvature:
+    """The curvature in a run directory, for gradients made as `wanted` says, that can be damped so."""
+    with open_curvature(path) as store:
+        layers = {**wanted["layers"], "tokens": False}
+        refuse_mismatch(store.settings, {**wanted, "layers": layers}, f"the curvature in {path}")
+    H = load_curvature(path)
+    for damping in dampings:
+        next(iter(H.values())).power(-1.0, damping)
+    return H
+
+
+def recipe_of(options: Options) -> tuple[str, Recipe]:
+    """The method that --method, --unit-normalize and --hessian-path ask for together."""
+    name, unit = options["method"], options["unit_normalize"]
+    given = options["hessian_path"] is not None
+    if name is None and given:
+        name, recipe = f"influence{' cosine' if unit else ''}", Recipe(_given("cosine" if unit else "none"))
+    else:
+        name = name or ("grad_cosine" if unit else "grad_dot")
+        name = name if ":" in name else name.replace("-", "_")
+        recipe = recipe_named(name)
+        if unit and name not in COSINES:
+            raise InputError(f"{name} has no unit norm: leave out --unit-normalize, or --method")
+        if given and not recipe.curvature:
+            raise InputError(f"{name} has no curvature: leave out --hessian-path, or --method")
+    _check_fit(name, recipe, options)
+    _check_sides(name, options)
+    return name, recipe
+
+
+def _check_fit(name: str, recipe: Recipe, options: Options) -> None:
+    """Refuse options of a fit where nothing is fitted, and those that the fit will not go with."""
+    given = options["hessian_path"] is not None
+    dampings, fits = dampings_of(options, fitted=recipe.curvature), recipe.curvature and not given
+    if options["partitions"] < 1:
+        raise InputError(f"--partitions must be 1 or more, not {options['partitions']}")
+    for option, told in (("labels", str(options["labels"]) != "data"), ("partitions", options["partitions"] > 1)):
+        if told and not fits:
+            raise InputError(f"--{option} is of a curvature that is fitted here, and none is: leave it out")
+    factored = any(damping.kind == "factored" for damping in dampings)
+    if factored and fits and name in RECIPES and name not in PRODUCTS:
+        raise InputError(
+            f"factored damping needs a curvature that is a product of two factors, which that of {name} is "
+            f"not: choose --method {' or '.join(PRODUCTS)}, or another damping"
+        )
+
+
+def _check_sides(name: str, options: Options) -> None:
+    """Refuse queries that a method cannot have."""
+    if options["self_influence"] and name in NO_SELF:
+        raise InputError(f"{name} gives no self-influence: choose grad_dot, or a curvature, for --self")
+    if options["query_path"] is None:
+        return
+    if name == "trak":
+        raise InputError("trak projects all layers together, which stored gradients are not: give --query")
+    if name == "trackstar" and options["hessian_path"] is None:
+        raise InputError("trackstar fits a curvature over the queries: give --query, or --hessian-path")
+
+
+def _given(norm: Any) -> Callable[[Problem], Any]:
+    def make(problem: Problem) -> Any:
+        assert problem.curvature is not None
+        return influence(problem.curvature, problem.stage, damping=problem.damping, norm=norm)
+
+    return make

@@ -1,0 +1,144 @@
+"""A curvature that was fitted over data: one spectrum a block."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from gradfn.errors import InputError
+from gradfn.spectrum import Spectrum, eigh
+from gradfn.transforms.precondition import digest_of
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curvature(Mapping[str, Spectrum]):
+    """`H` of every block, `{block: Spectrum}`, and how it came about.
+
+    Args:
+        kind: "second_moment", "kfac", "ekfac", "shampoo" or "tkfac".
+        spectra: the eigenbasis and eigenvalues of every block.
+        rows: the examples that it was fitted over.
+    """
+
+    kind: str
+    spectra: dict[str, Spectrum]
+    rows: int
+
+    def __getitem__(self, name: str) -> Spectrum:
+        return self.spectra[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.spectra)
+
+    def __len__(self) -> int:
+        return len(self.spectra)
+
+    def __repr__(self) -> str:
+        return f"Curvature(kind={self.kind!r}, blocks={len(self)}, rows={self.rows}, digest={self.digest!r})"
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells two curvatures apart: a hash of the eigenvalues and eigenvectors."""
+        return digest_of(self.spectra)
+
+
+def mix(a: Curvature, b: Curvature, coefficient: float) -> Curvature:
+    """Mix two curvatures of the same blocks, `H = coefficient * H_a + (1 - coefficient) * H_b`.
+
+    Curvatures with Kronecker factors mix factor by factor, as if they had been fitted over both data sets
+    with these weights.
+
+    Args:
+        a, b: curvatures of one kind (second_moment, kfac).
+        coefficient: the weight of `a`, between 0 and 1.
+
+    Raises:
+        InputError: other blocks or kinds, or eigenvalues that were corrected (ekfac) in two different bases.
+
+    >>> H = Curvature("second_moment", {"mlp": Spectrum(None, torch.eye(1), torch.ones(1, 1))}, 5)
+    >>> mix(H, H, 0.25)["mlp"].values
+    tensor([[1.]], dtype=torch.float64)
+
+    Source: TrackStar, arXiv:2410.17413, appendix A.1.3.
+    """
+    if not 0 <= coefficient <= 1:
+        raise InputError(f"a mixing coefficient lies between 0 and 1, not at {coefficient}")
+    if (a.kind, list(a)) != (b.kind, list(b)):
+        raise InputError(
+            f"{a.kind} of {len(a)} blocks and {b.kind} of {len(b)} blocks do not mix: fit both alike"
+        )
+    if a.kind not in ("second_moment", "kfac"):
+        raise InputError(
+            f"two {a.kind} curvatures have two eigenbases and do not mix: fit one over both data sets"
+        )
+    spectra = {name: _mixed(a[name], b[name], coefficient) for name in a}
+    return Curvature(a.kind, spectra, a.rows + b.rows)
+
+
+def _mixed(a: Spectrum, b: Spectrum, weight: float) -> Spectrum:
+    if a.right.shape != b.right.shape:
+        raise InputError("curvatures of other shapes do not mix: fit both with the same projection")
+    if a.left is None or b.left is None or a.sides is None or b.sides is None:
+        return dense_spectrum(
+            weight * a.dense().to(a.right.dtype) + (1 - weight) * b.dense().to(a.right.dtype)
+        )
+    left = weight * _side(a.left, a.sides[0]) + (1 - weight) * _side(b.left, b.sides[0])
+    right = weight * _side(a.right, a.sides[1]) + (1 - weight) * _side(b.right, b.sides[1])
+    return product_spectrum(left, right)
+
+
+def _side(basis: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return (basis.double() * values) @ basis.double().mT
+
+
+def dense_spectrum(matrix: torch.Tensor) -> Spectrum:
+    """The spectrum of a matrix on the flattened block.
+
+    >>> dense_spectrum(torch.eye(2)).values
+    tensor([[1., 1.]], dtype=torch.float64)
+    """
+    values, vectors = eigh(matrix)
+    return Spectrum(None, vectors, values[None])
+
+
+def product_spectrum(left: torch.Tensor, right: torch.Tensor, exponent: float = 1.0) -> Spectrum:
+    """The spectrum of `left^exponent ⊗ right^exponent`.
+
+    >>> product_spectrum(2 * torch.eye(1), 3 * torch.eye(2)).values
+    tensor([[6., 6.]], dtype=torch.float64)
+    """
+    (s, Q_l), (a, Q_r) = eigh(left), eigh(right)
+    s, a = s.pow(exponent), a.pow(exponent)
+    return Spectrum(Q_l, Q_r, s[:, None] * a, (s, a))
+
+
+def mixing_coefficient(query: Curvature, train: Curvature, components: int = 1000) -> float:
+    """TrackStar's weight of the query's curvature: `s_train[k] / (s_query[k] + s_train[k])`.
+
+    `s` are the pooled eigenvalues of all blocks, largest first, and k is the number of directions, common to
+    the queries, that are to count less.
+
+    Args:
+        query, train: curvatures of the same blocks.
+        components: k; of fewer eigenvalues the last one counts.
+
+    Returns:
+        A number between 0 and 1; 1 where the k-th eigenvalue of the queries is 0 (they have fewer directions
+        than k, and all of them are to count less).
+
+    >>> one = Curvature("second_moment", {"mlp": Spectrum(None, torch.eye(1), torch.ones(1, 1))}, 5)
+    >>> mixing_coefficient(one, one)
+    0.5
+
+    Source: TrackStar, arXiv:2410.17413, appendix A.1.3.
+    """
+    if components < 1:
+        raise InputError(f"--target-downweight-components must be 1 or more, not {components}")
+    s_query, s_train = (
+        torch.cat([spectrum.values.flatten() for spectrum in side.values()]).sort(descending=True).values
+        for side in (query, train)
+    )
+    at = min(components, len(s_query), len(s_train)) - 1
+    q, t = float(s_query[at]), float(s_train[at])
+    return t / (q + t) if q + t > 0 else 0.5

@@ -1,0 +1,177 @@
+"""K-FAC, its trace-preserving variant, and EK-FAC: curvatures from the factors of gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradfn.curvature.curvature import Curvature, product_spectrum
+from gradfn.errors import InputError
+from gradfn.fold import Additive, Sums, refuse_empty, square_sum
+from gradfn.spectrum import Spectrum
+from gradfn.transforms import Transform, chain
+from gradfn.transforms.precondition import Rotate
+from gradfn.transforms.summed import FactorSummed, Summed
+
+
+def _weighted_covariance(v: Tensor, weights: Tensor) -> Tensor:
+    """`sum_bt w_bt v_bt v_btᵀ` of `v [rows, tokens, dim]`; positions of weight 0 are not looked at."""
+    counted = weights > 0
+    flat, w = v[counted], weights[counted]
+    return flat.mT @ (flat if bool((w == 1).all()) else flat * w[:, None])
+
+
+def _covariances(x: Tensor, g: Tensor, counts: Tensor) -> Tensor:
+    """The sums of `g gᵀ` and `x xᵀ`, and the number of positions, one after the other."""
+    parts = _weighted_covariance(g, counts), _weighted_covariance(x, counts), counts.sum()
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _traced_covariances(x: Tensor, g: Tensor, counts: Tensor) -> Tensor:
+    """The sums over examples of `tr(A_b)/T_b S_b`, `tr(S_b)/T_b A_b` and `tr(A_b) tr(S_b) / T_b`."""
+    tokens = counts.sum(1).clamp_min(1)
+    a, s = ((v.square().sum(-1) * counts).sum(1) for v in (x, g))
+    left = _weighted_covariance(g, counts * (a / tokens)[:, None])
+    right = _weighted_covariance(x, counts * (s / tokens)[:, None])
+    return torch.cat([left.flatten(), right.flatten(), (a * s / tokens).sum()[None]])
+
+
+def _parts(sums: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Left `[out, out]`, right `[in, in]` and the last number of what is kept of a block `[out, in]`."""
+    out, into = shape[-2:]
+    left, right, last = sums.split([out * out, into * into, 1])
+    return left.view(out, out), right.view(into, into), last.squeeze()
+
+
+def kfac_factors(sums: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """`S = E[g gᵀ]` and `A = E[x xᵀ]` over the supervised positions, from a block's sums."""
+    S, A, positions = _parts(sums, shape)
+    return S / positions, A / positions
+
+
+def _kfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int) -> Spectrum:
+    """`F ~ (positions / rows) S ⊗ A`: an example's gradient is a sum over its positions."""
+    S, A = kfac_factors(sums, shape)
+    return product_spectrum(S * (_parts(sums, shape)[2] / rows), A)
+
+
+def _tkfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int) -> Spectrum:
+    left, right, both = _parts(sums, shape)
+    scale = 1 / both if both > 0 else torch.zeros_like(both)
+    return product_spectrum(left * (scale / rows), right)
+
+
+@dataclass(frozen=True)
+class Factored(Additive[Curvature]):
+    """A curvature that is a product of two factors; see `kfac` and `tkfac`."""
+
+    kind: str = "kfac"
+
+    accumulator = torch.float32
+
+    gives_curvature = True
+
+    def stage(self) -> Transform:
+        """The covariances of both factors."""
+        return FactorSummed(_covariances if self.kind == "kfac" else _traced_covariances, self.kind)
+
+    def finalize(self, state: Sums) -> Curvature:
+        """Divide and decompose, block by block."""
+        refuse_empty(state)
+        spectrum: Callable[[Tensor, tuple[int, ...], int], Spectrum] = (
+            _kfac_spectrum if self.kind == "kfac" else _tkfac_spectrum
+        )
+        for name, sums in state.blocks.items():
+            if not sums[-1] > 0:
+                raise InputError(f"no position of {name} is supervised: give examples with labels")
+        spectra = {n: spectrum(sums, state.shapes[n], state.count) for n, sums in state.blocks.items()}
+        return Curvature(self.kind, spectra, state.count)
+
+
+def kfac() -> Factored:
+    """Fit K-FAC, `F ~ (T/N) S ⊗ A`, over the T supervised positions of N rows.
+
+    `A = E[x xᵀ]` and `S = E[g gᵀ]`, where `x` is the layer's input (with a 1 for the bias) and `g` its output
+    gradient. Per block `[out, in]` the pass keeps `out² + in²` numbers.
+
+    Raises:
+        InputError: when fitted, for a layer that is not linear or convolutional, or where anything but
+            projections comes before.
+
+    >>> fold = kfac()
+    >>> x, g, counts = torch.ones(5, 1, 2), torch.ones(5, 1, 1), torch.ones(5, 1)
+    >>> fold.finalize(Sums(5, {"mlp": fold.stage().of(x, g, counts)}, {"mlp": (1, 2)}))["mlp"].dense()
+    tensor([[1., 1.],
+            [1., 1.]], dtype=torch.float64)
+
+    Source: Martens and Grosse, arXiv:1503.05671, section 3; positions: the expand setting of Eschenhagen et
+    al., arXiv:2311.00636, section 3.
+    """
+    return Factored("kfac")
+
+
+def tkfac() -> Factored:
+    """Fit trace-restricted K-FAC, `F ~ Psi ⊗ Phi / E[tr(A_b) tr(S_b) / T_b]`, which keeps the trace.
+
+    With `A_b = sum_t x xᵀ` and `S_b = sum_t g gᵀ` over the `T_b` supervised positions of an example:
+    `Phi = E_b[tr(S_b) A_b / T_b]`, `Psi = E_b[tr(A_b) S_b / T_b]`.
+
+    Raises:
+        InputError: see `kfac`.
+
+    >>> tkfac()
+    Factored(kind='tkfac')
+
+    Source: Gao et al., arXiv:2011.13609, section 3.
+    """
+    return Factored("tkfac")
+
+
+@dataclass(frozen=True, eq=False)
+class Corrected(Additive[Curvature]):
+    """Eigenvalues measured in a given eigenbasis: `lambda = E_b[(Q_lᵀ G_b Q_r)²]`."""
+
+    basis: Curvature = field(repr=False)
+
+    def stage(self) -> Transform:
+        """The squares of the rotated gradients."""
+        return chain(Rotate(self.basis), Summed(square_sum))
+
+    def finalize(self, state: Sums) -> Curvature:
+        """The basis with the measured eigenvalues."""
+        refuse_empty(state)
+        spectra = {
+            name: Spectrum(one.left, one.right, (state.blocks[name] / state.count).to(one.values))
+            for name, one in self.basis.items()
+        }
+        return Curvature("ekfac", spectra, state.count)
+
+
+@dataclass(frozen=True)
+class EKFAC:
+    """K-FAC's eigenbasis, then the eigenvalues of the gradients in it: two passes; see `ekfac`."""
+
+    first: Factored = field(default_factory=kfac)
+    gives_curvature: ClassVar[bool] = True
+
+    def then(self, fitted: Curvature) -> Corrected:
+        """The second pass."""
+        return Corrected(fitted)
+
+
+def ekfac() -> EKFAC:
+    """Fit EK-FAC: the eigenvectors of K-FAC, and `lambda = E_b[(Q_lᵀ G_b Q_r)²]` from a second pass.
+
+    `G_b` is the example's whole gradient: the sum over its positions, then squared.
+
+    Raises:
+        InputError: see `kfac`.
+
+    >>> ekfac().first
+    Factored(kind='kfac')
+
+    Source: George et al., arXiv:1806.03884, section 3; Grosse et al., arXiv:2308.03296, section 2.2.
+    """
+    return EKFAC()

@@ -1,0 +1,51 @@
+"""Shampoo's curvature, from the rows and columns of every example's gradient."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradfn.curvature.curvature import Curvature, product_spectrum
+from gradfn.fold import Additive, Sums, refuse_empty
+from gradfn.transforms import Transform
+from gradfn.transforms.summed import Summed
+
+
+def _grams(name: str, G: Tensor) -> Tensor:
+    """`sum_b G_b G_bᵀ` and `sum_b G_bᵀ G_b`, one after the other."""
+    G = G.to(torch.promote_types(G.dtype, torch.float32))
+    across, down = G.movedim(0, 1).flatten(1), G.flatten(0, 1)
+    return torch.cat([(across @ across.mT).flatten(), (down.mT @ down).flatten()])
+
+
+@dataclass(frozen=True)
+class Shampoo(Additive[Curvature]):
+    """`H ~ E_b[G_b G_bᵀ]^1/2 ⊗ E_b[G_bᵀ G_b]^1/2`; see `shampoo`."""
+
+    gives_curvature = True
+
+    def stage(self) -> Transform:
+        """Both Gram matrices of the rows."""
+        return Summed(_grams)
+
+    def finalize(self, state: Sums) -> Curvature:
+        """Divide and decompose, block by block."""
+        refuse_empty(state)
+        spectra = {}
+        for name, sums in state.blocks.items():
+            out, into = state.shapes[name][-2:]
+            left, right = (sums / state.count).split([out * out, into * into])
+            spectra[name] = product_spectrum(left.view(out, out), right.view(into, into), exponent=0.5)
+        return Curvature("shampoo", spectra, state.count)
+
+
+def shampoo() -> Shampoo:
+    """Fit Shampoo's curvature, `H ~ E_b[G_b G_bᵀ]^1/2 ⊗ E_b[G_bᵀ G_b]^1/2`, of every example's own gradient.
+
+    >>> fold = shampoo()
+    >>> fold.finalize(fold.update(fold.init(), {"mlp": torch.tensor([[[3.0]]])}))["mlp"].values
+    tensor([[9.0000]], dtype=torch.float64)
+
+    Source: Gupta et al., arXiv:1802.09568, section 3.
+    """
+    return Shampoo()

@@ -1,0 +1,445 @@
+"""An optimizer's state as a second moment: what Adam or Adafactor divided by, by parameter name.
+
+| state of a parameter | its second moment `v` | divided by |
+|---|---|---|
+| `exp_avg_sq`, `step` (Adam, AdamW, NAdam, RAdam) | `exp_avg_sq / (1 - beta2^step)` | `sqrt(v) + eps` |
+| `square_avg` (RMSprop) | `square_avg`, less `grad_avg²` where centered | `sqrt(v) + eps` |
+| `exp_avg_sq_row`, `exp_avg_sq_col` (transformers' Adafactor) | `r cᵀ / mean(r)` | `sqrt(v)` |
+| `row_var`, `col_var` (torch's Adafactor) | `max(r cᵀ / max(mean(r), e), e²)` | `sqrt(v)` |
+"""
+
+import math
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradfn.errors import InputError
+from gradfn.hf.hub import listing, quiet, summary
+from gradfn.layers import AttentionInput, Bare, Embedding, Linear, Site, View, blocks_of, find_sites
+from gradfn.transforms import Transform, adafactor, adam
+from gradfn.types import Blocks
+
+__all__ = ["load_optimizer_state"]
+
+_TRAINER_FILES = ("optimizer.pt", "optimizer.bin")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_MOMENT = "exp_avg_sq"
+_MOMENTS = (_MOMENT, f"max_{_MOMENT}", f"{_MOMENT}_row", f"{_MOMENT}_col", "square_avg", "row_var", "col_var",
+            "variance")  # fmt: skip
+_CORRECTED = {"eps": 1e-8, "betas": (0.9, 0.999), "step": math.inf}
+"""What a file without settings stands for: Adam's usual epsilon, and so many steps that no bias is left."""
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_NORM_PATTERNS = "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """What a file says of one parameter: its name, if it does, its state, the settings of its group."""
+
+    name: str | None
+    state: Mapping[str, Any]
+    group: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    """A file of optimizer state: entries by group, in the optimizer's order."""
+
+    path: Path
+    groups: tuple[tuple[_Entry, ...], ...]
+    by_trainer: bool = False
+
+    @property
+    def entries(self) -> tuple[_Entry, ...]:
+        return tuple(chain(*self.groups))
+
+
+@dataclass(frozen=True, eq=False)
+class _Moment:
+    """The second moment of a parameter: whole, or `max(row colᵀ, floor)` over its last two axes."""
+
+    eps: float
+    whole: Tensor | None = None
+    row: Tensor | None = None
+    col: Tensor | None = None
+    floor: float = 0.0
+
+    @property
+    def positive(self) -> bool:
+        """Whether nothing of it is zero, or lifted by the floor."""
+        if self.row is None or self.col is None:
+            return self.whole is not None and bool(self.whole.all())
+        least = self.row.min() * self.col.min()
+        return bool(self.row.all()) and bool(self.col.all()) and bool(least >= self.floor)
+
+    def dense(self) -> Tensor:
+        """All of it, shaped like the parameter."""
+        if self.whole is not None:
+            return self.whole
+        assert self.row is not None
+        assert self.col is not None
+        least = max(
+            self.floor, torch.finfo(torch.float32).tiny
+        )  # transformers' 1e-30 may underflow when squared
+        return (self.row[..., :, None] * self.col[..., None, :]).clamp_min(least)
+
+
+def load_optimizer_state(path: str | Path, model: nn.Module, view: View | None = None) -> Transform:
+    """The scaling of gradients that an optimizer had reached: `adam` or `adafactor` of its saved state.
+
+    Parameters are found by name. Where the file has none, the orders that optimizers are commonly given are
+    tried, `model.named_parameters()` and the two groups (decayed, not decayed) of transformers' Trainer, and
+    the one is taken whose shapes all agree. Nothing in the file is run.
+
+    Args:
+        path: a torch `state_dict` (.pt, .pth, .bin) of Adam, AdamW, NAdam, RAdam, RMSprop or Adafactor; a
+            Trainer's checkpoint folder, or the optimizer.pt in it; or a .safetensors file of second moments,
+            `<parameter>.exp_avg_sq`, `exp_avg_sq.<parameter>` or `<parameter>`, which are taken as they are,
+            corrected for their bias already, with Adam's usual epsilon of 1e-8.
+        model: the model that was trained.
+        view: which weights get a block.
+
+    Returns:
+        `adam(moments, eps)`, or, of an Adafactor, `adafactor` of row and column means where the estimates of
+        all blocks have rank 1. They have not for blocks with a bias column, with more than two axes (fused
+        experts, convolutions), or where torch's floor is reached: then `adam` of the estimates, with eps 0.
+
+    Raises:
+        InputError: the file holds no second moments, is of another model, or leaves open which is whose.
+
+    >>> import tempfile
+    >>> from safetensors.torch import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"weight.exp_avg_sq": torch.full((1, 2), 4.0)}, f"{folder}/state.safetensors")
+    ...     scale = load_optimizer_state(f"{folder}/state.safetensors", nn.Linear(2, 1, bias=False))
+    >>> scale({"root": torch.ones(1, 1, 2)})["root"]
+    tensor([[[0.5000, 0.5000]]])
+
+    Source: Adam, arXiv:1412.6980, algorithm 1; Adafactor, arXiv:1804.04235, section 3.
+    """
+    sites = find_sites(model, view)
+    moments = _moments(_read(Path(path).expanduser()), model, sites)
+    sides = {site.block: _sides(site, moments[site.names[0]]) for site in sites}
+    found = {block: pair for block, pair in sides.items() if pair is not None}
+    if len(found) == len(sides):
+        return adafactor(found, eps=0.0)
+    eps = next(iter(moments.values())).eps
+    return adam(_dense_blocks(sites, moments, eps), eps)
+
+
+def _moments(saved: _Saved, model: nn.Module, sites: Sequence[Site]) -> dict[str, _Moment]:
+    """The second moments of the parameters of the sites; they share one eps."""
+    entries, shapes = _by_name(saved, model), _shapes(model)
+    names = dict.fromkeys(name for site in sites for name in site.names)
+    moments = {name: _moment_of(name, entries, shapes[name], saved.path) for name in names}
+    eps = sorted({moment.eps for moment in moments.values()})
+    if len(eps) > 1:
+        raise InputError(
+            f"{saved.path} has the attributed parameters trained with eps {' and '.join(map(str, eps))}, "
+            "expected one: --exclude the layers of all but one"
+        )
+    return moments
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _read(path: Path) -> _Saved:
+    """Read a file, or the one in a Trainer's folder."""
+    if path.is_dir():
+        file = next((path / name for name in _TRAINER_FILES if (path / name).is_file()), None)
+        if file is None:
+            raise InputError(
+                f"folder {path} holds no optimizer.pt, only {listing(path)}: give a Trainer's checkpoint "
+                "folder, or the file that torch.save(optimizer.state_dict(), file) wrote"
+            )
+        path = file
+    if not path.is_file():
+        raise InputError(f"no optimizer state {str(path)!r}: no file or folder here has this name")
+    if path.suffix == ".safetensors":
+        return _Saved(path, (tuple(_read_safetensors(path)),))
+    if path.suffix not in _TORCH_SUFFIXES:
+        raise InputError(
+            f"optimizer state {path} has no known ending: expected .pt, .pth, .bin or .safetensors"
+        )
+    by_trainer = path.name in _TRAINER_FILES and (path.parent / "trainer_state.json").is_file()
+    return _Saved(path, _groups(_load_torch(path), path), by_trainer)
+
+
+def _read_safetensors(path: Path) -> Iterator[_Entry]:
+    """The second moments of a file of tensors, of which the other tensors stay unread."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            marked = [key for key in keys if key.startswith(f"{_MOMENT}.") or key.endswith(f".{_MOMENT}")]
+            for key in marked or keys:
+                name = key.removeprefix(f"{_MOMENT}.").removesuffix(f".{_MOMENT}")
+                yield _Entry(name, {_MOMENT: file.get_tensor(key)}, _CORRECTED)
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is no .safetensors file ({summary(error)}): save the state again"
+        ) from error
+
+
+def _load_torch(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors and plain values; nothing is run."""
+    try:
+        with quiet():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UnpicklingError as error:
+        raise InputError(
+            f"{path} is not a torch file of tensors and plain values alone, and anything else could run "
+            "code, so it was not loaded: save optimizer.state_dict() of an optimizer that is not quantised"
+        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever else is raised here is about what lies at `path`
+        raise InputError(
+            f"{path} cannot be read ({summary(error)}): save it again with torch.save"
+        ) from error
+
+
+def _groups(content: Any, path: Path) -> tuple[tuple[_Entry, ...], ...]:
+    """The entries of every parameter group of a `state_dict`."""
+    if not isinstance(content, dict) or not {"state", "param_groups"} <= content.keys():
+        found = (
+            ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
+        )
+        raise InputError(
+            f"{path} is not an optimizer's state_dict with state and param_groups, but holds {found}: "
+            "save optimizer.state_dict() alone"
+        )
+    groups = content["param_groups"]
+    if not all(isinstance(group, dict) and "params" in group for group in groups):
+        raise InputError(f"{path} has a group without params: save optimizer.state_dict() as it is")
+    return tuple(tuple(_group_entries(group, content["state"])) for group in groups)
+
+
+def _group_entries(group: Mapping[str, Any], states: Mapping[Any, Any]) -> Iterator[_Entry]:
+    keys = group["params"]
+    names = group.get("param_names") or [key if isinstance(key, str) else None for key in keys]
+    for key, name in zip(keys, names, strict=True):
+        yield _Entry(name, states.get(key, {}), group)
+
+
+def _by_name(saved: _Saved, model: nn.Module) -> dict[str, _Entry]:
+    """Entries by the model's names of its parameters, whatever the file gives: names, or only an order."""
+    if any(entry.name is None for entry in saved.entries):
+        return dict(zip(_order(saved, model), saved.entries, strict=True))
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    aliases = {alias: known[id(parameter)] for alias, parameter in every}
+    return {_canonical(entry.name or "", aliases): entry for entry in saved.entries}
+
+
+def _canonical(name: str, aliases: Mapping[str, str]) -> str:
+    """The model's own name of a parameter that was trained tied, or inside a wrapper."""
+    if name not in aliases:
+        name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return aliases.get(name, name)
+
+
+def _order(saved: _Saved, model: nn.Module) -> tuple[str, ...]:
+    """The names of an optimizer's parameters, from the one known order that agrees with all shapes."""
+    trained = [(number, entry.state) for number, entry in enumerate(saved.entries) if entry.state]
+    for number, state in trained or [(0, {})]:
+        _refuse_kind(f"parameter {number}", state, saved.path)
+    sizes, shapes = [len(group) for group in saved.groups], _shapes(model)
+    orders = list(dict.fromkeys(_orders(model, sizes, saved.by_trainer)))
+    if not orders:
+        raise InputError(
+            f"{saved.path} has the state of {sum(sizes)} parameters and no names, the model {len(shapes)} "
+            "parameters: give the model that was trained, or the state of an optimizer made of "
+            "model.named_parameters()"
+        )
+    faults = [_fault(order, saved.entries, shapes) for order in orders]
+    fits = [order for order, fault in zip(orders, faults, strict=True) if fault is None]
+    if not fits:
+        raise InputError(f"{saved.path} is of another model, {faults[0]}: give the model that was trained")
+    if len(fits) > 1 and not saved.by_trainer:
+        place = next(i for i, names in enumerate(zip(*fits, strict=True)) if len(set(names)) > 1)
+        raise InputError(
+            f"{saved.path} does not say whether state {place} is that of {fits[0][place]} or of "
+            f"{fits[1][place]}, which have one shape: save the state of an optimizer made of "
+            "model.named_parameters(), or give the Trainer's whole folder"
+        )
+    return fits[0]
+
+
+def _fault(order: Sequence[str], entries: Sequence[_Entry], shapes: Mapping[str, Any]) -> str | None:
+    """The first parameter, if any, whose state has not its shape."""
+    for name, entry in zip(order, entries, strict=True):
+        found = _shape_of(entry.state)
+        if found not in (None, shapes[name]):
+            return f"the second moment of {name} has shape {found}, the parameter {shapes[name]}"
+    return None
+
+
+def _shape_of(state: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of the parameter that a state belongs to; None if it does not say."""
+    for row, col in (("exp_avg_sq_row", "exp_avg_sq_col"), ("row_var", "col_var")):
+        if row in state and col in state:
+            lead = state[row].shape if row != "row_var" else state[row].shape[:-1]
+            return (*lead, state[col].shape[-1])
+    found = next((state[key] for key in (_MOMENT, "square_avg", "variance") if key in state), None)
+    return None if found is None else tuple(found.shape)
+
+
+def _orders(model: nn.Module, sizes: Sequence[int], by_trainer: bool) -> Iterator[tuple[str, ...]]:
+    """The orders that optimizers are given parameters in, of those that fit the sizes of the groups.
+
+    A Trainer decays neither biases nor LayerNorms, and, since transformers 4.46, nothing named a norm.
+    """
+    plain, split = [], []
+    for pool in _pools(model):
+        if len(pool) == sum(sizes):
+            plain.append(tuple(pool))
+        for patterns in (("bias", *_NORM_PATTERNS), ("bias",)):
+            decayed = _decayed(model, patterns)
+            parts = [n for n in pool if n in decayed], [n for n in pool if n not in decayed]
+            if [len(part) for part in parts] == list(sizes):
+                split.append((*parts[0], *parts[1]))
+    yield from split + plain if by_trainer else plain + split
+
+
+def _pools(model: nn.Module) -> Iterator[list[str]]:
+    """Which parameters may have been trained: all, those not frozen, the adapters."""
+    parameters = dict(model.named_parameters())
+    yield list(parameters)
+    yield [name for name, parameter in parameters.items() if parameter.requires_grad]
+    yield [name for name in parameters if "lora_" in name]
+
+
+def _decayed(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """The parameters that a Trainer gives weight decay: none of a LayerNorm, none whose name matches."""
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    plain = re.compile("|".join(patterns))
+    return {n for n, p in model.named_parameters() if id(p) not in norms and not plain.search(n.lower())}
+
+
+def _moment_of(name: str, entries: Mapping[str, _Entry], shape: tuple[int, ...], path: Path) -> _Moment:
+    """The second moment of one parameter, corrected for its bias, or why there is none."""
+    entry = entries.get(name)
+    if entry is None or not entry.state:
+        raise InputError(
+            f"{path} has no state of {name}, which is attributed: it was frozen, or has another name there; "
+            "--exclude its layer, or give the state of an optimizer that trained it"
+        )
+    _refuse_kind(name, entry.state, path)
+    found = _shape_of(entry.state)
+    if found != shape:
+        raise InputError(
+            f"{path} is of another model, the second moment of {name} has shape {found}, the parameter "
+            f"{shape}: give the model that was trained"
+        )
+    return _parse(name, entry.state, entry.group, path)
+
+
+def _refuse_kind(name: str, state: Mapping[str, Any], path: Path) -> None:
+    """Refuse the state of an optimizer that has no second moment, or one that is not plain numbers."""
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    strange = any(v.layout != torch.strided or v.is_quantized for v in tensors)
+    if strange or "state2" in state or any("quant_state" in str(key) for key in state):
+        raise InputError(
+            f"{path} has a sparse or quantised state of {name}: "
+            "train with a dense optimizer such as torch.optim.AdamW, whose second moment is exp_avg_sq"
+        )
+    if _shape_of(state) is None:
+        held = ", ".join(map(str, list(state)[:6])) or "nothing"
+        raise InputError(
+            f"{path} has no second moment of {name}, only {held}: "
+            "expected the state of Adam, AdamW, NAdam, RAdam, RMSprop or Adafactor"
+        )
+
+
+def _parse(name: str, state: Mapping[str, Any], group: Mapping[str, Any], path: Path) -> _Moment:
+    """What each kind of optimizer divides by; see the table at the top."""
+    values = {key: _checked(v, name, path) for key, v in state.items() if key in _MOMENTS}
+    if "row_var" in state or "variance" in state:
+        return _of_torch_adafactor(state, values, group["eps"][0])
+    if "exp_avg_sq_row" in state:
+        row, col = values["exp_avg_sq_row"], values["exp_avg_sq_col"]
+        return _Moment(0.0, row=row, col=col / row.mean(-1, keepdim=True))
+    if "decay_rate" in group:  # a vector of transformers' Adafactor
+        return _Moment(0.0, values[_MOMENT])
+    eps = _number(group.get("eps"), "eps", name, path)
+    if "square_avg" in state:
+        centre = state["grad_avg"].square() if group.get("centered") else 0.0
+        return _Moment(eps, (values["square_avg"] - centre).clamp_min(0))
+    v = values["max_exp_avg_sq" if group.get("amsgrad") else _MOMENT]
+    beta2 = _number((group.get("betas") or (None, None))[1], "betas", name, path)
+    step = _number(state.get("step", group.get("step")), "step", name, path)
+    if step < 1:
+        raise InputError(f"{path} has {name} after no step: give the state of an optimizer that has trained")
+    return _Moment(eps, v / (1 - beta2**step))
+
+
+def _of_torch_adafactor(state: Mapping[str, Any], values: Mapping[str, Tensor], eps: float | None) -> _Moment:
+    """Its floors are the eps of the dtype it trained in, unless it was given one."""
+    kind = state["row_var" if "row_var" in state else "variance"].dtype
+    least = torch.finfo(kind).eps if eps is None else eps
+    if "variance" in state:
+        return _Moment(0.0, values["variance"].clamp_min(least**2))
+    row, col = values["row_var"].squeeze(-1), values["col_var"].squeeze(-2)
+    return _Moment(0.0, row=row, col=col / row.mean(-1, keepdim=True).clamp_min(least), floor=least**2)
+
+
+def _number(value: Any, key: str, name: str, path: Path) -> float:
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+        return float(value)
+    raise InputError(
+        f"{path} has no {key} for {name}, expected a number: give the state of torch's Adam, AdamW, NAdam, "
+        "RAdam, RMSprop or Adafactor, or second moments as .safetensors"
+    )
+
+
+def _checked(v: Tensor, name: str, path: Path) -> Tensor:
+    """A second moment in float32 or better; none is negative."""
+    if not (v.is_floating_point() and bool((v >= 0).all()) and bool(v.isfinite().all())):
+        raise InputError(
+            f"{path} has negative or non-finite numbers for {name}, where a second moment was expected: "
+            "check that it holds an optimizer's state, not weights, and that training did not diverge"
+        )
+    return v.to(torch.promote_types(v.dtype, torch.float32))
+
+
+def _sides(site: Site, moment: _Moment) -> tuple[Tensor, Tensor] | None:
+    """Row and column means of a block's second moment, of an Adafactor that estimated it with rank 1."""
+    layer, row, col, whole = site.layer, moment.row, moment.col, moment.whole
+    if layer.bias or isinstance(layer, AttentionInput) or not moment.positive:
+        return None
+    if whole is not None and moment.eps == 0 and site.spec.shape == (whole.numel(), 1):
+        return whole.reshape(-1).to(site.weight.device), whole.mean().reshape(1).to(site.weight.device)
+    if row is None or col is None or row.ndim > 1 or not isinstance(layer, Linear | Embedding | Bare):
+        return None
+    if isinstance(layer, Linear):
+        row, col = (col, row) if layer.transposed else (row, col)
+        row = row if layer.rows is None else row[layer.rows]
+        col = col if layer.columns is None else col[layer.columns]
+    return row.to(site.weight.device), (col * row.mean()).to(site.weight.device)
+
+
+def _dense_blocks(sites: Sequence[Site], moments: Mapping[str, _Moment], eps: float) -> Blocks:
+    """The second moments laid out as blocks, just as gradients of the parameters are."""
+    rows = {name: moment.dense()[None] for name, moment in moments.items()}
+    devices = {site.block: site.weight.device for site in sites}
+    blocks = {block: G[0].to(devices[block]) for block, G in blocks_of(sites, rows).items()}
+    if eps == 0:
+        for block, v in blocks.items():
+            if not bool(v.all()):
+                raise InputError(
+                    f"the second moment of {block} has zeros and the optimizer an eps of 0, so gradients "
+                    "would be divided by zero: --exclude it, or train with an eps"
+                )
+    return blocks

@@ -1,0 +1,251 @@
+"""Methods by name: what each of them fits, and over what.
+
+A recipe is a function of a `Problem` that gives a `Method`. One in a file of your own works the same:
+
+    def mine(problem):
+        return gf.influence(problem.fit(gf.kfac()), problem.stage, damping=problem.damping)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from runpy import run_path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradfn.curvature import (
+    Curvature,
+    ekfac,
+    kfac,
+    mix,
+    mixing_coefficient,
+    second_moment,
+    shampoo,
+    tkfac,
+)
+from gradfn.errors import InputError
+from gradfn.fold import fit, passes
+from gradfn.layers import View
+from gradfn.losses import causal_lm_loss
+from gradfn.methods.datainf import DataInf
+from gradfn.methods.grad_cosine import grad_cosine
+from gradfn.methods.grad_dot import grad_dot
+from gradfn.methods.influence import influence, relatif, trackstar
+from gradfn.sampling import sample_labels
+from gradfn.scoring import Method
+from gradfn.spectrum import Damping
+from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
+from gradfn.transforms import Transform, chain
+from gradfn.transforms.joint import joint
+from gradfn.types import Blocks, Data, LossFn, Rows
+
+Watch = Callable[[str, int], AbstractContextManager[Progress | None]]
+
+
+def _unwatched(what: str, total: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a recipe may look at: one checkpoint of a model, its training rows and its queries.
+
+    Args:
+        model: the checkpoint.
+        train, query: training rows and queries.
+        loss: the training rows' loss; None means next-token cross-entropy.
+        query_loss: the queries' loss; None means `loss`.
+        normalize: the optimizer's normalisation, applied to gradients of training rows (and, where the
+            method says so, of queries) before the projection.
+        projection: the random projection of both sides.
+        curvature: one that was fitted before; None: the recipe fits what it needs.
+        damping: of the curvature.
+        labels: "data", or "model" to draw the labels of curvatures from the model, with `seed`.
+        components: TrackStar's number of directions to count less.
+        view, partitions, token_batch_size: see `fit`.
+        watch: `watch(what, tokens)` gives a context with a progress callback, or None.
+    """
+
+    model: nn.Module
+    train: Data
+    query: Data
+    loss: LossFn | None = None
+    query_loss: LossFn | None = None
+    normalize: Transform = field(default_factory=chain)
+    projection: Transform = field(default_factory=chain)
+    curvature: Curvature | None = None
+    damping: tuple[Damping | None, ...] = (Damping(),)
+    labels: Literal["data", "model"] = "data"
+    seed: int = 0
+    components: int = 1000
+    view: View | None = None
+    partitions: int = 1
+    token_batch_size: int = TOKEN_BATCH_SIZE
+    watch: Watch = field(default=_unwatched, repr=False)
+
+    @property
+    def stage(self) -> Transform:
+        """Normalisation and projection, for both sides."""
+        return chain(self.normalize, self.projection)
+
+    def fit(self, fold: Any, *, transform: Transform | None = None, queries: bool = False) -> Any:
+        """Fit a statistic over the transformed gradients of the training rows, or of the queries.
+
+        Args:
+            fold: `kfac()`, say; see `gradfn.fit`.
+            transform: None means `stage`.
+            queries: fit it over the queries, with their loss.
+        """
+        if self.curvature is not None and not queries and getattr(fold, "gives_curvature", False):
+            return self.curvature
+        loss = (self.query_loss if queries else None) or self.loss or causal_lm_loss(self.model)
+        data = self.query if queries else self.train
+        if not len(data):
+            raise InputError("this method fits a curvature over the queries: give --query, or --hessian-path")
+        if self.labels == "model":
+            data = sample_labels(loss, data, self.seed, token_batch_size=self.token_batch_size)
+        total = int(lengths_of(data).sum()) * passes(fold) * self.partitions
+        with self.watch("curvature", total) as progress:
+            return fit(
+                fold, self.model, data, self.stage if transform is None else transform, loss=loss,
+                view=self.view, partitions=self.partitions, token_batch_size=self.token_batch_size,
+                progress=progress,
+            )  # fmt: skip
+
+
+Combine = Callable[[Sequence[Rows], Sequence[float]], Tensor]
+"""Scores `[rows, queries]` and losses of every checkpoint, and their weights, to scores."""
+
+
+def weighted_sum(checkpoints: Sequence[Rows], weights: Sequence[float]) -> Tensor:
+    """`sum_m w_m score_m`."""
+    parts = [weight * one.values for one, weight in zip(checkpoints, weights, strict=True)]  # pyright: ignore
+    return torch.stack(parts).sum(0)
+
+
+def best_query(checkpoints: Sequence[Rows], weights: Sequence[float]) -> Tensor:
+    """The largest of a row's scores over the queries, `[rows, 1]`: LESS selects rows for any of its tasks."""
+    return weighted_sum(checkpoints, weights).amax(1, keepdim=True)
+
+
+def times_doubt(checkpoints: Sequence[Rows], weights: Sequence[float]) -> Tensor:
+    """TRAK's: the mean score times the mean of `1 - p`, where the loss is minus the log of the odds of p."""
+    scores = weighted_sum(checkpoints, weights)
+    parts = [weight * one.losses.sigmoid() for one, weight in zip(checkpoints, weights, strict=True)]
+    return scores * (torch.stack(parts).sum(0) / sum(weights))[:, None].to(scores)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method by name.
+
+    Args:
+        method: what it does for one checkpoint.
+        projection_dim: of both sides, unless told otherwise; 0 is the full gradient.
+        criterion: the loss it is defined with; None: any.
+        combine: how checkpoints are joined.
+        curvature: whether it has one, which damping and a fitted curvature belong to.
+    """
+
+    method: Callable[[Problem], Method]
+    projection_dim: int = 16
+    criterion: str | None = None
+    combine: Combine = weighted_sum
+    curvature: bool = True
+
+
+def _influence_of(fold: Callable[[], Any]) -> Callable[[Problem], Method]:
+    return lambda problem: influence(problem.fit(fold()), problem.stage, damping=problem.damping)
+
+
+def _trackstar(problem: Problem) -> Method:
+    H = problem.curvature
+    if H is None:
+        train, query = problem.fit(second_moment()), problem.fit(second_moment(), queries=True)
+        H = mix(query, train, mixing_coefficient(query, train, problem.components))
+    return trackstar(H, problem.stage, damping=problem.damping)
+
+
+def _trak(problem: Problem) -> Method:
+    whole = replace(problem, normalize=chain(problem.normalize, problem.projection), projection=joint())
+    return influence(whole.fit(second_moment()), whole.stage, damping=problem.damping)
+
+
+def _less(problem: Problem) -> Method:
+    return Method(problem.stage, problem.projection, norm="cosine")
+
+
+def _datainf(problem: Problem) -> Method:
+    (damping,) = problem.damping if len(problem.damping) == 1 else (None,)
+    if damping is None or damping.kind != "relative":
+        raise InputError("datainf takes one relative damping: give --damping 0.1, say")
+
+    def solve(queries: Blocks) -> Blocks:
+        return problem.fit(DataInf(queries, damping.value))
+
+    return Method(problem.stage, problem.stage, solve=solve)
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "grad_dot": Recipe(lambda problem: grad_dot(problem.stage), curvature=False),
+    "grad_cosine": Recipe(lambda problem: grad_cosine(problem.stage), curvature=False),
+    "tracin": Recipe(lambda problem: grad_dot(problem.stage), projection_dim=0, curvature=False),
+    "less": Recipe(_less, combine=best_query, curvature=False),
+    "trackstar": Recipe(_trackstar),
+    "logra": Recipe(_influence_of(second_moment)),
+    "kfac": Recipe(_influence_of(kfac), projection_dim=0),
+    "ekfac": Recipe(_influence_of(ekfac), projection_dim=0),
+    "shampoo": Recipe(_influence_of(shampoo), projection_dim=0),
+    "tkfac": Recipe(_influence_of(tkfac), projection_dim=0),
+    "relatif": Recipe(
+        lambda problem: relatif(problem.fit(ekfac()), problem.stage, damping=problem.damping),
+        projection_dim=0,
+    ),
+    "trak": Recipe(_trak, criterion="log_odds", combine=times_doubt),
+    "datainf": Recipe(_datainf),
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """A recipe by its name, or `FILE.py:NAME` for one of your own (a `Recipe`, or a function of a `Problem`).
+
+    The file is run, so it is as trusted as any program.
+
+    Raises:
+        InputError: no such recipe or file.
+
+    >>> recipe_named("ekfac").projection_dim
+    0
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    path, colon, attribute = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise InputError(f"no method {name!r}: choose {', '.join(RECIPES)}, or FILE.py:NAME for your own")
+    if not Path(path).is_file():
+        raise InputError(f"no file {path}: --method FILE.py:NAME takes NAME from it")
+    found = run_path(path).get(attribute)
+    if not callable(found) and not isinstance(found, Recipe):
+        raise InputError(
+            f"{path} has no recipe {attribute}: define a function {attribute}(problem) -> Method"
+        )
+    return found if isinstance(found, Recipe) else Recipe(found)  # pyright: ignore[reportArgumentType]
+
+
+def group_means(queries: Blocks, groups: Sequence[str]) -> tuple[Blocks, list[str]]:
+    """The mean of the queries of every group, in the order in which groups come.
+
+    >>> group_means({"a": torch.tensor([[1.0], [3.0], [5.0]])}, ["x", "x", "y"])
+    ({'a': tensor([[2.],
+            [5.]])}, ['x', 'y'])
+    """
+    names = list(dict.fromkeys(groups))
+    members = torch.tensor([[group == name for group in groups] for name in names], dtype=torch.float64)
+    means = members / members.sum(1, keepdim=True)
+    blocks = {
+        name: (means.to(G) @ G.flatten(1)).view(len(names), *G.shape[1:]) for name, G in queries.items()
+    }
+    return blocks, names

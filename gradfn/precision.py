@@ -1,0 +1,90 @@
+"""How float32 matrices are multiplied: in float32, or rounded, on the reduced-precision units of a device."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from gradfn.errors import InputError
+
+Products = Literal["ieee", "tf32", "bf16"]
+"""What factors are rounded to before they meet, in PyTorch's words; "ieee": not at all. Sums are float32."""
+
+EPS: dict[Products, float] = {"ieee": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7}
+"""The rounding of each, as `torch.finfo` counts it."""
+
+UNITS: dict[str, dict[str, Products]] = {
+    "cuda": {"tf32": "tf32"},
+    "cpu": {"amx_fp16": "tf32", "amx_bf16": "bf16", "avx512_bf16": "bf16"},
+}
+"""What a device must have, best first, and what float32 factors are rounded to there."""
+
+
+def features_of(device: torch.device) -> frozenset[str]:
+    """What a device says of itself: the instructions of a CPU, or "tf32" of a GPU that has such units.
+
+    >>> "cuda" in features_of(torch.device("cpu"))
+    False
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return frozenset(["tf32"] if torch.cuda.is_tf32_supported() else [])
+    if device.type == "cpu":
+        return frozenset(name for name, value in torch.cpu.get_capabilities().items() if value is True)
+    return frozenset()
+
+
+def products_of(precision: str, device: torch.device, features: Collection[str] | None = None) -> Products:
+    """How a run in this precision multiplies float32 matrices on a device.
+
+    Args:
+        precision: "tf32" asks for the device's reduced-precision units, any other for float32.
+        device: where the run is.
+        features: see `features_of`; None asks the device.
+
+    Raises:
+        InputError: "tf32" on a device without such units.
+
+    >>> products_of("tf32", torch.device("cpu"), {"avx2", "avx512_bf16"})
+    'bf16'
+    >>> products_of("fp32", torch.device("cpu"))
+    'ieee'
+    """
+    if precision != "tf32":
+        return "ieee"
+    known = features_of(device) if features is None else features
+    for name, unit in UNITS.get(device.type, {}).items():
+        if name in known:
+            return unit
+    raise InputError(
+        f"tf32 multiplies on TF32 units (CUDA) or on AMX or AVX512-BF16 units (CPUs), and {device} has none "
+        "of them: use fp32"
+    )
+
+
+def _backends(device: torch.device) -> tuple[Any, ...]:
+    if device.type == "cuda":
+        return torch.backends.cuda.matmul, torch.backends.cudnn.conv  # pyright: ignore
+    return torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv  # pyright: ignore
+
+
+@contextmanager
+def multiplying(products: Products, device: torch.device) -> Iterator[None]:
+    """Multiply (and convolve) float32 matrices on a device in this way inside; afterwards as before.
+
+    "ieee" is said too, because PyTorch's own convolutions on CUDA are TF32 unless told otherwise.
+
+    >>> with multiplying("bf16", torch.device("cpu")):
+    ...     torch.backends.mkldnn.matmul.fp32_precision
+    'bf16'
+    """
+    backends = _backends(device)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = products
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value

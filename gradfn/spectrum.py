@@ -1,0 +1,178 @@
+"""Symmetric positive semidefinite curvatures in their eigenbasis: powers, damping, filters.
+
+A curvature is eigendecomposed once, `H = Q diag(lambda) Qᵀ`; every power and every damping is then an
+elementwise function of `lambda`.
+"""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradfn.errors import InputError
+
+DampingKind = Literal["relative", "absolute", "truncated", "tikhonov", "factored"]
+
+
+@dataclass(frozen=True)
+class Damping:
+    """How small eigenvalues are kept from blowing up; with `m = mean(lambda)` over the block:
+
+    * relative: `1 / (lambda + c m)`, the default with c = 0.1;
+    * absolute: `1 / (lambda + c)`;
+    * truncated: `1 / lambda` where `lambda > c m`, else 0, the pseudo-inverse;
+    * tikhonov: `lambda / (lambda² + (c m)²)`;
+    * factored: `1 / ((a + pi sqrt(c m)) (s + sqrt(c m) / pi))` with `pi² = mean(a) / mean(s)`, for
+      curvatures whose eigenvalues are products `lambda = s a`.
+
+    Other powers than -1 are powers of these.
+
+    >>> str(Damping(0.1)), str(Damping(1e-6, "truncated"))
+    ('0.1', 'truncated:1e-06')
+
+    Source: factored: Martens and Grosse, arXiv:1503.05671, section 6.3.
+    """
+
+    value: float = 0.1
+    kind: DampingKind = "relative"
+
+    def __post_init__(self):
+        if self.kind not in get_args(DampingKind):
+            raise InputError(f"no damping {self.kind!r}: choose {', '.join(get_args(DampingKind))}")
+        if not (isfinite(self.value) and self.value >= 0):
+            raise InputError(f"a damping must be a number of 0 or more, not {self.value}")
+
+    def __str__(self) -> str:
+        return f"{self.value:g}" if self.kind == "relative" else f"{self.kind}:{self.value:g}"
+
+
+def parse_dampings(text: str) -> tuple[Damping, ...]:
+    """Read dampings as the command line spells them: `0.1`, `absolute:1e-3`, several with commas.
+
+    Raises:
+        InputError: not a number, no such kind, the same twice.
+
+    >>> parse_dampings("0.01, truncated:1e-6")
+    (Damping(value=0.01, kind='relative'), Damping(value=1e-06, kind='truncated'))
+    """
+    dampings = tuple(_parse_one(part.strip()) for part in text.split(","))
+    if len(set(dampings)) < len(dampings):
+        raise InputError(f"--damping {text} names a damping twice: name each once")
+    return dampings
+
+
+def _parse_one(text: str) -> Damping:
+    kind, colon, value = text.rpartition(":")
+    try:
+        number = float(value)
+    except ValueError:
+        raise InputError(f"{text!r} is not a damping: give 0.1, say, or absolute:1e-3") from None
+    return Damping(number, kind if colon else "relative")  # pyright: ignore[reportArgumentType]
+
+
+def eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Eigenvalues (float64, negative rounding set to 0) and eigenvectors of a symmetric matrix.
+
+    The problem is solved in float64; the vectors come back in the matrix's own dtype.
+
+    >>> eigh(torch.diag(torch.tensor([2.0, 1.0])))[0]
+    tensor([1., 2.], dtype=torch.float64)
+    """
+    wide = matrix.double()
+    values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
+    return values.clamp_min(0), vectors.to(matrix.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """One block's curvature in its eigenbasis, acting on `G [out, in]` as `Q_l ((Q_lᵀ G Q_r) * lambda) Q_rᵀ`.
+
+    A curvature without Kronecker structure acts on the flattened block: `left` is None, `right` is
+    `[out in, out in]` and the values are `[1, out in]`.
+
+    Args:
+        left: `Q_l [out, out]`, or None.
+        right: `Q_r [in, in]`.
+        values: the eigenvalues, `[out, in]`, float64.
+        sides: the eigenvalues of both Kronecker factors, `s [out]` and `a [in]`, where the values are their
+            products `s aᵀ`; None where they were corrected or are not products.
+    """
+
+    left: Tensor | None
+    right: Tensor
+    values: Tensor
+    sides: tuple[Tensor, Tensor] | None = None
+
+    def power(self, exponent: float, damping: Damping | None = None) -> Float[Tensor, "out in"]:
+        """The damped eigenvalues' power; an eigenvalue that is still 0 gives 0, as a pseudo-inverse does.
+
+        Args:
+            exponent: -1 or -1/2, say.
+            damping: None is none, for negative powers a pseudo-inverse.
+
+        Raises:
+            InputError: factored damping of eigenvalues that are not products.
+
+        >>> spectrum = Spectrum(None, torch.eye(2), torch.tensor([[4.0, 0.0]], dtype=torch.float64))
+        >>> spectrum.power(-0.5)
+        tensor([[0.5000, 0.0000]], dtype=torch.float64)
+        """
+        inverse = _pseudo_inverse(self.values) if damping is None else self._damped_inverse(damping)
+        return torch.where(inverse > 0, inverse.clamp_min(1e-300).pow(-exponent), 0.0)
+
+    def _damped_inverse(self, damping: Damping) -> Tensor:
+        values, c = self.values, damping.value
+        scaled = c * values.mean()
+        match damping.kind:
+            case "relative":
+                return _pseudo_inverse(values + scaled)
+            case "absolute":
+                return _pseudo_inverse(values + c)
+            case "truncated":
+                return torch.where(values > scaled, _pseudo_inverse(values), 0.0)
+            case "tikhonov":
+                return values * _pseudo_inverse(values.square() + scaled.square())
+        if self.sides is None:
+            raise InputError(
+                "factored damping needs a curvature that is a product of two factors (kfac, tkfac): choose "
+                "relative damping"
+            )
+        s, a = self.sides
+        ratio = (a.mean() * _pseudo_inverse(s.mean())).sqrt()
+        shares = ratio * scaled.sqrt(), scaled.sqrt() * _pseudo_inverse(ratio)
+        return _pseudo_inverse((s + shares[1])[:, None] * (a + shares[0]))
+
+    def into(self, G: Float[Tensor, "rows out in"]) -> Float[Tensor, "rows _ _"]:
+        """Coordinates in the eigenbasis, `Q_lᵀ G Q_r` (`[rows, 1, out in]` without Kronecker structure)."""
+        if self.left is None:
+            return G.flatten(1)[:, None] @ self.right.to(G)
+        return self.left.to(G).mT @ G @ self.right.to(G)
+
+    def apply(self, G: Float[Tensor, "rows out in"], weights: Tensor) -> Float[Tensor, "rows out in"]:
+        """Multiply the coordinates in the eigenbasis by weights, and come back.
+
+        >>> spectrum = Spectrum(None, torch.eye(2), torch.ones(1, 2, dtype=torch.float64))
+        >>> spectrum.apply(torch.ones(1, 1, 2), torch.tensor([[2.0, 3.0]]))
+        tensor([[[2., 3.]]])
+        """
+        weighted = self.into(G) * weights.to(G)
+        back = weighted @ self.right.to(G).mT
+        return (back if self.left is None else self.left.to(G) @ back).view_as(G)
+
+    def dense(self) -> Float[Tensor, "n n"]:
+        """The curvature as a matrix on the flattened block, float64.
+
+        >>> Spectrum(None, torch.eye(1), torch.ones(1, 1)).dense()
+        tensor([[1.]], dtype=torch.float64)
+        """
+        right = self.right.double()
+        basis = right if self.left is None else torch.kron(self.left.double(), right)
+        return (basis * self.values.double().flatten()) @ basis.mT
+
+
+def _pseudo_inverse(values: Tensor) -> Tensor:
+    """`1 / values`, and 0 for 0: the one policy for eigenvalues of zero."""
+    return torch.where(values > 0, values.clamp_min(torch.finfo(values.dtype).tiny).reciprocal(), 0.0)

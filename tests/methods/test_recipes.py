@@ -1,0 +1,224 @@
+"""Every recipe against its definition, written with dense algebra on one example at a time, float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from gradfn import InputError, collect, project
+from gradfn.curvature import ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.fold import fit
+from gradfn.methods import RECIPES, Problem, recipe_named
+from gradfn.methods.recipes import group_means
+from gradfn.probes import probe_engine
+from gradfn.scoring import Method, score
+from gradfn.spectrum import Damping
+from gradfn.stream import gather
+from gradfn.transforms import adam, chain
+
+
+def problem(seed=0, **changes):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    generator = torch.Generator().manual_seed(9)
+    data = [{"x": torch.randn(4, generator=generator).double(), "y": torch.tensor(i % 2)} for i in range(12)]
+
+    def loss(params, e):
+        z = functional_call(net, params, (e["x"][None],))
+        return nn.functional.cross_entropy(z, e["y"][None])
+
+    return Problem(net, data[:9], data[9:], loss, **changes)
+
+
+def flat(blocks):
+    return torch.cat([G.flatten(1) for G in blocks.values()], 1)
+
+
+def sides(p, transform=None):
+    return [collect(p.model, part, transform or p.stage, loss=p.loss) for part in (p.train, p.query)]
+
+
+def scores(name, p):
+    return score(p.model, p.train, p.query, method=RECIPES[name].method(p), loss=p.loss)
+
+
+def damped(H, c=0.1, power=-1.0):
+    values, vectors = torch.linalg.eigh(H)
+    values = values.clamp_min(0)
+    return vectors @ torch.diag((values + c * values.mean()) ** power) @ vectors.T
+
+
+def second(rows):
+    return rows.T @ rows / len(rows)
+
+
+@pytest.mark.parametrize("name", ["grad_dot", "tracin"])
+def test_inner_products(name):
+    train, query = map(flat, sides(problem()))
+    torch.testing.assert_close(scores(name, problem()), train @ query.T)
+
+
+def test_cosines():
+    train, query = map(flat, sides(problem()))
+    torch.testing.assert_close(
+        scores("grad_cosine", problem()), nn.functional.normalize(train) @ nn.functional.normalize(query).T
+    )
+
+
+def test_logra_block_by_block():
+    p = problem(projection=project(2, "gaussian"))
+    train, query = sides(p)
+    expected = sum(
+        train[n].flatten(1) @ damped(second(train[n].flatten(1))) @ query[n].flatten(1).T for n in train
+    )
+    torch.testing.assert_close(scores("logra", p), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "fold"), [("kfac", kfac), ("ekfac", ekfac), ("shampoo", shampoo), ("tkfac", tkfac)]
+)
+def test_influence_functions(name, fold):
+    p = problem()
+    train, query = sides(p)
+    H = fit(fold(), p.model, p.train, loss=p.loss)
+    expected = sum(train[n].flatten(1) @ damped(H[n].dense()) @ query[n].flatten(1).T for n in train)
+    torch.testing.assert_close(scores(name, p), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_relatif():
+    p = problem()
+    train, query = sides(p)
+    H = fit(ekfac(), p.model, p.train, loss=p.loss)
+    inverse = {n: damped(H[n].dense()) for n in train}
+    products = sum(train[n].flatten(1) @ inverse[n] @ query[n].flatten(1).T for n in train)
+    norms = flat({n: train[n].flatten(1) @ inverse[n] for n in train}).norm(dim=1)
+    torch.testing.assert_close(scores("relatif", p), products / norms[:, None])
+
+
+def test_trackstar_mixes_and_normalises_both_sides():
+    p = problem(projection=project(2), components=3)
+    train, query = sides(p)
+    R = {n: [second(side[n].flatten(1)) for side in (query, train)] for n in train}
+    eigenvalues = [
+        torch.cat([torch.linalg.eigvalsh(pair[i]) for pair in R.values()]).sort(descending=True).values
+        for i in (0, 1)
+    ]
+    a = eigenvalues[1][2] / (eigenvalues[0][2] + eigenvalues[1][2])
+    half = {n: damped(a * q + (1 - a) * t, power=-0.5) for n, (q, t) in R.items()}
+    left, right = (
+        nn.functional.normalize(flat({n: G.flatten(1) @ half[n] for n, G in side.items()}))
+        for side in (train, query)
+    )
+    torch.testing.assert_close(scores("trackstar", p), left @ right.T)
+
+
+def test_trak_over_checkpoints():
+    """Means over checkpoints of the scores in one joint projection, and of `1 - p`."""
+    expected, doubts, made = [], [], []
+    for seed in (0, 1):
+        p = problem(seed, projection=project(2), damping=(Damping(0.01),))
+        net = p.model
+
+        def log_odds(params, e, net=net):
+            p = functional_call(net, params, (e["x"][None],)).softmax(-1)[0, e["y"]]
+            return -(p / (1 - p)).log()
+
+        p = Problem(p.model, p.train, p.query, log_odds, projection=p.projection, damping=p.damping)
+        train, query = map(flat, sides(p))
+        expected.append(train @ damped(second(train), 0.01) @ query.T)
+        chances = torch.stack([net(e["x"]).softmax(-1)[e["y"]] for e in p.train])
+        doubts.append((1 - chances).detach())
+
+        method = RECIPES["trak"].method(p)
+        queries = collect(p.model, p.query, method.query, loss=p.loss)
+        made.append(gather(probe_engine(p.model, p.loss, method.scorer(queries)), p.train))
+    whole = torch.stack(expected).mean(0) * torch.stack(doubts).mean(0)[:, None]
+    torch.testing.assert_close(RECIPES["trak"].combine(made, [0.5, 0.5]), whole.float(), check_dtype=False)
+
+
+def test_less_normalises_training_rows_alone_and_takes_the_best_group():
+    p = problem()
+    moments = {n: G.square().mean(0) for n, G in sides(p)[0].items()}
+    p = problem(normalize=adam(moments), projection=project(2))
+    train = flat(sides(p)[0])
+    query = sides(p, chain(p.projection))[1]
+    groups, names = group_means(query, ["a", "b", "a"])
+    assert names == ["a", "b"]
+    method = RECIPES["less"].method(p)
+
+    got = gather(probe_engine(p.model, p.loss, method.scorer(groups)), p.train)
+    rows = torch.stack([(query["0"][[0, 2]].mean(0)), query["0"][1]]).flatten(1)
+    torch.testing.assert_close(groups["0"].flatten(1), rows)
+    cosines = nn.functional.normalize(train) @ nn.functional.normalize(flat(groups)).T
+    torch.testing.assert_close(RECIPES["less"].combine([got], [2.0]), 2 * cosines.amax(1, keepdim=True))
+
+
+def test_datainf():
+    p = problem()
+    train, query = sides(p)
+    expected = 0
+    for name in train:
+        rows, asked = train[name].flatten(1), query[name].flatten(1)
+        c = 0.1 * rows.square().mean()
+        inverse = sum(torch.linalg.inv(c * torch.eye(rows.shape[1]) + torch.outer(g, g)) for g in rows) / len(
+            rows
+        )
+        expected = expected + rows @ inverse @ asked.T
+    torch.testing.assert_close(scores("datainf", p), expected)
+
+
+def test_a_curvature_that_was_fitted_before_is_taken():
+    p = problem()
+    H = fit(ekfac(), p.model, p.query, loss=p.loss)
+    given = problem(curvature=H)
+    train, query = sides(p)
+    expected = sum(train[n].flatten(1) @ damped(H[n].dense()) @ query[n].flatten(1).T for n in train)
+    torch.testing.assert_close(scores("kfac", given), expected)
+    torch.testing.assert_close(scores("ekfac", given), expected)
+
+
+def test_several_dampings_at_once():
+    several = scores("ekfac", problem(damping=(Damping(0.1), Damping(1.0))))
+    torch.testing.assert_close(several[:, 3:], scores("ekfac", problem(damping=(Damping(1.0),))))
+
+
+def test_one_of_your_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import gradfn as gf\n"
+        "from gradfn.curvature import kfac\n"
+        "from gradfn.methods import influence, Recipe\n"
+        "def mine(problem):\n"
+        "    return influence(problem.fit(kfac()), problem.stage, damping=problem.damping)\n"
+        "full = Recipe(mine, projection_dim=0)\n"
+    )
+    p = problem()
+    for name in ("mine", "full"):
+        method = recipe_named(f"{path}:{name}").method(p)
+        assert isinstance(method, Method)
+        torch.testing.assert_close(
+            score(p.model, p.train, p.query, method=method, loss=p.loss), scores("kfac", p)
+        )
+    assert recipe_named(f"{path}:full").projection_dim == 0
+    with pytest.raises(InputError, match="has no recipe other"):
+        recipe_named(f"{path}:other")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match=r"no method 'best': choose grad_dot, .*FILE\.py:NAME"):
+        recipe_named("best")
+    with pytest.raises(InputError, match=r"no file nowhere\.py"):
+        recipe_named("nowhere.py:mine")
+
+
+def test_datainf_takes_one_relative_damping():
+    for damping in ((Damping(0.1), Damping(1.0)), (Damping(0.1, "absolute"),)):
+        with pytest.raises(InputError, match="one relative damping"):
+            scores("datainf", problem(damping=damping))
+
+
+def test_shampoo_second_moment_and_labels_of_the_model():
+    """Drawn labels need a loss whose labels are known."""
+    with pytest.raises(InputError, match="labels are drawn"):
+        scores("ekfac", problem(labels="model"))
+    assert second_moment().gives_curvature
