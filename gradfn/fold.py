@@ -19,7 +19,7 @@ from gradfn.layers import Site, View
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import Engine, probe_engine
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, free_memory, lengths_of, stream
-from gradfn.transforms import Adam, Dot, Transform, adam, chain
+from gradfn.transforms import Adam, Dot, Rowwise, Transform, adam, chain
 from gradfn.transforms.summed import Summed
 from gradfn.types import Blocks, Data, LossFn
 
@@ -85,6 +85,11 @@ class Additive(Generic[Result]):
         """Add counts and sums."""
         if not a.blocks or not b.blocks:
             return a if a.blocks else b
+        if a.blocks.keys() != b.blocks.keys():
+            raise InputError(
+                f"sums over {len(a.blocks)} blocks and over {len(b.blocks)} others do not add up: make both "
+                "of the same layers"
+            )
         blocks = {name: a.blocks[name] + b.blocks[name] for name in a.blocks}
         return Sums(a.count + b.count, blocks, a.shapes)
 
@@ -219,14 +224,32 @@ def sums_of(
         engine: one that ends in the fold's stage.
         data, token_batch_size, progress: see `collect`.
     """
-    state, losses, lengths = fold.init(), 0.0, lengths_of(data)
+    state, losses, lengths, shapes = fold.init(), 0.0, lengths_of(data), {}
     for numbers, result in stream(engine, data, token_batch_size=token_batch_size, progress=progress):
         assert isinstance(result.values, dict)
         count = int(lengths[numbers].sum()) if engine.view.tokens else len(numbers)
-        shapes = {name: plan.dense for name, plan in engine.lowered().plans.items()}
+        shapes = shapes or _summed_shapes(engine)
         state = fold.add(state, Sums(count, dict(result.values), shapes))
         losses += float(result.losses.double().sum())
     return state, losses
+
+
+def _stages_by_row(transform: Transform) -> tuple[Transform, ...]:
+    """The stages from the first that needs all blocks of a row, but the last, the sum itself."""
+    stages = chain(transform).stages[:-1]
+    at = next((i for i, stage in enumerate(stages) if isinstance(stage, Rowwise)), len(stages))
+    return stages[at:]
+
+
+def _summed_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """The shape of a row of every block that is summed."""
+    blocks = {
+        name: torch.empty(0, *plan.dense, dtype=plan.dtype, device=plan.device)
+        for name, plan in engine.lowered().plans.items()
+    }
+    summed = chain(*_stages_by_row(engine.transform))(blocks)
+    assert isinstance(summed, dict)
+    return {name: tuple(G.shape[1:]) for name, G in summed.items()}
 
 
 def state_bytes(fold: Additive[Any], engine: Engine) -> dict[str, int]:
@@ -241,11 +264,12 @@ def _partitions(fold: Additive[Any], engine: Engine, count: int) -> list[list[Si
     sizes = state_bytes(fold, engine)
     if not 1 <= count <= len(sizes):
         raise InputError(f"{count} partitions of {len(sizes)} blocks: choose between 1 and {len(sizes)}")
-    ends = np.cumsum(list(sizes.values()))
-    part = {
-        name: min(count - 1, int((end - 1) * count // ends[-1]))
-        for name, end in zip(sizes, ends, strict=True)
-    }
+    by_row = _stages_by_row(engine.transform)
+    if count > 1 and by_row:
+        raise InputError(f"{by_row[0]} needs all blocks of a row at once: fit in one pass (partitions=1)")
+    own = np.array(list(sizes.values()))
+    middles = np.cumsum(own) - own / 2
+    part = {name: int(middle * count / own.sum()) for name, middle in zip(sizes, middles, strict=True)}
     parts = [[site for site in engine.sites if part[site.block] == i] for i in range(count)]
     return [sites for sites in parts if sites]
 
@@ -261,6 +285,20 @@ def _refuse_too_large(fold: Additive[Any], engine: Engine, parts: Sequence[Seque
             f"the sums of {name} take {most / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: fit them "
             "in several passes (--partitions 4), or project the gradients (--projection-dim 32)"
         )
+
+
+def check_fit(
+    fold: Additive[Any] | TwoPass[Any],
+    model: nn.Module,
+    transform: Transform | None = None,
+    *,
+    loss: LossFn | None = None,
+    view: View | None = None,
+) -> None:
+    """Refuse what a fit of these would refuse, before any data is looked at; see `fit`."""
+    first = fold.first if isinstance(fold, TwoPass) else fold
+    whole = chain(transform or chain(), first.stage())
+    probe_engine(model, loss or causal_lm_loss(model), whole, view=view).lowered()
 
 
 def passes(fold: Any) -> int:
@@ -297,7 +335,8 @@ def fit(
         What the fold's `finalize` gives.
 
     Raises:
-        InputError: no rows, a loss that is not finite, sums that do not fit in memory.
+        InputError: no rows, a loss that is not finite, sums that do not fit in memory, partitions of
+            what needs all blocks of a row at once (`unit_normalize`, `joint`).
 
     >>> import torch
     >>> net = nn.Linear(1, 1, bias=False)

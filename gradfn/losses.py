@@ -1,5 +1,6 @@
 """Pure per-example losses, and the chunked LM head that never holds the logits."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -18,6 +19,8 @@ from gradfn.types import Batch, Example, Params
 Reduction = Literal["mean", "sum"]
 Criterion = Literal["cross_entropy", "log_odds", "kl"]
 Task = Literal["masked_lm", "seq2seq_lm", "classification", "regression"]
+READS_ENCODER = re.compile(r"(EncDecAttention|encoder_attn|cross_?att\w*)\.(.*\.)?(k|v|key|value)(_proj)?$")
+"""Paths in a decoder whose input is what the encoder gives."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -268,8 +271,12 @@ class ModelLoss(_Weighted):
         return self.model(**self._inputs(batch)).logits
 
     def positions(self, batch: Batch, path: str) -> Tensor | None:
-        """The positions whose statistics count: supervised ones of a decoder, all but padding elsewhere."""
-        decoder = self.task == "seq2seq_lm" and "encoder" not in path.split(".")
+        """The positions whose statistics count: supervised ones of a decoder, all but padding elsewhere.
+
+        Keys and values of cross-attention are made of the encoder's positions.
+        """
+        encoded = "encoder" in path.split(".") or READS_ENCODER.search(path)
+        decoder = self.task == "seq2seq_lm" and not encoded
         if decoder or self.task == "masked_lm":
             return batch["labels"] != IGNORED
         return batch["attention_mask"].bool() if "attention_mask" in batch else None

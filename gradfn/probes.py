@@ -88,6 +88,7 @@ class _Factors:
     tokens: int | None = None
     where: Where | None = None
     counts: Tensor | None = None
+    padded: bool = False
 
     @property
     def rotates(self) -> bool:
@@ -149,17 +150,12 @@ class _Factors:
         counts = g.new_ones(x.shape[:2])
         if self.counts is not None and self.counts.shape == counts.shape:
             counts = self.counts.to(counts)
-        elif self.counts is not None and x.shape[1] > 1:  # other positions than the loss knows of
-            counts = _with_gradient(g).to(counts)
+        elif self.padded and x.shape[1] > 1:  # positions that the loss does not know of
+            counts = (g != 0).any(-1).to(counts)  # padding has no gradient
         if self.tokens is not None:
             x, g, counts = (_by_token(v, self.tokens, self.path) for v in (x, g, counts[..., None]))
             x, g, counts = x.flatten(0, 1)[:, None], g.flatten(0, 1)[:, None], counts.flatten(0, 1)
         return summed.of(x, g, counts)[None]
-
-
-def _with_gradient(g: Tensor) -> Tensor:
-    """The positions that the loss depends on; padding is none of them."""
-    return (g != 0).any(-1)
 
 
 def _no_tokens(path: str) -> InputError:
@@ -333,7 +329,9 @@ class Engine:
             if where is not None or not layer.has_factors:
                 raise _no_factors(site.path, plan.of_factors.noun)
             counts = None if positions is None else positions(batch, site.path)
-            return _Factors(plan, layer, site.path, *tokens or (None,), counts=counts)
+            return _Factors(
+                plan, layer, site.path, *tokens or (None,), counts=counts, padded="input_ids" in batch
+            )
 
         losses = self._losses(batch, slots, factors)
         if slots and not losses.requires_grad:

@@ -13,7 +13,7 @@ import gradfn
 from gradfn.curvature import Curvature, mix, mixing_coefficient
 from gradfn.data import offsets_of
 from gradfn.errors import InputError
-from gradfn.fold import fit, mean, sums_of, total
+from gradfn.fold import check_fit, fit, mean, sums_of, total
 from gradfn.hf.models import model_fingerprint
 from gradfn.layers import Linear, View, find_sites, uncovered
 from gradfn.losses import CausalLMLoss, ModelLoss, causal_lm_loss
@@ -479,6 +479,7 @@ def hessian(
     """
     known = describe(model, data, transform, loss=loss, view=view)
     known["hessian"] = {"kind": str(fold), "labels": labels, "seed": seed if labels == "model" else None}
+    check_fit(fold, model, transform, loss=loss, view=view)
     with _curvature_writer(run, merged(known, settings), overwrite) as writer:
         if writer.complete:
             return load_curvature(run)

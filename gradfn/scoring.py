@@ -59,6 +59,8 @@ class Method:
             raise InputError("a method needs one damping or more (None is the pseudo-inverse)")
         if self.curvature is None and len(self.damping) > 1:
             raise InputError("several dampings need a curvature: fit one")
+        if self.curvature is not None and self.solve is not None:
+            raise InputError("a method has a curvature or solves for its queries, not both: leave one out")
 
     def scorer(self, queries: Blocks, *, by_block: bool = False) -> Transform:
         """What turns gradients of training rows into scores `[rows, dampings * queries]`.
@@ -76,11 +78,11 @@ class Method:
             return chain(self.train, dot(_joined(powers), by_block=by_block))
         rotate = chain(Rotate(H), RotateFlat(H))
         parts = [self._compared(rotate(queries), damping) for damping in self.damping]  # pyright: ignore
-        targets, squares = (_joined([part[i] for part in parts]) for i in (0, 1))
-        return chain(self.train, rotate, Dot(targets, unit=True, by_block=by_block, weights=squares))
+        targets, weights = (_joined([part[i] for part in parts]) for i in (0, 1))
+        return chain(self.train, rotate, Dot(targets, unit=True, by_block=by_block, weights=weights))
 
     def _compared(self, queries: Blocks, damping: Damping | None) -> tuple[Blocks, Blocks]:
-        """In the eigenbasis: what rows meet, and the weights of the squares in their norm, `[1, ...]`.
+        """In the eigenbasis: what rows meet, and the weights of the numbers in their norm, `[1, ...]`.
 
         Cosine: `<W g, u> / |W g|`, `W = H^-1/2`, `u = W q / |W q|`. Relative: `<g, H^-1 q> / |H^-1 g|`.
         """
@@ -90,14 +92,22 @@ class Method:
         targets = {name: G * weights[name].to(G) for name, G in queries.items()}
         if self.norm == "cosine":
             targets = {name: G * weights[name].to(G) for name, G in unit_normalize()(targets).items()}
-        return targets, {name: w.square()[None] for name, w in weights.items()}
+        return targets, {name: w[None] for name, w in weights.items()}
 
     def self_scorer(self, *, by_block: bool = False) -> Transform:
-        """What turns gradients of rows into their self-influence `<g, H^-1 g>`, `[rows, dampings]`."""
+        """What turns gradients of rows into their self-influence `<g, H^-1 g>`, `[rows, dampings]`.
+
+        Raises:
+            InputError: a method that solves for the queries at hand.
+        """
+        if self.solve is not None:
+            raise InputError(
+                "this method solves for given queries, so it has no self-influence: use ekfac, say"
+            )
         if self.curvature is None:
             return chain(self.train, SelfDot(by_block=by_block))
         H = self.curvature
-        powers = [{name: one.power(-1.0, d)[None] for name, one in H.items()} for d in self.damping]
+        powers = [{name: one.power(-0.5, d)[None] for name, one in H.items()} for d in self.damping]
         return chain(self.train, Rotate(H), RotateFlat(H), SelfDot(_joined(powers), by_block))
 
 

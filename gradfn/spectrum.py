@@ -66,6 +66,9 @@ def parse_dampings(text: str) -> tuple[Damping, ...]:
 
 def _parse_one(text: str) -> Damping:
     kind, colon, value = text.rpartition(":")
+    kinds = get_args(DampingKind)
+    if colon and kind not in kinds:
+        raise InputError(f"no damping {kind!r}: choose {', '.join(kinds)}")
     try:
         number = float(value)
     except ValueError:
@@ -74,16 +77,32 @@ def _parse_one(text: str) -> Damping:
 
 
 def eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
-    """Eigenvalues (float64, negative rounding set to 0) and eigenvectors of a symmetric matrix.
+    """Eigenvalues (float64, rounding set to 0) and eigenvectors of a symmetric positive semidefinite matrix.
 
-    The problem is solved in float64; the vectors come back in the matrix's own dtype.
+    The problem is solved in float64, and eigenvalues below `n` epsilon of the largest are its rounding: their
+    inverses would be of any size. The vectors come back in the matrix's own dtype.
 
     >>> eigh(torch.diag(torch.tensor([2.0, 1.0])))[0]
     tensor([1., 2.], dtype=torch.float64)
     """
     wide = matrix.double()
-    values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
-    return values.clamp_min(0), vectors.to(matrix.dtype)
+    values, vectors = _eigh((wide + wide.mT) / 2)
+    rounding = len(values) * torch.finfo(values.dtype).eps * values.amax()
+    return torch.where(values > rounding, values, 0.0), vectors.to(matrix.dtype)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh`; coordinates that are zero throughout, on which it may fail, are taken apart."""
+    live = (matrix != 0).any(0)
+    if bool(live.all()):
+        return torch.linalg.eigh(matrix)
+    dead = int((~live).sum())
+    values, vectors = matrix.new_zeros(len(matrix)), torch.zeros_like(matrix)
+    vectors[(~live).nonzero().squeeze(1), torch.arange(dead, device=live.device)] = 1.0
+    if dead < len(matrix):
+        values[dead:], part = torch.linalg.eigh(matrix[live][:, live])
+        vectors[live, dead:] = part
+    return values, vectors
 
 
 @dataclass(frozen=True, eq=False)

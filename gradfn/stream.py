@@ -152,7 +152,11 @@ def _compute(
 
     def make(numbers: np.ndarray) -> Batch:
         examples = [labelled(data, int(row)) for row in numbers]
-        return move(collate([_masked(e) for e in examples] if engine.view.tokens else examples))
+        if engine.view.tokens:
+            examples = [
+                _masked(e, row_name(data, int(row))) for e, row in zip(examples, numbers, strict=True)
+            ]
+        return move(collate(examples))
 
     with closing(ahead(make, plan) if overlaps else (make(numbers) for numbers in plan)) as batches:
         for numbers, batch in zip(plan, batches, strict=True):
@@ -255,10 +259,14 @@ def labelled(data: Data, row: int) -> Example:
     return {**example, "labels": ids if mask is None else torch.where(mask.bool(), ids, IGNORED)}
 
 
-def _masked(example: Example) -> Example:
+def _masked(example: Example, name: str) -> Example:
     """The example with an attention mask, which says what is a token and what is padding."""
     if "input_ids" not in example:
         raise InputError("rows without input_ids have no tokens: view them by example")
+    if not bool(example.get("attention_mask", torch.ones(())).all()):
+        raise InputError(
+            f"{name} is padded (its attention_mask has a 0): give it without padding to view tokens"
+        )
     return {"attention_mask": torch.ones_like(example["input_ids"]), **example}
 
 

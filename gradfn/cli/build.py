@@ -5,7 +5,7 @@ from typing import Any
 from gradfn.cli import inputs
 from gradfn.cli.inputs import Options
 from gradfn.cli.show import console, count, facts, progress_bar
-from gradfn.cli.stages import dampings_of, load_stages
+from gradfn.cli.stages import dampings_of, load_stages, projection_dim_of
 from gradfn.cli.tell import gradients_line, subject_facts, unprobed_facts
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
@@ -22,6 +22,7 @@ def _prepared(options: Options) -> tuple[inputs.Subject, Any, Chain, dict[str, A
             raise InputError(f"no --{name}: gradients need a model and a dataset")
     if len(dampings_of(options)) > 1:
         raise InputError("gradients are written for one damping: give one, or several to score or query")
+    options = {**options, "projection_dim": projection_dim_of(options, 16)}
     rows = load_rows(options["dataset"], options["split"])
     subject = inputs.load_subject(options)
     documents = inputs.load_documents(subject, rows, options)

@@ -5,7 +5,7 @@ from typing import Any
 from gradfn import curvature as kinds
 from gradfn.cli import inputs
 from gradfn.cli.show import console, count, facts, progress_bar
-from gradfn.cli.stages import load_stages
+from gradfn.cli.stages import check_fit, load_stages
 from gradfn.cli.tell import gradients_line, subject_facts
 from gradfn.curvature import Curvature
 from gradfn.errors import InputError
@@ -24,8 +24,7 @@ def run_hessian(**options: Any) -> None:
     for name in ("model", "dataset"):
         if options[name] is None:
             raise InputError(f"no --{name}: a curvature needs a model and a dataset")
-    if options["partitions"] < 1:
-        raise InputError(f"--partitions must be 1 or more, not {options['partitions']}")
+    check_fit(options)
     kind = str(options["kind"])
     if options["projection_dim"] is None:
         options["projection_dim"] = 16 if kind == "second_moment" else 0
@@ -61,11 +60,9 @@ def run_mix(**options: Any) -> None:
 
 def _facts(run: str, fitted: Curvature) -> list[tuple[str, str]]:
     shape = f"{fitted.kind}, {count(len(fitted), 'block')}, {count(fitted.rows, 'row')}"
-    values = [one.values for one in fitted.values()]
-    largest = max(float(one.max()) for one in values)
-    some = sum(int((one > 1e-12 * largest).sum()) for one in values)
-    everything = sum(one.numel() for one in values)
+    largest = max(float(one.values.max()) for one in fitted.values())
+    total = sum(float(one.values.sum()) for one in fitted.values())
     return [
         ("curvature", f"{run}/hessian.h5 [{shape}]"),
-        ("eigenvalues", f"largest {largest:.4g}; {some:,} of {everything:,} above 1e-12 of it"),
+        ("eigenvalues", f"sum {total:.4g}, largest {largest:.4g}"),
     ]

@@ -346,7 +346,10 @@ MIX: Group = {
 }
 _SIDE = "Side of each layer's projected block; 0: none, the full gradient."
 PROJECTION: Group = {
-    "projection_dim": (_option(int, "--projection-dim", _SIDE), 16),
+    "projection_dim": (
+        _option(int | None, "--projection-dim", f"{_SIDE} [default: the curvature's, or else 16]"),
+        None,
+    ),
     "projection": (
         _option(Distribution, "--projection", "Distribution of the projection."),
         Distribution.rademacher,
@@ -356,7 +359,11 @@ PROJECTION: Group = {
 SCORE_PROJECTION: Group = {
     **PROJECTION,
     "projection_dim": (
-        _option(int | None, "--projection-dim", f"{_SIDE} [default: the method's, 16 or 0]"),
+        _option(
+            int | None,
+            "--projection-dim",
+            f"{_SIDE} [default: the curvature's, or else the method's, 16 or 0]",
+        ),
         None,
     ),
 }

@@ -134,27 +134,39 @@ def load_queries(
     """
     if documents is None:
         return _stored_queries(options["query_path"], method, wanted)
+    column, transform = options.get("group_column"), method.query
+    unit = column is not None and ends_in_unit_norm(transform)
+    if unit:  # a mean of gradients is normalised, not of directions
+        transform = chain(*chain(transform).stages[:-1])
     with subject.multiplying(), progress_bar("query gradients", int(documents.lengths.sum())) as progress:
-        gradients = _query_gradients(subject, documents, method.query, progress)
+        gradients = _query_gradients(subject, documents, transform, progress)
     settings = {"query": {"path": None if rows is None else anchored(options["query"]),
                           "fingerprint": documents.fingerprint(), "rows": len(documents),
                           "loss": subject.loss_settings(subject.query_loss)}}  # fmt: skip
     queries = Queries(gradients, settings, documents.ids, documents.texts,
                       _shown(documents, rows, options), documents, _sources(rows))  # fmt: skip
-    column = options.get("group_column")
-    return (queries if column is None else _grouped(queries, rows, column)), method
+    return (queries if column is None else _grouped(queries, rows, column, unit)), method
 
 
-def _grouped(queries: Queries, rows: Any | None, column: str) -> Queries:
-    """One query for each value of a column: the mean of its queries' gradients."""
-    if rows is None or column not in rows.column_names:
-        there = "a text" if rows is None else f"a dataset with the columns {', '.join(rows.column_names)}"
-        raise InputError(f"--group-column {column} is not a column of --query, which is {there}")
+def check_groups(rows: Any | None, column: str | None) -> None:
+    """Refuse a column of groups that --query has not."""
+    if column is None:
+        return
+    if rows is None:
+        raise InputError("--group-column groups the queries of a dataset: give one with --query")
+    if column not in rows.column_names:
+        raise InputError(
+            f"--group-column {column} is no column of --query, which has {', '.join(rows.column_names)}"
+        )
+
+
+def _grouped(queries: Queries, rows: Any, column: str, unit: bool) -> Queries:
+    """One query for each value of a column: the mean of its queries' gradients, `unit` with norm 1."""
     groups = [str(value) for value in rows[column]]
     gradients, names = group_means(queries.gradients, groups)
     texts = [f"mean of {groups.count(name)} queries" for name in names]
     settings = {"query": {**queries.settings["query"], "groups": column}}
-    return Queries(gradients, settings, names, texts, texts)
+    return Queries(unit_normalize()(gradients) if unit else gradients, settings, names, texts, texts)
 
 
 def self_query() -> Queries:
@@ -211,6 +223,25 @@ def _sources(rows: Any | None) -> list[str | None]:
     if rows is None or "source" not in rows.column_names:
         return []
     return [None if source in (None, "") else str(source) for source in rows["source"]]
+
+
+def check_stored(path: str, wanted: dict[str, Any], name: str) -> None:
+    """Refuse, before a method fits a curvature, stored queries that do not go with it.
+
+    Args:
+        path: of the stored queries.
+        wanted: see `load_queries`.
+        name: of the method.
+    """
+    with open_gradients(path) as store:
+        made, what = store.settings, f"the query gradients in {path}"
+    layers = {**wanted["layers"], "tokens": False}
+    refuse_mismatch({**made, "transform": base_of(made)}, {**wanted, "layers": layers}, what)
+    if tail_of(made):
+        raise InputError(
+            f"{what} have unit norm or are behind a curvature, and {name} fits one of its own: make them "
+            "again without --unit-normalize and --hessian-path"
+        )
 
 
 def _stored_queries(path: str, method: Method, wanted: dict[str, Any]) -> tuple[Queries, Method]:

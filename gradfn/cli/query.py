@@ -8,10 +8,9 @@ from gradfn.cli.inputs import Subject
 from gradfn.cli.queries import Queries, load_queries, query_documents, query_rows_of
 from gradfn.cli.rows import Ranked, stored_rows
 from gradfn.cli.show import check_exports, console, count, facts
-from gradfn.cli.stages import curvature_for, dampings_of
+from gradfn.cli.stages import curvature_for, dampings_of, normalizer
 from gradfn.cli.tell import check_top, ranks_needed, show_all
 from gradfn.errors import InputError
-from gradfn.hf.optimizer_state import load_optimizer_state
 from gradfn.runs import (
     base_of,
     ends_in_unit_norm,
@@ -76,25 +75,29 @@ def _ranked(store: Store, queries: Queries, method: Method, by: str, ranks: int)
     return Ranked(*best, shares)
 
 
-def _method(subject: Subject, store: Store, options: inputs.Options) -> tuple[Method, dict[str, Any]]:
-    """Rows as they are stored, queries through the store's transform; what a curvature must agree with."""
-    settings, what = store.settings, f"the store {options['store']}"
-    stored = [stage["transform"] for stage in tail_of(settings)]
-    if "Precondition" in stored:
+def _check_tail(settings: inputs.Options, options: inputs.Options) -> None:
+    """Refuse stored rows to which too much has been done already."""
+    what, tail = f"the store {options['store']}", [stage["transform"] for stage in tail_of(settings)]
+    if "Precondition" in tail:
         raise InputError(f"{what} is behind a curvature, which is for queries: give it as --query-path")
-    state = settings.get("optimizer_state", {}).get("path")
-    normalize = None if state is None else load_optimizer_state(state, subject.model, subject.view)
-    base = transform_of({"transform": base_of(settings)}, normalize)
-    wanted = {**subject.settings(), "transform": chain(base).settings()}
-    refuse_mismatch(settings, wanted, what)
-    unit, path = options["unit_normalize"] or "UnitNormalize" in stored, options["hessian_path"]
-    if path is None:
-        norm = [unit_normalize()] if unit else []
-        return Method(chain(*norm), chain(base, *norm)), wanted
-    if "UnitNormalize" in stored:
+    if tail and options["hessian_path"] is not None:
         raise InputError(
             f"{what} has unit norm, which comes after a curvature: build it without --unit-normalize"
         )
+
+
+def _method(subject: Subject, store: Store, options: inputs.Options) -> tuple[Method, dict[str, Any]]:
+    """Rows as they are stored, queries through the store's transform; what a curvature must agree with."""
+    settings, what = store.settings, f"the store {options['store']}"
+    state = settings.get("optimizer_state", {}).get("path")
+    normalize = None if state is None else normalizer(state, subject)
+    base = transform_of({"transform": base_of(settings)}, normalize)
+    wanted = {**subject.settings(), "transform": chain(base).settings()}
+    refuse_mismatch({**settings, "transform": base_of(settings)}, wanted, what)
+    unit, path = options["unit_normalize"] or bool(tail_of(settings)), options["hessian_path"]
+    if path is None:
+        norm = [unit_normalize()] if unit else []
+        return Method(chain(*norm), chain(base, *norm)), wanted
     dampings = dampings_of(options)
     H = curvature_for(path, wanted, dampings)
     return Method(chain(), chain(base), H, dampings, "cosine" if unit else "none"), wanted
@@ -111,6 +114,7 @@ def run_query(**options: Any) -> None:
         by = _stored_by(options["store"], settings, options["by"])
         path = options["model"] or _recorded_model(options["store"], settings)
         _check_losses(settings, options)
+        _check_tail(settings, options)
         subject = inputs.load_subject(options, path=path, settings=settings)
         method, wanted = _method(subject, store, options)
         asked = query_documents(subject, query_rows, options)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,18 @@ from torch import Tensor
 
 from gradfn.cli import inputs
 from gradfn.cli.inputs import Options, Subject
-from gradfn.cli.queries import Queries, load_queries, query_documents, query_rows_of, self_query
+from gradfn.cli.queries import (
+    Queries,
+    check_groups,
+    check_stored,
+    load_queries,
+    query_documents,
+    query_rows_of,
+    self_query,
+)
 from gradfn.cli.rows import Ranked, loaded_rows
 from gradfn.cli.show import check_exports, console, count, facts, progress_bar
-from gradfn.cli.stages import Stages, load_stages, recipe_of
+from gradfn.cli.stages import Stages, load_stages, projection_dim_of, recipe_of
 from gradfn.cli.tell import (
     check_top,
     gradients_line,
@@ -24,9 +33,10 @@ from gradfn.cli.tell import (
 from gradfn.data import Documents, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
-from gradfn.methods.recipes import Problem, Recipe, weighted_sum
+from gradfn.hf.models import locate_model
+from gradfn.methods.recipes import RECIPES, Problem, Recipe, times_doubt, weighted_sum
 from gradfn.probes import Engine, probe_engine
-from gradfn.runs import SHARES, Summary, ends_in_unit_norm, merged, score_run, unprobed, write_scores
+from gradfn.runs import SHARES, Summary, merged, score_run, unprobed, write_scores
 from gradfn.scoring import Method, extremes, extremes_of, on_device_of
 from gradfn.store import open_store
 from gradfn.stream import Progress, gather, stream_to_host
@@ -47,16 +57,18 @@ def run_score(**options: Any) -> None:
     check_top(options["top"])
     check_exports([options["csv"], options["jsonl"], options["parquet"]], options["overwrite"])
     weighted = checkpoints_of(options)
+    _check_joined(options, recipe, weighted)
     query_rows = None if options["self_influence"] else query_rows_of(options)
+    check_groups(query_rows, options["group_column"])
     rows = load_rows(options["dataset"], options["split"])
     subject = inputs.load_subject(options)
     train = inputs.load_documents(subject, rows, options)
     asked = query_documents(subject, query_rows, options)
     case = Case(options, name, recipe, train, asked, query_rows)
-    if len(weighted) == 1 and weighted[0][0] is None and recipe.combine is weighted_sum:
-        queries, ranked = _one_checkpoint(case, subject)
-    else:
+    if _joins(recipe, weighted):
         queries, ranked = _checkpoints(case, subject, weighted)
+    else:
+        queries, ranked = _one_checkpoint(case, subject)
     by = str(options["by"])
     show_all(console(), subject, loaded_rows(train, subject.tokenizer, by), queries, ranked, by, options)
 
@@ -88,24 +100,35 @@ class Case:
     def prepare(self, subject: Subject) -> tuple[Queries, Method, dict[str, Any]]:
         """The queries' gradients, the method, and what a run records of them, for one checkpoint."""
         options = self.options
-        stages = load_stages(subject, options, has_curvature=self.recipe.curvature)
+        stages = load_stages(subject, options, fitted=self.recipe.curvature)
         wanted = {**subject.settings(), "transform": stages.base.settings()}
         told = ("method", f"{self.name}, {gradients_line(stages.base)}")
         console().print(facts([*subject_facts(subject, self.train), told]))
-        with subject.multiplying():
-            method = self.recipe.method(self._problem(subject, stages))
+        method = self._method(subject, stages, wanted)
         if options["self_influence"]:
-            if method.curvature is None and (
-                method.norm != "none" or method.solve or ends_in_unit_norm(method.train)
-            ):
-                raise InputError(
-                    f"{self.name} gives no self-influence: choose grad_dot, or a curvature, for --self"
-                )
             queries = self_query()
         else:
             queries, method = load_queries(subject, self.query_rows, self.asked, options, method, wanted)
         known = {"recipe": self.name, **stages.settings, **queries.settings, **self._data()}
         return queries, method, merged(subject.settings(), known)
+
+    def _method(self, subject: Subject, stages: Stages, wanted: dict[str, Any]) -> Method:
+        """The recipe's method; what it will not go with is refused before a curvature is fitted."""
+        fits = self.recipe.curvature and stages.curvature is None and self.name in RECIPES
+        if fits and self.options["query_path"] is not None:
+            check_stored(self.options["query_path"], wanted, self.name)
+        with subject.multiplying():
+            method = self.recipe.method(self._problem(subject, stages))
+        if stages.curvature is not None and method.curvature is not stages.curvature:
+            raise InputError(
+                f"{self.name} takes no curvature that was fitted before: leave out --hessian-path"
+            )
+        if self.options["self_influence"] and (method.norm != "none" or method.solve):
+            raise InputError(
+                f"{self.name} gives no self-influence, having a norm or solving for queries: choose "
+                "grad_dot, or a curvature"
+            )
+        return method
 
     def _problem(self, subject: Subject, stages: Stages) -> Problem:
         options = self.options
@@ -124,8 +147,7 @@ class Case:
 def _with_defaults(options: Options, recipe: Recipe) -> dict[str, Any]:
     """What the method decides where the options do not."""
     filled = dict(options)
-    if options["projection_dim"] is None:
-        filled["projection_dim"] = recipe.projection_dim
+    filled["projection_dim"] = projection_dim_of(options, recipe.projection_dim)
     if recipe.criterion is not None and str(options["loss"]) == "cross_entropy":
         filled["loss"] = recipe.criterion
     if options["self_influence"]:
@@ -134,19 +156,24 @@ def _with_defaults(options: Options, recipe: Recipe) -> dict[str, Any]:
         ]
         if given:
             raise InputError(f"--self has no queries: leave out --{given[0].replace('_', '-')}")
-    elif options["group_column"] is not None and options["query"] is None:
-        raise InputError("--group-column groups the queries of a dataset: give one with --query")
     return filled
 
 
 def checkpoints_of(options: Options) -> list[tuple[str | None, float]]:
     """The checkpoints and their weights; None is the model itself."""
-    paths = [path.strip() for path in (options["checkpoints"] or "").split(",") if path.strip()]
+    given = options["checkpoints"]
+    paths = [] if given is None else [path.strip() for path in given.split(",")]
+    if "" in paths:
+        raise InputError(
+            f"--checkpoints {given!r} names none, or an empty one: give them with commas between"
+        )
     text = options["checkpoint_weights"]
     if text is None:
         return [(path, 1 / len(paths)) for path in paths] or [(None, 1.0)]
     try:
         weights = [float(part) for part in text.split(",")]
+        if not all(map(isfinite, weights)):
+            raise ValueError
     except ValueError:
         raise InputError(f"--checkpoint-weights {text} are not numbers: give 0.1,0.05, say") from None
     if len(weights) != len(paths):
@@ -154,6 +181,26 @@ def checkpoints_of(options: Options) -> list[tuple[str | None, float]]:
             f"{len(weights)} --checkpoint-weights for {len(paths)} --checkpoints: give one for each"
         )
     return list(zip(paths, weights, strict=True))
+
+
+Weighted = Sequence[tuple[str | None, float]]
+"""Checkpoints and their weights; None is the model itself."""
+
+
+def _check_joined(options: Options, recipe: Recipe, weighted: Weighted) -> None:
+    """Refuse checkpoints that are not there, and what joined scores cannot be told apart by."""
+    for path, _ in weighted:
+        if path is not None:
+            locate_model(path)
+    by = str(options["by"])
+    if by in ("module", "head") and _joins(recipe, weighted):
+        raise InputError(f"joined scores are not told apart by {by}: use --by example or token")
+    if by == "token" and recipe.combine is times_doubt:
+        raise InputError("trak weighs whole rows by their loss: use --by example")
+
+
+def _joins(recipe: Recipe, weighted: Weighted) -> bool:
+    return weighted[0][0] is not None or recipe.combine is not weighted_sum
 
 
 def _one_checkpoint(case: Case, subject: Subject) -> tuple[Queries, Ranked]:
@@ -185,12 +232,8 @@ def damping_names(method: Method) -> list[str]:
     return ["none" if damping is None else str(damping) for damping in method.damping]
 
 
-def _checkpoints(
-    case: Case, subject: Subject, weighted: Sequence[tuple[str | None, float]]
-) -> tuple[Queries, Ranked]:
+def _checkpoints(case: Case, subject: Subject, weighted: Weighted) -> tuple[Queries, Ranked]:
     """Score all rows at every checkpoint, and join what they say."""
-    if case.by_block:
-        raise InputError("joined scores are not told apart by block: use --by example or token")
     run, results, shown = case.options["run"], [], self_query()
     for number, (path, _) in enumerate(weighted, 1):
         one = subject if path is None else inputs.at_checkpoint(subject, path, case.options)
@@ -229,7 +272,7 @@ def _read_scores(run: str) -> Rows:
 
 
 def _write_joined(
-    case: Case, subject: Subject, run: str, weighted: Sequence[tuple[str | None, float]], shown: Queries,
+    case: Case, subject: Subject, run: str, weighted: Weighted, shown: Queries,
     result: Rows,
 ) -> None:  # fmt: skip
     parts = [{"path": None if path is None else inputs.anchored(path), "weight": weight,

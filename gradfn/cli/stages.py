@@ -65,7 +65,8 @@ def dampings_of(options: Options, *, fitted: bool = False) -> tuple[Damping, ...
     """
     path, damping = options["hessian_path"], options["damping"]
     if path is not None:
-        open_curvature(path).close()
+        with open_curvature(path):
+            pass
     elif damping is not None and not fitted:
         raise InputError("--damping belongs to a curvature: give --hessian-path, or a --method that fits one")
     return (Damping(),) if damping is None else parse_dampings(damping)
@@ -81,7 +82,9 @@ def load_stages(subject: Subject, options: Options, *, fitted: bool = False) -> 
         InputError: a curvature of another model, layers or transform; a damping without a curvature.
     """
     dampings, path = dampings_of(options, fitted=fitted), options["hessian_path"]
-    normalize, settings = _normalizer(subject, options["optimizer_state"])
+    state = options["optimizer_state"]
+    normalize = chain() if state is None else normalizer(state, subject)
+    settings: dict[str, Any] = {} if state is None else {"optimizer_state": {"path": anchored(state)}}
     dim, kind = options["projection_dim"], str(options["projection"])
     projection = project(dim, kind, options["seed"])  # pyright: ignore[reportArgumentType]
     wanted = {**subject.settings(), "transform": chain(normalize, projection).settings()}
@@ -91,11 +94,20 @@ def load_stages(subject: Subject, options: Options, *, fitted: bool = False) -> 
     return Stages(normalize, projection, H, dampings, settings)
 
 
-def _normalizer(subject: Subject, path: str | None) -> tuple[Transform, dict[str, Any]]:
-    if path is None:
-        return chain(), {}
-    normalize = load_optimizer_state(path, subject.model, replace(subject.view, tokens=False))
-    return normalize, {"optimizer_state": {"path": anchored(path)}}
+def projection_dim_of(options: Options, default: int) -> int:
+    """--projection-dim, or that of the curvature in --hessian-path, or the default."""
+    if options["projection_dim"] is not None:
+        return options["projection_dim"]
+    if options["hessian_path"] is None:
+        return default
+    with open_curvature(options["hessian_path"]) as store:
+        stages = store.settings["transform"]["chain"]
+    return next((stage["dim"] for stage in stages if stage["transform"] == "Project"), 0)
+
+
+def normalizer(path: str, subject: Subject) -> Transform:
+    """The scaling of gradients that the optimizer had reached."""
+    return load_optimizer_state(path, subject.model, replace(subject.view, tokens=False))
 
 
 def curvature_for(path: str, wanted: Mapping[str, Any], dampings: Sequence[Damping]) -> Curvature:
@@ -128,13 +140,27 @@ def recipe_of(options: Options) -> tuple[str, Recipe]:
     return name, recipe
 
 
+def check_fit(options: Options) -> None:
+    """Refuse a curvature in no pass, and labels that cannot be drawn."""
+    if options["partitions"] < 1:
+        raise InputError(f"--partitions must be 1 or more, not {options['partitions']}")
+    plain = str(options["loss"]) == "cross_entropy" and not options["label_smoothing"]
+    if str(options["labels"]) == "model" and not plain:
+        raise InputError("labels are drawn for a plain cross-entropy or squared error only: use the data's")
+
+
 def _check_fit(name: str, recipe: Recipe, options: Options) -> None:
     """Refuse options of a fit where nothing is fitted, and those that the fit will not go with."""
     given = options["hessian_path"] is not None
     dampings, fits = dampings_of(options, fitted=recipe.curvature), recipe.curvature and not given
-    if options["partitions"] < 1:
-        raise InputError(f"--partitions must be 1 or more, not {options['partitions']}")
-    for option, told in (("labels", str(options["labels"]) != "data"), ("partitions", options["partitions"] > 1)):
+    check_fit(options)
+    components = options["target_downweight_components"]
+    if components < 1:
+        raise InputError(f"--target-downweight-components must be 1 or more, not {components}")
+    for option, told in (
+        ("labels", str(options["labels"]) != "data"),
+        ("partitions", options["partitions"] > 1),
+    ):
         if told and not fits:
             raise InputError(f"--{option} is of a curvature that is fitted here, and none is: leave it out")
     factored = any(damping.kind == "factored" for damping in dampings)

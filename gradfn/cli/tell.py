@@ -110,6 +110,8 @@ def _lexical(known: ShownRows, queries: Queries, top: int) -> list[list[str]] | 
 def _query_facts(queries: Queries, number: int, answer: Answer | None) -> list[tuple[str, str]]:
     """A query, and what the model itself makes of it."""
     lines = [(f"query {clean(queries.ids[number])}", clean(queries.shown[number], QUERY_CHARACTERS))]
+    if damping := queries.dampings[number * len(queries.dampings) // len(queries.ids)]:
+        lines.append(("damping", damping))
     if answer is None:
         return lines
     loss = f"loss {answer.loss:.2f} nats a token"
@@ -131,13 +133,13 @@ def _recall(
     asked = [(number, source) for number, source in named if source in there]
     gradients = [[ids[int(row)] for row in rows[:KNOWN_RANKS]] for rows in ranked.proponents.rows]
     each, lines = len(queries.ids) // len(queries.dampings), []
-    parts = [(f"gradients{f', damping {name}' if name else ''}", gradients, number)
+    parts = [("gradients", f"damping {name}: " if name else "", gradients, number)
              for number, name in enumerate(queries.dampings)]  # fmt: skip
-    for told, found, number in [*parts, ("BM25", lexical, 0)] if asked else []:
+    for told, which, found, number in [*parts, ("BM25", "", lexical, 0)] if asked else []:
         mine = [(query, source) for query, source in asked if query // each == number]
         first, five = (_hits(mine, found, k) for k in (1, KNOWN_RANKS))
-        lines.append((told, f"ranks the known source first for {first} of {count(len(mine), 'query')}, "
-                            f"in the top {KNOWN_RANKS} for {five}"))  # fmt: skip
+        of = f"{first} of {count(len(mine), 'query')}, in the top {KNOWN_RANKS} for {five}"
+        lines.append((told, f"{which}ranks the known source first for {of}"))
     if lost := (len(named) - len(asked)) // len(queries.dampings):
         lines.append(("note", f"{count(lost, 'query')} with a source that is not among the rows"))
     return lines

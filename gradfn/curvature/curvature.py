@@ -46,8 +46,8 @@ class Curvature(Mapping[str, Spectrum]):
 def mix(a: Curvature, b: Curvature, coefficient: float) -> Curvature:
     """Mix two curvatures of the same blocks, `H = coefficient * H_a + (1 - coefficient) * H_b`.
 
-    Curvatures with Kronecker factors mix factor by factor, as if they had been fitted over both data sets
-    with these weights.
+    Curvatures with Kronecker factors mix factor by factor: with weights in the proportion of their rows, it
+    is the fit over both data sets where their rows have equally many positions.
 
     Args:
         a, b: curvatures of one kind (second_moment, kfac).
@@ -124,8 +124,8 @@ def mixing_coefficient(query: Curvature, train: Curvature, components: int = 100
         components: k; of fewer eigenvalues the last one counts.
 
     Returns:
-        A number between 0 and 1; 1 where the k-th eigenvalue of the queries is 0 (they have fewer directions
-        than k, and all of them are to count less).
+        A number between 0 and 1: 1 where only the k-th eigenvalue of the queries is 0 (they have fewer
+        directions than k, and all of them are to count less), 0.5 where that of the rows is 0 too.
 
     >>> one = Curvature("second_moment", {"mlp": Spectrum(None, torch.eye(1), torch.ones(1, 1))}, 5)
     >>> mixing_coefficient(one, one)
@@ -135,6 +135,8 @@ def mixing_coefficient(query: Curvature, train: Curvature, components: int = 100
     """
     if components < 1:
         raise InputError(f"--target-downweight-components must be 1 or more, not {components}")
+    if list(query) != list(train):
+        raise InputError("curvatures of other blocks have no common mixing coefficient: fit both alike")
     s_query, s_train = (
         torch.cat([spectrum.values.flatten() for spectrum in side.values()]).sort(descending=True).values
         for side in (query, train)

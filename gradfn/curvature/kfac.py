@@ -1,4 +1,4 @@
-"""K-FAC, its trace-preserving variant, and EK-FAC: curvatures from the factors of gradients."""
+"""K-FAC, its trace-restricted variant, and EK-FAC: curvatures from the factors of gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,19 +30,20 @@ def _covariances(x: Tensor, g: Tensor, counts: Tensor) -> Tensor:
 
 
 def _traced_covariances(x: Tensor, g: Tensor, counts: Tensor) -> Tensor:
-    """The sums over examples of `tr(A_b)/T_b S_b`, `tr(S_b)/T_b A_b` and `tr(A_b) tr(S_b) / T_b`."""
+    """The sums over examples of `tr(A_b)/T_b S_b`, `tr(S_b)/T_b A_b`, `tr(A_b) tr(S_b) / T_b` and `T_b`."""
     tokens = counts.sum(1).clamp_min(1)
     a, s = ((v.square().sum(-1) * counts).sum(1) for v in (x, g))
     left = _weighted_covariance(g, counts * (a / tokens)[:, None])
     right = _weighted_covariance(x, counts * (s / tokens)[:, None])
-    return torch.cat([left.flatten(), right.flatten(), (a * s / tokens).sum()[None]])
+    numbers = (a * s / tokens).sum(), counts.sum()
+    return torch.cat([left.flatten(), right.flatten(), torch.stack(numbers)])
 
 
 def _parts(sums: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Left `[out, out]`, right `[in, in]` and the last number of what is kept of a block `[out, in]`."""
+    """Left `[out, out]`, right `[in, in]` and the first number after them, of a block `[out, in]`."""
     out, into = shape[-2:]
-    left, right, last = sums.split([out * out, into * into, 1])
-    return left.view(out, out), right.view(into, into), last.squeeze()
+    left, right, rest = sums.split([out * out, into * into, len(sums) - out * out - into * into])
+    return left.view(out, out), right.view(into, into), rest[0]
 
 
 def kfac_factors(sums: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ def kfac() -> Factored:
 
     >>> fold = kfac()
     >>> x, g, counts = torch.ones(5, 1, 2), torch.ones(5, 1, 1), torch.ones(5, 1)
-    >>> fold.finalize(Sums(5, {"mlp": fold.stage().of(x, g, counts)}, {"mlp": (1, 2)}))["mlp"].dense()
+    >>> fold.finalize(Sums(5, {"mlp": fold.stage().of(x, g, counts)}, {"mlp": (1, 2)}))["mlp"].dense().round()
     tensor([[1., 1.],
             [1., 1.]], dtype=torch.float64)
 
@@ -113,8 +114,9 @@ def kfac() -> Factored:
 
 
 def tkfac() -> Factored:
-    """Fit trace-restricted K-FAC, `F ~ Psi ⊗ Phi / E[tr(A_b) tr(S_b) / T_b]`, which keeps the trace.
+    """Fit trace-restricted K-FAC, `F ~ Psi ⊗ Phi / E[tr(A_b) tr(S_b) / T_b]`.
 
+    Its trace is `E[tr(A_b) tr(S_b) / T_b]`, which is the Fisher matrix's where an example has one position.
     With `A_b = sum_t x xᵀ` and `S_b = sum_t g gᵀ` over the `T_b` supervised positions of an example:
     `Phi = E_b[tr(S_b) A_b / T_b]`, `Psi = E_b[tr(A_b) S_b / T_b]`.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gradfn.errors import InputError
 from gradfn.fold import Additive, Sums, refuse_empty, square_sum
 from gradfn.transforms import Transform
 from gradfn.transforms.summed import Summed
@@ -36,7 +37,8 @@ class _Solved(Additive[Blocks]):
     def _removed(self, name: str, G: Tensor) -> Tensor:
         """`sum_b <g_b, q> / (lambda + |g_b|²) g_b` for every query q."""
         rows, queries = G.flatten(1), self.queries[name].flatten(1).to(G)
-        shares = (queries @ rows.mT) / (self.dampings[name] + rows.square().sum(1)).clamp_min(1e-30)
+        scale = self.dampings[name] + rows.square().sum(1)
+        shares = (queries @ rows.mT) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
         return shares @ rows
 
     def finalize(self, state: Sums) -> Blocks:
@@ -59,6 +61,9 @@ class DataInf:
         queries: the queries' gradients, transformed as the rows are.
         damping: relative to the mean square.
 
+    Raises:
+        InputError: a damping that is not above 0.
+
     >>> DataInf({}, 0.1).damping
     0.1
 
@@ -68,6 +73,10 @@ class DataInf:
     queries: Blocks = field(repr=False)
     damping: float = 0.1
     first: _MeanSquares = field(default_factory=_MeanSquares)
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise InputError(f"DataInf needs a damping above 0, not {self.damping}: give 0.1, say")
 
     def then(self, fitted: dict[str, float]) -> _Solved:
         """The second pass."""

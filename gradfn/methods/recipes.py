@@ -103,7 +103,7 @@ class Problem:
             return self.curvature
         loss = (self.query_loss if queries else None) or self.loss or causal_lm_loss(self.model)
         data = self.query if queries else self.train
-        if not len(data):
+        if queries and not len(data):
             raise InputError("this method fits a curvature over the queries: give --query, or --hessian-path")
         if self.labels == "model":
             data = sample_labels(loss, data, self.seed, token_batch_size=self.token_batch_size)
@@ -180,8 +180,8 @@ def _less(problem: Problem) -> Method:
 
 def _datainf(problem: Problem) -> Method:
     (damping,) = problem.damping if len(problem.damping) == 1 else (None,)
-    if damping is None or damping.kind != "relative":
-        raise InputError("datainf takes one relative damping: give --damping 0.1, say")
+    if damping is None or damping.kind != "relative" or not damping.value:
+        raise InputError("datainf takes one relative damping above 0: give --damping 0.1, say")
 
     def solve(queries: Blocks) -> Blocks:
         return problem.fit(DataInf(queries, damping.value))

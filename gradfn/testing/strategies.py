@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gradfn.curvature.curvature import dense_spectrum, product_spectrum
 from gradfn.data import IGNORED
 from gradfn.layers import View
 from gradfn.losses import CausalLMLoss, model_loss
 from gradfn.per_example import call
+from gradfn.spectrum import Damping, Spectrum
 from gradfn.testing.models import (
     VOCAB,
     Draw,
@@ -24,13 +26,14 @@ from gradfn.testing.models import (
     seeds,
 )
 from gradfn.testing.naive import naive_causal_lm_loss, naive_token_loss
-from gradfn.transforms import Chain, Transform, adafactor, adam, chain, project, unit_normalize
+from gradfn.transforms import Chain, Transform, adafactor, adam, chain, precondition, project, unit_normalize
 from gradfn.transforms.project import Distribution
 from gradfn.types import Batch, Blocks, Example, LossFn, Params
 
 __all__ = [
-    "DISTRIBUTIONS", "VOCAB", "Problem", "SquaredError", "blocks", "chains", "encoder_rows", "image_rows",
-    "problems", "randomize", "seeds", "shapes_of", "squared_error", "token_rows", "vector_rows", "views",
+    "DISTRIBUTIONS", "VOCAB", "Problem", "SquaredError", "blocks", "chains", "dampings", "encoder_rows",
+    "image_rows", "problems", "randomize", "seeds", "shapes_of", "spectra", "squared_error", "token_rows",
+    "vector_rows", "views",
 ]  # fmt: skip
 
 DISTRIBUTIONS: tuple[Distribution, ...] = ("rademacher", "gaussian", "orthonormal")
@@ -245,6 +248,35 @@ def blocks(draw: Draw, *, min_rows: int = 1, max_rows: int = 4) -> Blocks:
     }
 
 
+def dampings(*, factored: bool = False) -> st.SearchStrategy[Damping]:
+    """Dampings of every kind, "factored" only if told to, of which not every curvature is capable."""
+    kinds = ["relative", "absolute", "truncated", "tikhonov", *(["factored"] if factored else [])]
+    return st.builds(Damping, st.sampled_from([0.03, 0.3, 1.7]), st.sampled_from(kinds))
+
+
+@st.composite
+def spectra(
+    draw: Draw, shapes: Mapping[str, tuple[int, int]], *, products: bool | None = None
+) -> dict[str, Spectrum]:
+    """Random curvatures, singular ones too, for blocks of these shapes.
+
+    Args:
+        shapes: `(out, in)` of every block.
+        products: of two Kronecker factors, or (False) dense; None is either, block by block.
+    """
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    made = {}
+    for name, (out, into) in shapes.items():
+        product = draw(st.booleans()) if products is None else products
+        sizes = (out, into) if product else (out * into,)
+        factors = [
+            torch.randn(n, draw(st.integers(1, n)), generator=generator, dtype=torch.float64) for n in sizes
+        ]
+        left, right = (m @ m.mT for m in (factors[0], factors[-1]))
+        made[name] = product_spectrum(left, right) if product else dense_spectrum(left)
+    return made
+
+
 @st.composite
 def chains(
     draw: Draw,
@@ -257,7 +289,7 @@ def chains(
 
     Args:
         shapes: `(out, in)` of every block, the bias column included.
-        stages: what to draw from.
+        stages: what to draw from; "precondition" is another.
         max_stages: how many stages at most.
     """
     now = dict(shapes)
@@ -271,6 +303,9 @@ def chains(
             now = {name: (min(dim, out), min(dim, fan_in)) for name, (out, fan_in) in now.items()}
         elif kind == "unit_normalize":
             made.append(unit_normalize())
+        elif kind == "precondition":
+            power, damping = draw(st.sampled_from([-1.0, -0.5])), draw(dampings())
+            made.append(precondition(draw(spectra(now)), power, damping))
         else:
             moments = {
                 name: torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5

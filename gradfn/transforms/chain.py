@@ -5,6 +5,7 @@ by what they need: a `Kronecker` acts on the factors of a gradient, a `Blockwise
 `Rowwise` on all blocks of an example.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import ClassVar
@@ -29,11 +30,25 @@ class Transform:
 
 
 def _plain(value: object) -> object:
+    """A value as settings have it: tensors, and all tensors of a dict together, by a digest."""
     if isinstance(value, Tensor):
-        return sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return digest({"": value})
+    if isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values()):
+        return digest(value)
     return value
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """What tells named tensors apart.
+
+    >>> digest({"a": torch.ones(2)}) == digest({"a": torch.ones(2)}) != digest({"b": torch.ones(2)})
+    True
+    """
+    hash_ = sha256()
+    for name, value in tensors.items():
+        hash_.update(name.encode())
+        hash_.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return hash_.hexdigest()[:16]
 
 
 class Kronecker(Transform):

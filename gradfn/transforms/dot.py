@@ -25,7 +25,7 @@ class Dot(Rowwise):
     unit: bool = False
     by_block: bool = False
     weights: Blocks | None = None
-    """Of the squares in a row's norm, `[norms, ...]`: each norm is for its share of the queries, in order."""
+    """Of the numbers in a row's norm, `[norms, ...]`: each norm is for its share of the queries, in order."""
 
     @property
     def linear_shares(self) -> bool:
@@ -46,10 +46,9 @@ class Dot(Rowwise):
         dots = flat @ query.T
         if not self.unit:
             return dots
-        squares = flat.square()
-        if self.weights is None:
-            return torch.cat([dots, squares.sum(1, keepdim=True)], 1)
-        return torch.cat([dots, squares @ self.weights[name].flatten(1).to(flat).T], 1)
+        return torch.cat(
+            [dots, _squared_norms(flat, None if self.weights is None else self.weights[name])], 1
+        )
 
     def finish(self, partials: Blocks) -> Blocks | Float[Tensor, "rows queries"]:
         """The sum over blocks (or each share), divided by the row's norm where rows are to be unit."""
@@ -73,7 +72,7 @@ class Dot(Rowwise):
 
 @dataclass(frozen=True, eq=False)
 class SelfDot(Rowwise):
-    """`[rows, norms]`: squared norms of rows, `sum w g²` with weights `{block: [norms, ...]}`, or 1."""
+    """`[rows, norms]`: squared norms of rows, `sum (w g)²` with weights `{block: [norms, ...]}`, or 1."""
 
     weights: Blocks | None = None
     by_block: bool = False
@@ -81,10 +80,7 @@ class SelfDot(Rowwise):
 
     def partial(self, name: str, G: Float[Tensor, "rows *block"]) -> Float[Tensor, "rows k"]:
         """One block's share."""
-        squares = G.flatten(1).square()
-        if self.weights is None:
-            return squares.sum(1, keepdim=True)
-        return squares @ self.weights[name].flatten(1).to(squares).T
+        return _squared_norms(G.flatten(1), None if self.weights is None else self.weights[name])
 
     def finish(self, partials: Blocks) -> Blocks | Float[Tensor, "rows norms"]:
         """The sum over blocks, or each share."""
@@ -92,6 +88,15 @@ class SelfDot(Rowwise):
 
     def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         return self.finish({name: self.partial(name, G) for name, G in blocks.items()})
+
+
+def _squared_norms(
+    flat: Float[Tensor, "rows n"], weights: Float[Tensor, "norms *block"] | None
+) -> Float[Tensor, "rows norms"]:
+    """`sum (w g)²`; weighted before they are squared, for squares of powers of H leave float32's range."""
+    if weights is None:
+        return flat.square().sum(1, keepdim=True)
+    return torch.stack([(flat * w).square().sum(1) for w in weights.flatten(1).to(flat)], 1)
 
 
 def dot(queries: Blocks, *, by_block: bool = False) -> Dot:

@@ -143,6 +143,10 @@ def _split(
             return (*blocks, _Total(last)), _only_row
         case (FactorSummed() as last,):
             return (*blocks, last), _only_row
+        case (first, *_, FactorSummed() as last):
+            raise InputError(
+                f"{last.noun} is fitted from factors, so {first} cannot come before it: leave it out"
+            )
     return blocks, Chain(rows)
 
 

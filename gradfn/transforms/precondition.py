@@ -97,7 +97,7 @@ class _Weigh(Blockwise):
         return self.whole.block(name, G) if spectrum.left is None else G * self.whole.weights[name].to(G)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Precondition(Blockwise):
     """`g -> H^power g` in every block; see `precondition`."""
 
@@ -105,6 +105,10 @@ class Precondition(Blockwise):
     exponent: float = -1.0
     damping: Damping | None = field(default_factory=Damping)
     linear = True
+
+    def __repr__(self) -> str:
+        damping = "no damping" if self.damping is None else f"damping {self.damping}"
+        return f"H^{self.exponent:g} ({damping})"
 
     def settings(self) -> dict[str, object]:
         """The curvature by its digest, the power and the damping."""

@@ -16,6 +16,7 @@ class Summed(Rowwise):
     Args:
         of: `f(block, G [rows, ...]) -> [...]`, the sum over the rows given; of no rows it is zeros.
 
+    >>> import torch
     >>> squares = Summed(lambda name, G: G.square().sum(0))
     >>> squares({"a": torch.tensor([[1.0], [2.0]])})
     {'a': tensor([5.])}

@@ -54,7 +54,8 @@ def no_terminal():
 def loaded_once():
     """Commands share what they load, which takes most of their time here; tests/hf is about loading."""
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("inputs.load_model", "inputs.load_tokenizer", "build.load_rows", "score.load_rows"):
+        commands = ("build", "hessian", "queries", "score")
+        for place in ("inputs.load_model", "inputs.load_tokenizer", *(f"{c}.load_rows" for c in commands)):
             module, name = place.split(".")
             load = getattr(import_module(f"gradfn.cli.{module}"), name)
             patch.setattr(f"gradfn.cli.{place}", remembering(load))

@@ -76,7 +76,10 @@ def data(tmp_path):
         ),
         (["--query", "a b", "--jsonl", "."], "cannot write .*: give a file in a folder that exists"),
         (["--query", "a b", "--csv", "t", "--parquet", "t"], "two exports have the same path"),
-        (["--query", "a b", "--method", "grad_dot", "--unit-normalize"], "without unit norm: leave out"),
+        (
+            ["--query", "a b", "--method", "grad_dot", "--unit-normalize"],
+            "grad_dot has no unit norm: leave out",
+        ),
     ],
 )
 def test_options_of_score(refused, model, corpus, changes, words):
@@ -239,7 +242,7 @@ def test_stored_queries_that_were_made_differently(refused, store, model, corpus
 
 def test_a_unit_norm_cannot_be_undone(refused, store, model, corpus, tmp_path, ok):
     ok("build", tmp_path / "unit", "--model", model, "--dataset", corpus, "--unit-normalize")
-    words = "unit was made with unit norm, which cannot be undone: add --unit-normalize"
+    words = "unit were made with unit norm, which cannot be undone: add --unit-normalize"
     refused(words, "score", "run", "--model", model, "--dataset", corpus, "--query-path", "unit")
     refused(words, "query", store, "--query-path", "unit")
 
@@ -255,13 +258,214 @@ def test_queries_of_a_store(refused, store):
     refused("cannot write no/t: give a file", "query", store, *ASK, "--csv", "no/t")
 
 
+# --- methods, curvatures and checkpoints
+
+
+@pytest.fixture(scope="module")
+def curved(folder, ok, model, corpus, queries):
+    """Curvatures, and gradients of the queries in front of them and behind them."""
+    rows, asked = ("--model", model, "--dataset", corpus), ("--model", model, "--dataset", queries)
+    pair, made = ("--prompt-column", "prompt", "--completion-column", "completion"), folder / "curved"
+    ok("hessian", made / "H", *rows)
+    ok("hessian", made / "other", *asked, *pair)
+    ok("hessian", made / "ekfac", *rows, "--method", "ekfac")
+    ok("hessian", made / "ekfac2", *asked, *pair, "--method", "ekfac")
+    ok("build", made / "plain", *asked, *pair)
+    ok("build", made / "unit", *asked, *pair, "--unit-normalize")
+    ok("build", made / "behind", *asked, *pair, "--hessian-path", made / "H")
+    ok("build", made / "root", *asked, *pair, "--hessian-path", made / "H", "--unit-normalize")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--damping", "0.1"], "--damping belongs to a curvature: give --hessian-path, or a --method"),
+        (["--method", "less", "--damping", "1"], "--damping belongs to a curvature: give --hessian-path"),
+        (["--method", "ekfac", "--damping", "much"], "'much' is not a damping: give 0.1, say, or absolute"),
+        (["--method", "ekfac", "--damping", "0.1,"], "'' is not a damping: give 0.1, say, or absolute"),
+        (["--method", "ekfac", "--damping", "-1"], "a damping must be a number of 0 or more, not -1"),
+        (["--method", "ekfac", "--damping", "some:1"], "no damping 'some': choose relative, absolute, trunc"),
+        (
+            ["--method", "ekfac", "--damping", "1,1.0"],
+            "--damping 1,1.0 names a damping twice: name each once",
+        ),
+        (
+            ["--method", "ekfac", "--damping", "factored:1"],
+            "factored damping needs .* of ekfac .* kfac or tk",
+        ),
+        (["--method", "datainf", "--damping", "1,2"], "datainf takes one relative damping"),
+        (["--method", "best"], "no method 'best': choose grad_dot, .*, or FILE.py:NAME for your own"),
+        (["--method", "mine.py:best"], "no file mine.py: --method FILE.py:NAME takes NAME from it"),
+        (["--method", "ekfac", "--unit-normalize"], "ekfac has no unit norm: leave out --unit-normalize"),
+        (["--method", "ekfac", "--partitions", "0"], "--partitions must be 1 or more, not 0"),
+        (["--method", "ekfac", "--partitions", "99"], "99 partitions of 14 blocks: choose between 1 and 14"),
+        (["--partitions", "2"], "--partitions is of a curvature that is fitted here, and none is: leave it"),
+        (["--labels", "model"], "--labels is of a curvature that is fitted here, and none is: leave it out"),
+        (
+            ["--method", "kfac", "--labels", "model", "--loss", "log-odds"],
+            "labels are drawn for a plain cross",
+        ),
+        (["--method", "trak", "--labels", "model"], "labels are drawn for a plain cross-entropy or squared"),
+        (["--method", "trak", "--by", "token"], "trak weighs whole rows by their loss: use --by example"),
+        (
+            ["--method", "trackstar", "--target-downweight-components", "0"],
+            "components must be 1 or more, no",
+        ),
+        (["--self"], "--self has no queries: leave out --query"),
+        (["--group-column", "task"], "--group-column groups the queries of a dataset: give one with --query"),
+        (["--checkpoints", "a, ,b"], "--checkpoints 'a, ,b' names none, or an empty one: give them with com"),
+        (["--checkpoints", "a,b", "--checkpoint-weights", "1"], "1 --checkpoint-weights for 2 --checkpoints"),
+        (["--checkpoint-weights", "1"], "1 --checkpoint-weights for 0 --checkpoints: give one for each"),
+        (
+            ["--checkpoints", "a", "--checkpoint-weights", "x"],
+            "-weights x are not numbers: give 0.1,0.05, say",
+        ),
+        (
+            ["--checkpoints", "a", "--checkpoint-weights", "nan"],
+            "-weights nan are not numbers: give 0.1,0.05",
+        ),
+        (["--checkpoints", "./missing"], HUB),
+        (["--optimizer-state", "missing.pt"], "no optimizer state 'missing.pt': no file or folder here"),
+    ],
+)
+def test_options_of_a_method(refused, model, corpus, changes, words):
+    refused(words, "score", "run", "--model", model, "--dataset", corpus, *ASK[:2], *changes)
+
+
+@pytest.mark.parametrize("method", ["grad-cosine", "less", "trackstar", "relatif", "datainf"])
+def test_methods_in_which_a_row_has_no_influence_on_itself(refused, model, corpus, method):
+    words = f"{method.replace('-', '_')} gives no self-influence: choose grad_dot, or a curvature, for --self"
+    refused(words, "score", "run", "--model", model, "--dataset", corpus, "--self", "--method", method)
+
+
+def test_checkpoints_and_what_they_are_told_apart_by(refused, model, corpus):
+    base = ("score", "run", "--model", model, "--dataset", corpus, *ASK)
+    for by, flags in (("module", ("--checkpoints", model)), ("head", ("--method", "less"))):
+        refused(f"joined scores are not told apart by {by}: use --by example", *base, *flags, "--by", by)
+
+
+def test_a_group_column_that_is_none(refused, model, corpus, queries):
+    words = "--group-column task is no column of --query, which has id, prompt, completion, source"
+    base = ("score", "run", "--model", model, "--dataset", corpus, "--query", queries)
+    refused(words, *base, "--group-column", "task")
+
+
+def test_options_of_a_fit(refused, command, model, corpus, tmp_path):
+    base = ("hessian", "run", "--model", model, "--dataset", corpus)
+    refused("--partitions must be 1 or more, not 0", *base, "--partitions", 0)
+    refused("labels are drawn for a plain cross-entropy", *base, "--labels", "model", "--loss", "log-odds")
+    refused("no --dataset: a curvature needs a model and a dataset", *base[:4])
+    optimizer = torch.optim.AdamW((net := make_model()).parameters())
+    net(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "adam.pt")
+    for name in ("kfac", "ekfac", "tkfac"):
+        flags = ("--dataset", corpus, "--method", name, "--optimizer-state", "adam.pt")
+        words = r"kfac is fitted from factors, so Adam\(eps=1e-08\) cannot come before it: leave it out"
+        refused(words, "score", "run", "--model", model, *flags, *ASK)
+        result = command("hessian", name, "--model", model, *flags)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert re.search(words, result.err)
+        assert not list((tmp_path / name).rglob("*.h5"))
+
+
+def test_a_curvature_that_does_not_fit(refused, curved, model, neox, corpus, store):
+    H, base = ("--hessian-path", curved / "H"), ("--dataset", corpus)
+    for command in (("score", "run", *ASK), ("build", "run"), ("reduce", "run")):
+        refused("model is .*llama, fp32 .* there and .*neox", *command, *base, "--model", neox, *H)
+        mine = (*command, *base, "--model", model)
+        refused("transform.chain.0.dim is 16 there and 8 here", *mine, *H, "--projection-dim", 8)
+        refused("nowhere does not exist: give the directory of a run", *mine, "--hessian-path", "nowhere")
+        refused("has no hessian.h5: give the directory of a run", *mine, "--hessian-path", store)
+    score = ("score", "run", *base, "--model", model, *ASK)
+    refused("grad_dot has no curvature: leave out --hessian-path", *score, *H, "--method", "grad-dot")
+    refused("datainf takes no curvature that was fitted before", *score, *H, "--method", "datainf",
+            "--projection-dim", 16)  # fmt: skip
+    ekfac = ("--hessian-path", curved / "ekfac", "--projection-dim", 0)
+    refused("factored damping needs a curvature that is a product", *score, *ekfac, "--damping", "factored:1")
+    refused("--labels is of a curvature that is fitted here", *score, *H, "--labels", "model")
+    refused("nowhere does not exist", "query", store, *ASK, "--hessian-path", "nowhere")
+    refused("--damping belongs to a curvature: give --hessian-path", "query", store, *ASK, "--damping", "1")
+    refused("'x' is not a damping", "query", store, *ASK, *H, "--damping", "x")
+
+
+@pytest.mark.parametrize("name", ["build", "reduce"])
+def test_gradients_are_written_for_one_damping(refused, curved, model, corpus, name):
+    base = (name, "run", "--model", model, "--dataset", corpus)
+    words = "gradients are written for one damping: give one, or several to score or query"
+    refused(words, *base, "--hessian-path", curved / "H", "--damping", "0.1,1")
+    refused("--damping belongs to a curvature: give --hessian-path", *base, "--damping", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("stored", "flags", "words"),
+    [
+        (
+            "behind",
+            ["H", "--unit-normalize"],
+            r"multiplied by H\^-1, and a cosine needs H\^-0.5 on both sides",
+        ),
+        ("root", ["H"], r"multiplied by H\^-0.5, and an inner product H\^-1 on one side: make them again"),
+        ("behind", ["other"], "multiplied by another curvature than --hessian-path's: give theirs"),
+        ("behind", ["H", "--damping", "0.5"], "were damped by 0.1: give --damping 0.1"),
+        ("behind", ["H", "--damping", "0.1,1"], "were damped by 0.1: give --damping 0.1"),
+        ("unit", ["H"], "have unit norm, which comes after a curvature: make them again without it"),
+        ("behind", [], r"were multiplied by H\^-1: give that curvature with --hessian-path"),
+    ],
+)
+def test_stored_queries_and_curvatures(refused, curved, store, model, corpus, stored, flags, words):
+    flags = ["--hessian-path", curved / flags[0], *flags[1:]] if flags else []
+    asked = ("--query-path", curved / stored, *flags)
+    refused(words, "query", store, *asked)
+    refused(words, "score", "run", "--model", model, "--dataset", corpus, *asked)
+
+
+def test_stored_queries_and_methods_that_fit(refused, curved, model, corpus, monkeypatch):
+    """They are looked at before the fit, which takes long."""
+
+    def fit(*args, **options):
+        raise AssertionError("a curvature was fitted")
+
+    monkeypatch.setattr("gradfn.methods.recipes.fit", fit)
+    base = ("score", "run", "--model", model, "--dataset", corpus, "--query-path")
+    refused("transform.chain.0 is .*'dim': 16.* there and nothing here", *base, curved / "plain",
+            "--method", "ekfac")  # fmt: skip
+    words = "have unit norm or are behind a curvature, and logra fits one of its own: make them again"
+    for stored in ("unit", "behind", "root"):
+        refused(words, *base, curved / stored, "--method", "logra")
+    plain = (*base, curved / "plain", "--method")
+    refused(
+        "trackstar fits a curvature over the queries: give --query, or --hessian-path", *plain, "trackstar"
+    )
+    refused("trak projects all layers together, which stored gradients are not: give --query", *plain, "trak")
+
+
+def test_a_store_that_is_behind_a_curvature(refused, curved):
+    for stored in ("behind", "root"):
+        words = f"{stored} is behind a curvature, which is for queries: give it as --query-path"
+        refused(words, "query", curved / stored, *ASK)
+    words = "unit has unit norm, which comes after a curvature: build it without --unit-normalize"
+    refused(words, "query", curved / "unit", *ASK, "--hessian-path", curved / "H")
+
+
+def test_curvatures_that_do_not_mix(refused, curved, store):
+    pair = (curved / "H", curved / "other")
+    refused("a mixing coefficient lies between 0 and 1, not at 2", "mix", "run", *pair, "--coefficient", 2)
+    refused("-components must be 1 or more, not 0", "mix", "run", *pair, "--target-downweight-components", 0)
+    words = "two ekfac curvatures have two eigenbases and do not mix: fit one over both data sets"
+    refused(words, "mix", "run", curved / "ekfac", curved / "ekfac2")
+    refused("transform.chain.0 is", "mix", "run", curved / "H", curved / "ekfac")
+    refused("has no hessian.h5: give the directory of a run", "mix", "run", curved / "H", store)
+
+
 # --- runs that are unfinished, different or damaged
 
 
 @pytest.fixture
 def segmented(ok, model, corpus, tmp_path):
     """A store of several segments, and the command that made it."""
-    made = ("build", tmp_path / "store", "--model", model, "--dataset", corpus, "--token-batch-size", 4)
+    made = ("build", tmp_path / "store", "--model", model, "--dataset", corpus, "--token-batch-size", 1)
     ok(*made)
     segments = sorted((tmp_path / "store" / "segments").glob("*.h5"))
     assert len(segments) > 2

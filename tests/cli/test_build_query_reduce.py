@@ -197,7 +197,7 @@ main()
 
 
 def test_a_killed_build_resumes_and_gives_the_same_bits(ok, model, corpus, tmp_path):
-    arguments = ("--model", model, "--dataset", corpus, "--token-batch-size", "3")
+    arguments = ("--model", model, "--dataset", corpus, "--token-batch-size", "1")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_BUILD, "build", killed, *arguments],

@@ -354,3 +354,14 @@ def test_sums_too_large_for_memory_are_refused_before_the_pass(monkeypatch):
 
     with pytest.raises(InputError, match=r"4096\.0 GiB"):
         fit(kfac(), model, data, loss=never)
+
+
+@pytest.mark.parametrize("live", [[1, 3], [], [0, 1, 2, 3, 4]])
+def test_coordinates_without_anything_are_their_own_eigenvectors(live):
+    matrix = torch.zeros(5, 5).double()
+    rows = torch.randn(3, len(live)).double()
+    for i, row in enumerate(live):
+        matrix[row, live] = (rows.T @ rows)[i]
+    spectrum = dense_spectrum(matrix)
+    torch.testing.assert_close(spectrum.dense(), matrix)
+    torch.testing.assert_close(spectrum.right.T @ spectrum.right, torch.eye(5).double())
