@@ -656,7 +656,7 @@ def compare_mixing(theirs: Mapping[str, Any]) -> list[Line]:
     reasons = {
         "in neither": "undefined (0/0): bergson takes 0.99, we 0.5",
         "no components": "bergson takes 1, we refuse it",
-        "a block of the queries alone": "bergson pools common blocks, we all of them",
+        "a block of the queries alone": "bergson pools common blocks, we refuse it",
     }
     lines = []
     for name, (query, train, components) in MIXING.items():

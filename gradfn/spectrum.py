@@ -88,7 +88,7 @@ def eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tenso
     wide = matrix.double()
     values, vectors = _eigh((wide + wide.mT) / 2)
     rounding = len(values) * torch.finfo(values.dtype).eps * values.amax()
-    return torch.where(values > rounding, values, 0.0), vectors.to(matrix.dtype)
+    return torch.where(values > rounding, values, 0.0), vectors.to(matrix.dtype).contiguous()
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,9 @@ class Spectrum:
         tensor([[1.]], dtype=torch.float64)
         """
         right = self.right.double()
-        basis = right if self.left is None else torch.kron(self.left.double(), right)
+        basis = (
+            right if self.left is None else torch.kron(self.left.double().contiguous(), right.contiguous())
+        )
         return (basis * self.values.double().flatten()) @ basis.mT
 
 
