@@ -148,7 +148,7 @@ def save_tokenizer(folder: Path, vocabulary: int) -> None:
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=1024).save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=2048).save_pretrained(folder / "model")
 
 
 def size_of(folder: Path) -> Size:
