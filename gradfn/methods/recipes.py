@@ -133,6 +133,8 @@ def best_query(checkpoints: Sequence[Rows], weights: Sequence[float]) -> Tensor:
 
 def times_doubt(checkpoints: Sequence[Rows], weights: Sequence[float]) -> Tensor:
     """TRAK's: the mean score times the mean of `1 - p`, where the loss is minus the log of the odds of p."""
+    if not sum(weights) > 0:
+        raise InputError("trak takes means over checkpoints: give weights with a sum above 0")
     scores = weighted_sum(checkpoints, weights)
     parts = [weight * one.losses.sigmoid() for one, weight in zip(checkpoints, weights, strict=True)]
     return scores * (torch.stack(parts).sum(0) / sum(weights))[:, None].to(scores)

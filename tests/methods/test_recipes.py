@@ -15,6 +15,7 @@ from gradfn.scoring import Method, score
 from gradfn.spectrum import Damping
 from gradfn.stream import gather
 from gradfn.transforms import adam, chain
+from gradfn.types import Rows
 
 
 def problem(seed=0, **changes):
@@ -202,6 +203,12 @@ def test_one_of_your_own(tmp_path):
     assert recipe_named(f"{path}:full").projection_dim == 0
     with pytest.raises(InputError, match="has no recipe other"):
         recipe_named(f"{path}:other")
+
+
+def test_trak_refuses_weights_without_a_mean():
+    rows = Rows(torch.ones(2, 1), torch.zeros(2))
+    with pytest.raises(InputError, match="sum above 0"):
+        RECIPES["trak"].combine([rows, rows], [1.0, -1.0])
 
 
 def test_unknown_names_are_refused():
