@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     )
     from gradfn.data import Documents, collate, make_documents
     from gradfn.errors import InputError, StorageError
+    from gradfn.evaluate.bootstrap import Estimate
+    from gradfn.evaluate.ceiling import noise_ceiling, noise_ceiling_estimate
+    from gradfn.evaluate.lds import lds, lds_estimate
+    from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
+    from gradfn.evaluate.overlap import top_overlap
+    from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
     from gradfn.fold import Fold, adam_moments, fit, mean, total
     from gradfn.heads import Heads
     from gradfn.hf.datasets import load_rows, text_query, tokenize
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from gradfn.methods import Problem, Recipe, grad_cosine, grad_dot, influence, relatif, trackstar
     from gradfn.per_example import params_of, per_example_grads
     from gradfn.probes import probe_engine
+    from gradfn.report.plots import Point, plot_lds
     from gradfn.runs import build, hessian, load_curvature, mix_runs, reduce, score_run
     from gradfn.sampling import sample_labels
     from gradfn.scoring import Method, best, dots, score, top_k
@@ -43,6 +50,12 @@ if TYPE_CHECKING:
 _HOME = {
     "collect": "stream", "Documents": "data", "collate": "data", "make_documents": "data",
     "InputError": "errors", "StorageError": "errors",
+    "Estimate": "evaluate.bootstrap", "noise_ceiling": "evaluate.ceiling",
+    "noise_ceiling_estimate": "evaluate.ceiling", "lds": "evaluate.lds", "lds_estimate": "evaluate.lds",
+    "auroc": "evaluate.mislabel", "average_precision": "evaluate.mislabel",
+    "precision_at": "evaluate.mislabel", "top_overlap": "evaluate.overlap",
+    "recall_at": "evaluate.retrieval", "reciprocal_rank": "evaluate.retrieval",
+    "Point": "report.plots", "plot_lds": "report.plots",
     "Fold": "fold", "adam_moments": "fold", "fit": "fold", "mean": "fold", "total": "fold",
     "load_rows": "hf.datasets", "text_query": "hf.datasets", "tokenize": "hf.datasets",
     "load_model": "hf.models", "load_tokenizer": "hf.models",
@@ -65,15 +78,17 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
-    "Curvature", "Damping", "Documents", "Fold", "Heads", "InputError", "Kron", "Method", "Problem",
-    "Recipe", "StorageError", "View", "adafactor", "adam", "adam_moments", "advantages", "best",
-    "blocks_of", "build", "causal_lm_loss", "chain", "collate", "collect", "dot", "dots", "ekfac",
-    "find_sites", "fit", "grad_cosine", "grad_dot", "hessian", "influence", "kfac",
-    "linear_cross_entropy", "load_curvature", "load_model", "load_rows", "load_tokenizer",
-    "make_documents", "mean", "mix", "mix_runs", "mixing_coefficient", "model_loss", "open_store",
-    "open_writer", "params_of", "per_example_grads", "precondition", "probe_engine", "project", "reduce",
-    "relatif", "sample_labels", "score", "score_run", "second_moment", "shampoo", "text_query", "tkfac",
-    "tokenize", "top_k", "total", "trackstar", "uncovered", "unit_normalize",
+    "Curvature", "Damping", "Documents", "Estimate", "Fold", "Heads", "InputError", "Kron", "Method",
+    "Point", "Problem", "Recipe", "StorageError", "View", "adafactor", "adam", "adam_moments",
+    "advantages", "auroc", "average_precision", "best", "blocks_of", "build", "causal_lm_loss", "chain",
+    "collate", "collect", "dot", "dots", "ekfac", "find_sites", "fit", "grad_cosine", "grad_dot",
+    "hessian", "influence", "kfac", "lds", "lds_estimate", "linear_cross_entropy", "load_curvature",
+    "load_model", "load_rows", "load_tokenizer", "make_documents", "mean", "mix", "mix_runs",
+    "mixing_coefficient", "model_loss", "noise_ceiling", "noise_ceiling_estimate", "open_store",
+    "open_writer", "params_of", "per_example_grads", "plot_lds", "precision_at", "precondition",
+    "probe_engine", "project", "recall_at", "reciprocal_rank", "reduce", "relatif", "sample_labels",
+    "score", "score_run", "second_moment", "shampoo", "text_query", "tkfac", "tokenize", "top_k",
+    "top_overlap", "total", "trackstar", "uncovered", "unit_normalize",
 ]  # fmt: skip
 
 

@@ -215,6 +215,7 @@ def sums_of(
     engine: Engine,
     data: Data,
     *,
+    rows: range | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
 ) -> tuple[Sums, float]:
@@ -222,10 +223,12 @@ def sums_of(
 
     Args:
         engine: one that ends in the fold's stage.
+        rows: which rows; None means all.
         data, token_batch_size, progress: see `collect`.
     """
     state, losses, lengths, shapes = fold.init(), 0.0, lengths_of(data), {}
-    for numbers, result in stream(engine, data, token_batch_size=token_batch_size, progress=progress):
+    batches = stream(engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
+    for numbers, result in batches:
         assert isinstance(result.values, dict)
         count = int(lengths[numbers].sum()) if engine.view.tokens else len(numbers)
         shapes = shapes or _summed_shapes(engine)
@@ -255,18 +258,26 @@ def _summed_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
 def state_bytes(fold: Additive[Any], engine: Engine) -> dict[str, int]:
     """What each block's sums take in memory: those of a batch and those kept."""
     plans = engine.lowered().plans
+    if _stages_by_row(engine.transform):  # the blocks that are summed are others than the layers'
+        dtype = next(iter(plans.values())).dtype
+        rows = {n: torch.empty(0, *s, dtype=dtype, device="meta") for n, s in _summed_shapes(engine).items()}
+        share: Any = fold.stage()(rows)
+        wide = torch.promote_types(dtype, fold.accumulator).itemsize
+        return {name: total.numel() * (total.element_size() + wide) for name, total in share.items()}
     kept = {name: torch.promote_types(plan.dtype, fold.accumulator).itemsize for name, plan in plans.items()}
     return {name: prod(plan.shape) * (plan.dtype.itemsize + kept[name]) for name, plan in plans.items()}
 
 
 def _partitions(fold: Additive[Any], engine: Engine, count: int) -> list[list[Site]]:
     """The sites in `count` parts of about equal memory, in the model's order; uses of a weight together."""
+    by_row = _stages_by_row(engine.transform)
+    if by_row and count == 1:
+        return [list(engine.sites)]
+    if by_row:
+        raise InputError(f"{by_row[0]} needs all blocks of a row at once: fit in one pass (partitions=1)")
     sizes = state_bytes(fold, engine)
     if not 1 <= count <= len(sizes):
         raise InputError(f"{count} partitions of {len(sizes)} blocks: choose between 1 and {len(sizes)}")
-    by_row = _stages_by_row(engine.transform)
-    if count > 1 and by_row:
-        raise InputError(f"{by_row[0]} needs all blocks of a row at once: fit in one pass (partitions=1)")
     own = np.array(list(sizes.values()))
     middles = np.cumsum(own) - own / 2
     part = {name: int(middle * count / own.sum()) for name, middle in zip(sizes, middles, strict=True)}
@@ -277,7 +288,9 @@ def _partitions(fold: Additive[Any], engine: Engine, count: int) -> list[list[Si
 def _refuse_too_large(fold: Additive[Any], engine: Engine, parts: Sequence[Sequence[Site]]) -> None:
     """Refuse sums that would not fit in memory, before the pass."""
     sizes = state_bytes(fold, engine)
-    most = max(sum(sizes[name] for name in {site.block for site in sites}) for sites in parts)
+    blocks = [{site.block for site in sites} for sites in parts]
+    parted = len(parts) > 1  # in one pass all of them are held, also those that are no layer's
+    most = max(sum(sizes[name] for name in names) for names in blocks) if parted else sum(sizes.values())
     free = free_memory(next(engine.model.parameters()).device)
     name = type(fold).__name__
     if most > 1 << 30 and most > free:
@@ -294,11 +307,55 @@ def check_fit(
     *,
     loss: LossFn | None = None,
     view: View | None = None,
+    partitions: int = 1,
 ) -> None:
     """Refuse what a fit of these would refuse, before any data is looked at; see `fit`."""
     first = fold.first if isinstance(fold, TwoPass) else fold
     whole = chain(transform or chain(), first.stage())
-    probe_engine(model, loss or causal_lm_loss(model), whole, view=view).lowered()
+    engine = probe_engine(model, loss or causal_lm_loss(model), whole, view=view)
+    engine.lowered()
+    _partitions(first, engine, partitions)
+
+
+def fit_sums(
+    fold: Additive[Any],
+    model: nn.Module,
+    data: Data,
+    transform: Transform | None = None,
+    *,
+    rows: range | None = None,
+    loss: LossFn | None = None,
+    view: View | None = None,
+    partitions: int = 1,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    progress: Progress | None = None,
+) -> Sums:
+    """The sums that a statistic is made of, `fold.finalize` left out; those of parts of the rows add up.
+
+    Args:
+        fold: of one pass.
+        rows: which rows of the data; None means all.
+        model, data, transform, loss, view, partitions, token_batch_size, progress: see `fit`.
+
+    >>> import torch
+    >>> net = nn.Linear(1, 1, bias=False)
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
+    >>> data = [{"x": torch.full((1,), x)} for x in (1.0, 2.0, 4.0)]
+    >>> a, b = (fit_sums(mean(), net, data, rows=rows, loss=loss) for rows in (range(1), range(1, 3)))
+    >>> mean().merge(a, b).blocks
+    {'root': tensor([[7.]], dtype=torch.float64)}
+    """
+    loss, whole = loss or causal_lm_loss(model), chain(transform or chain(), fold.stage())
+    engine = probe_engine(model, loss, whole, view=view)
+    parts = _partitions(fold, engine, partitions)
+    _refuse_too_large(fold, engine, parts)
+    state = fold.init()
+    for sites in parts:
+        one = Engine(model, engine.loss, whole, sites, engine.view)
+        sums, _ = sums_of(fold, one, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
+        state = Sums(sums.count, state.blocks | sums.blocks, state.shapes | sums.shapes)
+    return state
 
 
 def passes(fold: Any) -> int:
@@ -350,16 +407,11 @@ def fit(
         raise TypeError("a fold needs blocks: the transform must not end in scores")
 
     def run(fold: Additive[Any]) -> Any:
-        whole = chain(transform or chain(), fold.stage())
-        engine = probe_engine(model, loss, whole, view=view)
-        parts = _partitions(fold, engine, partitions)
-        _refuse_too_large(fold, engine, parts)
-        state = fold.init()
-        for sites in parts:
-            one = Engine(model, engine.loss, whole, sites, engine.view)
-            sums, _ = sums_of(fold, one, data, token_batch_size=token_batch_size, progress=progress)
-            state = Sums(sums.count, state.blocks | sums.blocks, state.shapes | sums.shapes)
-        return fold.finalize(state)
+        sums = fit_sums(
+            fold, model, data, transform, loss=loss, view=view, partitions=partitions,
+            token_batch_size=token_batch_size, progress=progress,
+        )  # fmt: skip
+        return fold.finalize(sums)
 
     if isinstance(fold, Additive):
         return run(fold)

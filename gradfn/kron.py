@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Side = Tensor | None
-"""One side of a Kron: None is the identity, a vector is a diagonal, a matrix is itself."""
+from gradfn.maps import Map, Steps
+
+Side = Tensor | Map | None
+"""One side of a Kron: None is the identity, a vector is a diagonal, a matrix or a map is itself."""
 
 
 def apply_side(side: Side, v: Float[Tensor, "*rest dim"]) -> Float[Tensor, "*rest out"]:
@@ -22,6 +24,8 @@ def apply_side(side: Side, v: Float[Tensor, "*rest dim"]) -> Float[Tensor, "*res
     """
     if side is None:
         return v
+    if isinstance(side, Map):
+        return side(v)
     return v * side if side.ndim == 1 else v @ side.T
 
 
@@ -33,9 +37,15 @@ def compose_sides(after: Side, before: Side) -> Side:
     """
     if after is None or before is None:
         return after if before is None else before
+    if isinstance(after, Map) or isinstance(before, Map):
+        return Steps((*_steps(before), *_steps(after)))
     if after.ndim == 1:
         return after * before if before.ndim == 1 else after[:, None] * before
     return after * before if before.ndim == 1 else after @ before
+
+
+def _steps(side: Tensor | Map) -> tuple[Tensor | Map, ...]:
+    return side.steps if isinstance(side, Steps) else (side,)
 
 
 def dense_side(side: Side, dim: int) -> Float[Tensor, "out dim"]:
@@ -47,12 +57,16 @@ def dense_side(side: Side, dim: int) -> Float[Tensor, "out dim"]:
     """
     if side is None:
         return torch.eye(dim)
+    if isinstance(side, Map):
+        return side.dense()
     return torch.diag(side) if side.ndim == 1 else side
 
 
 def _power_side(side: Side, exponent: float) -> Side:
     if side is None:
         return None
+    if isinstance(side, Map):
+        raise TypeError("a map that makes vectors smaller has no powers")
     if side.ndim == 1:
         return side.double().pow(exponent).to(side.dtype)
     values, vectors = torch.linalg.eigh(side.double())
@@ -99,6 +113,14 @@ class Kron:
         tensor([0.2500])
         """
         return self.power(-1.0)
+
+    def with_matrices(self, dtype: torch.dtype, device: torch.device) -> "Kron":
+        """The same map, with sides that are maps written out as matrices."""
+        sides = (
+            side.dense(dtype).to(device) if isinstance(side, Map) else side
+            for side in (self.left, self.right)
+        )
+        return Kron(*sides)
 
     def dense(self, shape: tuple[int, int]) -> Float[Tensor, "pq outin"]:
         """Write the map out as the matrix `L ⊗ R` that acts on the flattened block of that shape.

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from gradfn.errors import InputError
 from gradfn.heads import Heads, heads_of
 from gradfn.kron import Kron, Side, apply_side
+from gradfn.maps import Map
 from gradfn.types import Blocks, BlockSpec
 
 
@@ -91,6 +92,12 @@ def _is_matrix(side: Side) -> bool:
     return side is not None and side.ndim == 2
 
 
+def _diagonal(side: Side) -> Tensor:
+    """A side that is one."""
+    assert isinstance(side, Tensor)
+    return side
+
+
 def _positions(v: Tensor, tokens: bool) -> Tensor:
     """What is summed over in one axis: all positions of an example, or what a token has beside its place."""
     lead = 2 if tokens else 1
@@ -125,6 +132,9 @@ class Linear(Layer):
 
     def keep(self, x: Tensor, right: Side) -> Tensor:
         x = x if self.columns is None else x[..., self.columns]
+        if isinstance(right, Map):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            return right.with_one(x) if self.bias else right(x)
         if not _is_matrix(right):
             return x
         assert right is not None
@@ -208,7 +218,7 @@ class Conv(Layer):
         """Projected patches are a convolution with the projection as filters."""
         if not _is_matrix(right):
             return x
-        assert right is not None
+        assert isinstance(right, Tensor)
         x = x.to(right.dtype)
         bare = x.ndim == self._axes + 1
         x = self._by_group(self._padded(x[None] if bare else x))
@@ -245,7 +255,7 @@ class Conv(Layer):
             x = patches.reshape(size, -1, *patches.shape[1:])
             if self.bias:
                 x = torch.cat([x, x.new_ones(1).expand(*x.shape[:3], 1, x.shape[-1])], -2)
-            x = x if right is None else x * right[:, None]
+            x = x if right is None else x * _diagonal(right)[:, None]
         return x, g.reshape(size, -1, groups, self.out_features // groups, prod(g.shape[-self._axes :]))
 
     def factors(self, kept: Tensor, g: Tensor, kron: Kron) -> tuple[Tensor, Tensor]:
@@ -256,11 +266,11 @@ class Conv(Layer):
         # n: images of one example, e: groups, o: outputs of a group, i: inputs, t: places
         right, g = self._grouped(kept, g, kron.right)
         if _is_matrix(kron.left):
-            assert kron.left is not None
+            assert isinstance(kron.left, Tensor)
             left = torch.einsum("peo,bneot->bnept", kron.left.unflatten(1, (self.module.groups, -1)), g)
             return torch.einsum("bnept,bneqt->bpq", left, right)
         G = torch.einsum("bneot,bneit->beoi", g, right).flatten(1, 2)
-        return G if kron.left is None else G * kron.left[:, None]
+        return G if kron.left is None else G * _diagonal(kron.left)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,10 +292,10 @@ class Embedding(Layer):
     def contract(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
         right = self._right(kept, g, kron.right)
         if _is_matrix(kron.left):
-            assert kron.left is not None
+            assert isinstance(kron.left, Tensor)
             return _outer(F.embedding(kept, kron.left.T), right, tokens)
         if kron.left is not None:
-            right = right * kron.left[kept][..., None]
+            right = right * _diagonal(kron.left)[kept][..., None]
         lead = kept.shape if tokens else kept.shape[:1]
         count = prod(lead)
         ids = kept.reshape(count, -1)
@@ -301,7 +311,7 @@ class Embedding(Layer):
         """Rows of the queries are looked up; two positions meet in the norm where their ids are the same."""
         right = self._right(kept, g, kron.right)
         if kron.left is not None:
-            right = right * kron.left[kept][..., None]
+            right = right * _diagonal(kron.left)[kept][..., None]
         ids, right = kept.reshape(*kept.shape[: 2 if tokens else 1], -1), _positions(right, tokens)
         dots = [(query[ids] * right).sum((-2, -1)) for query in queries]
         same = ids[..., :, None] == ids[..., None, :]
@@ -368,8 +378,8 @@ class Experts(Layer):
         right = kept if _is_matrix(kron.right) else apply_side(kron.right, kept)
         left = g
         if kron.left is not None and kron.left.ndim == 1:
-            left = g * kron.left.view(self.experts, size)[where.experts]
-        elif kron.left is not None:
+            left = g * _diagonal(kron.left).view(self.experts, size)[where.experts]
+        elif isinstance(kron.left, Tensor):
             by_expert = kron.left.T.reshape(self.experts, size, -1)
             left = g.new_empty(len(g), by_expert.shape[-1])
             for expert in where.experts.unique().tolist():

@@ -266,7 +266,11 @@ class Engine:
         """The transform, lowered for this model."""
         if self._lowered is None:
             specs = {site.block: site.spec for site in self.sites}
-            self._lowered = lower(self.transform, specs.values(), frozenset(self._shared))
+            lowered = lower(self.transform, specs.values(), frozenset(self._shared))
+            # Only linear layers take maps that are no matrices on the factors.
+            others = {site.block for site in self.sites if not isinstance(site.layer, Linear)}
+            plans = {n: plan.with_matrices() if n in others else plan for n, plan in lowered.plans.items()}
+            self._lowered = replace(lowered, plans=plans)
         return self._lowered
 
     @property

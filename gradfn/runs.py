@@ -18,13 +18,15 @@ from gradfn.hf.models import model_fingerprint
 from gradfn.layers import Linear, View, find_sites, uncovered
 from gradfn.losses import CausalLMLoss, ModelLoss, causal_lm_loss
 from gradfn.probes import Engine, probe_engine
-from gradfn.sampling import sample_labels
+from gradfn.sampling import check_drawn, sample_labels
 from gradfn.scoring import Method, on_device_of
+from gradfn.shards import Shard, shard_rows, shard_run
 from gradfn.spectrum import Spectrum
-from gradfn.store import Store, Writer, differing, open_store, open_writer
+from gradfn.store import Store, Writer, differing, open_part, open_store, open_writer
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, gather, lengths_of
-from gradfn.transforms import Transform, UnitNormalize, chain, project, unit_normalize
+from gradfn.transforms import Transform, UnitNormalize, chain, unit_normalize
 from gradfn.transforms.precondition import digest_of
+from gradfn.transforms.projection import Loaders, lenient, parse_projection
 from gradfn.types import Blocks, Data, LossFn, Rows
 
 Settings = Mapping[str, Any]
@@ -46,7 +48,7 @@ class Summary:
 
     Args:
         path: the index file.
-        rows: how many rows it holds; tokens, where the view is by token.
+        rows: how many rows it holds (of a shard: its own); tokens, where the view is by token.
         unsupervised: rows with nothing to supervise; their gradient is zero.
         zero: rows whose result is zero altogether (the unsupervised ones among them).
         resumed: rows that were there already.
@@ -119,24 +121,32 @@ def merged(settings: dict[str, Any], more: Settings | None) -> dict[str, Any]:
     return result
 
 
-def transform_of(settings: Settings, normalize: Transform | None = None) -> Transform:
+def transform_of(
+    settings: Settings, normalize: Transform | None = None, loaders: Loaders | None = None
+) -> Transform:
     """Make the transform again from the settings that a store recorded.
 
     Args:
         normalize: the optimizer's normalisation that the settings tell by a digest.
+        loaders: of projections that are read from runs, see `parse_projection`.
 
     Raises:
         InputError: the chain has a stage that holds tensors, which a store records by digest only.
 
-    >>> transform_of({"transform": chain(project(4), unit_normalize()).settings()}).stages[1]
+    >>> transform_of({"transform": chain(unit_normalize()).settings()}).stages[0]
     UnitNormalize()
     """
     stages = []
     for stage in settings["transform"]["chain"]:
         fields = {key: value for key, value in stage.items() if key != "transform"}
         match stage["transform"]:
-            case "Project":
-                stages.append(project(**fields))
+            case "Project" | "Compress" | "Joint":
+                stages.extend(lenient(parse_projection(fields["projection"], fields.get("seed", 0))).stages)
+            case "Principal" | "Selected" if loaders is not None:
+                (stage_again,) = parse_projection(fields["projection"], 0, loaders).stages
+                if stage_again.settings() != stage:
+                    raise InputError(f"{fields['projection']} is another one by now: make the store again")
+                stages.append(stage_again)
             case "UnitNormalize":
                 stages.append(unit_normalize())
             case "Adam" | "Adafactor" if normalize is not None:
@@ -225,6 +235,7 @@ def _write_run(
     token_batch_size: int,
     overwrite: bool,
     progress: Progress | None,
+    shard: Shard | None,
     fixed: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Run the engine over the rows that are missing, a segment at a time, and join the segments.
@@ -233,24 +244,39 @@ def _write_run(
     """
     tokens, lengths = engine.view.tokens, lengths_of(data)
     bounds = offsets_of(lengths if tokens else np.ones(len(data), np.int64))
+    own, part = _own_rows(lengths, bounds, shard)
     beside = _token_arrays if tokens else _row_arrays
     fixed = {**(fixed or {}), **(_token_facts(data, bounds) if tokens else {})}
-    plan = plan_slices(lengths, token_batch_size, _row_bytes(engine) * np.diff(bounds))
-    slices = [(int(bounds[a]), int(bounds[b])) for a, b in plan if bounds[a] < bounds[b]]
-    with open_writer(run, kind, settings, int(bounds[-1]), overwrite) as writer:
+    row_bytes = _row_bytes(engine) * np.diff(bounds)[own.start : own.stop]
+    plan = plan_slices(lengths[own.start : own.stop], token_batch_size, row_bytes)
+    edges = [(int(bounds[own.start + a]), int(bounds[own.start + b])) for a, b in plan]
+    slices = [(start, stop) for start, stop in edges if start < stop]
+    target, total = shard_run(run, shard), int(bounds[own.stop] - bounds[own.start])
+    with open_writer(target, kind, settings, int(bounds[-1]), overwrite, part=part) as writer:
         missing = [_between(bounds, *span) for span in writer.missing(slices)]
         todo = sum(int(lengths[rows.start : rows.stop].sum()) for rows in missing)
-        resumed = int(bounds[-1]) - sum(int(bounds[rows.stop] - bounds[rows.start]) for rows in missing)
+        resumed = total - sum(int(bounds[rows.stop] - bounds[rows.start]) for rows in missing)
         if progress:
-            progress(int(lengths.sum()) - todo)
+            progress(int(lengths[own.start : own.stop].sum()) - todo)
         for rows in missing:
             result = gather(engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
             start, stop = int(bounds[rows.start]), int(bounds[rows.stop])
             writer.write(start, stop, {**arrays(result.values), **beside(data, rows, result)})
         path = writer.finish({n: storable(v) if isinstance(v, list) else v for n, v in fixed.items()})
-    with open_store(path, kind) as store:
-        zero = int(store.read("rows/zero").sum())
-    return Summary(path, int(bounds[-1]), _unsupervised(data), zero, resumed, unprobed(engine))
+    with open_part(target, kind) as store:
+        zero = int(store.read("rows/zero", *store.span).sum())
+    return Summary(path, total, _unsupervised(data, own), zero, resumed, unprobed(engine))
+
+
+def _own_rows(lengths: np.ndarray, bounds: np.ndarray, shard: Shard | None) -> tuple[range, Any]:
+    """The documents to do, and of a shard the rows of the file that they are (tokens, by token)."""
+    if shard is None:
+        return range(len(lengths)), None
+    own = shard_rows(lengths, shard)
+    part = int(bounds[own.start]), int(bounds[own.stop])
+    if part[0] == part[1]:
+        raise InputError(f"the rows of shard {shard} have no tokens: choose fewer shards")
+    return own, part
 
 
 def _between(bounds: np.ndarray, start: int, stop: int) -> range:
@@ -262,9 +288,9 @@ def _between(bounds: np.ndarray, start: int, stop: int) -> range:
     return range(int(np.searchsorted(bounds, start, "right")) - 1, int(np.searchsorted(bounds, stop)))
 
 
-def _unsupervised(data: Data) -> int:
+def _unsupervised(data: Data, rows: range) -> int:
     supervised = getattr(data, "supervised", None)
-    return 0 if supervised is None else int((supervised == 0).sum())
+    return 0 if supervised is None else int((supervised[rows.start : rows.stop] == 0).sum())
 
 
 def _gradient_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
@@ -284,6 +310,7 @@ def build(
     token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     overwrite: bool = False,
+    shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the transformed gradient of every row to `RUN/store.h5`; a killed run resumes where it was.
@@ -296,16 +323,17 @@ def build(
         model, data, transform, loss, view, token_batch_size, progress: see `collect`.
         settings: recorded beside what is known of the model, data and transform (paths, say).
         overwrite: replace a store that was made otherwise.
+        shard: do this part of the rows only, for `merge_run` to join.
 
     Raises:
-        InputError: the directory holds a store made otherwise; a loss is not finite.
+        InputError: the directory holds a store made otherwise; a loss is not finite; more shards than rows.
         StorageError: the disk is full; what is complete is kept.
     """
     transform = transform or chain()
     known = describe(model, data, transform, loss=loss, view=view)
     engine = probe_engine(model, loss or causal_lm_loss(model), transform, view=view)
     return _write_run(
-        run, "store", engine, data, merged(known, settings), _gradient_arrays,
+        run, "store", engine, data, merged(known, settings), _gradient_arrays, shard=shard,
         token_batch_size=token_batch_size, overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
@@ -356,7 +384,7 @@ def reduce(
             if writer.missing([(0, 1)]):
                 writer.write(0, 1, {**_gradient_arrays(blocks), **row})
         path = writer.finish()
-    unsupervised = _unsupervised(data)
+    unsupervised = _unsupervised(data, range(len(data)))
     return Summary(path, 1, unsupervised, unsupervised, 0, unprobed(engine))
 
 
@@ -374,6 +402,7 @@ def score_run(
     settings: Settings | None = None,
     fixed: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the scores of every row against queries to `RUN/scores.h5`, `/scores [rows, queries]` float32.
@@ -384,7 +413,7 @@ def score_run(
         method: see `score`; for several dampings the queries of one come after those of the other.
         by_block: write each block's share of the scores too, `/scores_by/<block>`.
         fixed: arrays about the queries, kept in the index.
-        run, model, train, loss, view, token_batch_size, settings, overwrite, progress: see
+        run, model, train, loss, view, token_batch_size, settings, overwrite, shard, progress: see
             `build`.
     """
     known = {**describe(model, train, method.train, loss=loss, view=view), "by_block": by_block}
@@ -395,7 +424,7 @@ def score_run(
         scorer = method.scorer(on_device_of(model, queries), by_block=by_block)
     engine = probe_engine(model, loss or causal_lm_loss(model), scorer, view=view)
     return _write_run(
-        run, "scores", engine, train, merged(known, settings), _score_arrays,
+        run, "scores", engine, train, merged(known, settings), _score_arrays, shard=shard,
         token_batch_size=token_batch_size, overwrite=overwrite, progress=progress, fixed=fixed,
     )  # fmt: skip
 
@@ -409,20 +438,27 @@ def write_scores(
     fixed: Mapping[str, Any] | None = None,
     tokens: bool = False,
     overwrite: bool = False,
+    shard: Shard | None = None,
 ) -> Path:
     """Write scores at hand to `RUN/scores.h5`, with what lies beside the rows.
 
     Args:
-        result: scores `[rows, queries]` and the rows' losses.
+        result: scores `[rows, queries]` and the rows' losses; of a shard, of its rows.
         tokens: whether a row of the scores is a token.
-        run, train, settings, fixed, overwrite: see `score_run`.
+        run, train, settings, fixed, overwrite, shard: see `score_run`.
     """
-    beside = _token_arrays if tokens else _row_arrays
-    with open_writer(run, "scores", settings, len(result.values), overwrite) as writer:
-        for start, stop in writer.missing([(0, len(result.values))]):
-            rows = {**_score_arrays(result.values), **beside(train, range(len(train)), result)}
-            writer.write(start, stop, {name: values[start:stop] for name, values in rows.items()})
-        kept = {**(fixed or {}), **(_token_facts(train, offsets_of(lengths_of(train))) if tokens else {})}
+    beside, lengths = (_token_arrays if tokens else _row_arrays), lengths_of(train)
+    bounds = offsets_of(lengths if tokens else np.ones(len(train), np.int64))
+    own, part = _own_rows(lengths, bounds, shard)
+    first, last = part or (0, int(bounds[-1]))
+    with open_writer(
+        shard_run(run, shard), "scores", settings, int(bounds[-1]), overwrite, part=part
+    ) as writer:
+        rows = {**_score_arrays(result.values), **beside(train, own, result)}
+        for start, stop in writer.missing([(first, last)]):
+            these = {name: values[start - first : stop - first] for name, values in rows.items()}
+            writer.write(start, stop, these)
+        kept = {**(fixed or {}), **(_token_facts(train, bounds) if tokens else {})}
         return writer.finish({n: storable(v) if isinstance(v, list) else v for n, v in kept.items()})
 
 
@@ -477,10 +513,11 @@ def hessian(
     Raises:
         InputError: see `fit`; the directory holds a curvature made otherwise.
     """
-    known = describe(model, data, transform, loss=loss, view=view)
-    known["hessian"] = {"kind": str(fold), "labels": labels, "seed": seed if labels == "model" else None}
-    check_fit(fold, model, transform, loss=loss, view=view)
-    with _curvature_writer(run, merged(known, settings), overwrite) as writer:
+    known = fit_settings(model, data, fold, transform, labels, seed, loss, view, settings)
+    check_fit(fold, model, transform, loss=loss, view=view, partitions=partitions)
+    if labels == "model":
+        check_drawn(loss or causal_lm_loss(model))
+    with _curvature_writer(run, known, overwrite) as writer:
         if writer.complete:
             return load_curvature(run)
         if labels == "model":
@@ -490,8 +527,18 @@ def hessian(
             fold, model, data, transform, loss=loss, view=view, partitions=partitions,
             token_batch_size=token_batch_size, progress=progress,
         )  # fmt: skip
-        _write_curvature(writer, curvature)
+        write_curvature(writer, curvature)
     return curvature
+
+
+def fit_settings(
+    model: nn.Module, data: Data, fold: Any, transform: Transform | None, labels: Labels, seed: int,
+    loss: LossFn | None, view: View | None, settings: Settings | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What a fitted curvature depends on."""
+    known = describe(model, data, transform, loss=loss, view=view)
+    how = {"kind": str(fold), "labels": labels, "seed": seed if labels == "model" else None}
+    return merged({**known, "hessian": how}, settings)
 
 
 def mix_runs(
@@ -529,7 +576,7 @@ def mix_runs(
     }
     with _curvature_writer(run, known, overwrite) as writer:
         if not writer.complete:
-            _write_curvature(writer, mixed)
+            write_curvature(writer, mixed)
     return mixed, weight
 
 
@@ -537,7 +584,7 @@ def _curvature_writer(run: str | Path, settings: Settings, overwrite: bool) -> A
     return open_writer(run, "hessian", settings, 1, overwrite)
 
 
-def _write_curvature(writer: Writer, curvature: Curvature) -> None:
+def write_curvature(writer: Writer, curvature: Curvature) -> None:
     """One row that says what there is, and the arrays of every block beside it."""
     fixed: dict[str, Any] = {"blocks": list(curvature)}
     for name, one in curvature.items():
@@ -555,13 +602,17 @@ def open_curvature(run: str | Path) -> Store:
     return open_store(run, "hessian")
 
 
-def load_curvature(run: str | Path) -> Curvature:
+def load_curvature(run: str | Path, kind: str = "hessian") -> Curvature:
     """Read what `hessian` or `mix_runs` wrote.
+
+    Args:
+        run: the run directory.
+        kind: "hessian", or "basis" for what the first pass of a fit in shards gave.
 
     Raises:
         InputError: there is none, or it is damaged.
     """
-    with open_curvature(run) as store:
+    with open_store(run, kind) as store:
         fixed = set(store.header.fixed)
 
         def part(name: str, key: str) -> Tensor | None:

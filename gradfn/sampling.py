@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradfn.data import IGNORED, collate, plan_batches
 from gradfn.errors import InputError
 from gradfn.losses import CausalLMLoss, ModelLoss, hidden_states, output_head, shifted_labels
+from gradfn.random import uniforms
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, labelled, lengths_of
 from gradfn.types import Batch, Data, Example, LossFn
 
@@ -38,12 +39,6 @@ class Relabelled:
         if name in ("ids", "texts", "lengths", "supervised"):
             return getattr(self.data, name)
         raise AttributeError(name)
-
-
-def _uniform(seed: int, row: int, count: int) -> np.ndarray:
-    """Numbers in (0, 1) of the Philox counter generator keyed by (seed, row)."""
-    words = np.random.Philox(key=np.array([seed, row], dtype=np.uint64)).random_raw(count)
-    return ((words >> 11).astype(np.float64) + 0.5) * 2.0**-53
 
 
 def _draw(logits: Float[Tensor, "n classes"], uniform: np.ndarray) -> Int[Tensor, " n"]:
@@ -102,11 +97,19 @@ def _relabel(loss: CausalLMLoss | ModelLoss, batch: Batch, uniforms: Uniforms) -
     return (_numbers if loss.task == "regression" else _classes)(loss, batch, uniforms)
 
 
+def check_drawn(loss: LossFn) -> None:
+    """Refuse a loss that is not minus the logarithm of a distribution of labels; see `sample_labels`."""
+    known = isinstance(loss, CausalLMLoss | ModelLoss)
+    if not known or loss.criterion != "cross_entropy" or loss.label_smoothing:
+        raise InputError("labels are drawn for a plain cross-entropy or squared error only: use the data's")
+
+
 def sample_labels(
     loss: LossFn,
     data: Data,
     seed: int = 0,
     *,
+    rows: range | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
 ) -> Relabelled:
@@ -119,6 +122,7 @@ def sample_labels(
         loss: a cross-entropy or squared error made by `causal_lm_loss` or `model_loss`.
         data, token_batch_size, progress: see `collect`.
         seed: key of the draws.
+        rows: which rows to draw for, the others keeping their labels; None means all.
 
     Raises:
         InputError: any other loss, which is not the negative logarithm of a distribution of labels.
@@ -129,21 +133,24 @@ def sample_labels(
 
     Source: Kunstner et al., arXiv:1905.12558, section 2.
     """
-    known = isinstance(loss, CausalLMLoss | ModelLoss)
-    if not known or loss.criterion != "cross_entropy" or loss.label_smoothing:
-        raise InputError("labels are drawn for a plain cross-entropy or squared error only: use the data's")
+    check_drawn(loss)
+    assert isinstance(loss, CausalLMLoss | ModelLoss)
     made: list[dict[str, Tensor]] = [{} for _ in range(len(data))]
+    rows = range(len(data)) if rows is None else rows
     lengths, device = lengths_of(data), next(loss.model.parameters()).device
     with _evaluating(loss.model), torch.no_grad():
-        for rows in plan_batches(lengths, token_batch_size):
-            examples = [labelled(data, int(row)) for row in rows]
+        for places in plan_batches(lengths[rows.start : rows.stop], token_batch_size):
+            numbers = places + rows.start
+            examples = [labelled(data, int(row)) for row in numbers]
             batch = {key: value.to(device) for key, value in collate(examples).items()}
-            new = _relabel(loss, batch, lambda place, n, rows=rows: _uniform(seed, int(rows[place]), n))
-            for place, row in enumerate(rows):
+            new = _relabel(
+                loss, batch, lambda place, n, of=numbers: uniforms(n, seed, "labels", int(of[place]))
+            )
+            for place, row in enumerate(numbers):
                 size = examples[place]["labels"].shape
                 made[int(row)] = {k: v[place].cpu()[tuple(map(slice, size))] for k, v in new.items()}
             if progress:
-                progress(int(lengths[rows].sum()))
+                progress(int(lengths[numbers].sum()))
     return Relabelled(data, made)
 
 

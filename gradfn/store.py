@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ import numpy as np
 
 from gradfn.errors import InputError, StorageError
 
-__all__ = ["MISSING", "Store", "Writer", "differing", "open_store", "open_writer"]
+__all__ = ["MISSING", "Store", "Writer", "differing", "open_part", "open_store", "open_writer"]
 
 FORMAT = 1
 COPIED_KINDS = frozenset({"scores"})
@@ -458,16 +459,18 @@ class Writer:
         complete: whether the index is there and joins all rows, so that nothing is left to do.
     """
 
-    def __init__(self, run: Path, kind: str, settings: dict[str, Any], rows: int):
+    def __init__(self, run: Path, kind: str, settings: dict[str, Any], rows: int, part: Span | None = None):
         self.run = run
         self.index = run / f"{kind}.h5"
-        self._header = Header(kind, rows, 0, rows, settings, arrays={})
+        self._span = (0, rows) if part is None else part
+        self._joins = part is None
+        self._header = Header(kind, rows, *self._span, settings, arrays={})
         self.done: list[Span] = []
         for path in _segments(run, kind):
             self._adopt(path)
         self.complete = self._is_complete()
         if self.complete:
-            self.done = [(0, rows)]
+            self.done = [self._span]
 
     def _adopt(self, path: Path) -> None:
         """Take a segment of an earlier run for done, if it is one of this run."""
@@ -476,6 +479,11 @@ class Writer:
         if path != self.run / _segment_name(there.kind, there.start, there.stop):
             raise InputError(
                 f"{path} holds rows {there.start} to {there.stop}: name it after them, or delete it"
+            )
+        if not self._span[0] <= there.start < there.stop <= self._span[1]:
+            raise InputError(
+                f"{path} is not of rows {self._span[0]} to {self._span[1]}, which are this part's: add "
+                "--overwrite to write them anew"
             )
         if not self._is_open(there.start, there.stop):
             raise InputError(f"{path} overlaps the segment before it: delete one of them and run again")
@@ -493,15 +501,21 @@ class Writer:
             return False
         there = _read_header(self.index)
         _refuse_other_settings(self.run, there, self._header)
+        if (there.start, there.stop) != self._span:
+            raise InputError(
+                f"{self.index} is of rows {there.start} to {there.stop}, not {self._span[0]} to "
+                f"{self._span[1]}: add --overwrite to replace it"
+            )
         return set(there.segments) <= set(self.done)
 
     def _is_open(self, start: int, stop: int) -> bool:
         return self.missing([(start, stop)]) == [(start, stop)]
 
     def _check_span(self, start: int, stop: int) -> None:
-        rows = self._header.rows
-        if not 0 <= start < stop <= rows:
-            raise InputError(f"rows {start} to {stop} are no slice of the {rows} rows of {self.run}")
+        first, last = self._span
+        if not first <= start < stop <= last:
+            these = f"the {last} rows" if self._joins else f"rows {first} to {last}"
+            raise InputError(f"rows {start} to {stop} are no slice of {these} of {self.run}")
         if not self._is_open(start, stop):
             raise InputError(
                 f"rows {start} to {stop} overlap rows that {self.run} has: write only what missing() returns"
@@ -546,8 +560,23 @@ class Writer:
         _create(path, lambda file: _put_all(file, header, stored))
         self._add(path, header)
 
+    def take(self, path: Path) -> None:
+        """Take over a complete segment that lies elsewhere: by a hard link, or a copy where there is none.
+
+        Raises:
+            InputError: it was made with other settings, overlaps rows that are there, or is damaged.
+            StorageError: the disk is full or failed; the segments before are kept.
+        """
+        there = _read_header(path)
+        _refuse_other_settings(path, there, self._header)
+        self._check_span(there.start, there.stop)
+        arrays = self._join(path, there.arrays)
+        _link_or_copy(path, self.run / _segment_name(there.kind, there.start, there.stop))
+        self._header = replace(self._header, arrays=arrays)
+        self.done = sorted([*self.done, (there.start, there.stop)])
+
     def finish(self, fixed: Mapping[str, Values] | None = None) -> Path:
-        """Write the index, which joins all rows, and return its path.
+        """Write the index, which joins all rows, and return its path; of a part, what says it is complete.
 
         Args:
             fixed: arrays without a row dimension, such as the texts of the queries.
@@ -563,19 +592,43 @@ class Writer:
         _check_names([*self._header.arrays, *stored])
         specs = {name: ArraySpec(array.dtype.str, array.shape) for name, array in stored.items()}
         header = replace(self._header, fixed=specs, segments=tuple(self.done))
-        join = _copied if header.kind in COPIED_KINDS else _linked
+        join = (_copied if header.kind in COPIED_KINDS else _linked) if self._joins else _told
         _create(self.index, lambda file: join(file, Store(self.index, header), stored))
         self.complete = True
         return self.index
 
     def _check_all_done(self) -> None:
-        gaps = self.missing([(0, self._header.rows)])
+        gaps = self.missing([self._span])
         if gaps:
             lacking = sum(stop - start for start, stop in gaps)
             raise InputError(
-                f"{self.run} lacks {lacking} of its {self._header.rows} rows, the first of them row "
-                f"{gaps[0][0]}: write them before the index"
+                f"{self.run} lacks {lacking} of its {self._span[1] - self._span[0]} rows, the first of them "
+                f"row {gaps[0][0]}: write them before the index"
             )
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    """Make a complete file appear under another name too; where no hard link can be, as a copy."""
+    partial = target.with_name(f".{target.name}.tmp")
+    try:
+        with _disk_errors(target):
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(path, partial)
+            except OSError:
+                shutil.copyfile(path, partial)
+                with partial.open("rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(partial, target)
+            _sync_directory(target.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _told(file: h5py.File, joined: "Store", fixed: Mapping[str, np.ndarray]) -> None:
+    """Write what says that a part is complete, and which segments hold it."""
+    _put_all(file, joined.header, fixed)
 
 
 def _linked(file: h5py.File, joined: "Store", fixed: Mapping[str, np.ndarray]) -> None:
@@ -621,7 +674,13 @@ def _checked_target(run: Path, kind: str, rows: int) -> None:
 
 @contextmanager
 def open_writer(
-    run: str | Path, kind: str, settings: Mapping[str, Any], rows: int, overwrite: bool = False
+    run: str | Path,
+    kind: str,
+    settings: Mapping[str, Any],
+    rows: int,
+    overwrite: bool = False,
+    *,
+    part: Span | None = None,
 ) -> Iterator[Writer]:
     """Open a run directory to write `rows` rows of one kind, or to resume doing so.
 
@@ -633,6 +692,7 @@ def open_writer(
         settings: all that the rows depend on, as plain JSON values; stored in every file.
         rows: how many rows there will be.
         overwrite: remove the segments and the index of this kind first, and nothing else.
+        part: `(start, stop)` of the rows that this directory holds, for `open_part`; None: all of them.
 
     Raises:
         InputError: what is there was made with other settings, is damaged, or is being written.
@@ -660,7 +720,7 @@ def open_writer(
             _remove_leftovers(run, kind)
             if overwrite:
                 _remove_all(run, kind)
-        yield Writer(run, kind, settings, rows)
+        yield Writer(run, kind, settings, rows, part)
 
 
 # --- reading
@@ -692,6 +752,15 @@ class Store:
     def rows(self) -> int:
         """The number of rows."""
         return self.header.rows
+
+    @property
+    def span(self) -> Span:
+        """The first of the rows that are here and the one after the last: all of them, or a part's."""
+        return self.header.start, self.header.stop
+
+    def files(self) -> list[Path]:
+        """Return the files that hold the rows."""
+        return [path for path, _, _ in self._pieces(*self.span)]
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the arrays of rows, in the order written, below a prefix like "gradients"."""
@@ -729,7 +798,7 @@ class Store:
 
     def verify(self) -> None:
         """Refuse a store of which a segment is gone, unreadable or another run's."""
-        for piece in self._pieces(0, self.rows):
+        for piece in self._pieces(*self.span):
             with self._piece(*piece):
                 pass
 
@@ -758,6 +827,8 @@ class Store:
 
     def _stored(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
         """Return rows as they lie in the files, opening each file once for all names."""
+        if start < stop and not self.span[0] <= start < stop <= self.span[1]:
+            raise InputError(f"{self.path} is a part, without rows {start} to {stop}: join the parts first")
         specs = {name: self._look_up(name, self.header.arrays) for name in names}
         out = {name: np.empty((stop - start, *spec.shape), spec.stored_dtype) for name, spec in specs.items()}
         for path, first, last in self._pieces(start, stop):
@@ -795,8 +866,32 @@ def open_store(run: str | Path, kind: str = "store") -> Store:
         raise InputError(f"{run} is no HDF5 file: give the directory of a run, or its {kind}.h5")
     path = path.resolve()  # segments lie beside the file itself, not beside a link to it
     store = Store(path, _read_header(path))
-    if (store.header.start, store.header.stop) != (0, store.rows):
-        raise InputError(f"{path} is one segment of a run: open the run directory, {path.parent.parent}")
+    if store.span != (0, store.rows):
+        what = "part" if store.header.segments else "segment"
+        raise InputError(f"{path} is one {what} of a run: open the run directory, {path.parent.parent}")
+    store.verify()
+    return store
+
+
+def open_part(run: str | Path, kind: str) -> Store:
+    """Open what a run wrote that has a part of the rows; `read` takes the numbers they have among all rows.
+
+    Raises:
+        InputError: the run is absent or unfinished, or a segment is missing or damaged.
+
+    >>> import tempfile
+    >>> run = tempfile.mkdtemp()
+    >>> with open_writer(run, "store", {}, rows=10, part=(4, 6)) as writer:
+    ...     writer.write(4, 6, {"loss": np.array([0.5, 0.25])})
+    ...     _ = writer.finish()
+    >>> open_part(run, "store").read("loss", 5, 6)
+    array([0.25])
+    """
+    run = Path(run)
+    path = (run / f"{kind}.h5").resolve()
+    if not path.exists():
+        raise InputError(_why_absent(run, kind))
+    store = Store(path, _read_header(path))
     store.verify()
     return store
 
@@ -804,6 +899,8 @@ def open_store(run: str | Path, kind: str = "store") -> Store:
 def _why_absent(run: Path, kind: str) -> str:
     if not run.exists():
         return f"{run} does not exist: give the directory of a run, or its {kind}.h5"
+    if any(run.glob(f"shards/*/{kind}.h5")):
+        return f"the {kind} of {run} lies in shards: join them with gradfn merge {run}"
     if _segments(run, kind):
         return f"the {kind} of {run} is unfinished: run the command that makes it again, which resumes"
     return f"{run} has no {kind}.h5: give the directory of a run that wrote one"

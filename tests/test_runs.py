@@ -224,7 +224,10 @@ def test_what_was_made_alike_is_compared():
         ({"model": {"fingerprint": "g"}}, "model is f there and g here"),
         ({"model": {"fingerprint": "g", "path": "p"}}, r"model is f there and p \(fingerprint g\) here"),
         ({"layers": {"include": [], "exclude": ["*"]}}, r"layers.exclude.0 is nothing there and \* here"),
-        ({"transform": gf.chain(gf.project(5)).settings()}, "transform.chain.0.dim is 4 there and 5 here"),
+        (
+            {"transform": gf.chain(gf.project(5)).settings()},
+            "chain.0.projection is rademacher:4x4 there and rademacher:5x5 here",
+        ),
         ({"tokenizer": {"fingerprint": "u"}}, "tokenizer is t there and u here"),
     ],
 )

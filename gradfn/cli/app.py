@@ -67,7 +67,8 @@ def _common(
 
 @app.command()
 @o.takes(o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.QUERY, o.METHOD, o.OPTIMIZER, o.SCORE_PROJECTION,
-         o.CURVATURE, o.FIT, o.UNIT, o.LOSS, o.QUERY_LOSS, o.LAYERS, o.BY, o.TABLE, o.OVERWRITE)  # fmt: skip
+         o.CURVATURE, o.FIT, o.UNIT, o.LOSS, o.QUERY_LOSS, o.LAYERS, o.BY, o.TABLE, o.SHARD,
+         o.OVERWRITE)  # fmt: skip
 def score(run: o.ScoreRun = None, **options: Any) -> None:
     """Show which training rows made the model do this.
 
@@ -81,7 +82,7 @@ def score(run: o.ScoreRun = None, **options: Any) -> None:
 
 
 @app.command()
-@o.takes(o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.GRADIENTS, o.OVERWRITE)
+@o.takes(o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.GRADIENTS, o.SHARD, o.OVERWRITE)
 def build(run: o.Run, **options: Any) -> None:
     """Write a store of per-example gradients.
 
@@ -119,7 +120,7 @@ def query(store: o.Store, **options: Any) -> None:
 
 @app.command()
 @o.takes(o.KIND, o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.OPTIMIZER, o.SCORE_PROJECTION, o.FIT, o.LOSS,
-         o.LAYERS, o.OVERWRITE)  # fmt: skip
+         o.LAYERS, o.SHARD, o.OVERWRITE)  # fmt: skip
 def hessian(run: o.Run, **options: Any) -> None:
     """Fit a curvature over a dataset's gradients.
 
@@ -140,6 +141,129 @@ def mix(run: o.Run, query: o.FittedQuery, train: o.FittedTrain, **options: Any) 
     from gradfn.cli.hessian import run_mix
 
     run_mix(run=run, query=query, train=train, **options)
+
+
+@app.command()
+@o.takes(o.OVERWRITE)
+def merge(run: o.Merged, **options: Any) -> None:
+    """Join the shards of an array job.
+
+    What `--shard I/N` wrote becomes what one process would have written.
+    """
+    from gradfn.cli.merge import run_merge
+
+    run_merge(run, **options)
+
+
+_mask = typer.Typer(help="Selective masks of gradients.", no_args_is_help=True)
+app.add_typer(_mask, name="mask")
+
+
+@_mask.command("fit")
+@o.takes(o.KEEP, o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.QUERY, o.OPTIMIZER, o.LOSS, o.QUERY_LOSS,
+         o.LAYERS, o.OVERWRITE)  # fmt: skip
+def mask_fit(run: o.Run, **options: Any) -> None:
+    """Choose the coordinates of gradients that keep their inner products with queries.
+
+    Other commands take the mask as --projection 'selective:RUN', alone or with more behind it.
+    """
+    from gradfn.cli.mask import run_mask_fit
+
+    run_mask_fit(run=run, **options)
+
+
+evaluate = typer.Typer(
+    name="evaluate", rich_markup_mode=None,
+    help="Tell what scores are worth.",
+)  # fmt: skip
+app.add_typer(evaluate)
+
+
+@evaluate.command()
+@o.takes(o.EXPORTS, o.PLOT, o.RESAMPLING, o.OVERWRITE)
+def lds(truth: o.Truth, runs: o.Scores, **options: Any) -> None:
+    """Show the linear datamodeling score, beside the noise ceiling.
+
+    For each query the rank correlation, over subsets, of the scores of a subset's rows with minus the loss of
+    models trained on it. Of several dampings one is chosen, on queries that are not reported.
+    """
+    from gradfn.cli.evaluate import run_lds
+
+    run_lds(truth=truth, runs=runs, **options)
+
+
+@evaluate.command()
+@o.takes(o.EXPORTS, o.PLOT, o.RESAMPLING, o.OVERWRITE)
+def loo(truth: o.Truth, runs: o.Scores, **options: Any) -> None:
+    """Show the correlation with models retrained without one row.
+
+    The truth is that of `gradfn retrain --leave-out 1`.
+    """
+    from gradfn.cli.evaluate import run_loo
+
+    run_loo(truth=truth, runs=runs, **options)
+
+
+@evaluate.command()
+@o.takes(o.EXPORTS, o.OVERWRITE)
+def brittleness(truth: o.Truth, **options: Any) -> None:
+    """Show what removing each query's best rows does.
+
+    Beside removing as many random ones. The truth is that of `gradfn retrain --remove-top K --scores RUN`.
+    """
+    from gradfn.cli.evaluate import run_brittleness
+
+    run_brittleness(truth=truth, **options)
+
+
+@evaluate.command()
+@o.takes(o.WRONG, o.EXPORTS, o.OVERWRITE)
+def mislabel(run: o.SelfScores, **options: Any) -> None:
+    """Show whether self-influence finds rows that are wrong.
+
+    AUROC, average precision and precision at k.
+    """
+    from gradfn.cli.evaluate import run_mislabel
+
+    run_mislabel(run=run, **options)
+
+
+@evaluate.command()
+@o.takes(o.KNOWN, o.EXPORTS, o.OVERWRITE)
+def recall(runs: o.Scores, **options: Any) -> None:
+    """Show how often known sources are found.
+
+    Recall at 1 and at --top, and the mean reciprocal rank.
+    """
+    from gradfn.cli.evaluate import run_recall
+
+    run_recall(runs=runs, **options)
+
+
+@evaluate.command()
+@o.takes(o.AGREEMENT, o.EXPORTS, o.OVERWRITE)
+def overlap(run: o.OneScores, other: o.OtherScores, **options: Any) -> None:
+    """Show how far two runs agree.
+
+    On the strongest proponents, and on the order of all rows.
+    """
+    from gradfn.cli.evaluate import run_overlap
+
+    run_overlap(run=run, other=other, **options)
+
+
+@app.command()
+@o.takes(o.TRAINED, o.DATASET, o.COLUMNS, o.WEIGHTS, o.ASKED, o.LOSS, o.QUERY_LOSS, o.SUBSETS, o.RETRAINING,
+         o.SHARD, o.OVERWRITE)  # fmt: skip
+def retrain(truth: o.TruthRun, **options: Any) -> None:
+    """Retrain models on subsets: the ground truth of attribution.
+
+    Many models train at once. What is stored is the loss of every query under every model, which `gradfn
+    evaluate` compares with scores. All parameters are trained, without dropout.
+    """
+    from gradfn.cli.retrain import run_retrain
+
+    run_retrain(run=truth, **options)
 
 
 @app.command()

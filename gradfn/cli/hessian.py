@@ -4,6 +4,8 @@ from typing import Any
 
 from gradfn import curvature as kinds
 from gradfn.cli import inputs
+from gradfn.cli.merge import next_facts, shard_facts, tokens_of
+from gradfn.cli.projections import with_projection
 from gradfn.cli.show import console, count, facts, progress_bar
 from gradfn.cli.stages import check_fit, load_stages
 from gradfn.cli.tell import gradients_line, subject_facts
@@ -11,7 +13,9 @@ from gradfn.curvature import Curvature
 from gradfn.errors import InputError
 from gradfn.fold import passes
 from gradfn.hf.datasets import load_rows
+from gradfn.merging import hessian_shard
 from gradfn.runs import hessian, mix_runs
+from gradfn.shards import Shard, parse_shard, shard_run
 
 NONE_OF_THESE = {"hessian_path": None, "damping": None}
 """A curvature is fitted without another one."""
@@ -25,26 +29,39 @@ def run_hessian(**options: Any) -> None:
         if options[name] is None:
             raise InputError(f"no --{name}: a curvature needs a model and a dataset")
     check_fit(options)
-    kind = str(options["kind"])
-    if options["projection_dim"] is None:
-        options["projection_dim"] = 16 if kind == "second_moment" else 0
+    shard, kind = parse_shard(options["shard"]), str(options["kind"])
+    default = "rademacher:16x16" if kind == "second_moment" else "none"
+    options = {**with_projection({**options, **NONE_OF_THESE}, default), "by": "example"}
     fold = getattr(kinds, kind)()
     rows = load_rows(options["dataset"], options["split"])
-    options = {**options, "by": "example"}
     subject = inputs.load_subject(options)
     documents = inputs.load_documents(subject, rows, options)
-    stages = load_stages(subject, {**options, **NONE_OF_THESE})
+    stages = load_stages(subject, options)
     where = {"path": inputs.anchored(options["dataset"]), "split": options["split"]}
-    console().print(facts([*subject_facts(subject, documents), ("gradients", gradients_line(stages.base))]))
-    total = int(documents.lengths.sum()) * passes(fold) * options["partitions"]
-    with subject.multiplying(), progress_bar("curvature", total) as progress:
-        fitted = hessian(
-            options["run"], subject.model, documents, fold, stages.base, labels=str(options["labels"]),  # pyright: ignore
-            seed=options["seed"], partitions=options["partitions"], overwrite=options["overwrite"],
-            settings={**subject.settings(), **stages.settings, "data": where}, progress=progress,
-            **subject.engine_options(),
-        )  # fmt: skip
+    lines = [*subject_facts(subject, documents), *shard_facts(documents, shard)]
+    console().print(facts([*lines, ("gradients", gradients_line(stages.base))]))
+    how = {
+        "labels": str(options["labels"]), "seed": options["seed"], "partitions": options["partitions"],
+        "overwrite": options["overwrite"],
+        "settings": {**subject.settings(), **stages.settings, "data": where}, **subject.engine_options(),
+    }  # fmt: skip
+    total = tokens_of(documents, shard) * options["partitions"]
+    given = options["run"], subject.model, documents, fold, stages.base
+    if shard is not None:
+        with subject.multiplying(), progress_bar("curvature", total) as progress:
+            done = hessian_shard(*given, shard=shard, progress=progress, **how)
+        console().print(facts(_shard_facts(options["run"], shard, done, passes(fold))))
+        return
+    with subject.multiplying(), progress_bar("curvature", total * passes(fold)) as progress:
+        fitted = hessian(*given, progress=progress, **how)
     console().print(facts(_facts(options["run"], fitted)))
+
+
+def _shard_facts(run: str, shard: Shard, done: int, passes: int) -> list[tuple[str, str]]:
+    """Which sums are there, and what comes next."""
+    which = f", pass {done} of {passes}" if passes > 1 else ""
+    then = "" if done == passes else ", then every shard again"
+    return [("sums", f"{shard_run(run, shard)}{which}"), *next_facts(run, shard, then)]
 
 
 def run_mix(**options: Any) -> None:

@@ -6,20 +6,39 @@ from pathlib import Path
 from typing import Any
 
 from gradfn.cli.show import console, count, facts
+from gradfn.shards import in_words, is_complete, listed, shards_of
 from gradfn.store import Store, open_store
 
-KINDS = ("store", "scores", "hessian")
+KINDS = ("store", "scores", "hessian", "mask", "truth")
 
 
 def run_info(run: str) -> None:
-    """Show every index of the run, or the one file given."""
+    """Show every index of the run, or the one file given, and which shards are there."""
     path = Path(run)
+    shards = list(_shard_facts(run))
     kinds = [kind for kind in KINDS if path.is_file() or (path / f"{kind}.h5").exists()]
+    if shards:
+        console().print(facts(shards))
+        if not kinds:
+            return
     # Where there is no index, opening says why: unfinished, absent, or not a run.
     unfinished = [kind for kind in KINDS if any(path.glob(f"segments/{kind}-*"))]
     for kind in kinds[:1] if path.is_file() else kinds or unfinished[:1] or KINDS[:1]:
         with open_store(run, kind) as store:
             console().print(facts(list(_lines(store))))
+
+
+def _shard_facts(run: str) -> Iterator[tuple[str, str]]:
+    """Which parts of an array job are complete, which are not, and which have not begun."""
+    for kind, found in shards_of(run).items():
+        for total in sorted({shard.count for shard in found}):
+            these = [shard for shard in found if shard.count == total]
+            done = [shard.number for shard in these if is_complete(run, kind, shard)]
+            begun = [shard.number for shard in these if shard.number not in done]
+            absent = sorted({*range(1, total + 1)} - {*done, *begun})
+            states = (("complete", done), ("incomplete", begun), ("missing", absent))
+            words = [f"{listed(numbers)} {state}" for state, numbers in states if numbers]
+            yield "shards", f"{in_words(kind)}, of {total}: {'; '.join(words)}"
 
 
 def _lines(store: Store) -> Iterator[tuple[str, str]]:
@@ -36,6 +55,9 @@ def _lines(store: Store) -> Iterator[tuple[str, str]]:
         kind, rows = store.read("fit/kind")[0], int(store.read("fit/rows")[0])
         blocks = count(len(store.fixed("blocks")), "block")
         yield "curvature", f"{kind}, {blocks}, {count(rows, 'row')}"
+    elif store.header.kind == "mask":
+        kept = store.read("blocks/kept")
+        yield "mask", f"{count(len(kept), 'block')}, correlation {kept.mean():.3f} kept on average"
     else:
         yield "rows", ", ".join(_row_facts(store, arrays))
     for key, value in _flat(store.settings):

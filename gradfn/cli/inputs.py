@@ -375,6 +375,7 @@ def example_options(options: Options) -> dict[str, Any]:
         filled["query"] = str(example.QUERIES)
     if options["method"] is None and not options["self_influence"]:
         filled["unit_normalize"] = True
-    if options["projection_dim"] is None and options["hessian_path"] is None:
-        filled["projection_dim"] = 0  # so small a model needs no projection
+    told = [options[key] for key in ("projection_dim", "projection", "hessian_path")]
+    if told == [None, None, None]:
+        filled["projection"] = "none"  # so small a model needs no projection
     return filled

@@ -31,14 +31,6 @@ class Attention(StrEnum):
     flash_attention_3 = "flash_attention_3"
 
 
-class Distribution(StrEnum):
-    """Distribution of a random projection."""
-
-    rademacher = "rademacher"
-    gaussian = "gaussian"
-    orthonormal = "orthonormal"
-
-
 class Reduction(StrEnum):
     """How a document's loss comes from its positions."""
 
@@ -104,6 +96,29 @@ class StoredBy(StrEnum):
     token = "token"
 
 
+class OptimizerName(StrEnum):
+    """Optimizers of retraining."""
+
+    sgd = "sgd"
+    adam = "adam"
+    adamw = "adamw"
+
+
+class ScheduleName(StrEnum):
+    """What the learning rate does after the warmup."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Init(StrEnum):
+    """Where retraining starts."""
+
+    given = "given"
+    random = "random"
+
+
 def _option(kind: Any, name: str, help: str) -> Any:
     return Annotated[kind, typer.Option(name, help=help, show_default=True)]
 
@@ -145,9 +160,18 @@ Run = Annotated[
 ScoreRun = Annotated[
     str | None, typer.Argument(help="The run directory to write scores.h5 to; none: only show them.")
 ]
+TruthRun = Annotated[
+    str, typer.Argument(help="The run directory to write truth.h5 to; resumed if the same command made it.")
+]
 CheckedModel = Annotated[str, typer.Argument(help="Local folder, .gguf file or hub name.")]
 FittedQuery = Annotated[str, typer.Argument(help="The run directory of the queries' curvature.")]
 FittedTrain = Annotated[str, typer.Argument(help="The run directory of the training rows' curvature.")]
+Merged = Annotated[str, typer.Argument(help="The run directory that the shards were given.")]
+Truth = Annotated[str, typer.Argument(help="What gradfn retrain wrote.")]
+Scores = Annotated[list[str], typer.Argument(metavar="RUN", help="What gradfn score RUN wrote; several.")]
+OneScores = Annotated[str, typer.Argument(metavar="RUN", help="What gradfn score RUN wrote.")]
+OtherScores = Annotated[str, typer.Argument(metavar="OTHER", help="Scores of the same rows and queries.")]
+SelfScores = Annotated[str, typer.Argument(metavar="RUN", help="What gradfn score RUN --self wrote.")]
 Inspected = Annotated[str, typer.Argument(help="A run directory, or an .h5 file in it.")]
 
 _PRECISION = "Dtype of the model's weights; tf32: fp32, multiplied on the device's TF32 or bf16 units"
@@ -303,6 +327,14 @@ METHOD: Group = {
         1000,
     ),
 }
+KEEP: Group = {
+    "keep": (
+        _option(str, "--keep", "Coordinates: 128x128 of both sides of every block, or 4096 of it all."),
+        "128x128",
+    ),
+    "rows": (_option(int, "--rows", "Training rows, and queries at most, to look at."), 512),
+    "seed": (_option(int, "--seed", "Which rows, and the noise of the start."), 0),
+}
 OPTIMIZER: Group = {
     "optimizer_state": (
         _option(
@@ -344,28 +376,29 @@ MIX: Group = {
         None,
     ),
 }
-_SIDE = "Side of each layer's projected block; 0: none, the full gradient."
+_PROJECTION = (
+    "'gaussian:64x64' projects both sides of each layer's gradient, 'sjlt:4096' the flattened gradient; "
+    "'mask:128x128 > sjlt:4096', 'joint > fjlt:2048', 'pca:64x64:RUN', 'selective:RUN', 'none'. Kinds: "
+    "rademacher, gaussian, orthonormal, mask, sjlt, fjlt."
+)
+_OTHERWISE = "[default: the curvature's, or else rademacher:16x16]"
 PROJECTION: Group = {
-    "projection_dim": (
-        _option(int | None, "--projection-dim", f"{_SIDE} [default: the curvature's, or else 16]"),
-        None,
-    ),
-    "projection": (
-        _option(Distribution, "--projection", "Distribution of the projection."),
-        Distribution.rademacher,
-    ),
-    "seed": (_option(int, "--seed", "Key of the projection."), 0),
-}
-SCORE_PROJECTION: Group = {
-    **PROJECTION,
+    "projection": (_option(str | None, "--projection", f"{_PROJECTION} {_OTHERWISE}"), None),
     "projection_dim": (
         _option(
             int | None,
             "--projection-dim",
-            f"{_SIDE} [default: the curvature's, or else the method's, 16 or 0]",
+            "16 is short for --projection rademacher:16x16 (or the kind that --projection names), but sides "
+            "up to 16 stay; 0: the full gradient.",
         ),
         None,
     ),
+    "seed": (_option(int, "--seed", "Key of the projection."), 0),
+}
+_METHODS = "[default: the curvature's, or else the method's, rademacher:16x16 or none]"
+SCORE_PROJECTION: Group = {
+    **PROJECTION,
+    "projection": (_option(str | None, "--projection", f"{_PROJECTION} {_METHODS}"), None),
 }
 UNIT: Group = {
     "unit_normalize": (
@@ -427,8 +460,56 @@ STORED_BY: Group = {
 }
 QUERY_BY: Group = {"by": (_option(By | None, "--by", f"{_BY} [default: the store's]"), None)}
 
+TRAINED: Group = {name: option for name, option in MODEL.items() if name != "token_batch_size"}
+ASKED: Group = {name: option for name, option in QUERY.items() if name != "query_path"}
+SUBSETS: Group = {
+    "subsets": (_option(int, "--subsets", "How many subsets of the rows to train on."), 50),
+    "fraction": (_option(float | None, "--fraction", "Share of the rows in a subset. [default: 0.5]"), None),
+    "leave_out": (
+        _option(int | None, "--leave-out", "Instead of a share: rows to leave out; 1 leaves each out once."),
+        None,
+    ),
+    "remove_top": (
+        _option(
+            str | None,
+            "--remove-top",
+            "Instead of subsets at random: all rows, all but each query's so many best, and controls: 10,20.",
+        ),
+        None,
+    ),
+    "scores": (_option(str | None, "--scores", "For --remove-top: the run of scores that says which."), None),
+    "seeds": (_option(int, "--seeds", "Models of each subset, whose losses are averaged."), 2),
+}
+RETRAINING: Group = {
+    "epochs": (_option(int, "--epochs", "Passes over a subset."), 3),
+    "batch_size": (_option(int, "--batch-size", "Rows a step."), 8),
+    "optimizer": (_option(OptimizerName, "--optimizer", "As in torch.optim."), OptimizerName.adamw),
+    "learning_rate": (_option(float, "--learning-rate", "Before the schedule."), 1e-3),
+    "momentum": (_option(float, "--momentum", "Of sgd."), 0.0),
+    "weight_decay": (_option(float, "--weight-decay", "In the convention of the optimizer."), 0.0),
+    "schedule": (
+        _option(ScheduleName, "--schedule", "Of the learning rate after the warmup; down to 0."),
+        ScheduleName.constant,
+    ),
+    "warmup": (_option(int, "--warmup", "Steps over which the learning rate rises from 0."), 0),
+    "init": (
+        _option(Init, "--init", "Start from the weights of --model, or from new ones of its architecture."),
+        Init.given,
+    ),
+    "seed": (_option(int, "--seed", "Of subsets, data orders and new weights."), 0),
+}
 AGGREGATION: Group = {
     "aggregation": (_option(Aggregated, "--aggregation", "Of the rows' gradients."), Aggregated.mean),
+}
+SHARD: Group = {
+    "shard": (
+        _option(
+            str | None,
+            "--shard",
+            "I/N: do the I-th of N parts of the rows, as one job of an array; gradfn merge joins them.",
+        ),
+        None,
+    ),
 }
 OVERWRITE: Group = {
     "overwrite": (_option(bool, "--overwrite", "Replace what an earlier command wrote there."), False),
@@ -439,5 +520,35 @@ TABLE: Group = {
     "jsonl": (_option(Path | None, "--jsonl", "Write the table here too."), None),
     "parquet": (_option(Path | None, "--parquet", "Write the table here too."), None),
 }
+EXPORTS: Group = {name: TABLE[name] for name in ("csv", "jsonl", "parquet")}
+PLOT: Group = {"plot": (_option(Path | None, "--plot", "Draw it here: a .png, .pdf or .svg."), None)}
+RESAMPLING: Group = {
+    "seed": (_option(int, "--seed", "Of intervals, and of the queries that dampings are chosen on."), 0),
+}
+WRONG: Group = {
+    "dataset": (_option(str | None, "--dataset", "The rows that were scored. [default: as recorded]"), None),
+    "split": (_option(str | None, "--split", "Split of a dataset. [default: as recorded]"), None),
+    "label_column": (
+        _option(str, "--label-column", "Column with 1 for a row that is wrong and 0 for a right one."),
+        "is_wrong",
+    ),
+    "top": (
+        _option(int | None, "--top", "Rows of which the precision is told. [default: as many as are wrong]"),
+        None,
+    ),
+}
+KNOWN: Group = {
+    "query": (
+        _option(
+            str | None,
+            "--query",
+            "The queries that were scored, with a column source: a row's id. [default: as recorded]",
+        ),
+        None,
+    ),
+    **QUERY_SPLIT,
+    "top": (_option(int, "--top", "Rows among which a source counts as found."), 5),
+}
+AGREEMENT: Group = {"top": (_option(int, "--top", "Proponents that are compared."), 10)}
 GRADIENTS: Group = {**OPTIMIZER, **PROJECTION, **CURVATURE, **UNIT, **LOSS, **LAYERS, **STORED_BY}
 """Of commands that write gradients."""

@@ -11,6 +11,7 @@ from gradfn.cli.show import check_exports, console, count, facts
 from gradfn.cli.stages import curvature_for, dampings_of, normalizer
 from gradfn.cli.tell import check_top, ranks_needed, show_all
 from gradfn.errors import InputError
+from gradfn.masks import LOADERS
 from gradfn.runs import (
     base_of,
     ends_in_unit_norm,
@@ -91,7 +92,7 @@ def _method(subject: Subject, store: Store, options: inputs.Options) -> tuple[Me
     settings, what = store.settings, f"the store {options['store']}"
     state = settings.get("optimizer_state", {}).get("path")
     normalize = None if state is None else normalizer(state, subject)
-    base = transform_of({"transform": base_of(settings)}, normalize)
+    base = transform_of({"transform": base_of(settings)}, normalize, LOADERS)
     wanted = {**subject.settings(), "transform": chain(base).settings()}
     refuse_mismatch({**settings, "transform": base_of(settings)}, wanted, what)
     unit, path = options["unit_normalize"] or bool(tail_of(settings)), options["hessian_path"]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gradfn.cli import inputs
 from gradfn.cli.inputs import Options, Subject
+from gradfn.cli.merge import next_facts, shard_facts, tokens_of
+from gradfn.cli.projections import with_projection
 from gradfn.cli.queries import (
     Queries,
     check_groups,
@@ -21,7 +23,7 @@ from gradfn.cli.queries import (
 )
 from gradfn.cli.rows import Ranked, loaded_rows
 from gradfn.cli.show import check_exports, console, count, facts, progress_bar
-from gradfn.cli.stages import Stages, load_stages, projection_dim_of, recipe_of
+from gradfn.cli.stages import Stages, load_stages, recipe_of
 from gradfn.cli.tell import (
     check_top,
     gradients_line,
@@ -30,16 +32,20 @@ from gradfn.cli.tell import (
     subject_facts,
     unprobed_facts,
 )
+from gradfn.curvature import Curvature
 from gradfn.data import Documents, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import locate_model
-from gradfn.methods.recipes import RECIPES, Problem, Recipe, times_doubt, weighted_sum
+from gradfn.methods.recipes import RECIPES, Keep, Problem, Recipe, times_doubt, weighted_sum
 from gradfn.probes import Engine, probe_engine
-from gradfn.runs import SHARES, Summary, merged, score_run, unprobed, write_scores
+from gradfn.runs import SHARES, Summary, hessian, merged, score_run, unprobed, write_scores
 from gradfn.scoring import Method, extremes, extremes_of, on_device_of
-from gradfn.store import open_store
+from gradfn.shards import Shard, parse_shard, shard_run
+from gradfn.store import open_part, open_store
 from gradfn.stream import Progress, gather, stream_to_host
+from gradfn.transforms import Transform
+from gradfn.transforms.joint import joint
 from gradfn.types import Rows
 
 
@@ -53,7 +59,12 @@ def run_score(**options: Any) -> None:
         lacking = "--model" if options["model"] is None else "--dataset"
         raise InputError(f"no {lacking}: give both --model and --dataset, or neither for the example")
     name, recipe = recipe_of(options)
+    shard = _shard_of(options, name, recipe)
     options = _with_defaults(options, recipe)
+    if str(options["by"]) in ("module", "head") and joint() in options["projection"].stages:
+        raise InputError(
+            f"joint makes one block of all, which is not told apart by {options['by']}: leave one of them out"
+        )
     check_top(options["top"])
     check_exports([options["csv"], options["jsonl"], options["parquet"]], options["overwrite"])
     weighted = checkpoints_of(options)
@@ -64,11 +75,13 @@ def run_score(**options: Any) -> None:
     subject = inputs.load_subject(options)
     train = inputs.load_documents(subject, rows, options)
     asked = query_documents(subject, query_rows, options)
-    case = Case(options, name, recipe, train, asked, query_rows)
+    case = Case(options, name, recipe, train, asked, query_rows, shard)
     if _joins(recipe, weighted):
         queries, ranked = _checkpoints(case, subject, weighted)
     else:
         queries, ranked = _one_checkpoint(case, subject)
+    if ranked is None:
+        return
     by = str(options["by"])
     show_all(console(), subject, loaded_rows(train, subject.tokenizer, by), queries, ranked, by, options)
 
@@ -83,6 +96,7 @@ class Case:
         train: the training rows.
         asked: the queries' tokens, where there are any.
         query_rows: the dataset that they come from.
+        shard: the part of the rows to score, where it is not all of them.
     """
 
     options: Options
@@ -91,20 +105,28 @@ class Case:
     train: Documents | Pairs
     asked: Documents | Pairs | None
     query_rows: Any | None
+    shard: Shard | None = None
 
     @property
     def by_block(self) -> bool:
         """Whether scores are told apart by block."""
         return str(self.options["by"]) in ("module", "head")
 
-    def prepare(self, subject: Subject) -> tuple[Queries, Method, dict[str, Any]]:
-        """The queries' gradients, the method, and what a run records of them, for one checkpoint."""
+    def prepare(self, subject: Subject, run: str | None) -> tuple[Queries, Method, dict[str, Any]]:
+        """The queries' gradients, the method, and what a run records of them, for one checkpoint.
+
+        Args:
+            run: the checkpoint's own run directory, which keeps the curvature that the method fits.
+        """
         options = self.options
         stages = load_stages(subject, options, fitted=self.recipe.curvature)
         wanted = {**subject.settings(), "transform": stages.base.settings()}
         told = ("method", f"{self.name}, {gradients_line(stages.base)}")
-        console().print(facts([*subject_facts(subject, self.train), told]))
-        method = self._method(subject, stages, wanted)
+        rows = [*subject_facts(subject, self.train), *shard_facts(self.train, self.shard)]
+        console().print(facts([*rows, told, *self._unlike_less()]))
+        method = self._method(subject, stages, wanted, run)
+        if lines := self._unlike_trackstar(stages, method):
+            console().print(facts(lines))
         if options["self_influence"]:
             queries = self_query()
         else:
@@ -112,13 +134,13 @@ class Case:
         known = {"recipe": self.name, **stages.settings, **queries.settings, **self._data()}
         return queries, method, merged(subject.settings(), known)
 
-    def _method(self, subject: Subject, stages: Stages, wanted: dict[str, Any]) -> Method:
+    def _method(self, subject: Subject, stages: Stages, wanted: dict[str, Any], run: str | None) -> Method:
         """The recipe's method; what it will not go with is refused before a curvature is fitted."""
         fits = self.recipe.curvature and stages.curvature is None and self.name in RECIPES
         if fits and self.options["query_path"] is not None:
             check_stored(self.options["query_path"], wanted, self.name)
         with subject.multiplying():
-            method = self.recipe.method(self._problem(subject, stages))
+            method = self.recipe.method(self._problem(subject, stages, run))
         if stages.curvature is not None and method.curvature is not stages.curvature:
             raise InputError(
                 f"{self.name} takes no curvature that was fitted before: leave out --hessian-path"
@@ -130,24 +152,74 @@ class Case:
             )
         return method
 
-    def _problem(self, subject: Subject, stages: Stages) -> Problem:
+    def _unlike_less(self) -> list[tuple[str, str]]:
+        """A note where LESS is not what its paper has."""
+        if self.name != "less" or self.options["optimizer_state"] is not None:
+            return []
+        return [("note", "no --optimizer-state, so rows are not scaled by Adam's moments, as LESS has them")]
+
+    def _unlike_trackstar(self, stages: Stages, method: Method) -> list[tuple[str, str]]:
+        """A note where there are fewer directions than TrackStar is to count less."""
+        H, components = method.curvature, self.options["target_downweight_components"]
+        if self.name != "trackstar" or stages.curvature is not None or H is None:
+            return []
+        directions = sum(one.values.numel() for one in H.values())
+        few = f"the gradients have {directions:,} directions, fewer than the {components:,} of"
+        note = ("note", f"{few} --target-downweight-components: the last counts")
+        return [note] if directions < components else []
+
+    def _keep(self, subject: Subject, stages: Stages, run: str) -> Keep:
+        """What fits a curvature over the training rows as `gradfn hessian` would, and takes the one there."""
+        options, view = self.options, replace(subject.view, tokens=False)
+        settings = {**subject.settings(), **stages.settings, **self._data(), "layers": view.settings()}
+
+        def keep(fold: Any, transform: Transform, progress: Progress | None) -> Curvature:
+            return hessian(
+                run, subject.model, self.train, fold, transform, labels=options["labels"].value,
+                seed=options["seed"], loss=subject.loss, view=view, partitions=options["partitions"],
+                token_batch_size=subject.token_batch_size, settings=settings,
+                overwrite=options["overwrite"], progress=progress,
+            )  # fmt: skip
+
+        return keep
+
+    def _problem(self, subject: Subject, stages: Stages, run: str | None) -> Problem:
         options = self.options
         return Problem(
             subject.model, self.train, [] if self.asked is None else self.asked, subject.loss,
             subject.query_loss, stages.normalize, stages.projection, stages.curvature, stages.dampings,
             options["labels"].value, options["seed"], options["target_downweight_components"],
             replace(subject.view, tokens=False), options["partitions"], subject.token_batch_size,
-            progress_bar,
+            progress_bar, None if run is None else self._keep(subject, stages, run),
         )  # fmt: skip
 
     def _data(self) -> dict[str, Any]:
         return {"data": {"path": inputs.anchored(self.options["dataset"]), "split": self.options["split"]}}
 
 
+def _shard_of(options: Options, name: str, recipe: Recipe) -> Shard | None:
+    """What --shard says; refused where a part cannot be scored alone, or would be shown as if it were all."""
+    shard = parse_shard(options["shard"])
+    if shard is None:
+        return None
+    if options["run"] is None:
+        raise InputError("--shard writes its part to a run directory: give RUN, the same to all shards")
+    if given := [key for key in ("csv", "jsonl", "parquet") if options[key] is not None]:
+        raise InputError(
+            f"a shard shows no table: leave out --{given[0]}, and give it to the command without --shard, "
+            "after gradfn merge"
+        )
+    if recipe.curvature and options["hessian_path"] is None:
+        raise InputError(
+            f"{name} fits over all training rows, which a shard does not see: fit its curvature with gradfn "
+            "hessian --shard and gradfn merge, and give it with --hessian-path; or leave out --shard"
+        )
+    return shard
+
+
 def _with_defaults(options: Options, recipe: Recipe) -> dict[str, Any]:
     """What the method decides where the options do not."""
-    filled = dict(options)
-    filled["projection_dim"] = projection_dim_of(options, recipe.projection_dim)
+    filled = with_projection(options, recipe.projection)
     if recipe.criterion is not None and str(options["loss"]) == "cross_entropy":
         filled["loss"] = recipe.criterion
     if options["self_influence"]:
@@ -203,12 +275,12 @@ def _joins(recipe: Recipe, weighted: Weighted) -> bool:
     return weighted[0][0] is not None or recipe.combine is not weighted_sum
 
 
-def _one_checkpoint(case: Case, subject: Subject) -> tuple[Queries, Ranked]:
-    """Score all rows, to a run directory if one is given, and rank them."""
-    queries, method, settings = case.prepare(subject)
+def _one_checkpoint(case: Case, subject: Subject) -> tuple[Queries, Ranked | None]:
+    """Score the rows, to a run directory if one is given, and rank them, but for a part of them."""
     run, by_block = case.options["run"], case.by_block
+    queries, method, settings = case.prepare(subject, run)
     shown = queries.with_dampings(damping_names(method))
-    with subject.multiplying(), progress_bar("scores", int(case.train.lengths.sum())) as progress:
+    with subject.multiplying(), progress_bar("scores", tokens_of(case.train, case.shard)) as progress:
         if run is None:
             engine = _engine(subject, queries, method, by_block=False)
             best = extremes_of(engine, case.train, ranks_needed(case.options),
@@ -216,10 +288,12 @@ def _one_checkpoint(case: Case, subject: Subject) -> tuple[Queries, Ranked]:
             lines = unprobed_facts(unprobed(engine))
         else:
             summary = _write_scores(case, subject, run, queries, shown, method, settings, progress)
-            lines = _score_facts(summary, subject, shown)
-            best = extremes(score_chunks(run), ranks_needed(case.options))
+            lines = [*_score_facts(summary, subject, shown), *_next(case)]
+            best = None if case.shard else extremes(score_chunks(run), ranks_needed(case.options))
     if lines:
         console().print(facts(lines))
+    if best is None:
+        return shown, None
     if not by_block:
         return shown, Ranked(*best)
     if run is not None:
@@ -227,66 +301,71 @@ def _one_checkpoint(case: Case, subject: Subject) -> tuple[Queries, Ranked]:
     return shown, _with_shares(Ranked(*best), case, subject, queries, shown, method)
 
 
+def _next(case: Case) -> list[tuple[str, str]]:
+    """What follows on a part."""
+    return next_facts(case.options["run"], case.shard, ", and this without --shard shows the rows")
+
+
 def damping_names(method: Method) -> list[str]:
     """The dampings that scores come for, as the command line spells them."""
     return ["none" if damping is None else str(damping) for damping in method.damping]
 
 
-def _checkpoints(case: Case, subject: Subject, weighted: Weighted) -> tuple[Queries, Ranked]:
-    """Score all rows at every checkpoint, and join what they say."""
+def _checkpoints(case: Case, subject: Subject, weighted: Weighted) -> tuple[Queries, Ranked | None]:
+    """Score the rows at every checkpoint, and join what they say."""
     run, results, shown = case.options["run"], [], self_query()
     for number, (path, _) in enumerate(weighted, 1):
         one = subject if path is None else inputs.at_checkpoint(subject, path, case.options)
-        queries, method, settings = case.prepare(one)
+        part = None if run is None else str(Path(run) / f"checkpoint-{number}")
+        queries, method, settings = case.prepare(one, part)
         shown = queries.with_dampings(damping_names(method))
-        with one.multiplying(), progress_bar("scores", int(case.train.lengths.sum())) as progress:
-            if run is None:
+        with one.multiplying(), progress_bar("scores", tokens_of(case.train, case.shard)) as progress:
+            if part is None:
                 results.append(gather(_engine(one, queries, method, by_block=False), case.train,
                                       token_batch_size=one.token_batch_size, progress=progress))  # fmt: skip
             else:
-                part = str(Path(run) / f"checkpoint-{number}")
                 _write_scores(case, one, part, queries, shown, method, settings, progress)
-                results.append(_read_scores(part))
+                results.append(_read_scores(part, case.shard))
     scores = case.recipe.combine(results, [weight for _, weight in weighted])
     if scores.shape[1] != len(shown.ids):
         shown = shown.joined(case.name)
     if run is not None:
-        _write_joined(case, subject, run, weighted, shown, Rows(scores, results[-1].losses))
-        lines = [
-            ("scores", f"{run}/scores.h5 [{count(len(scores), 'row')}, {count(scores.shape[1], 'query')}]")
-        ]
-        console().print(facts(lines))
+        path = _write_joined(case, subject, run, weighted, shown, Rows(scores, results[-1].losses))
+        shape = f"{count(len(scores), 'row')}, {count(scores.shape[1], 'query')}"
+        console().print(facts([("scores", f"{path} [{shape}]"), *_next(case)]))
+    if case.shard is not None:
+        return shown, None
     return shown, Ranked(*extremes([scores], ranks_needed(case.options)))
 
 
-def _read_scores(run: str) -> Rows:
+def _read_scores(run: str, shard: Shard | None) -> Rows:
     import torch
 
-    with open_store(run, "scores") as store:
+    with open_part(shard_run(run, shard), "scores") as store:
         losses = (
-            torch.from_numpy(store.read("rows/loss"))
+            torch.from_numpy(store.read("rows/loss", *store.span))
             if "rows/loss" in store.names("rows")
             else torch.zeros(0)
         )
-        return Rows(torch.from_numpy(store.read("scores")), losses)
+        return Rows(torch.from_numpy(store.read("scores", *store.span)), losses)
 
 
 def _write_joined(
     case: Case, subject: Subject, run: str, weighted: Weighted, shown: Queries,
     result: Rows,
-) -> None:  # fmt: skip
+) -> Path:  # fmt: skip
     parts = [{"path": None if path is None else inputs.anchored(path), "weight": weight,
-              "settings": _settings_of(Path(run) / f"checkpoint-{number}")}
+              "settings": _settings_of(shard_run(Path(run) / f"checkpoint-{number}", case.shard))}
              for number, (path, weight) in enumerate(weighted, 1)]  # fmt: skip
-    write_scores(
+    return write_scores(
         run, case.train, result, settings={"recipe": case.name, "checkpoints": parts},
         fixed={"queries/id": shown.ids, "queries/text": shown.texts}, tokens=subject.view.tokens,
-        overwrite=case.options["overwrite"],
+        overwrite=case.options["overwrite"], shard=case.shard,
     )  # fmt: skip
 
 
 def _settings_of(run: Path) -> dict[str, Any]:
-    with open_store(run, "scores") as store:
+    with open_part(run, "scores") as store:
         return store.settings
 
 
@@ -297,6 +376,7 @@ def _write_scores(
     return score_run(
         run, subject.model, case.train, None if case.options["self_influence"] else queries.gradients, method,
         by_block=case.by_block, settings=settings, overwrite=case.options["overwrite"], progress=progress,
+        shard=case.shard,
         fixed={"queries/id": shown.ids, "queries/text": shown.texts}, **subject.engine_options(),
     )  # fmt: skip
 

@@ -215,8 +215,22 @@ def export(
     parquet_path: Path | None,
 ) -> None:
     """Write the table in the formats asked for, each whole or not at all; one line a share of a score."""
-    columns = (*EXPORTED, *FURTHER.get(by, ()))
     lines = [line for row in rows for line in _lines(row)]
+    export_table(
+        lines, (*EXPORTED, *FURTHER.get(by, ())), csv_path=csv_path, jsonl_path=jsonl_path,
+        parquet_path=parquet_path,
+    )  # fmt: skip
+
+
+def export_table(
+    lines: Sequence[Row],
+    columns: Sequence[str],
+    *,
+    csv_path: Path | None,
+    jsonl_path: Path | None,
+    parquet_path: Path | None,
+) -> None:
+    """Write any table in the formats asked for, each whole or not at all."""
     for path, write in ((csv_path, _write_csv), (jsonl_path, _write_jsonl), (parquet_path, _write_parquet)):
         if path is None:
             continue
@@ -254,7 +268,18 @@ def _write_parquet(rows: Sequence[Row], columns: Sequence[str], path: Path) -> N
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {**dict.fromkeys(("rank", "row", "document", "position"), pa.int64()),
+    found = {name: _parquet_kind([row[name] for row in rows]) for name in columns}
+    kinds = {**found, **dict.fromkeys(("rank", "row", "document", "position"), pa.int64()),
              **dict.fromkeys(("score", "share"), pa.float64())}  # fmt: skip
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
+    schema = pa.schema([(name, kinds[name]) for name in columns])
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), path)
+
+
+def _parquet_kind(values: Sequence[Any]) -> Any:
+    """The type of a column; numbers that are sometimes absent are numbers, and an empty column is text."""
+    import pyarrow as pa
+
+    there = [value for value in values if value is not None]
+    if there and all(isinstance(value, int) for value in there):
+        return pa.int64()
+    return pa.float64() if there and all(isinstance(value, int | float) for value in there) else pa.string()

@@ -8,17 +8,12 @@ from gradfn.cli.inputs import Options, Subject, anchored
 from gradfn.curvature import Curvature
 from gradfn.errors import InputError
 from gradfn.hf.optimizer_state import load_optimizer_state
+from gradfn.masks import refuse_foreign
 from gradfn.methods import RECIPES, Problem, Recipe, influence, recipe_named
 from gradfn.runs import load_curvature, open_curvature, refuse_mismatch
+from gradfn.scoring import Norm
 from gradfn.spectrum import Damping, parse_dampings
-from gradfn.transforms import Chain, Transform, chain, precondition, project, unit_normalize
-
-COSINES = ("grad_cosine", "trackstar", "less")
-"""Recipes that are cosines already."""
-NO_SELF = (*COSINES, "relatif", "datainf", "influence cosine")
-"""Recipes in which a row has no influence on itself to speak of: a norm, or a solution for given queries."""
-PRODUCTS = ("kfac", "tkfac")
-"""Recipes whose curvature is a product of two factors."""
+from gradfn.transforms import Chain, Transform, chain, precondition, unit_normalize
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,24 +80,13 @@ def load_stages(subject: Subject, options: Options, *, fitted: bool = False) -> 
     state = options["optimizer_state"]
     normalize = chain() if state is None else normalizer(state, subject)
     settings: dict[str, Any] = {} if state is None else {"optimizer_state": {"path": anchored(state)}}
-    dim, kind = options["projection_dim"], str(options["projection"])
-    projection = project(dim, kind, options["seed"])  # pyright: ignore[reportArgumentType]
+    projection = options["projection"]
+    refuse_foreign(projection, normalize, subject.settings())
     wanted = {**subject.settings(), "transform": chain(normalize, projection).settings()}
     H = None if path is None else curvature_for(path, wanted, dampings)
     if path is not None:
         settings["hessian"] = {"path": anchored(path)}
     return Stages(normalize, projection, H, dampings, settings)
-
-
-def projection_dim_of(options: Options, default: int) -> int:
-    """--projection-dim, or that of the curvature in --hessian-path, or the default."""
-    if options["projection_dim"] is not None:
-        return options["projection_dim"]
-    if options["hessian_path"] is None:
-        return default
-    with open_curvature(options["hessian_path"]) as store:
-        stages = store.settings["transform"]["chain"]
-    return next((stage["dim"] for stage in stages if stage["transform"] == "Project"), 0)
 
 
 def normalizer(path: str, subject: Subject) -> Transform:
@@ -126,18 +110,32 @@ def recipe_of(options: Options) -> tuple[str, Recipe]:
     name, unit = options["method"], options["unit_normalize"]
     given = options["hessian_path"] is not None
     if name is None and given:
-        name, recipe = f"influence{' cosine' if unit else ''}", Recipe(_given("cosine" if unit else "none"))
+        norm: Norm = "cosine" if unit else "none"
+        name, recipe = f"influence{' cosine' if unit else ''}", Recipe(_given(norm), norm=norm)
     else:
         name = name or ("grad_cosine" if unit else "grad_dot")
         name = name if ":" in name else name.replace("-", "_")
         recipe = recipe_named(name)
-        if unit and name not in COSINES:
+        if unit and recipe.norm != "cosine":
             raise InputError(f"{name} has no unit norm: leave out --unit-normalize, or --method")
         if given and not recipe.curvature:
             raise InputError(f"{name} has no curvature: leave out --hessian-path, or --method")
+        if given and recipe.fits is not None:
+            _check_kind(name, recipe.fits, options["hessian_path"])
     _check_fit(name, recipe, options)
-    _check_sides(name, options)
+    _check_sides(name, recipe, options)
     return name, recipe
+
+
+def _check_kind(name: str, fits: str, path: str) -> None:
+    """Refuse a curvature of another kind than the method is named after."""
+    with open_curvature(path) as store:
+        kind = str(store.read("fit/kind")[0])
+    if kind != fits:
+        raise InputError(
+            f"{name} takes a curvature of kind {fits}, and that in {path} is {kind}: leave out --method, or "
+            f"fit one with gradfn hessian --method {fits}"
+        )
 
 
 def check_fit(options: Options) -> None:
@@ -164,16 +162,17 @@ def _check_fit(name: str, recipe: Recipe, options: Options) -> None:
         if told and not fits:
             raise InputError(f"--{option} is of a curvature that is fitted here, and none is: leave it out")
     factored = any(damping.kind == "factored" for damping in dampings)
-    if factored and fits and name in RECIPES and name not in PRODUCTS:
+    if factored and fits and name in RECIPES and not recipe.product:
+        products = " or ".join(known for known, other in RECIPES.items() if other.product)
         raise InputError(
             f"factored damping needs a curvature that is a product of two factors, which that of {name} is "
-            f"not: choose --method {' or '.join(PRODUCTS)}, or another damping"
+            f"not: choose --method {products}, or another damping"
         )
 
 
-def _check_sides(name: str, options: Options) -> None:
+def _check_sides(name: str, recipe: Recipe, options: Options) -> None:
     """Refuse queries that a method cannot have."""
-    if options["self_influence"] and name in NO_SELF:
+    if options["self_influence"] and not recipe.self_influence:
         raise InputError(f"{name} gives no self-influence: choose grad_dot, or a curvature, for --self")
     if options["query_path"] is None:
         return
@@ -183,7 +182,7 @@ def _check_sides(name: str, options: Options) -> None:
         raise InputError("trackstar fits a curvature over the queries: give --query, or --hessian-path")
 
 
-def _given(norm: Any) -> Callable[[Problem], Any]:
+def _given(norm: Norm) -> Callable[[Problem], Any]:
     def make(problem: Problem) -> Any:
         assert problem.curvature is not None
         return influence(problem.curvature, problem.stage, damping=problem.damping, norm=norm)

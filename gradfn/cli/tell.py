@@ -46,8 +46,12 @@ def subject_facts(subject: Subject, train: Documents | Pairs) -> list[tuple[str,
 
 
 def gradients_line(*transforms: Transform) -> str:
-    """A chain of transforms in words."""
-    return ", ".join(map(str, chain(*transforms).stages)) or "full gradients"
+    """A chain of transforms in words, its projections as they are spelled."""
+    line, projecting = "", False
+    for stage in chain(*transforms).stages:
+        follows, projecting = projecting, "projection" in stage.settings()
+        line += (" > " if follows and projecting else ", " if line else "") + str(stage)
+    return line or "full gradients"
 
 
 def unprobed_facts(paths: Sequence[str]) -> list[tuple[str, str]]:

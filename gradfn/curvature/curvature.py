@@ -1,8 +1,9 @@
 """A curvature that was fitted over data: one spectrum a block."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -90,6 +91,24 @@ def _mixed(a: Spectrum, b: Spectrum, weight: float) -> Spectrum:
 
 def _side(basis: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return (basis.double() * values) @ basis.double().mT
+
+
+def decomposed(name: str, spectrum: Callable[..., Spectrum], *sums: Any) -> Spectrum:
+    """The spectrum of one block, `spectrum(*sums)`.
+
+    Raises:
+        InputError: naming the block, where its eigenvalues do not converge.
+
+    >>> decomposed("mlp", dense_spectrum, torch.eye(1)).values
+    tensor([[1.]], dtype=torch.float64)
+    """
+    try:
+        return spectrum(*sums)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise InputError(
+            f"the eigenvalues of the curvature of {name} do not converge: leave that layer out (--exclude "
+            f"{name}), use --precision fp64, or project to fewer numbers (--projection-dim 8)"
+        ) from error
 
 
 def dense_spectrum(matrix: torch.Tensor) -> Spectrum:

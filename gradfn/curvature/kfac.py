@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradfn.curvature.curvature import Curvature, product_spectrum
+from gradfn.curvature.curvature import Curvature, decomposed, product_spectrum
 from gradfn.errors import InputError
 from gradfn.fold import Additive, Sums, refuse_empty, square_sum
 from gradfn.spectrum import Spectrum
@@ -87,7 +87,9 @@ class Factored(Additive[Curvature]):
         for name, sums in state.blocks.items():
             if not sums[-1] > 0:
                 raise InputError(f"no position of {name} is supervised: give examples with labels")
-        spectra = {n: spectrum(sums, state.shapes[n], state.count) for n, sums in state.blocks.items()}
+        spectra = {
+            n: decomposed(n, spectrum, sums, state.shapes[n], state.count) for n, sums in state.blocks.items()
+        }
         return Curvature(self.kind, spectra, state.count)
 
 

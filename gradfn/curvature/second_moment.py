@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradfn.curvature.curvature import Curvature, dense_spectrum
+from gradfn.curvature.curvature import Curvature, decomposed, dense_spectrum
 from gradfn.fold import Additive, Sums, refuse_empty
 from gradfn.transforms import Transform
 from gradfn.transforms.summed import Summed
@@ -29,7 +29,10 @@ class SecondMoment(Additive[Curvature]):
     def finalize(self, state: Sums) -> Curvature:
         """Divide and decompose."""
         refuse_empty(state)
-        spectra = {name: dense_spectrum(total / state.count) for name, total in state.blocks.items()}
+        spectra = {
+            name: decomposed(name, dense_spectrum, total / state.count)
+            for name, total in state.blocks.items()
+        }
         return Curvature("second_moment", spectra, state.count)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradfn.curvature.curvature import Curvature, product_spectrum
+from gradfn.curvature.curvature import Curvature, decomposed, product_spectrum
 from gradfn.fold import Additive, Sums, refuse_empty
 from gradfn.transforms import Transform
 from gradfn.transforms.summed import Summed
@@ -35,7 +35,9 @@ class Shampoo(Additive[Curvature]):
         for name, sums in state.blocks.items():
             out, into = state.shapes[name][-2:]
             left, right = (sums / state.count).split([out * out, into * into])
-            spectra[name] = product_spectrum(left.view(out, out), right.view(into, into), exponent=0.5)
+            spectra[name] = decomposed(
+                name, product_spectrum, left.view(out, out), right.view(into, into), 0.5
+            )
         return Curvature("shampoo", spectra, state.count)
 
 

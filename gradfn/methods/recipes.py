@@ -35,14 +35,15 @@ from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
 from gradfn.sampling import sample_labels
-from gradfn.scoring import Method
+from gradfn.scoring import Method, Norm
 from gradfn.spectrum import Damping
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
 from gradfn.transforms import Transform, chain
-from gradfn.transforms.joint import joint
+from gradfn.transforms.joint import Joint, joint
 from gradfn.types import Blocks, Data, LossFn, Rows
 
 Watch = Callable[[str, int], AbstractContextManager[Progress | None]]
+Keep = Callable[[Any, Transform, Progress | None], Curvature]
 
 
 def _unwatched(what: str, total: int) -> AbstractContextManager[None]:
@@ -67,6 +68,8 @@ class Problem:
         components: TrackStar's number of directions to count less.
         view, partitions, token_batch_size: see `fit`.
         watch: `watch(what, tokens)` gives a context with a progress callback, or None.
+        keep: `keep(fold, transform, progress)` fits a curvature over the training rows and keeps it on disk,
+            or takes the one there; None: it is fitted and not kept.
     """
 
     model: nn.Module
@@ -85,6 +88,7 @@ class Problem:
     partitions: int = 1
     token_batch_size: int = TOKEN_BATCH_SIZE
     watch: Watch = field(default=_unwatched, repr=False)
+    keep: Keep | None = field(default=None, repr=False)
 
     @property
     def stage(self) -> Transform:
@@ -105,12 +109,16 @@ class Problem:
         data = self.query if queries else self.train
         if queries and not len(data):
             raise InputError("this method fits a curvature over the queries: give --query, or --hessian-path")
+        total = int(lengths_of(data).sum()) * passes(fold) * self.partitions
+        transform = self.stage if transform is None else transform
+        if self.keep is not None and not queries and getattr(fold, "gives_curvature", False):
+            with self.watch("curvature", total) as progress:
+                return self.keep(fold, transform, progress)
         if self.labels == "model":
             data = sample_labels(loss, data, self.seed, token_batch_size=self.token_batch_size)
-        total = int(lengths_of(data).sum()) * passes(fold) * self.partitions
         with self.watch("curvature", total) as progress:
             return fit(
-                fold, self.model, data, self.stage if transform is None else transform, loss=loss,
+                fold, self.model, data, transform, loss=loss,
                 view=self.view, partitions=self.partitions, token_batch_size=self.token_batch_size,
                 progress=progress,
             )  # fmt: skip
@@ -146,17 +154,33 @@ class Recipe:
 
     Args:
         method: what it does for one checkpoint.
-        projection_dim: of both sides, unless told otherwise; 0 is the full gradient.
+        projection: of both sides, unless told otherwise, as it is spelled; "none" is the full gradient.
         criterion: the loss it is defined with; None: any.
         combine: how checkpoints are joined.
         curvature: whether it has one, which damping and a fitted curvature belong to.
+        fits: the kind of curvature that it fits, and takes where one is given; None: any, or none.
+        norm: what its rows are divided by: "none", "cosine" or "relative".
+        solves: whether it solves for given queries.
     """
 
     method: Callable[[Problem], Method]
-    projection_dim: int = 16
+    projection: str = "rademacher:16x16"
     criterion: str | None = None
     combine: Combine = weighted_sum
     curvature: bool = True
+    fits: str | None = None
+    norm: Norm = "none"
+    solves: bool = False
+
+    @property
+    def product(self) -> bool:
+        """Whether its curvature is a product of two factors, which factored damping needs."""
+        return self.fits in ("kfac", "tkfac")
+
+    @property
+    def self_influence(self) -> bool:
+        """Whether a row has an influence on itself to speak of: no norm, and no solution for queries."""
+        return self.norm == "none" and not self.solves
 
 
 def _influence_of(fold: Callable[[], Any]) -> Callable[[Problem], Method]:
@@ -172,7 +196,10 @@ def _trackstar(problem: Problem) -> Method:
 
 
 def _trak(problem: Problem) -> Method:
-    whole = replace(problem, normalize=chain(problem.normalize, problem.projection), projection=joint())
+    if any(isinstance(stage, Joint) for stage in chain(problem.projection).stages):
+        whole = problem
+    else:
+        whole = replace(problem, normalize=chain(problem.normalize, problem.projection), projection=joint())
     return influence(whole.fit(second_moment()), whole.stage, damping=problem.damping)
 
 
@@ -193,21 +220,25 @@ def _datainf(problem: Problem) -> Method:
 
 RECIPES: Mapping[str, Recipe] = {
     "grad_dot": Recipe(lambda problem: grad_dot(problem.stage), curvature=False),
-    "grad_cosine": Recipe(lambda problem: grad_cosine(problem.stage), curvature=False),
-    "tracin": Recipe(lambda problem: grad_dot(problem.stage), projection_dim=0, curvature=False),
-    "less": Recipe(_less, combine=best_query, curvature=False),
-    "trackstar": Recipe(_trackstar),
-    "logra": Recipe(_influence_of(second_moment)),
-    "kfac": Recipe(_influence_of(kfac), projection_dim=0),
-    "ekfac": Recipe(_influence_of(ekfac), projection_dim=0),
-    "shampoo": Recipe(_influence_of(shampoo), projection_dim=0),
-    "tkfac": Recipe(_influence_of(tkfac), projection_dim=0),
+    "grad_cosine": Recipe(lambda problem: grad_cosine(problem.stage), curvature=False, norm="cosine"),
+    "tracin": Recipe(lambda problem: grad_dot(problem.stage), projection="none", curvature=False),
+    "less": Recipe(_less, combine=best_query, curvature=False, norm="cosine"),
+    "trackstar": Recipe(_trackstar, fits="second_moment", norm="cosine"),
+    "logra": Recipe(_influence_of(second_moment), projection="logra:16x16", fits="second_moment"),
+    "grass": Recipe(_influence_of(second_moment), projection="grass:256", fits="second_moment"),
+    "factgrass": Recipe(_influence_of(second_moment), projection="factgrass:256", fits="second_moment"),
+    "kfac": Recipe(_influence_of(kfac), projection="none", fits="kfac"),
+    "ekfac": Recipe(_influence_of(ekfac), projection="none", fits="ekfac"),
+    "shampoo": Recipe(_influence_of(shampoo), projection="none", fits="shampoo"),
+    "tkfac": Recipe(_influence_of(tkfac), projection="none", fits="tkfac"),
     "relatif": Recipe(
         lambda problem: relatif(problem.fit(ekfac()), problem.stage, damping=problem.damping),
-        projection_dim=0,
+        projection="none",
+        fits="ekfac",
+        norm="relative",
     ),
     "trak": Recipe(_trak, criterion="log_odds", combine=times_doubt),
-    "datainf": Recipe(_datainf),
+    "datainf": Recipe(_datainf, solves=True),
 }
 
 
@@ -219,8 +250,8 @@ def recipe_named(name: str) -> Recipe:
     Raises:
         InputError: no such recipe or file.
 
-    >>> recipe_named("ekfac").projection_dim
-    0
+    >>> recipe_named("ekfac").projection
+    'none'
     """
     if name in RECIPES:
         return RECIPES[name]

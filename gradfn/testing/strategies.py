@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from gradfn.curvature.curvature import dense_spectrum, product_spectrum
 from gradfn.data import IGNORED
 from gradfn.layers import View
 from gradfn.losses import CausalLMLoss, model_loss
+from gradfn.maps import Kind
 from gradfn.per_example import call
 from gradfn.spectrum import Damping, Spectrum
 from gradfn.testing.models import (
@@ -26,17 +28,28 @@ from gradfn.testing.models import (
     seeds,
 )
 from gradfn.testing.naive import naive_causal_lm_loss, naive_token_loss
-from gradfn.transforms import Chain, Transform, adafactor, adam, chain, precondition, project, unit_normalize
-from gradfn.transforms.project import Distribution
+from gradfn.transforms import (
+    Chain,
+    Compress,
+    Project,
+    Transform,
+    adafactor,
+    adam,
+    chain,
+    precondition,
+    unit_normalize,
+)
+from gradfn.transforms.joint import JOINT, joint
 from gradfn.types import Batch, Blocks, Example, LossFn, Params
 
 __all__ = [
-    "DISTRIBUTIONS", "VOCAB", "Problem", "SquaredError", "blocks", "chains", "dampings", "encoder_rows",
+    "KINDS", "VOCAB", "Problem", "SquaredError", "blocks", "chains", "dampings", "encoder_rows",
     "image_rows", "problems", "randomize", "seeds", "shapes_of", "spectra", "squared_error", "token_rows",
     "vector_rows", "views",
 ]  # fmt: skip
 
-DISTRIBUTIONS: tuple[Distribution, ...] = ("rademacher", "gaussian", "orthonormal")
+KINDS: tuple[Kind, ...] = ("rademacher", "gaussian", "orthonormal", "mask", "sjlt", "fjlt")
+"""Of random projections."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,14 +295,14 @@ def chains(
     draw: Draw,
     shapes: Mapping[str, tuple[int, int]],
     *,
-    stages: Sequence[str] = ("project", "adam", "adafactor", "unit_normalize"),
+    stages: Sequence[str] = ("project", "compress", "adam", "adafactor", "unit_normalize"),
     max_stages: int = 4,
 ) -> Chain:
     """Chains of random stages, with random moments that fit, for blocks of these shapes.
 
     Args:
         shapes: `(out, in)` of every block, the bias column included.
-        stages: what to draw from; "precondition" is another.
+        stages: what to draw from; "precondition" and "joint" are others.
         max_stages: how many stages at most.
     """
     now = dict(shapes)
@@ -298,9 +311,16 @@ def chains(
         seed = draw(seeds())
         generator = torch.Generator().manual_seed(seed)
         if kind == "project":
-            dim = draw(st.integers(1, 6))
-            made.append(project(dim, draw(st.sampled_from(DISTRIBUTIONS)), seed))
-            now = {name: (min(dim, out), min(dim, fan_in)) for name, (out, fan_in) in now.items()}
+            dims = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+            made.append(Project(dims, draw(st.sampled_from(KINDS)), seed))
+            now = {name: (min(dims[0], out), min(dims[1], fan_in)) for name, (out, fan_in) in now.items()}
+        elif kind == "compress":
+            dim = draw(st.integers(1, 12))
+            made.append(Compress(dim, draw(st.sampled_from(KINDS)), seed))
+            now = {name: (1, dim) if dim < prod(shape) else shape for name, shape in now.items()}
+        elif kind == "joint":
+            made.append(joint())
+            now = {JOINT: (1, sum(prod(shape) for shape in now.values()))}
         elif kind == "unit_normalize":
             made.append(unit_normalize())
         elif kind == "precondition":

@@ -2,6 +2,7 @@
 
 from gradfn.transforms.chain import Blockwise, Chain, Kronecker, Rowwise, Transform, chain
 from gradfn.transforms.dot import Dot, SelfDot, dot
+from gradfn.transforms.fitted import Principal, principal
 from gradfn.transforms.lower import Lowered, lower
 from gradfn.transforms.normalize import (
     Adafactor,
@@ -12,17 +13,19 @@ from gradfn.transforms.normalize import (
     unit_normalize,
 )
 from gradfn.transforms.precondition import Precondition, precondition
-from gradfn.transforms.project import Project, project
+from gradfn.transforms.project import Compress, Project, compress, project
 
 __all__ = [
     "Adafactor",
     "Adam",
     "Blockwise",
     "Chain",
+    "Compress",
     "Dot",
     "Kronecker",
     "Lowered",
     "Precondition",
+    "Principal",
     "Project",
     "Rowwise",
     "SelfDot",
@@ -31,9 +34,11 @@ __all__ = [
     "adafactor",
     "adam",
     "chain",
+    "compress",
     "dot",
     "lower",
     "precondition",
+    "principal",
     "project",
     "unit_normalize",
 ]

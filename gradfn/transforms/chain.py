@@ -5,7 +5,7 @@ by what they need: a `Kronecker` acts on the factors of a gradient, a `Blockwise
 `Rowwise` on all blocks of an example.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import ClassVar
@@ -13,8 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradfn.errors import InputError
 from gradfn.kron import Kron
 from gradfn.types import Blocks, BlockSpec
+
+BlockFn = Callable[[Tensor], Tensor]
+"""A function of one dense block `[rows, out, in]`."""
 
 
 class Transform:
@@ -59,7 +63,9 @@ class Kronecker(Transform):
         raise NotImplementedError
 
     def __call__(self, blocks: Blocks) -> Blocks:
-        return {name: self.kron(spec_of(name, G))(G) for name, G in blocks.items()}
+        made = {name: self.kron(spec_of(name, G))(G) for name, G in blocks.items()}
+        refuse_idle([self], [any(made[name].shape != G.shape for name, G in blocks.items())])
+        return made
 
 
 class Blockwise(Transform):
@@ -69,15 +75,35 @@ class Blockwise(Transform):
     """Whether the function is linear, so that it may be applied to the parts of a sum."""
 
     def block(self, name: str, G: Tensor) -> Tensor:
-        """The function of one block."""
-        raise NotImplementedError
+        """The function of one block; or `bind`."""
+        return self.bind(spec_of(name, G))(G)
+
+    def bind(self, spec: BlockSpec) -> BlockFn:
+        """The function of one block, with what it needs made once."""
+        return lambda G: self.block(spec.name, G)
 
     def __call__(self, blocks: Blocks) -> Blocks:
-        return {name: self.block(name, G) for name, G in blocks.items()}
+        made = {name: self.block(name, G) for name, G in blocks.items()}
+        refuse_idle([self], [any(made[name].shape != G.shape for name, G in blocks.items())])
+        return made
 
 
 class Rowwise(Transform):
     """A function of all blocks of each row."""
+
+
+def refuse_idle(stages: Sequence[Transform], acts: Sequence[bool]) -> None:
+    """Refuse a projection that was asked for by its dimensions and that makes no block smaller.
+
+    Raises:
+        InputError: naming it.
+    """
+    for stage, smaller in zip(stages, acts, strict=True):
+        if getattr(stage, "strict", False) and not smaller:
+            raise InputError(
+                f"{stage} makes no block smaller, for all of them have so few numbers there already: give "
+                "smaller dimensions, or leave it out"
+            )
 
 
 def spec_of(name: str, G: Tensor) -> BlockSpec:

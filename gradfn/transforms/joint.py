@@ -15,6 +15,13 @@ JOINT = "all"
 class Joint(Rowwise):
     """`{block: [rows, ...]} -> {"all": [rows, 1, numbers]}`; see `joint`."""
 
+    def __str__(self) -> str:
+        return "joint"
+
+    def settings(self) -> dict[str, object]:
+        """The stage as it is spelled."""
+        return {"transform": "Joint", "projection": "joint"}
+
     def __call__(self, blocks: Blocks) -> Blocks:
         return {JOINT: torch.cat([G.flatten(1) for G in blocks.values()], 1)[:, None]}
 

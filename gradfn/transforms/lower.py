@@ -19,13 +19,21 @@ from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.kron import Kron
-from gradfn.transforms.chain import Blockwise, Chain, Kronecker, Rowwise, Transform, spec_of
+from gradfn.transforms.chain import (
+    BlockFn,
+    Blockwise,
+    Chain,
+    Kronecker,
+    Rowwise,
+    Transform,
+    refuse_idle,
+    spec_of,
+)
 from gradfn.transforms.dot import Dot, SelfDot
 from gradfn.transforms.normalize import UnitNormalize
 from gradfn.transforms.summed import FactorSummed, Summed
 from gradfn.types import Blocks, BlockSpec
 
-BlockFn = Callable[[Tensor], Tensor]
 DENSE_ELEMENTS = 1 << 24
 """Numbers of dense gradients of one layer to hold at a time in the backward: 64 MiB in float32."""
 
@@ -64,6 +72,10 @@ class BlockPlan:
     share: Share | None = None
     total: bool = False
     of_factors: FactorSummed | None = None
+
+    def with_matrices(self) -> "BlockPlan":
+        """The same, with every map of the Kron written out as a matrix."""
+        return replace(self, kron=self.kron.with_matrices(self.dtype, self.device))
 
     def within(self, G: Tensor) -> Tensor:
         """What runs in the backward on the dense block."""
@@ -147,7 +159,28 @@ def _split(
             raise InputError(
                 f"{last.noun} is fitted from factors, so {first} cannot come before it: leave it out"
             )
+        case (first, *rest) if rest:
+            return blocks, _Behind(first, Chain(tuple(rest)))
     return blocks, Chain(rows)
+
+
+class _Behind:
+    """Stages behind one of whole rows: lowered once, for the blocks that it gives first."""
+
+    def __init__(self, first: Transform, rest: Chain):
+        self.first, self.rest = first, rest
+        self.lowered: Lowered | None = None
+
+    def __call__(self, blocks: Blocks) -> Blocks | Tensor:
+        made = self.first(blocks)
+        if not isinstance(made, dict):
+            raise TypeError(f"{self.first} gives scores, which no stage comes behind")
+        if self.lowered is None:
+            self.lowered = lower(self.rest, [spec_of(name, G) for name, G in made.items()])
+        plans = self.lowered.plans
+        return self.lowered.finish(
+            {name: plans[name].within(plans[name].kron(G)) for name, G in made.items()}
+        )
 
 
 def lower(transform: Transform, specs: Iterable[BlockSpec], shared: frozenset[str] = frozenset()) -> Lowered:
@@ -165,19 +198,25 @@ def lower(transform: Transform, specs: Iterable[BlockSpec], shared: frozenset[st
     (torch.Size([4, 9]), (4, 4))
     """
     block_stages, rows = _split(_expanded(transform))
-    return Lowered({spec.name: _plan(block_stages, spec, spec.name in shared) for spec in specs}, rows)
+    acts = [False] * len(block_stages)
+    plans = {spec.name: _plan(block_stages, spec, spec.name in shared, acts) for spec in specs}
+    if plans:
+        refuse_idle(block_stages, acts)
+    return Lowered(plans, rows)
 
 
-def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool) -> BlockPlan:
+def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: list[bool]) -> BlockPlan:
+    """The plan of one block; `acts` notes which stages change its shape."""
     if stages and isinstance(stages[-1], FactorSummed):
-        return _factor_plan(stages[:-1], stages[-1], spec)
+        return _factor_plan(stages[:-1], stages[-1], spec, acts)
     kron, inside, behind = Kron(), [], []
     # An empty batch tells every stage's output shape without any work.
     G = torch.empty(0, *spec.shape, dtype=spec.dtype, device=spec.device)
     dense = shape = spec.shape
-    for stage in stages:
+    for number, stage in enumerate(stages):
         function, linear = _bind(stage, spec.name, G)
-        G = function(G)
+        before, G = G.shape, function(G)
+        acts[number] |= G.shape != before
         if linear and isinstance(function, Kron) and not inside and not behind:
             kron, dense = function @ kron, tuple(G.shape[1:])
         elif behind or (shared and not linear):
@@ -200,19 +239,19 @@ def _share(last: Dot | SelfDot, spec: BlockSpec, dense: tuple[int, ...]) -> Shar
     return Share(queries.view(len(queries), *dense), last.unit)
 
 
-def _factor_plan(stages: tuple[Transform, ...], last: FactorSummed, spec: BlockSpec) -> BlockPlan:
+def _factor_plan(
+    stages: tuple[Transform, ...], last: FactorSummed, spec: BlockSpec, acts: list[bool]
+) -> BlockPlan:
     """A statistic of the factors: only Krons may come before it."""
     kron, (out, into) = Kron(), spec.shape
-    for stage in stages:
+    for number, stage in enumerate(stages):
         if not isinstance(stage, Kronecker):
             raise InputError(
                 f"{last.noun} is fitted from factors, so {stage} cannot come before it: leave it out"
             )
-        one = stage.kron(replace(spec, shape=(out, into)))
-        kron, (out, into) = (
-            one @ kron,
-            one(torch.empty(out, into, device=spec.device, dtype=spec.dtype)).shape,
-        )
+        one, before = stage.kron(replace(spec, shape=(out, into))), (out, into)
+        out, into = one(torch.empty(out, into, device=spec.device, dtype=spec.dtype)).shape
+        kron, acts[number] = one @ kron, acts[number] or (out, into) != before
     x, g = (torch.empty(0, 1, size, device=spec.device, dtype=spec.dtype) for size in (into, out))
     size = tuple(last.of(x, g, x[..., 0]).shape)
     return BlockPlan(kron, (), (), (out, into), size, spec.dtype, spec.device, total=True, of_factors=last)
@@ -223,5 +262,5 @@ def _bind(stage: Transform, name: str, G: Tensor) -> tuple[BlockFn, bool]:
     if isinstance(stage, Kronecker):
         return stage.kron(spec_of(name, G)), True
     if isinstance(stage, Blockwise):
-        return (lambda value: stage.block(name, value)), stage.linear
+        return stage.bind(spec_of(name, G)), stage.linear
     raise TypeError(f"{stage} is neither a Kronecker, a Blockwise nor a Rowwise transform")

@@ -1,126 +1,157 @@
-"""Random projections of both factors of a block, drawn from (seed, block, side) wherever they are needed."""
+"""Random projections of blocks: of both factors (a Kron), or of the flattened block."""
 
-from dataclasses import dataclass
-from hashlib import sha256
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import ClassVar, get_args
 
-import numpy as np
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.kron import Kron
-from gradfn.transforms.chain import Chain, Kronecker
+from gradfn.kron import Kron, Side, apply_side
+from gradfn.maps import Kind, random_map
+from gradfn.transforms.chain import BlockFn, Blockwise, Chain, Kronecker
 from gradfn.types import BlockSpec
 
-Distribution = Literal["rademacher", "gaussian", "orthonormal"]
-
-
-def _raw(seed: int, name: str, side: str, shape: tuple[int, int], count: int) -> np.ndarray:
-    """`count` random 64-bit words of the Philox counter generator keyed by (seed, name, side, shape).
-
-    The shape is in the key so that two projections in one chain are independent at one seed.
-    """
-    digest = sha256(f"{seed}\0{name}\0{side}\0{shape[0]}x{shape[1]}".encode()).digest()
-    key = np.frombuffer(digest[:16], dtype="<u8")
-    return np.random.Philox(key=key).random_raw(count)  # the raw words are stable across numpy versions
-
-
-def _rademacher(seed: int, name: str, side: str, shape: tuple[int, int]) -> np.ndarray:
-    count = shape[0] * shape[1]
-    words = _raw(seed, name, side, shape, -(-count // 64)).astype("<u8")
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
-    return (2.0 * bits - 1.0).reshape(shape)
-
-
-def _gaussian(seed: int, name: str, side: str, shape: tuple[int, int]) -> np.ndarray:
-    """Box and Muller's transform of pairs of uniform numbers."""
-    half = -(-shape[0] * shape[1] // 2)
-    uniform = (_raw(seed, name, side, shape, 2 * half) >> 11).astype(np.float64) + 0.5
-    u, v = uniform.reshape(2, half) * 2.0**-53
-    radius, angle = np.sqrt(-2.0 * np.log(u)), 2.0 * np.pi * v
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[: shape[0] * shape[1]].reshape(
-        shape
-    )
-
-
-def _orthonormal(seed: int, name: str, side: str, shape: tuple[int, int]) -> np.ndarray:
-    """Orthonormal rows (columns, where there are more rows than columns), Haar-distributed."""
-    wide = shape[0] <= shape[1]
-    gaussian = _gaussian(seed, name, side, shape)
-    q, r = np.linalg.qr(gaussian.T if wide else gaussian)
-    q = q * np.sign(np.diag(r))  # QR leaves the signs open; this choice makes them the Haar measure's
-    return q.T if wide else q
-
-
-def random_matrix(
-    seed: int, name: str, side: str, shape: tuple[int, int], distribution: Distribution = "rademacher"
-) -> Float[Tensor, "p dim"]:
-    """Draw the projection matrix `M [p, dim]` with `E[Mᵀ M] = I`, so that inner products are unbiased.
-
-    rademacher and gaussian: i.i.d. entries over `sqrt(p)`. orthonormal: rows orthonormal, times
-    `sqrt(dim / p)`; for `p >= dim` the columns are orthonormal and the map is an isometry.
-
-    Args:
-        seed, name, side: the key; equal keys give equal matrices on every device.
-        shape: `(p, dim)`.
-
-    >>> M = random_matrix(0, "mlp", "right", (2, 64))
-    >>> M.shape, M.square().sum(0).unique()
-    (torch.Size([2, 64]), tensor([1.0000], dtype=torch.float64))
-    """
-    p, dim = shape
-    if distribution == "rademacher":
-        matrix = _rademacher(seed, name, side, shape) / np.sqrt(p)
-    elif distribution == "gaussian":
-        matrix = _gaussian(seed, name, side, shape) / np.sqrt(p)
-    else:
-        matrix = _orthonormal(seed, name, side, shape) * max(1.0, np.sqrt(dim / p))
-    return torch.from_numpy(np.ascontiguousarray(matrix))
+FLAT = "flat"
+"""The side of a map of flattened blocks, in its key."""
 
 
 @dataclass(frozen=True)
 class Project(Kronecker):
-    """`G -> L G Rᵀ` with random `L [dim, out]` and `R [dim, in]`; sides up to `dim` stay; see `project`."""
+    """`G -> L G Rᵀ`, random `L [dims[0], out]`, `R [dims[1], in]`; shorter sides stay; see `project`."""
 
-    dim: int
-    distribution: Distribution = "rademacher"
+    dims: tuple[int, int]
+    kind: Kind = "rademacher"
     seed: int = 0
+    nonzeros: int = 1
+    strict: bool = field(default=False, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.dims[0]}x{self.dims[1]}{_tail(self.nonzeros)}"
+
+    def settings(self) -> dict[str, object]:
+        """The projection as it is spelled, and the seed."""
+        return {"transform": "Project", "projection": str(self), "seed": self.seed}
 
     def kron(self, spec: BlockSpec) -> Kron:
-        """The two matrices of one block; None where there is nothing to make smaller."""
+        """The two maps of one block; None where there is nothing to make smaller."""
+        return Kron(self._side(spec, "left", 0), self._side(spec, "right", 1))
 
-        return Kron(self._side(spec, "left", spec.shape[0]), self._side(spec, "right", spec.shape[1]))
-
-    def _side(self, spec: BlockSpec, which: str, width: int) -> Tensor | None:
-        if width <= self.dim:
+    def _side(self, spec: BlockSpec, which: str, axis: int) -> Side:
+        if spec.shape[axis] <= self.dims[axis]:
             return None
-        matrix = random_matrix(self.seed, spec.name, which, (self.dim, width), self.distribution)
-        return matrix.to(spec.dtype).to(spec.device)
+        shape = (self.dims[axis], spec.shape[axis])
+        return random_map(
+            self.kind, self.seed, spec.name, which, shape, self.nonzeros, dtype=spec.dtype, device=spec.device
+        )
 
 
-def project(dim: int, distribution: Distribution = "rademacher", seed: int = 0) -> Project | Chain:
-    """Project both sides of every block at random, `[out, in] -> [dim, dim]`.
+@dataclass(frozen=True)
+class Compress(Blockwise):
+    """`vec(G) -> M vec(G)`, `[rows, out, in] -> [rows, 1, dim]`, with a random `M`; see `compress`."""
 
-    `E <P G, P H> = <G, H>` over seeds. A side that is no longer than `dim` is left as it is. `dim` 0 is the
-    full gradient (no projection).
+    dim: int
+    kind: Kind = "sjlt"
+    seed: int = 0
+    nonzeros: int = 1
+    strict: bool = field(default=False, compare=False, repr=False)
+    linear: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.dim}{_tail(self.nonzeros)}"
+
+    def settings(self) -> dict[str, object]:
+        """The projection as it is spelled, and the seed."""
+        return {"transform": "Compress", "projection": str(self), "seed": self.seed}
+
+    def bind(self, spec: BlockSpec) -> BlockFn:
+        """The map of one block, drawn once; a block of no more than `dim` numbers stays."""
+        size = spec.shape[0] * spec.shape[1]
+        if size <= self.dim:
+            return _same
+        side = random_map(
+            self.kind, self.seed, spec.name, FLAT, (self.dim, size), self.nonzeros, dtype=spec.dtype,
+            device=spec.device,
+        )  # fmt: skip
+        return lambda G: apply_side(side, G.flatten(1))[:, None]
+
+
+def _same(G: Tensor) -> Tensor:
+    return G
+
+
+def _tail(nonzeros: int) -> str:
+    return "" if nonzeros == 1 else f":{nonzeros}"
+
+
+def _check(dims: tuple[int, ...], kind: str, nonzeros: int) -> None:
+    if kind not in get_args(Kind):
+        raise InputError(f"no projection {kind!r}: choose {', '.join(get_args(Kind))}")
+    if min(dims) < 1:
+        raise InputError(f"a projection to {' x '.join(map(str, dims))} numbers: give 1 or more")
+    if nonzeros != 1 and kind != "sjlt":
+        raise InputError(f"{kind} has no number of nonzeros, which only sjlt has: leave out {nonzeros}")
+    if nonzeros < 1 or any(dim % nonzeros for dim in dims):
+        raise InputError(
+            f"an sjlt to {' x '.join(map(str, dims))} numbers cannot have {nonzeros} nonzeros a column: "
+            "give a divisor"
+        )
+
+
+def project(
+    dim: int | tuple[int, int], kind: Kind = "rademacher", seed: int = 0, nonzeros: int = 1
+) -> Project | Chain:
+    """Project both sides of every block at random, `[out, in] -> [dims[0], dims[1]]`.
+
+    `E <P G, P H> = <G, H>` over seeds. A side that is no longer than its dimension is left as it is, which
+    loses nothing. The projection acts on the factors of a gradient, before the dense one exists.
 
     Args:
-        dim: side length of the projected block.
-        distribution: "rademacher", "gaussian" or "orthonormal"; see `random_matrix`.
-        seed: key of the draw; matrices are never stored.
+        dim: `(out, in)` of the projected block; a number is both, and 0 the full gradient (no projection).
+        kind: "rademacher", "gaussian", "orthonormal", "mask", "sjlt" or "fjlt"; see `gradfn.maps`.
+        seed: key of the draw; maps are never stored.
+        nonzeros: of each column of an sjlt.
 
     Raises:
-        InputError: a negative dimension or an unknown distribution.
+        InputError: a dimension below 1 (below 0 for a single number), an unknown kind, nonzeros that do not
+            divide the dimensions; when applied, a pair of dimensions that makes no block smaller.
 
+    >>> import torch
     >>> project(4)({"mlp": torch.ones(7, 10, 20)})["mlp"].shape
     torch.Size([7, 4, 4])
+    >>> project((2, 8), "mask")({"mlp": torch.ones(7, 10, 20)})["mlp"].shape
+    torch.Size([7, 2, 8])
 
-    Source: LoGra, arXiv:2405.13954, section 3.1.
+    Source: LoGra, arXiv:2405.13954, section 3.1; masks and sjlt of factors: GraSS, arXiv:2505.18976,
+    section 3.3.
     """
-    if dim < 0:
+    if isinstance(dim, int) and dim < 0:
         raise InputError(f"the projection dimension must be 0 (the full gradient) or more, not {dim}")
-    if distribution not in get_args(Distribution):
-        raise InputError(f"no projection {distribution!r}: choose {', '.join(get_args(Distribution))}")
-    return Project(dim, distribution, seed) if dim else Chain()
+    if dim == 0:
+        return Chain()
+    dims = (dim, dim) if isinstance(dim, int) else dim
+    _check(dims, kind, nonzeros)
+    return Project(dims, kind, seed, nonzeros, strict=not isinstance(dim, int))
+
+
+def compress(dim: int, kind: Kind = "sjlt", seed: int = 0, nonzeros: int = 1) -> Compress:
+    """Compress every flattened block at random, `[out, in] -> [1, dim]`.
+
+    `E <C G, C H> = <G, H>` over seeds. A block of no more than `dim` numbers is left as it is. Behind masks
+    of both sides this is FactGraSS, `chain(project((128, 128), "mask"), compress(4096))`: the full gradient
+    never exists. Behind `joint()` it is a projection of the whole gradient.
+
+    Args:
+        dim: numbers a block.
+        kind, seed, nonzeros: see `project`.
+
+    Raises:
+        InputError: see `project`.
+
+    >>> import torch
+    >>> compress(16)({"mlp": torch.ones(7, 10, 20)})["mlp"].shape
+    torch.Size([7, 1, 16])
+
+    Source: GraSS, arXiv:2505.18976, section 3.
+    """
+    _check((dim,), kind, nonzeros)
+    return Compress(dim, kind, seed, nonzeros, strict=True)

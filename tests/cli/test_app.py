@@ -74,7 +74,7 @@ def test_the_list_of_commands_is_not_cut_short(ok, name):
         ),
         (
             ["score", "--projection", "cauchy"],
-            r"'cauchy' is not one of 'rademacher', 'gaussian', 'orthonormal'",
+            r"no projection 'cauchy' in 'cauchy': choose rademacher, gaussian, orthonormal, mask",
         ),
         (["score", "--by", "word"], r"'word' is not one of 'example', 'module', 'head', 'token': see"),
         (["build", "r", "--by", "module"], r"'module' is not one of 'example', 'head', 'token': see"),
@@ -134,7 +134,7 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "jsonl", "parquet", "overwrite", "task", "reference", "label_column", "messages_column",
     "reward_column", "advantage_column", "attention", "optimizer_state", "hessian_path", "damping",
     "self_influence", "group_column", "checkpoints", "checkpoint_weights", "target_downweight_components",
-    "labels", "partitions",
+    "labels", "partitions", "shard",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 

@@ -227,10 +227,10 @@ def test_a_store_of_another_tokenizer(refused, store, model, folder):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--projection-dim", "8"], r"transform.chain.0.dim is 16 there and 8 here"),
-        (["--projection-dim", "0"], r"transform.chain.0 is .*'dim': 16.* there and nothing here"),
+        (["--projection-dim", "8"], r"chain.0.projection is rademacher:16x16 there and rademacher:8x8 here"),
+        (["--projection-dim", "0"], r"transform.chain.0 is .*'rademacher:16x16'.* there and nothing here"),
         (["--seed", "5"], r"transform.chain.0.seed is 0 there and 5 here"),
-        (["--projection", "gaussian"], r"distribution is rademacher there and gaussian here"),
+        (["--projection", "gaussian"], r"projection is rademacher:16x16 there and gaussian:16x16 here"),
         (["--include", "*mlp*"], r"layers.include.0 is nothing there and \*mlp\* here"),
         (["--precision", "fp64"], r"model is .* fp32 \(.*\) there and .* fp64 \(.*\) here"),
     ],
@@ -375,7 +375,9 @@ def test_a_curvature_that_does_not_fit(refused, curved, model, neox, corpus, sto
     for command in (("score", "run", *ASK), ("build", "run"), ("reduce", "run")):
         refused("model is .*llama, fp32 .* there and .*neox", *command, *base, "--model", neox, *H)
         mine = (*command, *base, "--model", model)
-        refused("transform.chain.0.dim is 16 there and 8 here", *mine, *H, "--projection-dim", 8)
+        refused(
+            "projection is rademacher:16x16 there and rademacher:8x8 here", *mine, *H, "--projection-dim", 8
+        )
         refused("nowhere does not exist: give the directory of a run", *mine, "--hessian-path", "nowhere")
         refused("has no hessian.h5: give the directory of a run", *mine, "--hessian-path", store)
     score = ("score", "run", *base, "--model", model, *ASK)
@@ -429,11 +431,11 @@ def test_stored_queries_and_methods_that_fit(refused, curved, model, corpus, mon
 
     monkeypatch.setattr("gradfn.methods.recipes.fit", fit)
     base = ("score", "run", "--model", model, "--dataset", corpus, "--query-path")
-    refused("transform.chain.0 is .*'dim': 16.* there and nothing here", *base, curved / "plain",
+    refused("transform.chain.0 is .*'rademacher:16x16'.* there and nothing here", *base, curved / "plain",
             "--method", "ekfac")  # fmt: skip
     words = "have unit norm or are behind a curvature, and logra fits one of its own: make them again"
     for stored in ("unit", "behind", "root"):
-        refused(words, *base, curved / stored, "--method", "logra")
+        refused(words, *base, curved / stored, "--method", "logra", "--projection-dim", 16)
     plain = (*base, curved / "plain", "--method")
     refused(
         "trackstar fits a curvature over the queries: give --query, or --hessian-path", *plain, "trackstar"

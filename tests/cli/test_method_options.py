@@ -10,9 +10,11 @@ from tiny import QUERIES, make_model, make_tokenizer, save, write_jsonl
 import gradfn as gf
 from gradfn.cli.options import Kind
 from gradfn.hf.datasets import tokenize
+from gradfn.masks import projection_named
 from gradfn.methods import RECIPES, Problem
 from gradfn.methods.recipes import group_means
 from gradfn.stream import gather
+from gradfn.transforms.projection import lenient
 
 TASKS = ("where", "who", "where")
 
@@ -82,9 +84,10 @@ def problem(sides):
 
     def make(model, name, dim=None, **changes):
         net, recipe = gf.load_model(model), RECIPES[name]
-        dim = recipe.projection_dim if dim is None else dim
+        spelled = recipe.projection if dim is None else f"rademacher:{dim}x{dim}"
+        projection = lenient(projection_named(spelled))
         loss = gf.causal_lm_loss(net, criterion=recipe.criterion or "cross_entropy")
-        return Problem(net, *sides, loss, projection=gf.project(dim), **changes)
+        return Problem(net, *sides, loss, projection=projection, **changes)
 
     return make
 
@@ -124,7 +127,7 @@ def test_a_method_of_your_own(ok, base, neox, queries, problem, tmp_path):
         "from gradfn.methods import Recipe\n"
         "def whitened(problem):\n"
         "    return gf.influence(problem.fit(gf.second_moment()), problem.stage, damping=problem.damping)\n"
-        "small = Recipe(whitened, projection_dim=4)\n"
+        "small = Recipe(whitened, projection='rademacher:4x4')\n"
     )
     method = ("--method", f"{tmp_path}/mine.py:small")
     ok("score", tmp_path / "run", *base, "--query", queries, *method, "--damping", "0.5")

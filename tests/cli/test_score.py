@@ -112,7 +112,7 @@ def test_what_is_shown(ok, base):
     at = next(number for number, line in enumerate(lines) if line.startswith("train"))
     assert lines[at].split() == ["train", "12", "rows,", "238", "tokens"]
     method = lines[at + 1].split(maxsplit=1)[1]
-    assert method.startswith("grad_dot, Project(dim=16, distribution='rademacher'")
+    assert method.startswith("grad_dot, rademacher:16x16")
     assert lines[at + 3].split() == ["query", "0", "The", "capital", "of", "Peru", "is", "→", "Lima"]
     assert "nats a token, probability" in lines[at + 4]
     assert "does NOT know the answer (it says" in lines[at + 4] + lines[at + 5]
@@ -146,7 +146,7 @@ def test_underscores_and_hyphens_are_the_same(ok, base, tmp_path):
     for name, change in (("a", lambda text: text), ("b", lambda text: text.replace("-", "_"))):
         flags = [part for key, value in options for part in ("--" + change(key), change(value))]
         out = ok("score", tmp_path / name, *base, *ASK, *flags)
-        assert "grad_cosine, Project(dim=4" in out
+        assert "grad_cosine, rademacher:4x4" in out
     assert (scores_of(tmp_path / "a") == scores_of(tmp_path / "b")).all()
 
 

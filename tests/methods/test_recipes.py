@@ -191,7 +191,7 @@ def test_one_of_your_own(tmp_path):
         "from gradfn.methods import influence, Recipe\n"
         "def mine(problem):\n"
         "    return influence(problem.fit(kfac()), problem.stage, damping=problem.damping)\n"
-        "full = Recipe(mine, projection_dim=0)\n"
+        "full = Recipe(mine, projection='none')\n"
     )
     p = problem()
     for name in ("mine", "full"):
@@ -200,7 +200,7 @@ def test_one_of_your_own(tmp_path):
         torch.testing.assert_close(
             score(p.model, p.train, p.query, method=method, loss=p.loss), scores("kfac", p)
         )
-    assert recipe_named(f"{path}:full").projection_dim == 0
+    assert recipe_named(f"{path}:full").projection == "none"
     with pytest.raises(InputError, match="has no recipe other"):
         recipe_named(f"{path}:other")
 

@@ -14,7 +14,7 @@ def test_transforms_are_values():
     assert made == chain(project(4, "gaussian", seed=2), unit_normalize())
     assert made != chain(project(4, "gaussian", seed=3), unit_normalize())
     assert pickle.loads(pickle.dumps(made)) == made
-    assert repr(made.stages[0]) == "Project(dim=4, distribution='gaussian', seed=2)"
+    assert repr(made.stages[0]) == "Project(dims=(4, 4), kind='gaussian', seed=2, nonzeros=1)"
     assert hash(made) == hash(chain(project(4, "gaussian", seed=2), unit_normalize()))
 
 
@@ -26,7 +26,7 @@ def test_settings_are_plain_and_tell_tensors_apart():
     one, other = (adam({"a": torch.full((2, 2), value)}) for value in (1.0, 2.0))
     assert chain(project(4), one).settings() == {
         "chain": [
-            {"transform": "Project", "dim": 4, "distribution": "rademacher", "seed": 0},
+            {"transform": "Project", "projection": "rademacher:4x4", "seed": 0},
             {"transform": "Adam", "moments": one.settings()["moments"], "eps": 1e-8},
         ]
     }

@@ -2,18 +2,17 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
+from gradfn.maps import DENSE, random_matrix
 from gradfn.testing import assert_blocks_close
-from gradfn.testing.strategies import DISTRIBUTIONS
-from gradfn.transforms import project
-from gradfn.transforms.project import random_matrix
+from gradfn.transforms import compress, project
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_a_block_is_multiplied_by_its_two_matrices(distribution):
+@pytest.mark.parametrize("kind", DENSE)
+def test_a_block_is_multiplied_by_its_two_matrices(kind):
     G = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    L = random_matrix(7, "mlp", "left", (4, 6), distribution)
-    R = random_matrix(7, "mlp", "right", (4, 5), distribution)
-    assert_blocks_close(project(4, distribution, 7)({"mlp": G})["mlp"], L @ G @ R.T, 1e-12)
+    L = random_matrix(7, "mlp", "left", (4, 6), kind)
+    R = random_matrix(7, "mlp", "right", (4, 5), kind)
+    assert_blocks_close(project(4, kind, 7)({"mlp": G})["mlp"], L @ G @ R.T, 1e-12)
 
 
 def test_a_side_that_is_small_already_is_left_as_it_is():
@@ -24,9 +23,9 @@ def test_a_side_that_is_small_already_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (13, 5)])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_any_shape_can_be_drawn(distribution, shape):
-    assert bool(random_matrix(0, "a", "left", shape, distribution).isfinite().all())
+@pytest.mark.parametrize("kind", DENSE)
+def test_any_shape_can_be_drawn(kind, shape):
+    assert bool(random_matrix(0, "a", "left", shape, kind).isfinite().all())
 
 
 def test_projections_keep_the_blocks_dtype():
@@ -41,9 +40,21 @@ def test_drawing_leaves_the_global_generators_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ((-1,), "must be 0 .* or more, not -1"),
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: project(-1), "must be 0 .* or more, not -1"),
+    (lambda: project((0, 4)), "0 x 4 numbers: give 1 or more"),
+    (lambda: compress(0), "to 0 numbers: give 1 or more"),
+    (lambda: compress(9, "sjlt", nonzeros=2), "cannot have 2 nonzeros a column: give a divisor"),
+    (lambda: compress(8, "mask", nonzeros=2), "mask has no number of nonzeros"),
+    (lambda: project((99, 99))({"a": torch.ones(1, 3, 3)}), "rademacher:99x99 makes no block smaller"),
+    (lambda: compress(9)({"a": torch.ones(1, 3, 3)}), "sjlt:9 makes no block smaller"),
 ])  # fmt: skip
-def test_impossible_settings_are_refused(settings, words):
+def test_impossible_settings_are_refused(make, words):
     with pytest.raises(InputError, match=words):
-        project(*settings)
+        make()
+
+
+def test_one_block_that_is_small_already_does_not_refuse_the_others():
+    made = project((4, 4), "mask")({"a": torch.ones(1, 3, 3), "b": torch.ones(1, 3, 9)})
+    assert made["a"].shape == (1, 3, 3)
+    assert made["b"].shape == (1, 3, 4)

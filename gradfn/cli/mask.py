@@ -1,0 +1,89 @@
+"""`gradfn mask fit`: which coordinates of gradients to keep."""
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from gradfn.cli import inputs
+from gradfn.cli.queries import query_documents, query_rows_of
+from gradfn.cli.show import clean, console, count, facts
+from gradfn.cli.stages import normalizer
+from gradfn.cli.tell import subject_facts
+from gradfn.errors import InputError
+from gradfn.hf.datasets import load_rows
+from gradfn.masks import write_mask
+from gradfn.runs import describe, merged
+from gradfn.selective import Dims, MaskReport, selective_mask
+from gradfn.transforms import chain
+
+
+def dims_of(text: str) -> Dims:
+    """`4096`, or `128x128`.
+
+    Raises:
+        InputError: anything else.
+
+    >>> dims_of("128x64")
+    (128, 64)
+    """
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise InputError(f"--keep {text!r}: give 128x128 for both sides of every block, or 4096 of the whole")
+    numbers = [int(part) for part in parts]
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def run_mask_fit(**options: Any) -> None:
+    """Load, fit, write, report."""
+    inputs.check_run(options["run"])
+    inputs.check_options(options)
+    options = {**options, "by": "example"}
+    for name in ("model", "dataset"):
+        if options[name] is None:
+            raise InputError(f"no --{name}: a mask needs a model and a dataset")
+    if options["query"] is None:
+        raise InputError("no --query: a mask keeps the inner products with queries, so give some")
+    if options["rows"] < 3:
+        raise InputError(f"--rows must be 3 or more, not {options['rows']}: correlations over them are kept")
+    dims = dims_of(options["keep"])
+    query_rows = query_rows_of(options)
+    rows = load_rows(options["dataset"], options["split"])
+    subject = inputs.load_subject(options)
+    train = inputs.load_documents(subject, rows, options)
+    query = query_documents(subject, query_rows, options)
+    assert query is not None
+    state = options["optimizer_state"]
+    before = chain() if state is None else normalizer(state, subject)
+    console().print(facts(subject_facts(subject, train)))
+    with subject.multiplying():
+        mask, reports = selective_mask(
+            subject.model, train, query, dims, rows=options["rows"], seed=options["seed"], before=before,
+            query_loss=subject.query_loss, **subject.engine_options(),
+        )  # fmt: skip
+    known = merged(describe(subject.model, train, before, loss=subject.loss, view=subject.view),
+                   {**subject.settings(), "mask": _settings(options, query)})  # fmt: skip
+    path = write_mask(options["run"], mask, reports, settings=known, overwrite=options["overwrite"])
+    out = console()
+    out.print(_table(reports))
+    kept = sum(one.kept for one in reports.values()) / len(reports)
+    told = f"correlation {kept:.3f} kept on average over {count(len(reports), 'block')}"
+    out.print(facts([("mask", f"{path} [{options['keep']}, {told}]"),
+                     ("next", f"--projection 'selective:{options['run']} > sjlt:1024', say")]))  # fmt: skip
+
+
+def _settings(options: inputs.Options, query: Any) -> dict[str, Any]:
+    return {
+        "keep": options["keep"], "rows": options["rows"], "seed": options["seed"],
+        "query": query.fingerprint(), "data": inputs.anchored(options["dataset"]),
+    }  # fmt: skip
+
+
+def _table(reports: dict[str, MaskReport]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("block", no_wrap=True, overflow="ellipsis")
+    for name in ("kept", "random mask", "steps"):
+        table.add_column(name, justify="right")
+    for name, one in reports.items():
+        table.add_row(Text(clean(name)), f"{one.kept:.3f}", f"{one.random:.3f}", str(one.steps))
+    return table

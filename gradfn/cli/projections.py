@@ -1,0 +1,51 @@
+"""What --projection and --projection-dim say."""
+
+from typing import Any, get_args
+
+from gradfn.cli.inputs import Options
+from gradfn.errors import InputError
+from gradfn.maps import Kind
+from gradfn.masks import projection_named
+from gradfn.runs import open_curvature
+from gradfn.transforms import Chain
+from gradfn.transforms.projection import lenient
+
+
+def projection_of(options: Options, default: str) -> Chain:
+    """The projection that is asked for: spelled whole, or a kind and a dimension; else the curvature's.
+
+    What is spelled with its dimensions must make some block smaller.
+
+    Args:
+        default: what it is where neither the options nor --hessian-path say.
+
+    Raises:
+        InputError: dimensions twice, or a spelling that says nothing.
+    """
+    kind, dim, seed = options["projection"], options["projection_dim"], options["seed"]
+    if kind is not None and kind not in get_args(Kind):
+        if dim is not None:
+            raise InputError(f"--projection {kind!r} is whole by itself: leave out --projection-dim")
+        return projection_named(kind, seed)
+    if dim is not None and dim < 0:
+        raise InputError(f"the projection dimension must be 0 (the full gradient) or more, not {dim}")
+    if dim == 0:
+        return projection_named("none")
+    if dim is None and kind is None and options["hessian_path"] is not None:
+        return _of_curvature(options["hessian_path"], seed)
+    if dim is None and kind is None:
+        return lenient(projection_named(default, seed))
+    side = 16 if dim is None else dim
+    return lenient(projection_named(f"{kind or 'rademacher'}:{side}x{side}", seed))
+
+
+def _of_curvature(path: str, seed: int) -> Chain:
+    with open_curvature(path) as store:
+        stages = store.settings["transform"]["chain"]
+    spelled = " > ".join(stage["projection"] for stage in stages if "projection" in stage)
+    return lenient(projection_named(spelled or "none", seed))
+
+
+def with_projection(options: Options, default: str) -> dict[str, Any]:
+    """The options, with the projection itself in place of what they say about it."""
+    return {**options, "projection": projection_of(options, default), "projection_dim": None}

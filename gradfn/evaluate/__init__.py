@@ -1,0 +1,1 @@
+"""Whether attribution tells the truth: what retraining says, and how scores compare with it."""

@@ -1,0 +1,101 @@
+"""Means over queries with their bootstrap intervals."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradfn.evaluate.correlation import DTYPE, Correlation, correlation, resampled_correlation
+
+DRAWS = 1000
+LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean over queries, and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def counts_of_draws(rows: int, draws: int, generator: torch.Generator) -> Float[Tensor, "rows draws"]:
+    """How often each of `rows` rows is in each draw of `rows` rows with replacement.
+
+    >>> counts_of_draws(5, 2, torch.Generator().manual_seed(0)).sum(0)
+    tensor([5., 5.])
+    """
+    drawn = torch.randint(rows, (rows, draws), generator=generator)
+    return torch.zeros(rows, draws).scatter_add_(0, drawn, torch.ones(rows, draws))
+
+
+def mean_estimate(values: Float[Tensor, " queries"], *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """The mean over queries, with its interval over draws of queries.
+
+    Args:
+        values: a number a query.
+        draws: how many draws.
+        seed: of the draws.
+
+    >>> mean_estimate(torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]))
+    Estimate(value=0.6, low=0.2, high=1.0)
+    """
+    values = values.double()
+    counts = counts_of_draws(len(values), draws, torch.Generator().manual_seed(seed)).double()
+    return Estimate(float(values.mean()), *_ends(values @ counts / len(values)))
+
+
+def correlation_estimate(
+    a: Float[Tensor, "subsets queries"],
+    b: Float[Tensor, "subsets queries"],
+    kind: Correlation = "spearman",
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Estimate:
+    """The mean over queries of the correlation over subsets, with its interval over draws of both.
+
+    A draw takes subsets and queries anew, both with replacement, since both are samples; ranks are those
+    within the draw. For the ends see `estimate_of`.
+
+    Args:
+        a, b: values `[subsets, queries]`.
+        kind: "spearman" or "pearson".
+        draws: how many draws.
+        seed: of the draws.
+
+    >>> a = torch.arange(12.0).reshape(6, 2)
+    >>> correlation_estimate(a, a, draws=100).value
+    1.0
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    subsets = counts_of_draws(len(a), draws, generator).to(DTYPE[kind])
+    queries = counts_of_draws(a.shape[1], draws, generator).double() / a.shape[1]
+    mean = torch.zeros(draws, dtype=torch.float64)
+    for column in range(a.shape[1]):
+        each = resampled_correlation(a[:, column], b[:, column], subsets, kind)
+        mean += each * queries[column]
+    return estimate_of(correlation(a, b, kind).mean(), mean)
+
+
+def estimate_of(value: Tensor, draws: Float[Tensor, " draws"]) -> Estimate:
+    """A correlation with the ends of the middle 95 % of its draws, moved by `value - mean(draws)`.
+
+    Draws hold rows twice, so their ranks have more ties and their correlations are nearer to 0 than those of
+    all rows. Not moved, the interval of a noise ceiling over 25 subsets held the truth in 77 % of trials.
+
+    >>> draws = torch.arange(641.0) / 1024
+    >>> estimate_of(torch.tensor(0.5), draws)
+    Estimate(value=0.5, low=0.203125, high=0.796875)
+    """
+    moved = (draws.double() + value - draws.double().mean()).clamp(-1, 1)
+    return Estimate(float(value), *_ends(moved))
+
+
+def _ends(draws: Tensor) -> tuple[float, float]:
+    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    low, high = draws.double().quantile(ends).tolist()
+    return low, high

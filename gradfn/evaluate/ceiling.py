@@ -1,0 +1,126 @@
+"""The noise ceiling: how well retrained models foretell themselves, and so what a score could reach."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gradfn.errors import InputError
+from gradfn.evaluate.bootstrap import DRAWS, Estimate, counts_of_draws, estimate_of
+from gradfn.evaluate.correlation import Correlation, correlation, resampled_correlation
+from gradfn.evaluate.subsets import FEWEST
+
+SPLITS = 100
+DRAWN_SPLITS = 4
+"""Splits in every draw of the interval: more change it by less than 0.01."""
+
+
+def noise_ceiling(
+    losses: Float[Tensor, "models queries"],
+    numbers: Int[Tensor, " models"],
+    *,
+    correlate: Correlation = "spearman",
+    splits: int = SPLITS,
+    seed: int = 0,
+) -> Float[Tensor, " queries"]:
+    """The correlation that a perfect prediction would have with the mean over seeds, query by query.
+
+    The models of a subset differ in their seed. They are split in halves at random, `r` is the correlation
+    over subsets between the means of the halves, averaged over splits, and
+
+        reliability = m r / (1 + (m - 1) r),   ceiling = sqrt(reliability)
+
+    with `m` the ratio of all seeds to those of a half: 2, and so `2r / (1 + r)`, for an even number; of an
+    odd number one is left out of each split. A prediction correlates with a noisy mean by at most the root of
+    the reliability, which is the mean's correlation with its own expectation.
+
+    Args:
+        losses: of every query, of every model that did not diverge.
+        numbers: which subset each model was trained on.
+        correlate: "spearman" or "pearson", as the score that is compared with it.
+        splits: how many random splits.
+        seed: of the splits.
+
+    Returns:
+        float64 `[queries]`, from 0 to 1; their mean is the ceiling. 0 where the halves do not agree at all.
+
+    Raises:
+        InputError: fewer than three subsets have two seeds or more.
+
+    >>> losses = torch.tensor([[1.0], [1.1], [2.0], [2.1], [3.0], [3.1]])
+    >>> noise_ceiling(losses, torch.tensor([0, 0, 1, 1, 2, 2]))
+    tensor([1.], dtype=torch.float64)
+
+    Source: Spearman and Brown's formula, both 1910; the attenuation by noise, Spearman (1904).
+    """
+    groups = _Groups(losses, numbers)
+    generator = torch.Generator().manual_seed(seed)
+    r = sum(correlation(*groups.halves(generator), correlate) for _ in range(splits)) / splits
+    return _ceiling(torch.as_tensor(r), groups.lengthening)
+
+
+def noise_ceiling_estimate(
+    losses: Float[Tensor, "models queries"],
+    numbers: Int[Tensor, " models"],
+    *,
+    correlate: Correlation = "spearman",
+    splits: int = SPLITS,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Estimate:
+    """The noise ceiling, the mean over queries, with its 95 % bootstrap interval over subsets and queries.
+
+    Args:
+        losses, numbers, correlate, splits, seed: see `noise_ceiling`.
+        draws: of the bootstrap, see `correlation_estimate`.
+
+    >>> losses = torch.tensor([[1.0], [1.1], [2.0], [2.1], [3.0], [3.1]])
+    >>> noise_ceiling_estimate(losses, torch.tensor([0, 0, 1, 1, 2, 2]), draws=10).value
+    1.0
+    """
+    value = noise_ceiling(losses, numbers, correlate=correlate, splits=splits, seed=seed).mean()
+    groups, generator = _Groups(losses, numbers), torch.Generator().manual_seed(seed)
+    subsets = counts_of_draws(groups.subsets, draws, generator)
+    queries = counts_of_draws(losses.shape[1], draws, generator).double() / losses.shape[1]
+    halves = [groups.halves(generator) for _ in range(DRAWN_SPLITS)]
+    mean = torch.zeros(draws, dtype=torch.float64)
+    for q in range(losses.shape[1]):
+        rs = [resampled_correlation(a[:, q], b[:, q], subsets, correlate) for a, b in halves]
+        mean += _ceiling(torch.stack(rs).mean(0), groups.lengthening) * queries[q]
+    return estimate_of(value, mean)
+
+
+def _ceiling(r: Tensor, lengthening: float) -> Tensor:
+    """From the correlation of halves to that of the mean over all seeds with its expectation."""
+    r = r.clamp(0, 1)
+    return (lengthening * r / (1 + (lengthening - 1) * r)).sqrt()
+
+
+class _Groups:
+    """Models by the subset that they were trained on, and their random halves."""
+
+    def __init__(self, losses: Tensor, numbers: Tensor):
+        seeds = torch.unique(numbers, return_counts=True)[1]
+        if int((seeds > 1).sum()) < FEWEST:
+            raise InputError(
+                f"a noise ceiling needs {FEWEST} subsets or more with two seeds or more, and "
+                f"{int((seeds > 1).sum())} have them: retrain with more seeds"
+            )
+        subset = torch.unique(numbers, return_inverse=True)[1]
+        repeated = (seeds > 1)[subset]
+        self.losses = losses[repeated].double()
+        self.subset = torch.unique(subset[repeated], return_inverse=True)[1]
+        self.subsets = int((seeds > 1).sum())
+        self.half = int(seeds[seeds > 1].min()) // 2
+        # Noise of a mean goes with 1 / seeds, so it is the harmonic mean that counts.
+        self.lengthening = float(len(seeds) / (1 / seeds.double()).sum()) / self.half
+
+    def halves(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Means over two disjoint random halves of the seeds of every subset, both `[subsets, queries]`."""
+        shuffled = torch.randperm(len(self.subset), generator=generator)
+        order = shuffled[self.subset[shuffled].argsort(stable=True)]
+        first = torch.searchsorted(self.subset[order], torch.arange(self.subsets))
+        a, b = (
+            self.losses[order[first[:, None] + offset + torch.arange(self.half)]].mean(1)
+            for offset in (0, self.half)
+        )
+        return a, b

@@ -1,0 +1,96 @@
+"""The linear datamodeling score: do scores foretell what training on a part of the data does?"""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gradfn.errors import InputError
+from gradfn.evaluate.bootstrap import DRAWS, Estimate, correlation_estimate
+from gradfn.evaluate.correlation import Correlation, correlation
+from gradfn.evaluate.subsets import FEWEST
+
+
+def predicted(
+    scores: Float[Tensor, "rows queries"], subsets: Bool[Tensor, "subsets rows"]
+) -> Float[Tensor, "subsets queries"]:
+    """What scores say of models trained on subsets: `sum_{i in S} score(i, q)`, higher for a lower loss.
+
+    >>> import torch
+    >>> predicted(torch.tensor([[1.0], [2.0]]), torch.tensor([[True, False], [True, True]]))
+    tensor([[1.],
+            [3.]], dtype=torch.float64)
+    """
+    return subsets.double() @ scores.double()
+
+
+def lds(
+    scores: Float[Tensor, "rows queries"],
+    subsets: Bool[Tensor, "subsets rows"],
+    losses: Float[Tensor, "subsets queries"],
+    *,
+    correlate: Correlation = "spearman",
+) -> Float[Tensor, " queries"]:
+    """Score an attribution against retrained models, query by query.
+
+    `LDS(q) = corr_S(sum_{i in S} score(i, q), -loss_S(q))`, S running over the subsets. The sign is that
+    of all of gradfn: a row with a positive score is a proponent, so a subset with many has a low loss.
+
+    Args:
+        scores: of every training row for every query.
+        subsets: the rows that each model was trained on.
+        losses: of every query, of the models trained on them; means over seeds are less noisy.
+        correlate: "spearman" is the LDS as published; "pearson".
+
+    Returns:
+        float64 `[queries]`; their mean is the LDS. 0 where scores or losses are constant.
+
+    Raises:
+        InputError: fewer than three subsets, or numbers that are not finite.
+
+    >>> import torch
+    >>> subsets = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1]]).bool()
+    >>> scores = torch.tensor([[3.0], [1.0], [-1.0]])
+    >>> lds(scores, subsets, -predicted(scores, subsets))
+    tensor([1.], dtype=torch.float64)
+
+    Source: Park et al., TRAK, arXiv:2303.14186, section 2 (definition 2.3).
+    """
+    _check(scores, subsets, losses)
+    return correlation(predicted(scores, subsets), -losses.double(), correlate)
+
+
+def lds_estimate(
+    scores: Float[Tensor, "rows queries"],
+    subsets: Bool[Tensor, "subsets rows"],
+    losses: Float[Tensor, "subsets queries"],
+    *,
+    correlate: Correlation = "spearman",
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Estimate:
+    """The LDS, the mean over queries, with its 95 % bootstrap interval over subsets and queries.
+
+    Args:
+        scores, subsets, losses, correlate: see `lds`.
+        draws, seed: of the bootstrap, see `correlation_estimate`.
+
+    >>> import torch
+    >>> subsets = torch.rand(20, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    >>> scores = torch.arange(18.0).reshape(9, 2)
+    >>> lds_estimate(scores, subsets, -predicted(scores, subsets), draws=100).value
+    1.0
+    """
+    _check(scores, subsets, losses)
+    said = predicted(scores, subsets)
+    return correlation_estimate(said, -losses.double(), correlate, draws=draws, seed=seed)
+
+
+def _check(scores: Tensor, subsets: Tensor, losses: Tensor) -> None:
+    if len(subsets) < FEWEST:
+        raise InputError(
+            f"{len(subsets)} subsets tell no correlation, which needs {FEWEST} or more: retrain on more"
+        )
+    for name, values in (("scores", scores), ("losses", losses)):
+        if wrong := int((~values.isfinite()).sum()):
+            raise InputError(
+                f"{wrong:,} of the {name} are not finite numbers: leave these models or rows out"
+            )

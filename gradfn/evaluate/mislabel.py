@@ -1,0 +1,93 @@
+"""Detection of wrong rows by a score, such as self-influence: AUROC, average precision, precision at k."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gradfn.errors import InputError
+from gradfn.evaluate.correlation import ranks
+
+
+def auroc(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"]) -> float:
+    """The probability that a wrong row has a higher score than a right one; ties count a half.
+
+    `(R - P (P + 1) / 2) / (P N)` with R the sum of the ranks of the P wrong rows, and N right ones.
+
+    Args:
+        scores: of every row, higher for rows that are more suspect.
+        wrong: which rows are wrong.
+
+    Raises:
+        InputError: all rows are wrong, or none.
+
+    >>> auroc(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
+    1.0
+
+    Source: Hanley and McNeil, Radiology 143 (1982).
+    """
+    positives = _positives(wrong)
+    above = ranks(scores[:, None])[wrong].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * (len(wrong) - positives)))
+
+
+def average_precision(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"]) -> float:
+    """The area below precision against recall: `sum_t (recall_t - recall_{t-1}) precision_t`.
+
+    The thresholds t are the distinct scores, from the highest, so that rows with one score come together. Of
+    random scores it is the share of wrong rows.
+
+    Args:
+        scores, wrong: see `auroc`.
+
+    Raises:
+        InputError: all rows are wrong, or none.
+
+    >>> average_precision(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([True, False, True]))
+    0.8333333333333333
+    """
+    positives = _positives(wrong)
+    values, group = torch.unique(-scores.double(), return_inverse=True)
+    found, rows = (
+        torch.zeros(len(values), dtype=torch.float64).index_add_(0, group, weight)
+        for weight in (wrong.double(), torch.ones(len(wrong), dtype=torch.float64))
+    )
+    return float((found / positives * found.cumsum(0) / rows.cumsum(0)).sum())
+
+
+def precision_at(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"], k: int) -> float:
+    """The share of wrong rows among the k with the highest scores; right rows come first among equals.
+
+    Args:
+        scores, wrong: see `auroc`.
+        k: how many rows are looked at.
+
+    Raises:
+        InputError: all rows are wrong, or none; k is not from 1 to the number of rows.
+
+    >>> precision_at(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([True, False, True]), 2)
+    0.5
+    """
+    _positives(wrong)
+    check_k(k, len(wrong))
+    right_first = wrong.long().argsort(stable=True)
+    top = right_first[scores[right_first].argsort(descending=True, stable=True)][:k]
+    return float(wrong[top].double().mean())
+
+
+def check_k(k: int, rows: int) -> None:
+    """Refuse a number of best rows that is not from 1 to the number of rows.
+
+    >>> check_k(3, rows=3)
+    """
+    if not 1 <= k <= rows:
+        raise InputError(f"k is the number of best rows and there are {rows:,}, not {k:,}: take fewer, or 1")
+
+
+def _positives(wrong: Tensor) -> int:
+    positives = int(wrong.sum())
+    if positives in (0, len(wrong)):
+        raise InputError(
+            f"{positives:,} of {len(wrong):,} rows are wrong, so there is nothing to tell apart: "
+            "give some of both"
+        )
+    return positives

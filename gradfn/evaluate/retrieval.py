@@ -1,0 +1,77 @@
+"""Whether known sources are found: recall at k, and the mean reciprocal rank."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gradfn.errors import InputError
+from gradfn.evaluate.mislabel import check_k
+
+
+def source_ranks(
+    scores: Float[Tensor, "rows queries"], sources: Bool[Tensor, "rows queries"]
+) -> Int[Tensor, "rows queries"]:
+    """Ranks from 1, the highest score first; among equals a source comes last, so that ties do not help.
+
+    >>> source_ranks(torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[False], [True], [False]])).T
+    tensor([[3, 2, 1]])
+    """
+    others_first = sources.long().argsort(dim=0, stable=True)
+    order = scores.gather(0, others_first).argsort(dim=0, descending=True, stable=True)
+    return others_first.gather(0, order).argsort(dim=0) + 1
+
+
+def recall_at(
+    scores: Float[Tensor, "rows queries"], sources: Bool[Tensor, "rows queries"], k: int
+) -> Float[Tensor, " queries"]:
+    """The share of a query's sources that are among the k rows with the highest scores.
+
+    With one source a query their mean is the share of queries whose source was found.
+
+    Args:
+        scores: of every row for every query.
+        sources: which rows are known to be sources of which query, one or more a query.
+        k: how many rows are looked at.
+
+    Returns:
+        float64 `[queries]`.
+
+    Raises:
+        InputError: a query without a source; k is not from 1 to the number of rows.
+
+    >>> recall_at(torch.tensor([[1.0], [2.0]]), torch.tensor([[True], [False]]), 1)
+    tensor([0.], dtype=torch.float64)
+    """
+    _check(sources)
+    check_k(k, len(scores))
+    found = (source_ranks(scores, sources) <= k) & sources
+    return found.sum(0).double() / sources.sum(0)
+
+
+def reciprocal_rank(
+    scores: Float[Tensor, "rows queries"], sources: Bool[Tensor, "rows queries"]
+) -> Float[Tensor, " queries"]:
+    """One over the rank of a query's best source; the mean over queries is the MRR.
+
+    Args:
+        scores, sources: see `recall_at`.
+
+    Returns:
+        float64 `[queries]`.
+
+    Raises:
+        InputError: a query without a source.
+
+    >>> reciprocal_rank(torch.tensor([[1.0], [2.0]]), torch.tensor([[True], [False]]))
+    tensor([0.5000], dtype=torch.float64)
+
+    Source: Voorhees, TREC-8 question answering track (1999).
+    """
+    _check(sources)
+    ranked = source_ranks(scores, sources)
+    return 1 / torch.where(sources, ranked, len(ranked)).amin(0).double()
+
+
+def _check(sources: Tensor) -> None:
+    if without := int((~sources.any(0)).sum()):
+        raise InputError(f"{without:,} queries have no source among the rows: leave them out")

@@ -1,0 +1,117 @@
+"""Which rows counterfactual models are trained on: masks, bool `[subsets, rows]`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gradfn.errors import InputError
+from gradfn.random import choice
+
+__all__ = ["check_subsets", "leave_one_out", "random_subsets", "without_top"]
+
+FEWEST = 3
+"""Fewer subsets have no rank correlation to speak of."""
+
+
+def random_subsets(
+    rows: int, count: int, fraction: float = 0.5, *, leave_out: int | None = None, seed: int = 0
+) -> Bool[Tensor, "count rows"]:
+    """Subsets of one size, each a function of seed and number: more of them leave the first as they are.
+
+    Args:
+        rows: of the data.
+        count: how many subsets.
+        fraction: of the rows to keep, rounded to whole ones.
+        leave_out: how many rows to leave out, instead of a fraction to keep.
+        seed: of the draw.
+
+    Raises:
+        InputError: fewer than three subsets; a subset of nothing, or of everything.
+
+    >>> random_subsets(6, 4).sum(1)
+    tensor([3, 3, 3, 3])
+    >>> random_subsets(6, 3, leave_out=1).sum(1)
+    tensor([5, 5, 5])
+    """
+    if count < FEWEST:
+        raise InputError(f"a rank correlation needs at least {FEWEST} subsets, not {count}: ask for more")
+    kept = round(fraction * rows) if leave_out is None else rows - leave_out
+    if not 0 < kept < rows:
+        how = f"a fraction of {fraction}" if leave_out is None else f"leaving out {leave_out}"
+        raise InputError(
+            f"{how} keeps {kept} of {rows} rows, and a subset is some but not all: choose another size"
+        )
+    masks = torch.zeros(count, rows, dtype=torch.bool)
+    for number in range(count):
+        masks[number, torch.from_numpy(choice(kept, rows, "subset", seed, number).astype(np.int64))] = True
+    return masks
+
+
+def leave_one_out(rows: int) -> Bool[Tensor, "rows rows"]:
+    """One subset a row, without that row.
+
+    Raises:
+        InputError: fewer than three rows.
+
+    >>> leave_one_out(3).int()
+    tensor([[0, 1, 1],
+            [1, 0, 1],
+            [1, 1, 0]], dtype=torch.int32)
+    """
+    if rows < FEWEST:
+        raise InputError(f"leaving one out needs at least {FEWEST} rows, not {rows}: give more data")
+    return ~torch.eye(rows, dtype=torch.bool)
+
+
+def without_top(scores: Float[Tensor, "rows queries"], ks: Sequence[int]) -> Bool[Tensor, "subsets rows"]:
+    """For each query and k, all rows but its k best proponents; queries first, `query * len(ks) + k's place`.
+
+    Of equal scores the first row counts as the better.
+
+    Raises:
+        InputError: a k that leaves everything in or out; scores that are not finite.
+
+    >>> without_top(torch.tensor([[3.0], [1.0], [2.0]]), [1, 2]).int()
+    tensor([[0, 1, 1],
+            [0, 1, 0]], dtype=torch.int32)
+    """
+    rows = len(scores)
+    if not ks or not all(0 < k < rows for k in ks):
+        raise InputError(
+            f"the rows to remove are at least 1 and fewer than the {rows} there are, not {list(ks)}: "
+            "give other numbers"
+        )
+    if not bool(scores.isfinite().all()):
+        raise InputError("the scores to remove rows by hold NaN or infinity: score again")
+    ranks = (-scores).argsort(dim=0, stable=True).argsort(dim=0)
+    return torch.stack([ranks[:, query] >= k for query in range(scores.shape[1]) for k in ks])
+
+
+def check_subsets(
+    subsets: Bool[Tensor, "subsets rows"], labels: Int[Tensor, " rows"] | Sequence[int] | None = None
+) -> None:
+    """Refuse subsets that leave everything out, or a whole class.
+
+    Args:
+        subsets: to check.
+        labels: the class of each row, where there are classes.
+
+    Raises:
+        InputError: naming the first such subset.
+
+    >>> check_subsets(torch.tensor([[True, False], [True, True]]), [0, 0])
+    """
+    for number in (~subsets.any(1)).nonzero()[:1, 0].tolist():
+        raise InputError(f"subset {number} leaves everything out: keep at least a row")
+    if labels is None:
+        return
+    classes = torch.as_tensor(labels)
+    for label in classes.unique().tolist():
+        for number in (~subsets[:, classes == label].any(1)).nonzero()[:1, 0].tolist():
+            raise InputError(
+                f"subset {number} leaves class {label} out, so its model cannot know it: take larger "
+                "subsets, or another seed"
+            )

@@ -1,0 +1,276 @@
+"""Ground truth: models retrained on subsets of the training rows, and what they lose on the queries."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+import gradfn
+from gradfn.errors import InputError
+from gradfn.evaluate.subsets import check_subsets
+from gradfn.runs import loss_settings, merged, storable
+from gradfn.shards import Shard, shard_rows, shard_run
+from gradfn.store import Store, open_part, open_store, open_writer
+from gradfn.training import (
+    Losses,
+    Progress,
+    Start,
+    Table,
+    Trainer,
+    Training,
+    initial_params,
+    make_trainer,
+    stacked_losses,
+    table_of,
+)
+from gradfn.types import Data, LossFn, Params
+
+KIND = "truth"
+MOST_SEEDS, MOST_SUBSETS = 1000, 1_000_000
+"""What the seeds of models have room for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Retrained models and their losses on the queries; see `retrain`.
+
+    Args:
+        subsets: the rows that each model was trained on, bool `[models, rows]`.
+        numbers: which subset a model's is; models of one subset differ in their seed, int `[models]`.
+        seeds: of initialisation and data order, int `[models]`.
+        losses: the loss of each query, NaN where the training diverged, `[models, queries]`.
+        train_losses: the mean loss of the last epoch, `[models]`.
+        diverged: whether a loss or a parameter is not finite, `[models]`.
+        row_ids, query_ids: the names of training rows and of queries.
+        settings: what all of this depends on.
+        looped: why the models were trained one by one, or empty where they stacked.
+
+    >>> truth = Truth(torch.tensor([[True, False], [True, False], [False, True]]), torch.tensor([0, 0, 1]),
+    ...     torch.tensor([0, 1, 2]), torch.tensor([[1.0], [3.0], [5.0]]).double(), torch.zeros(3).double(),
+    ...     torch.zeros(3, dtype=torch.bool), ["a", "b"], ["q"], {})
+    >>> truth.targets()
+    (tensor([[ True, False],
+            [False,  True]]), tensor([[2.],
+            [5.]], dtype=torch.float64))
+    """
+
+    subsets: Bool[Tensor, "models rows"]
+    numbers: Int64[Tensor, " models"]
+    seeds: Int64[Tensor, " models"]
+    losses: Float64[Tensor, "models queries"]
+    train_losses: Float64[Tensor, " models"]
+    diverged: Bool[Tensor, " models"]
+    row_ids: list[str]
+    query_ids: list[str]
+    settings: dict[str, Any]
+    looped: str = ""
+
+    def targets(self) -> tuple[Bool[Tensor, "subsets rows"], Float64[Tensor, "subsets queries"]]:
+        """The subsets, and the mean loss of each query over a subset's seeds, without diverged models.
+
+        A subset all of whose models diverged is left out.
+        """
+        kept = ~self.diverged
+        known, of, counts = self.numbers[kept].unique(return_inverse=True, return_counts=True)
+        sums = self.losses.new_zeros(len(known), self.losses.shape[1])
+        sums.index_add_(0, of, self.losses[kept])
+        firsts = [int((self.numbers == number).nonzero()[0]) for number in known]
+        return self.subsets[firsts], sums / counts[:, None]
+
+
+def model_seed(seed: int, number: int, replicate: int) -> int:
+    """The seed of a model: of subset `number`, the `replicate`-th; the same, however many there are.
+
+    >>> model_seed(0, 7, 1)
+    1000007
+    """
+    return (seed * MOST_SEEDS + replicate) * MOST_SUBSETS + number
+
+
+def retrain(
+    run: str | Path,
+    start: Start,
+    train: Data,
+    query: Data,
+    *,
+    loss: LossFn,
+    query_loss: LossFn | None = None,
+    subsets: Bool[Tensor, "subsets rows"],
+    training: Training,
+    seeds: int = 1,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    chunk: int | None = None,
+    shard: Shard | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Truth:
+    """Retrain models on subsets of the rows and write what they lose on the queries to `RUN/truth.h5`.
+
+    A row of the store is a model, those of a subset side by side. A run that was killed resumes behind the
+    last models that are complete. Models that diverge are counted, and kept apart from all means.
+
+    Args:
+        run: the directory to write.
+        start: what makes a model (called once a model, seeded), or the parameters that all start from.
+        train, query: the rows, and the queries.
+        loss, query_loss: of a row in training, and of a query where that is another one.
+        subsets: which rows to train on, see `random_subsets`.
+        training: optimizer, schedule, batches.
+        seeds: models of each subset.
+        seed: of them all, see `model_seed`.
+        settings: what to record besides, such as how the subsets were made.
+        chunk: how many models train together; None: what fits.
+        shard: the part of the models to do.
+        overwrite: replace what was made otherwise.
+        progress: called with the examples done.
+
+    Returns:
+        The ground truth; of a shard, its models.
+
+    Raises:
+        InputError: subsets that do not fit the rows or leave everything out, no queries; see `make_trainer`.
+    """
+    check_subsets(subsets)
+    models = _numbered(subsets, seeds, seed)
+    trainer = make_trainer(start, loss, train, training)
+    trainer.check(subsets, models.seeds[::seeds].tolist())
+    queries = _queries(trainer, query_loss or loss, query)
+    known = {**_describe(trainer, train, query, query_loss or loss, subsets), "seeds": seeds, "seed": seed}
+    own = (
+        range(len(models.seeds)) if shard is None else shard_rows(np.ones(len(models.seeds), np.int64), shard)
+    )
+    part = None if shard is None else (own.start, own.stop)
+    size = trainer.at_once() if chunk is None else chunk
+    slices = [(at, min(at + size, own.stop)) for at in range(own.start, own.stop, size)]
+    target, rows = shard_run(run, shard), len(models.seeds)
+    with open_writer(target, KIND, merged(known, settings), rows, overwrite, part=part) as writer:
+        missing = writer.missing(slices)
+        if progress is not None:
+            done = {*own} - {model for span in missing for model in range(*span)}
+            progress(training.epochs * int(models.subsets[sorted(done)].sum()))
+        for begin, end in missing:
+            chosen = _Models(*(of_all[begin:end] for of_all in models))
+            made = {**chosen._asdict(), **_losses(trainer, queries, chosen, progress)}
+            writer.write(begin, end, {name: value.cpu().numpy() for name, value in made.items()})
+        writer.finish({
+            "rows/id": storable(_names(train)), "queries/id": storable(_names(query)),
+            "looped": [trainer.looped or ""],
+        })  # fmt: skip
+    with open_part(target, KIND) as store:
+        return _read(store)
+
+
+class _Models(NamedTuple):
+    """What models are trained on, and how they are seeded; see `Truth`."""
+
+    subsets: Tensor
+    numbers: Tensor
+    seeds: Tensor
+
+
+def _numbered(subsets: Tensor, seeds: int, seed: int) -> _Models:
+    """The models of all subsets, those of one side by side."""
+    if not 1 <= seeds < MOST_SEEDS or len(subsets) >= MOST_SUBSETS:
+        raise InputError(
+            f"there can be 1 to {MOST_SEEDS - 1} seeds a subset and {MOST_SUBSETS - 1:,} subsets, not "
+            f"{seeds} and {len(subsets):,}: ask for others"
+        )
+    numbers = torch.arange(len(subsets)).repeat_interleave(seeds)
+    keys = [
+        model_seed(seed, number, replicate) for number in range(len(subsets)) for replicate in range(seeds)
+    ]
+    return _Models(subsets[numbers], numbers, torch.tensor(keys))
+
+
+def _names(data: Data) -> list[str]:
+    ids = getattr(data, "ids", None)
+    return [str(row) for row in range(len(data))] if ids is None else list(ids)
+
+
+def _queries(trainer: Trainer, loss: LossFn, query: Data) -> tuple[Losses, Table]:
+    """The losses of many models on queries, and the queries."""
+    params = initial_params(trainer.start, 0)
+    table = table_of(query, next(iter(params.values())).device)
+    return stacked_losses(loss, params, table.take(torch.tensor([0, len(table) - 1])))[0], table
+
+
+def _losses(
+    trainer: Trainer, queries: tuple[Losses, Table], models: _Models, progress: Progress | None
+) -> dict[str, Tensor]:
+    """Train a chunk of models; their losses, NaN where they diverged."""
+    seeds = models.seeds.tolist()
+    trained = trainer.train(models.subsets, seeds, chunk=len(seeds), progress=progress)
+    losses = query_losses(trained.params, *queries, trainer.training.batch_size)
+    diverged = trained.diverged | ~losses.isfinite().all(1)
+    return {"losses": torch.where(diverged[:, None], torch.nan, losses), "train_losses": trained.losses,
+            "diverged": diverged}  # fmt: skip
+
+
+def query_losses(
+    params: Params, losses: Losses, table: Table, batch_size: int
+) -> Float64[Tensor, "models queries"]:
+    """The loss of each query under each of stacked models, so many queries at a time."""
+    models = len(next(iter(params.values())))
+    with torch.no_grad():
+        return torch.cat([
+            losses(params, table.take(rows.expand(models, -1))).double()
+            for rows in torch.arange(len(table)).split(batch_size)
+        ], 1)  # fmt: skip
+
+
+def _describe(
+    trainer: Trainer, train: Data, query: Data, query_loss: LossFn, subsets: Tensor
+) -> dict[str, Any]:
+    """What the truth depends on, as plain values."""
+    given = isinstance(trainer.start, dict)
+    masks = np.packbits(subsets.numpy()).tobytes()
+    return {
+        "gradfn": gradfn.__version__,
+        "data": {"fingerprint": _fingerprint(train, trainer.table), "rows": len(train)},
+        "query": {"fingerprint": _fingerprint(query, None), "rows": len(query)},
+        "loss": loss_settings(trainer.loss),
+        "query_loss": loss_settings(query_loss),
+        "init": {"kind": "given" if given else "random", "digest": _digest(initial_params(trainer.start, 0))},
+        "training": trainer.training.settings(),
+        "subsets": {"count": len(subsets), "digest": hashlib.sha256(masks).hexdigest()[:16]},
+    }
+
+
+def _fingerprint(data: Data, table: Table | None) -> str:
+    """That of the data itself where it has one."""
+    own = getattr(data, "fingerprint", None)
+    return str(own()) if callable(own) else _digest((table or table_of(data)).columns)
+
+
+def _digest(tensors: Params) -> str:
+    """16 hex digits of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_truth(run: str | Path) -> Truth:
+    """Read what `retrain` wrote.
+
+    Raises:
+        InputError: the run is absent, unfinished or damaged.
+    """
+    with open_store(run, KIND) as store:
+        return _read(store)
+
+
+def _read(store: Store) -> Truth:
+    arrays = {name: torch.from_numpy(store.read(name, *store.span)) for name in store.names()}
+    row_ids, query_ids, looped = (
+        [str(name) for name in store.fixed(key)] for key in ("rows/id", "queries/id", "looped")
+    )
+    return Truth(**arrays, row_ids=row_ids, query_ids=query_ids, settings=store.settings, looped=looped[0])

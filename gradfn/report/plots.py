@@ -1,0 +1,348 @@
+"""Plots of evaluations. matplotlib loads when the first is drawn: `pip install 'gradfn[plot]'`."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gradfn.errors import InputError, StorageError
+from gradfn.evaluate.bootstrap import Estimate
+
+FORMATS = ("png", "pdf", "svg")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+"""Okabe and Ito's, which people with any kind of colour vision tell apart."""
+MARKERS = "osD^vPX"
+INK, FAINT, GRID, BAND = "#262626", "#6B6B6B", "#E6E6E6", "#EFEBE0"
+STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.labelcolor": FAINT, "axes.edgecolor": "#BFBFBF", "axes.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "xtick.color": FAINT, "ytick.color": FAINT, "text.color": INK,
+    "xtick.major.size": 3, "ytick.major.size": 3, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "svg.hashsalt": "gradfn", "pdf.fonttype": 42,
+}  # fmt: skip
+DPI = 200
+LABEL_GAP = 0.042
+"""Between labels of lines that end close together, as a share of the axis."""
+DODGE = 0.006
+"""Between the intervals of lines at one x, as a share of the axis."""
+FEWEST_BARS = 4
+"""For which there is room, so that a single one is no wall."""
+
+
+class Point(NamedTuple):
+    """One measurement of a method: its LDS with the ends of its interval, at a dimension, time or damping."""
+
+    name: str
+    x: float
+    lds: float
+    low: float
+    high: float
+
+
+def check_plot(path: str | Path) -> None:
+    """Refuse, before any work, a plot that could not be made.
+
+    Raises:
+        InputError: an ending that is no format, or matplotlib is absent.
+
+    >>> check_plot("lds.jpg")
+    Traceback (most recent call last):
+    ...
+    gradfn.errors.InputError: cannot plot to lds.jpg: give a name that ends in .png, .pdf or .svg
+    """
+    if Path(path).suffix.lower().removeprefix(".") not in FORMATS:
+        raise InputError(f"cannot plot to {path}: give a name that ends in .png, .pdf or .svg")
+    if find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib, which is not here: pip install 'gradfn[plot]'")
+
+
+def plot_lds(
+    points: Sequence[Point],
+    path: str | Path,
+    *,
+    ceiling: Estimate | None = None,
+    x_label: str = "projection dimension",
+    title: str = "Linear datamodeling score",
+) -> Path:
+    """Draw LDS against projection dimension, time a row, damping or any positive number, a line a method.
+
+    Args:
+        points: measurements in any order; those of one name make a line.
+        path: a .png, .pdf or .svg.
+        ceiling: the noise ceiling, drawn as a band.
+        x_label: what x is, with its unit; the axis is logarithmic.
+        title: above the plot.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: see `check_plot`; no points, or an x that is not positive.
+
+    >>> import tempfile
+    >>> points = [Point("SJLT", k, 0.4 + k / 1e5, 0.39 + k / 1e5, 0.41 + k / 1e5) for k in (1024, 4096)]
+    >>> plot_lds(points, tempfile.mkdtemp() + "/lds.png", ceiling=Estimate(0.6, 0.58, 0.61)).name
+    'lds.png'
+    """
+    if not points or any(point.x <= 0 for point in points):
+        raise InputError(f"{len(points)} points to plot, all of which need a positive x: give some that have")
+    with _figure(path, 1, (6.4, 4.0)) as (axis,):
+        colours = dict(zip(_by_name(points), _colours(len(points)), strict=False))
+        _lines(axis, points, colours)
+        _band(axis, ceiling, vertical=False)
+        _log_ticks(axis, sorted({float(point.x) for point in points}))
+        axis.set(xlabel=x_label, title=title)
+        _limits(axis, points, ceiling)
+        _end_labels(axis, {name: line[-1] for name, line in _by_name(points).items()}, colours)
+    return Path(path)
+
+
+def plot_runs(
+    runs: Mapping[str, Estimate],
+    path: str | Path,
+    *,
+    ceiling: Estimate | None = None,
+    dampings: Mapping[str, Mapping[str, Estimate]] | None = None,
+    chosen: Mapping[str, str] | None = None,
+    title: str = "Linear datamodeling score",
+) -> Path:
+    """Draw a bar a run with its interval, and beside them LDS against damping where there are several.
+
+    Args:
+        runs: the LDS of each run, drawn in this order from the top.
+        path: a .png, .pdf or .svg.
+        ceiling: the noise ceiling, drawn as a band.
+        dampings: of runs with several, the LDS of each damping by its name.
+        chosen: the damping that a run is reported at, which is filled in.
+        title: above the plot.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: see `check_plot`.
+
+    >>> import tempfile
+    >>> runs = {"ekfac": Estimate(0.40, 0.36, 0.44), "grad_dot": Estimate(0.23, 0.19, 0.27)}
+    >>> plot_runs(runs, tempfile.mkdtemp() + "/runs.png", ceiling=Estimate(0.89, 0.88, 0.90)).name
+    'runs.png'
+    """
+    panels = 2 if dampings else 1
+    height = max(1.7, 1.05 + 0.36 * len(runs)) if panels == 1 else max(3.2, 1.05 + 0.36 * len(runs))
+    with _figure(path, panels, (6.4 if panels == 1 else 10.4, height)) as axes:
+        colours = dict(zip(runs, _colours(len(runs)), strict=True))
+        _bars(axes[0], runs, ceiling, colours)
+        axes[0].set_title(title)
+        if dampings:
+            _damping_panel(axes[1], dampings, chosen or {}, ceiling, colours)
+    return Path(path)
+
+
+# --- parts
+
+
+@contextmanager
+def _figure(path: str | Path, panels: int, size: tuple[float, float]) -> Iterator[Sequence[Any]]:
+    """Axes of a figure that is written, whole or not at all, once they are filled."""
+    check_plot(path)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            figure.savefig(partial, dpi=DPI, format=path.suffix.lower().removeprefix("."))
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise StorageError(error.errno, f"could not write {path}: {error.strerror or error}") from error
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+
+
+def _bars(
+    axis: Any, runs: Mapping[str, Estimate], ceiling: Estimate | None, colours: Mapping[str, str]
+) -> None:
+    """Horizontal bars from the top, each with its interval and its number."""
+    ends = [one.high for one in runs.values()] + ([ceiling.high] if ceiling else [])
+    starts = [one.low for one in runs.values()]
+    right, left = max([*ends, 0.05]), min([*starts, 0.0])
+    for row, (name, one) in enumerate(runs.items()):
+        axis.barh(row, one.value, height=0.62, color=colours[name], alpha=0.9, linewidth=0)
+        axis.plot([one.low, one.high], [row, row], color=INK, linewidth=1.3, solid_capstyle="butt")
+        end = max(one.high, 0.0) + 0.012 * (right - left)
+        axis.text(end, row, f"{one.value:.2f}", va="center", ha="left", fontsize=9, zorder=4)
+    _band(axis, ceiling, vertical=True)
+    axis.set_yticks(range(len(runs)), list(runs), color=INK)
+    axis.tick_params(axis="y", length=0)
+    room = max(len(runs), FEWEST_BARS) / 2 + 0.05
+    axis.set_ylim((len(runs) - 1) / 2 + room, (len(runs) - 1) / 2 - room)
+    axis.set_xlim(left * 1.08, right + 0.12 * (right - left))
+    axis.axvline(0, color="#BFBFBF", linewidth=0.8)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="x", color=GRID, linewidth=0.8)
+    axis.set_xlabel("LDS, mean over queries with 95 % interval")
+
+
+def _band(axis: Any, ceiling: Estimate | None, *, vertical: bool) -> None:
+    """The noise ceiling with its interval, labelled where it is."""
+    if ceiling is None:
+        return
+    span, line = (axis.axvspan, axis.axvline) if vertical else (axis.axhspan, axis.axhline)
+    span(ceiling.low, ceiling.high, color=BAND, zorder=0, linewidth=0)
+    line(ceiling.value, color="#A89F80", linewidth=1, linestyle=(0, (4, 2)), zorder=0.5)
+    label = f"noise ceiling {ceiling.value:.2f}"
+    if vertical:
+        where = {
+            "xy": (ceiling.value, 0),
+            "xycoords": ("data", "axes fraction"),
+            "xytext": (-6, 4),
+            "ha": "right",
+        }
+    else:
+        where = {"xy": (0, ceiling.high), "xycoords": ("axes fraction", "data"), "xytext": (4, 2)}
+    axis.annotate(label, textcoords="offset points", color="#7A7150", fontsize=8, zorder=4, **where)
+
+
+def _by_name(points: Sequence[Point]) -> dict[str, list[Point]]:
+    lines: dict[str, list[Point]] = {}
+    for point in points:
+        lines.setdefault(point.name, []).append(point)
+    return {name: sorted(line, key=lambda point: point.x) for name, line in lines.items()}
+
+
+def _lines(axis: Any, points: Sequence[Point], colours: Mapping[str, str]) -> None:
+    """A line a name, with a thin bar for each interval, beside each other where they would overlap."""
+    axis.set_xscale("log")
+    axis.grid(axis="y", color=GRID, linewidth=0.8)
+    span = max(p.x for p in points) / min(p.x for p in points)
+    for number, (name, line) in enumerate(_by_name(points).items()):
+        aside = span ** (DODGE * (number - (len(colours) - 1) / 2))
+        x, colour = [p.x * aside for p in line], colours[name]
+        axis.vlines(x, [p.low for p in line], [p.high for p in line], color=colour, linewidth=1.2, alpha=0.5)
+        axis.plot(x, [p.lds for p in line], color=colour, marker=MARKERS[number % len(MARKERS)],
+                  markersize=4.5, linewidth=1.6, markeredgewidth=0)  # fmt: skip
+    axis.set_ylabel("LDS, mean over queries with 95 % interval")
+
+
+def _log_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Ticks at the values themselves where they are few and apart; 1, 2, 5, 10 otherwise."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if len(values) <= 8 and all(b / a >= 1.4 for a, b in pairwise(values)):
+        axis.set_xticks(values, [_number(value) for value in values])
+    else:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
+
+
+def _limits(axis: Any, points: Sequence[Point], ceiling: Estimate | None) -> None:
+    """All intervals and the ceiling, with some room."""
+    top = max([point.high for point in points] + ([ceiling.high] if ceiling else []))
+    bottom = min(point.low for point in points)
+    room = 0.09 * max(top - bottom, 0.05)
+    axis.set_ylim(bottom - room, top + room)
+
+
+def _end_labels(axis: Any, ends: Mapping[str, Point], colours: Mapping[str, str]) -> None:
+    """The names of lines at their right ends; where several end at one x, kept apart and led to."""
+    bottom, top = axis.get_ylim()
+    for x in {end.x for end in ends.values()}:
+        names = [name for name, end in ends.items() if end.x == x]
+        wanted = [(ends[name].lds - bottom) / (top - bottom) for name in names]
+        for name, at, height in zip(names, wanted, spread(wanted, LABEL_GAP), strict=True):
+            moved, room = (height - at) * _points_of(axis), 18 if len(names) > 1 else 8
+            leader = {"arrowstyle": "-", "color": colours[name], "alpha": 0.5, "linewidth": 0.8, "shrinkB": 6}
+            axis.annotate(
+                name, (x, at), xycoords=("data", "axes fraction"), xytext=(room, moved),
+                textcoords="offset points", color=colours[name], va="center", fontsize=9,
+                annotation_clip=False, arrowprops=leader if abs(moved) > 1 else None, zorder=5,
+            )  # fmt: skip
+
+
+def _points_of(axis: Any) -> float:
+    """About how many points high an axis is."""
+    return axis.figure.get_figheight() * 72 * 0.83
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move labels apart until none are closer than `gap`, in the order in which they stand.
+
+    >>> spread([0.5, 0.5], 0.1)
+    [0.45, 0.55]
+    """
+    order = sorted(range(len(heights)), key=lambda number: heights[number])
+    groups: list[list[int]] = []
+    for number in order:
+        groups.append([number])
+        while len(groups) > 1 and _top(groups[-2], heights, gap) + gap > _bottom(groups[-1], heights, gap):
+            last = groups.pop()
+            groups[-1] = groups[-1] + last
+    placed = [0.0] * len(heights)
+    for group in groups:
+        for place, number in enumerate(group):
+            placed[number] = _bottom(group, heights, gap) + place * gap
+    return placed
+
+
+def _bottom(group: Sequence[int], heights: Sequence[float], gap: float) -> float:
+    return sum(heights[number] for number in group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _top(group: Sequence[int], heights: Sequence[float], gap: float) -> float:
+    return _bottom(group, heights, gap) + gap * (len(group) - 1)
+
+
+def _damping_panel(
+    axis: Any, dampings: Mapping[str, Mapping[str, Estimate]], chosen: Mapping[str, str],
+    ceiling: Estimate | None, colours: Mapping[str, str],
+) -> None:  # fmt: skip
+    """LDS against damping; numbers on a logarithmic axis, other dampings side by side in their order."""
+    names = list(dict.fromkeys(name for curve in dampings.values() for name in curve))
+    numeric = all(_is_positive(name) for name in names)
+    places = {name: float(name) if numeric else number for number, name in enumerate(names)}
+    points = [
+        Point(run, places[name], *one) for run, curve in dampings.items() for name, one in curve.items()
+    ]
+    axis.grid(axis="y", color=GRID, linewidth=0.8)
+    ends: dict[str, Point] = {}
+    for run, line in _by_name(points).items():
+        colour = colours[run]
+        x, y = [p.x for p in line], [p.lds for p in line]
+        axis.fill_between(
+            x, [p.low for p in line], [p.high for p in line], color=colour, alpha=0.12, linewidth=0
+        )
+        axis.plot(x, y, color=colour, marker="o", markersize=4.5, linewidth=1.6, markerfacecolor="white")
+        at = [p for p in line if run in chosen and p.x == places[chosen[run]]]
+        axis.plot([p.x for p in at], [p.lds for p in at], color=colour, marker="o", markersize=6.5)
+        ends[run] = line[-1]
+    _band(axis, ceiling, vertical=False)
+    _limits(axis, points, ceiling)
+    if numeric:
+        axis.set_xscale("log")
+        _log_ticks(axis, sorted(places.values()))
+    else:
+        axis.set_xticks(list(places.values()), names)
+    axis.set(xlabel="damping (filled: chosen on other queries)", title="LDS against damping")
+    _end_labels(axis, ends, colours)
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False

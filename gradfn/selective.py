@@ -1,0 +1,301 @@
+"""Selective masks: which coordinates of a gradient keep the inner products with queries, learned."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradfn.errors import InputError
+from gradfn.kron import Kron
+from gradfn.layers import View, find_sites
+from gradfn.maps import Select
+from gradfn.random import choice, normals
+from gradfn.stream import TOKEN_BATCH_SIZE, collect, free_memory
+from gradfn.transforms import Kronecker, Transform, chain
+from gradfn.transforms.fitted import SelectedFlat, SelectedSides, selected
+from gradfn.types import Blocks, BlockSpec, Data, LossFn
+
+Dims = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """How much of one block's inner products a mask keeps: mean correlations over queries, over rows.
+
+    Args:
+        kept: of the chosen coordinates.
+        random: of a random mask of as many, for comparison.
+        steps: steps of training until the best one.
+    """
+
+    kept: float
+    random: float
+    steps: int
+
+
+def correlations(
+    before: Float[Tensor, "rows queries"], after: Float[Tensor, "rows queries"]
+) -> Float[Tensor, " queries"]:
+    """Pearson's correlation over rows, for every query; 0 where one side does not vary.
+
+    >>> correlations(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [4.0], [6.0]]))
+    tensor([1.])
+    """
+    a, b = before - before.mean(0), after - after.mean(0)
+    scale = (a.square().sum(0) * b.square().sum(0)).clamp_min(torch.finfo(a.dtype).tiny).sqrt()
+    return (a * b).sum(0) / scale
+
+
+def fit_mask(
+    rows: Blocks,
+    queries: Blocks,
+    dims: Dims,
+    *,
+    seed: int = 0,
+    steps: int = 300,
+    learning_rate: float = 0.05,
+    patience: int = 50,
+    watch: Callable[[str, MaskReport], None] | None = None,
+    whole: bool = False,
+) -> tuple[SelectedSides | SelectedFlat, dict[str, MaskReport]]:
+    """Choose the coordinates of every block that keep its inner products with queries, one block at a time.
+
+    The mask m is 1 on the k largest of the numbers s, one a coordinate, and 0 elsewhere (for both sides an
+    outer product of two such). By Adam it maximises
+
+        mean_q corr_b(<G_b, Q_q>, <m G_b, Q_q>)
+
+    with the gradient passed straight through m to sigmoid(s), from the coordinates of most energy on, and
+    gives the best mask of all steps. (GraSS maximises the correlation under m = sigmoid(s) and an L1 penalty;
+    but every uniform m has the correlation 1, so that says nothing about which coordinates to keep.)
+
+    Args:
+        rows: gradients of training rows, `{block: [rows, out, in]}`, 3 or more.
+        queries: gradients of queries, alike.
+        dims: coordinates of the flattened block to keep, or `(out, in)` of both sides. A block or side that
+            has no more is kept whole.
+        seed: of the noise that breaks ties, and of the random mask in the report.
+        steps, learning_rate: of the maximisation.
+        patience: steps without a better mask after which it stops.
+        watch: called with each block's name and report.
+        whole: whether a mask may leave nothing out of all these blocks.
+
+    Returns:
+        The projection, and for every block the correlation that is kept, beside a random mask's.
+
+    Raises:
+        InputError: fewer than 3 rows, dimensions below 1 or of no block's size.
+
+    >>> scale = torch.tensor([9, 1, 9, 1, 1, 1])
+    >>> g = torch.randn(20, 1, 6, generator=torch.Generator().manual_seed(0)) * scale
+    >>> fit_mask({"a": g}, {"a": g[:4]}, 2)[0].chosen["a"][0].tolist()
+    [0, 2]
+
+    Source: GraSS, arXiv:2505.18976, section 3.2.
+    """
+    _check(rows, queries, dims)
+    if not whole:
+        _refuse_whole([tuple(G.shape[1:]) for G in rows.values()], dims)
+    chosen, reports = {}, {}
+    for name, G in rows.items():
+        Q = queries[name].to(G)
+        keep = _Keep(tuple(G.shape[1:]), dims)
+        chosen[name], reports[name] = _fit_block(G, Q, keep, (seed, name), steps, learning_rate, patience)
+        if watch is not None:
+            watch(name, reports[name])
+    return selected(chosen, {name: G.shape[1:] for name, G in rows.items()}), reports
+
+
+def _check(rows: Blocks, queries: Blocks, dims: Dims) -> None:
+    if min((dims,) if isinstance(dims, int) else dims) < 1:
+        raise InputError(f"a mask of {_told(dims)} coordinates: give 1 or more")
+    if (
+        min(len(next(iter(side.values()))) for side in (rows, queries)) < 1
+        or len(next(iter(rows.values()))) < 3
+    ):
+        raise InputError("a mask is fitted to correlations over rows: give 3 rows or more, and a query")
+
+
+def _told(dims: Dims) -> str:
+    return str(dims) if isinstance(dims, int) else f"{dims[0]} x {dims[1]}"
+
+
+def _refuse_whole(sizes: Sequence[tuple[int, ...]], dims: Dims) -> None:
+    if all(_Keep(shape, dims).whole for shape in sizes):
+        largest = " x ".join(map(str, max(sizes, key=prod)))
+        raise InputError(
+            f"a mask of {_told(dims)} leaves nothing out, for the largest block has "
+            f"{largest}: give fewer coordinates"
+        )
+
+
+@dataclass(frozen=True)
+class _Only(Kronecker):
+    """Nothing of the blocks but of some."""
+
+    names: frozenset[str]
+
+    def kron(self, spec: BlockSpec) -> Kron:
+        if spec.name in self.names:
+            return Kron()
+        return Kron(Select(torch.empty(0, dtype=torch.int64, device=spec.device), spec.shape[0]))
+
+
+def selective_mask(
+    model: nn.Module,
+    train: Data,
+    query: Data,
+    dims: Dims,
+    *,
+    rows: int = 512,
+    seed: int = 0,
+    before: Transform | None = None,
+    loss: LossFn | None = None,
+    query_loss: LossFn | None = None,
+    view: View | None = None,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    watch: Callable[[str, MaskReport], None] | None = None,
+) -> tuple[SelectedSides | SelectedFlat, dict[str, MaskReport]]:
+    """Fit a selective mask to a model's gradients: `fit_mask`, as many layers at a time as memory holds.
+
+    Args:
+        model: the module to attribute.
+        train, query: training rows and queries.
+        dims: see `fit_mask`.
+        rows: how many training rows, drawn at random, and how many queries at most to look at.
+        before: what is done to gradients before the mask (an optimizer's normalisation).
+        loss, query_loss, view, token_batch_size: see `score`.
+        seed, watch: see `fit_mask`.
+
+    Raises:
+        InputError: see `fit_mask`; a layer whose gradients of so many rows do not fit in memory.
+    """
+    sizes = {site.block: site.spec.shape for site in find_sites(model, view)}
+    some = [_some(data, rows, seed, name) for data, name in ((train, "rows"), (query, "queries"))]
+    losses = loss, query_loss or loss
+    chosen: dict[str, tuple[Tensor, ...]] = {}
+    reports: dict[str, MaskReport] = {}
+    _refuse_whole(list(sizes.values()), dims)
+    for names in _groups(sizes, sum(map(len, some))):
+        only = chain(before or chain(), _Only(frozenset(names)))
+        sides: list[Blocks] = []
+        for data, one in zip(some, losses, strict=True):
+            made = collect(model, data, only, loss=one, view=view, token_batch_size=token_batch_size)
+            assert isinstance(made, dict)
+            sides.append({name: made[name] for name in names})
+        mask, report = fit_mask(sides[0], sides[1], dims, seed=seed, watch=watch, whole=True)
+        chosen |= mask.chosen
+        reports |= report
+    return selected(chosen, sizes), reports
+
+
+def _some(data: Data, count: int, seed: int, name: str) -> Sequence[Mapping[str, Tensor]]:
+    count = min(count, len(data))
+    return [data[int(row)] for row in choice(count, len(data), seed, "selective", name)]
+
+
+def _groups(sizes: Mapping[str, tuple[int, int]], rows: int) -> Iterator[list[str]]:
+    """Blocks whose gradients of all rows fit in a quarter of the free memory together."""
+    budget, group, held = free_memory(torch.device("cpu")) // 4, [], 0
+    for name, shape in sizes.items():
+        size = 4 * rows * prod(shape)
+        if size > budget:
+            raise InputError(
+                f"the gradients of {name} for {rows:,} rows and queries take {size >> 20:,} MiB, and "
+                f"{budget >> 20:,} may be used: look at fewer rows"
+            )
+        if group and held + size > budget:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
+
+
+@dataclass(frozen=True)
+class _Keep:
+    """How many coordinates of what to keep."""
+
+    shape: tuple[int, ...]
+    dims: Dims
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of coordinates to choose among."""
+        return (prod(self.shape),) if isinstance(self.dims, int) else self.shape
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of coordinates to keep of them."""
+        dims = (self.dims,) if isinstance(self.dims, int) else self.dims
+        return tuple(min(k, size) for k, size in zip(dims, self.sizes, strict=True))
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self.counts == self.sizes
+
+    def weights(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """The weight of every number of the flattened block."""
+        return parts[0] if len(parts) == 1 else torch.outer(*parts).flatten()
+
+    def hard(self, logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The largest, in ascending order of their place."""
+        pairs = zip(logits, self.counts, strict=True)
+        return tuple(s.argsort(descending=True, stable=True)[:k].sort().values for s, k in pairs)
+
+    def indicator(self, chosen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """1 where a coordinate is chosen."""
+        made = []
+        for index, size in zip(chosen, self.sizes, strict=True):
+            made.append(torch.zeros(size).index_fill_(0, index, 1.0))
+        return tuple(made)
+
+
+def _fit_block(
+    G: Tensor, Q: Tensor, keep: _Keep, key: tuple[int, str], steps: int, learning_rate: float, patience: int
+) -> tuple[tuple[Tensor, ...], MaskReport]:  # fmt: skip
+    rows, queries = G.flatten(1), Q.flatten(1)
+    before = rows @ queries.T
+
+    def kept(parts: tuple[Tensor, ...]) -> Tensor:
+        weights = keep.weights(parts).to(rows)
+        return correlations(before, rows @ (queries * weights).T).mean()
+
+    picks = zip(keep.counts, keep.sizes, strict=True)
+    others = tuple(torch.from_numpy(choice(k, n, *key, "random", i)) for i, (k, n) in enumerate(picks))
+    random = float(kept(keep.indicator(others)))
+    if keep.whole:
+        return tuple(torch.arange(size) for size in keep.sizes), MaskReport(1.0, 1.0, 0)
+    logits = tuple(s.requires_grad_() for s in _start(rows, queries, keep, key))
+    optimizer = torch.optim.Adam(logits, learning_rate)
+    best, chosen, at = -torch.inf, keep.hard(logits), 0
+    for step in range(steps):
+        hard = keep.hard(tuple(s.detach() for s in logits))
+        soft = [s.sigmoid() for s in logits]
+        pairs = zip(keep.indicator(hard), soft, strict=True)
+        now = kept(tuple(m.to(s) + s - s.detach() for m, s in pairs))
+        reached = float(now.detach())
+        if reached > best:
+            best, chosen, at = reached, hard, step
+        elif step - at >= patience:
+            break
+        optimizer.zero_grad()
+        (-now).backward()
+        optimizer.step()
+    return chosen, MaskReport(best, random, at)
+
+
+def _start(rows: Tensor, queries: Tensor, keep: _Keep, key: tuple[int, str]) -> tuple[Tensor, ...]:
+    """The logarithm of every coordinate's energy, standardised, with a little noise."""
+    energy = (rows.square().mean(0) * queries.square().mean(0)).sqrt()
+    parts = [energy] if len(keep.sizes) == 1 else [energy.view(keep.shape).sum(1 - axis) for axis in (0, 1)]
+    made = []
+    for i, part in enumerate(parts):
+        logs = part.clamp_min(torch.finfo(part.dtype).tiny).log()
+        scaled = (logs - logs.mean()) / logs.std(correction=0).clamp_min(1e-6)
+        made.append(scaled + torch.from_numpy(1e-3 * normals(len(part), *key, "start", i)).to(part))
+    return tuple(made)

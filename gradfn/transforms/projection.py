@@ -1,0 +1,148 @@
+"""Projections as they are spelled, in one line, on the command line and in what a run records.
+
+    mask:128x128 > sjlt:4096
+
+| spelling | what it does |
+|---|---|
+| `KIND:AxB` | both sides of every block, before the dense gradient exists: `[out, in] -> [A, B]` |
+| `KIND:K` | the flattened block: `[out, in] -> [1, K]` |
+| `sjlt:K:S` | S nonzeros a column |
+| `joint` | all blocks of a row become one; what follows acts on the whole gradient |
+| `pca:AxB:RUN` | onto the leading eigenvectors of a fitted K-FAC curvature |
+| `selective:RUN` | the coordinates that `gradfn mask fit` chose |
+| `logra:AxB` | `gaussian:AxB` |
+| `grass:K`, `factgrass:K` | `mask:4K > sjlt:K`; `mask:DxD > sjlt:K`, where D is the root of 4K |
+
+KIND is rademacher, gaussian, orthonormal, mask, sjlt or fjlt; ` > ` separates stages.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+from gradfn.errors import InputError
+from gradfn.maps import Kind, square_side
+from gradfn.transforms.chain import Chain, Transform, chain
+from gradfn.transforms.joint import joint
+from gradfn.transforms.project import Compress, Project, compress, project
+
+FACTOR = 4
+"""A mask keeps so many times the numbers that a sparse transform behind it gives (GraSS, section 3.2)."""
+
+Loaders = Mapping[str, Callable[[str], Transform]]
+"""Stages that were fitted, by their first word: functions of what follows it."""
+
+
+def parse_projection(text: str, seed: int = 0, loaders: Loaders | None = None) -> Chain:
+    """The transform that a spelling stands for.
+
+    Args:
+        text: stages with ` > ` between them, see above; "none" is the full gradient.
+        seed: key of what is drawn.
+        loaders: for stages that are read from a run.
+
+    Raises:
+        InputError: what is wrong with which stage, and what would be right.
+
+    >>> parse_projection("mask:128x128 > sjlt:4096").stages[1]
+    Compress(dim=4096, kind='sjlt', seed=0, nonzeros=1)
+    >>> parse_projection("factgrass:4096") == parse_projection("mask:128x128 > sjlt:4096")
+    True
+    """
+    if text.strip() == "none":
+        return chain()
+    stages = [_stage(part.strip(), seed, loaders or {}) for part in text.split(">")]
+    return chain(*stages)
+
+
+def _stage(text: str, seed: int, loaders: Loaders) -> Transform:
+    word, _, rest = text.partition(":")
+    if text == "joint":
+        return joint()
+    if word in loaders:
+        return loaders[word](rest)
+    if word in SHORT:
+        return SHORT[word](_numbers(text, rest, pair=word == "logra")[0], seed)
+    if word not in get_args(Kind):
+        known = ", ".join((*get_args(Kind), *SHORT, "joint", *loaders))
+        raise InputError(f"no projection {word!r} in {text!r}: choose {known}")
+    dims, nonzeros = _numbers(text, rest)
+    make: Any = compress if isinstance(dims, int) else project
+    return make(dims, word, seed, nonzeros)
+
+
+def _numbers(text: str, rest: str, pair: bool | None = None) -> tuple[Any, int]:
+    """`AxB`, `K` and `K:S` as numbers."""
+    first, colon, last = rest.partition(":")
+    parts = first.split("x")
+    numbers = [*parts, *([last] if colon else [])]
+    wanted = (1, 2) if pair is None else (1 + pair,)
+    plain = all(part.strip().isascii() and part.strip().isdigit() for part in numbers)
+    if len(parts) not in wanted or not plain:
+        word = text.partition(":")[0]
+        forms = {2: f"{word}:64x64 for both sides of every block", 1: f"{word}:4096 for the flattened block"}
+        told = " or ".join(form for count, form in forms.items() if count in wanted)
+        raise InputError(f"{text!r} is no projection: give {told}")
+    dims = [int(part) for part in parts]
+    return (dims[0] if len(dims) == 1 else (dims[0], dims[1])), int(last) if colon else 1
+
+
+def lenient(projection: Transform) -> Chain:
+    """The same, but where it makes no block smaller it does nothing instead of being refused.
+
+    >>> import torch
+    >>> lenient(project((9, 9)))({"a": torch.ones(1, 2, 2)})["a"].shape
+    torch.Size([1, 2, 2])
+    """
+    stages = chain(projection).stages
+    return chain(*(replace(s, strict=False) if isinstance(s, Project | Compress) else s for s in stages))
+
+
+def logra(dims: tuple[int, int], seed: int = 0) -> Transform:
+    """LoGra: a Gaussian projection of both factors.
+
+    >>> str(logra((8, 8)))
+    'gaussian:8x8'
+
+    Source: arXiv:2405.13954, section 3.1.
+    """
+    return project(dims, "gaussian", seed)
+
+
+def grass(k: int, seed: int = 0) -> Chain:
+    """GraSS: a mask to 4k coordinates of the flattened block, then an sjlt to k.
+
+    >>> spell(grass(64))
+    'mask:256 > sjlt:64'
+
+    Source: arXiv:2505.18976, section 3.2.
+    """
+    return chain(lenient(compress(FACTOR * k, "mask", seed)), compress(k, "sjlt", seed))
+
+
+def factgrass(k: int, seed: int = 0) -> Chain:
+    """FactGraSS: masks of both factors to `sqrt(4k)`, the outer product of what is left, an sjlt to k.
+
+    >>> spell(factgrass(64))
+    'mask:16x16 > sjlt:64'
+
+    Source: arXiv:2505.18976, section 3.3.
+    """
+    side = square_side(FACTOR * k)
+    return chain(lenient(project((side, side), "mask", seed)), compress(k, "sjlt", seed))
+
+
+SHORT: Mapping[str, Callable[[Any, int], Transform]] = {
+    "logra": logra,
+    "grass": grass,
+    "factgrass": factgrass,
+}
+
+
+def spell(projection: Transform) -> str:
+    """A projection in one line, which `parse_projection` reads.
+
+    >>> spell(parse_projection("joint > sjlt:64:2"))
+    'joint > sjlt:64:2'
+    """
+    return " > ".join(map(str, chain(projection).stages)) or "none"

@@ -1,0 +1,136 @@
+import pytest
+import torch
+from tiny import make_model, make_tokenizer, save
+
+import gradfn as gf
+from gradfn.evaluate.subsets import random_subsets
+from gradfn.evaluate.truth import model_seed, open_truth
+from gradfn.per_example import params_of
+from gradfn.training import Training, train
+
+SMALL = ("--subsets", 3, "--epochs", 1, "--batch-size", 3)
+
+
+@pytest.fixture(scope="module")
+def base(model, corpus, queries):
+    return ("--model", model, "--dataset", corpus, "--query", queries)
+
+
+@pytest.fixture(scope="module")
+def told(ok, folder, base):
+    """What the command printed."""
+    return ok("retrain", folder / "truth", *base, *SMALL, "--learning-rate", 0.01)
+
+
+def test_the_truth_is_that_of_the_library(told, folder, model, corpus, queries):
+    truth = open_truth(folder / "truth")
+    net, tokens = gf.load_model(model), gf.load_tokenizer(model)
+    rows = gf.tokenize(gf.load_rows(corpus), tokens)
+    asked = gf.tokenize(gf.load_rows(queries), tokens, prompt_column="prompt", completion_column="completion")
+    masks, loss = random_subsets(12, 3), gf.causal_lm_loss(net)
+    assert torch.equal(truth.subsets, masks[[0, 0, 1, 1, 2, 2]])
+    trained = train(params_of(net), loss, rows, masks[1:2], [model_seed(0, 1, 1)], Training(1, 3, 0.01))
+    params = {name: value[0] for name, value in trained.params.items()}
+    wanted = torch.stack([loss(params, asked[number]) for number in range(3)]).double()
+    torch.testing.assert_close(truth.losses[3], wanted, rtol=1e-4, atol=1e-4)
+    assert truth.query_ids == asked.ids
+    assert truth.settings["subsets"]["fraction"] == 0.5
+    assert truth.settings["data"]["fingerprint"] == rows.fingerprint()
+
+
+def test_it_says_what_was_trained_and_where_it_is(told):
+    told = " ".join(told.split())
+    assert "14,032 parameters, all trained, from its own weights" in told
+    assert "6 (3 subsets of 6 rows, 2 seeds each)" in told
+    assert "1 epoch of adamw, batches of 3, learning rate 0.01" in told
+    assert "truth.h5 [6 models, 3 queries]" in told
+    assert "diverged" not in told
+
+
+def test_new_weights_differ_from_model_to_model(ok, folder, base):
+    ok("retrain", folder / "new", *base, *SMALL, "--init", "random", "--learning-rate", 1e-9)
+    truth = open_truth(folder / "new")
+    assert truth.settings["init"]["kind"] == "random"
+    assert len({tuple(row) for row in truth.losses.round(decimals=4).tolist()}) == 6
+
+
+def test_leaving_one_out_leaves_each_row_out_once(ok, folder, base):
+    ok("retrain", folder / "one", *base, *SMALL, "--leave-out", 1, "--subsets", 12, "--seeds", 1)
+    subsets = open_truth(folder / "one").subsets
+    assert sorted((~subsets).nonzero()[:, 1].tolist()) == list(range(12))
+
+
+def test_the_best_rows_of_each_query_are_removed(ok, folder, base):
+    ok("score", folder / "scored", *base)
+    ok("retrain", folder / "less", *base, *SMALL, "--remove-top", "1,2", "--scores", folder / "scored",
+       "--seeds", 1)  # fmt: skip
+    truth = open_truth(folder / "less")
+    assert truth.subsets.sum(1).tolist() == [12, *[11, 10] * 3, *[11] * 5, *[10] * 5]
+    with gf.open_store(folder / "scored", "scores") as store:
+        best = store.read("scores").argmax(0)
+    assert (~truth.subsets[1:7:2]).nonzero()[:, 1].tolist() == best.tolist()
+
+
+def test_models_that_diverge_are_told(ok, folder, base):
+    told = ok("retrain", folder / "wild", *base, *SMALL, "--learning-rate", 1e30, "--epochs", 3)
+    assert "6 models, counted in no mean" in told
+    assert open_truth(folder / "wild").diverged.all()
+
+
+def test_shards_are_joined(ok, folder, base, told):
+    given = (*base, *SMALL, "--learning-rate", 0.01)
+    first = ok("retrain", folder / "parts", *given, "--shard", "1/2")
+    assert "gradfn merge" in first
+    ok("retrain", folder / "parts", *given, "--shard", "2/2")
+    ok("merge", folder / "parts")
+    torch.testing.assert_close(
+        open_truth(folder / "parts").losses, open_truth(folder / "truth").losses, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_models_that_do_not_stack_are_told(ok, folder, base, monkeypatch):
+    def awkward(self, batch):
+        return original(self, batch) if bool(batch["input_ids"].sum() >= 0) else None
+
+    from gradfn.losses import CausalLMLoss
+
+    original = CausalLMLoss.batched
+    monkeypatch.setattr(CausalLMLoss, "batched", awkward)
+    assert "trained one by one" in ok("retrain", folder / "loop", *base, *SMALL)
+
+
+@pytest.mark.parametrize(("more", "says"), [
+    (("--subsets", 2), "at least 3 subsets"), (("--fraction", 0.01), "keeps 0 of 12 rows"),
+    (("--leave-out", 12), "leaving out 12 keeps 0"), (("--batch-size", 7), "larger than the smallest subset"),
+    (("--fraction", 0.5, "--leave-out", 2), "give one of them"),
+    (("--remove-top", "1"), "give both, or neither"),
+    (("--remove-top", "a", "--scores", "x"), "not whole numbers"), (("--learning-rate", 0), "learning_rate"),
+    (("--momentum", 0.9), "momentum is of sgd"), (("--seeds", 0), "1 to 999 seeds"),
+    (("--shard", "3/2"), "I from 1 to N"), (("--epochs", 0), "epochs must be"),
+])  # fmt: skip
+def test_bad_options_are_one_sentence(command, tmp_path, base, more, says):
+    result = command("retrain", tmp_path / "run", *base, *SMALL, *more)
+    assert result.status == 2
+    assert says in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_scores_of_other_queries_are_refused(command, ok, folder, base, model, corpus):
+    ok("score", folder / "other", "--model", model, "--dataset", corpus, "--query", "The capital of Peru is")
+    result = command("retrain", folder / "no", *base, "--remove-top", 1, "--scores", folder / "other")
+    assert result.status == 2
+    assert "different queries" in result.err
+
+
+@pytest.mark.parametrize("lacking", ["--model", "--dataset", "--query"])
+def test_what_is_lacking_is_named(command, tmp_path, base, lacking):
+    at = base.index(lacking)
+    result = command("retrain", tmp_path / "run", *base[:at], *base[at + 2 :])
+    assert result.status == 2
+    assert f"no {lacking}" in result.err
+
+
+def test_a_neox_is_retrained_in_one_stack(ok, folder, corpus, queries):
+    path = save(folder / "wide", make_model("neox", seed=1), make_tokenizer(first=False))
+    told = ok("retrain", folder / "stack", "--model", path, "--dataset", corpus, "--query", queries, *SMALL)
+    assert "one by one" not in told

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from torch import nn
+
+import gradfn as gf
+from gradfn import spectrum
+from gradfn.curvature import ekfac, kfac, second_moment, shampoo
+from gradfn.errors import InputError
+from gradfn.fold import fit_sums, state_bytes
+from gradfn.probes import probe_engine
+from gradfn.transforms import chain, unit_normalize
+from gradfn.transforms.joint import joint
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+
+
+def loss_of(net):
+    return lambda params, e: torch.func.functional_call(net, params, e["x"]).square().sum()
+
+
+def rows():
+    return [{"x": torch.randn(4, dtype=torch.float64)} for _ in range(5)]
+
+
+@pytest.mark.parametrize("fold", [second_moment, kfac, ekfac, shampoo])
+def test_eigenvalues_that_do_not_converge(net, monkeypatch, fold):
+    def fails(matrix):
+        raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+
+    monkeypatch.setattr(spectrum, "_eigh", fails)
+    words = (
+        r"^the eigenvalues of the curvature of 0 do not converge: leave that layer out \(--exclude 0\), use"
+    )
+    with pytest.raises(InputError, match=words):
+        gf.fit(fold(), net, rows(), loss=loss_of(net))
+
+
+@pytest.mark.parametrize("before", [chain(), chain(unit_normalize()), chain(joint())])
+@pytest.mark.parametrize("fold", [second_moment, shampoo])
+def test_the_memory_told_is_that_of_the_sums(net, before, fold):
+    whole = chain(before, fold().stage())
+    engine = probe_engine(net, loss_of(net), whole)
+    sums = fit_sums(fold(), net, rows(), before, loss=loss_of(net))
+    kept = {name: total.numel() * 8 for name, total in sums.blocks.items()}  # and a batch's, as wide
+    assert state_bytes(fold(), engine) == {name: 2 * size for name, size in kept.items()}
+
+
+def test_a_joint_curvature_that_does_not_fit_is_refused(net, monkeypatch):
+    monkeypatch.setattr("gradfn.fold.free_memory", lambda device: 1 << 20)
+    wide = nn.Sequential(nn.Linear(150, 150), nn.Linear(150, 2))
+    data = [{"x": torch.ones(150)}]
+    with pytest.raises(InputError, match=r"the sums of SecondMoment take \d+\.\d GiB and 0\.0 GiB are free"):
+        gf.fit(second_moment(), wide, data, joint(), loss=loss_of(wide))

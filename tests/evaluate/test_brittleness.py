@@ -1,0 +1,65 @@
+import math
+
+import pytest
+import torch
+
+from gradfn.errors import InputError
+from gradfn.evaluate.brittleness import Removal, brittleness, brittleness_subsets, removals
+from gradfn.evaluate.lds import predicted
+
+ROWS, QUERIES = 9, 4
+
+
+@pytest.fixture
+def influence():
+    return torch.randn(ROWS, QUERIES, generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_subsets_have_all_rows_then_no_best_then_no_random_ones(influence):
+    subsets = brittleness_subsets(influence, [2, 3], controls=4)
+    assert (~subsets).sum(1).tolist() == [0] + [2, 3] * QUERIES + [2] * 4 + [3] * 4
+    for query in range(QUERIES):
+        order = sorted(range(ROWS), key=lambda row: -influence[row, query])
+        for place, k in enumerate((2, 3)):
+            assert {*(~subsets[1 + 2 * query + place]).nonzero()[:, 0].tolist()} == {*order[:k]}
+
+
+def test_in_a_linear_world_the_rise_is_the_sum_of_the_influences_removed(influence):
+    subsets = brittleness_subsets(influence, [2, 3], controls=4)
+    full, parts = removals(subsets, 5 - predicted(influence, subsets))
+    for part, k, first in zip(parts, (2, 3), (9, 13), strict=True):
+        told = brittleness(full, part)
+        best = influence.sort(dim=0, descending=True).values[:k].sum(0)
+        chance = torch.stack([influence[~mask].sum(0) for mask in subsets[first : first + 4]])
+        assert part.k == k
+        assert told.rise.value == pytest.approx(best.mean().item())
+        assert told.by_chance.value == pytest.approx(chance.mean().item())
+        assert told.above_chance.value == pytest.approx((best > chance).double().mean().item())
+        assert told.rise.low <= told.rise.value <= told.rise.high
+        assert (told.lost, told.lost_by_chance) == (None, None)
+
+
+def test_an_answer_is_lost_where_its_probability_falls_below_a_half():
+    full, top = (-torch.tensor(p).log() for p in ([0.9, 0.6, 0.5, 0.3], [0.4, 0.7, 0.1, 0.1]))
+    random = -torch.tensor([[0.9, 0.4, 0.6, 0.1], [0.9, 0.9, 0.6, 0.9]]).log()
+    told = brittleness(full - 1e-6, Removal(1, top, random), probabilities=True)
+    assert told.lost.value == pytest.approx(2 / 3)
+    assert told.lost_by_chance.value == pytest.approx(0.5 / 3)
+    unsure = brittleness(full + math.log(9), Removal(1, top, random), probabilities=True)
+    assert unsure.lost is None
+
+
+def test_other_subsets_are_refused(influence):
+    subsets = brittleness_subsets(influence, [2, 3], controls=4)
+    for wrong in (subsets[1:], subsets.flip(0), subsets[:7], torch.ones(3, ROWS).bool()):
+        with pytest.raises(InputError, match=r"are not all rows, each query's best ones removed"):
+            removals(wrong, torch.zeros(len(wrong), QUERIES))
+
+
+def test_what_cannot_be_compared_is_refused(influence):
+    with pytest.raises(InputError, match="have one twice"):
+        brittleness_subsets(influence, [2, 2])
+    with pytest.raises(InputError, match=r"fewer than the 9 there are"):
+        brittleness_subsets(influence, [9])
+    with pytest.raises(InputError, match="no model was trained without 2 random rows"):
+        brittleness(torch.zeros(2), Removal(2, torch.ones(2), torch.zeros(0, 2)))

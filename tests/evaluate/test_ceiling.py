@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from gradfn.errors import InputError
+from gradfn.evaluate.ceiling import noise_ceiling, noise_ceiling_estimate
+from gradfn.evaluate.correlation import correlation
+
+
+def retrained(subsets, seeds, queries, noise, key=0):
+    """The expected losses of subsets, those of models with noise of a known size, and their subsets."""
+    generator = torch.Generator().manual_seed(key)
+    expected = torch.randn(subsets, queries, generator=generator).double()
+    numbers = torch.arange(subsets).repeat_interleave(seeds)
+    models = expected[numbers] + noise * torch.randn(len(numbers), queries, generator=generator).double()
+    return expected, models, numbers
+
+
+@pytest.mark.parametrize("kind", ["spearman", "pearson"])
+@pytest.mark.parametrize("seeds", [2, 3, 4])
+def test_it_is_what_the_expectation_reaches_against_the_noisy_mean(kind, seeds):
+    """Without Spearman-Brown, or without the root, it would be off by 0.06 to 0.35."""
+    expected, models, numbers = retrained(1500, seeds, 6, noise=1.2)
+    mean = models.reshape(1500, seeds, 6).mean(1)
+    reached = correlation(expected, mean, kind)
+    ceiling = noise_ceiling(models, numbers, correlate=kind, splits=20)
+    assert ceiling.mean().item() == pytest.approx(reached.mean().item(), abs=0.012)
+    assert ceiling.tolist() == pytest.approx(reached.tolist(), abs=0.04)
+    half = models.reshape(1500, seeds, 6)
+    halves = correlation(half[:, 0], half[:, 1], kind).mean().item()
+    assert halves < reached.mean() - 0.06
+    for wrong in (halves, halves**0.5, seeds * halves / (1 + (seeds - 1) * halves)):
+        assert abs(wrong - reached.mean()) > 0.05
+
+
+def test_without_noise_it_is_one_and_without_signal_nearly_zero():
+    _, models, numbers = retrained(30, 4, 3, noise=0.0)
+    assert noise_ceiling(models, numbers).tolist() == pytest.approx([1.0] * 3)
+    noise = torch.randn(800, 5, generator=torch.Generator().manual_seed(1)).double()
+    assert noise_ceiling(noise, torch.arange(400).repeat_interleave(2)).mean() < 0.35
+
+
+def test_models_may_stand_in_any_order():
+    _, models, numbers = retrained(200, 4, 3, noise=0.8)
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(2))
+    there, here = noise_ceiling(models, numbers), noise_ceiling(models[order], numbers[order])
+    assert here.tolist() == pytest.approx(there.tolist(), abs=0.02)
+
+
+def test_subsets_that_lost_seeds_count_with_those_they_have():
+    """A third of the subsets have two seeds, the others four; the target is the mean over what there is."""
+    expected, models, numbers = retrained(1500, 4, 6, noise=1.2)
+    kept = ~((numbers % 3 == 0) & (torch.arange(len(numbers)) % 4 >= 2))
+    means = torch.stack([models[kept & (numbers == n)].mean(0) for n in range(1500)])
+    reached = correlation(expected, means).mean().item()
+    ceiling = noise_ceiling(models[kept], numbers[kept], splits=20).mean().item()
+    assert ceiling == pytest.approx(reached, abs=0.015)
+
+
+def test_the_interval_holds_what_is_reached():
+    expected, models, _ = retrained(4000, 4, 4, noise=1.2, key=77)
+    reached, held = correlation(expected, models.reshape(4000, 4, 4).mean(1)).mean().item(), 0
+    for key in range(20):
+        _, models, numbers = retrained(30, 4, 10, noise=1.2, key=key)
+        one = noise_ceiling_estimate(models, numbers, splits=10, draws=200)
+        assert one.low < one.value < one.high <= 1
+        assert one.value == pytest.approx(noise_ceiling(models, numbers, splits=10).mean().item())
+        held += one.low <= reached <= one.high
+    assert held >= 17
+
+
+def test_one_seed_a_subset_is_refused():
+    _, models, numbers = retrained(10, 1, 2, noise=1.0)
+    for call in (noise_ceiling, noise_ceiling_estimate):
+        with pytest.raises(
+            InputError, match=r"with two seeds or more, and 0 have them: retrain with more seeds"
+        ):
+            call(models, numbers)

@@ -1,0 +1,179 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from gradfn.errors import InputError
+from gradfn.evaluate import truth as module
+from gradfn.evaluate.subsets import random_subsets
+from gradfn.evaluate.truth import model_seed, open_truth, retrain
+from gradfn.shards import Shard, join_shards
+from gradfn.training import Trainer, Training, initial_params, train
+
+TRAINING = Training(epochs=2, batch_size=3, learning_rate=0.05, optimizer="adam")
+NET = nn.Linear(4, 3).double()
+
+
+def make_net():
+    return nn.Linear(4, 3).double()
+
+
+def rows_of(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"x": torch.randn(4, generator=generator).double(), "y": torch.randint(3, (), generator=generator)}
+        for _ in range(count)
+    ]
+
+
+ROWS, QUERIES = rows_of(12, 0), rows_of(5, 1)
+
+
+def loss(params, example):
+    return F.cross_entropy(functional_call(NET, params, (example["x"],)), example["y"])
+
+
+def margin(params, example):
+    return -functional_call(NET, params, (example["x"],))[example["y"]]
+
+
+def made(run, **changes):
+    given = {"loss": loss, "query_loss": margin, "subsets": random_subsets(12, 4), "training": TRAINING,
+             "seeds": 2, "seed": 3, **changes}  # fmt: skip
+    return retrain(run, make_net, ROWS, QUERIES, **given)
+
+
+def same(a, b):
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("subsets", "numbers", "seeds", "losses", "train_losses", "diverged")
+    )
+
+
+def test_the_truth_is_the_query_loss_of_each_retrained_model(tmp_path):
+    result = made(tmp_path)
+    masks = random_subsets(12, 4)
+    assert result.numbers.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    for m in range(8):
+        seed = model_seed(3, m // 2, m % 2)
+        one = train(make_net, loss, ROWS, masks[m // 2 : m // 2 + 1], [seed], TRAINING)
+        params = {name: value[0] for name, value in one.params.items()}
+        wanted = torch.stack([margin(params, query) for query in QUERIES])
+        torch.testing.assert_close(result.losses[m], wanted)
+        torch.testing.assert_close(result.train_losses[m], one.losses[0])
+        assert result.seeds[m] == seed
+        assert torch.equal(result.subsets[m], masks[m // 2])
+    chosen, targets = result.targets()
+    assert torch.equal(chosen, masks)
+    torch.testing.assert_close(targets, result.losses.reshape(4, 2, 5).mean(1))
+
+
+def test_it_is_read_as_it_was_written(tmp_path):
+    result = made(tmp_path, settings={"subsets": {"fraction": 0.5}})
+    again = open_truth(tmp_path)
+    assert same(result, again)
+    assert again.row_ids == [str(row) for row in range(12)]
+    assert again.query_ids == [str(row) for row in range(5)]
+    assert again.settings["subsets"]["fraction"] == 0.5
+    assert again.settings["training"] == {**TRAINING.settings(), "betas": [0.9, 0.999]}
+    assert again.settings["init"]["kind"] == "random"
+    assert again.looped == ""
+
+
+def test_seeds_of_models_do_not_depend_on_how_many_there_are(tmp_path):
+    few = made(tmp_path / "few", seeds=1, subsets=random_subsets(12, 3))
+    many = made(tmp_path / "many", seeds=3, subsets=random_subsets(12, 5))
+    assert torch.equal(few.seeds, many.seeds[::3][:3])
+    torch.testing.assert_close(few.losses, many.losses[::3][:3])
+
+
+def test_a_run_that_was_killed_resumes(tmp_path, monkeypatch):
+    whole = made(tmp_path / "whole", chunk=2)
+    real, seen = Trainer.train, []
+
+    def dying(trainer, masks, seeds, **options):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(seeds))
+        return real(trainer, masks, seeds, **options)
+
+    monkeypatch.setattr(Trainer, "train", dying)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "run", chunk=2)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="unfinished"):
+        open_truth(tmp_path / "run")
+    done = []
+    resumed = made(tmp_path / "run", chunk=2, progress=done.append)
+    assert same(resumed, whole)
+    assert done[0] == sum(done[1:]) == 2 * 6 * 4
+
+
+def test_shards_join_to_the_whole(tmp_path):
+    whole = made(tmp_path / "whole")
+    parts = [made(tmp_path / "run", shard=Shard(number, 3)) for number in (1, 2, 3)]
+    assert sum(len(part.seeds) for part in parts) == 8
+    join_shards(tmp_path / "run", "truth")
+    joined = open_truth(tmp_path / "run")
+    torch.testing.assert_close(joined.losses, whole.losses)
+    assert torch.equal(joined.seeds, whole.seeds)
+
+
+def test_models_that_diverge_are_counted_and_left_out_of_means(tmp_path):
+    data = [{"x": torch.tensor([1.0 if row < 5 else 1e30])} for row in range(6)]
+    subsets = torch.ones(3, 6, dtype=torch.bool)
+    subsets[0, 5] = subsets[2, 5] = False
+
+    def square(params, example):
+        return (params["w"] * example["x"] - 1).square().sum()
+
+    result = retrain(
+        tmp_path, {"w": torch.ones(1)}, data, data[:2], loss=square, subsets=subsets,
+        training=Training(2, 2, 0.1, "sgd"),
+    )  # fmt: skip
+    assert result.diverged.tolist() == [False, True, False]
+    assert result.losses.isnan().all(1).tolist() == [False, True, False]
+    chosen, targets = result.targets()
+    assert torch.equal(chosen, subsets[[0, 2]])
+    assert targets.isfinite().all()
+    assert result.settings["init"]["kind"] == "given"
+
+
+def test_losses_of_many_queries_are_those_of_each(tmp_path, monkeypatch):
+    wanted = made(tmp_path / "all").losses
+    seen = []
+    real = module.query_losses
+
+    def in_pieces(params, losses, table, batch_size):
+        seen.append(len(table))
+        return real(params, losses, table, 2)
+
+    monkeypatch.setattr(module, "query_losses", in_pieces)
+    torch.testing.assert_close(made(tmp_path / "pieces").losses, wanted)
+    assert seen
+
+
+def test_other_settings_are_refused_in_one_run(tmp_path):
+    made(tmp_path)
+    with pytest.raises(InputError, match=r"training\.learning_rate"):
+        made(tmp_path, training=Training(2, 3, 0.1, "adam"))
+    with pytest.raises(InputError, match=r"subsets\.digest"):
+        made(tmp_path, subsets=random_subsets(12, 4, seed=5))
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"subsets": torch.zeros(3, 12, dtype=torch.bool)}, "subset 0 leaves everything out"),
+    ({"subsets": torch.ones(3, 11, dtype=torch.bool)}, "of 11 rows"),
+    ({"training": Training(1, 7, 0.1)}, "a batch of 7 is larger than the smallest subset, of 6 rows"),
+    ({"seeds": 0}, "1 to 999 seeds"),
+])  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, says):
+    with pytest.raises(InputError, match=says):
+        made(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_differ_in_their_seed():
+    a, b = (initial_params(make_net, model_seed(0, 0, replicate))["weight"] for replicate in (0, 1))
+    assert not torch.equal(a, b)
