@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import gradfn as gf
+from gradfn.curvature.exact import cg, gauss_newton_product, params_of_blocks
 from gradfn.evaluate.ceiling import noise_ceiling_estimate
 from gradfn.evaluate.comparison import Compared, compare, damping_curve
 from gradfn.evaluate.scored import Scored
@@ -180,6 +181,8 @@ class Case:
     dims: tuple[int, ...] = ()
     """Of projections of the whole gradient."""
     language: bool = False
+    exact: bool = False
+    """Whether it is small enough for exact curvature."""
 
     def losses(self, model: nn.Module) -> tuple[Any, Any]:
         """The loss, and TRAK's."""
@@ -191,10 +194,11 @@ class Case:
 CASES = {
     "digits-mlp": Case(
         lambda: mlp(64, 128, 64, 10), digits, 100, Training(30, 50, 0.1, "sgd", momentum=0.9), 100, 5,
-        (64, 256, 1024),
+        (64, 256, 1024), exact=True,
     ),
     "digits-logistic": Case(
         lambda: mlp(64, 10), digits, 100, Training(30, 50, 0.1, "sgd", momentum=0.9), 100, 5, (64, 256),
+        exact=True,
     ),
     "mnist-mlp": Case(
         lambda: mlp(784, 128, 64, 10), mnist, 500, Training(20, 64, 0.05, "sgd", momentum=0.9), 50, 4,
@@ -257,6 +261,9 @@ def entries(setting: Setting) -> Iterable[Entry]:
     for name, spelled in (("logra", "logra:16x16"), ("grass", "grass:256"), ("factgrass", "factgrass:256")):
         yield Entry(name, name, spelled)
     yield Entry("trackstar", "trackstar", "rademacher:16x16")
+    if setting.case.exact:
+        absolute = tuple(gf.Damping(value, "absolute") for value in (1e-3, 1e-2, 0.1))
+        yield Entry("Gauss-Newton, by CG", "gauss_newton", "none", absolute)
     dims = setting.case.dims
     for kind in ("gaussian", "rademacher", "mask", "sjlt", "fjlt", "grass", "selective"):
         for k in dims:
@@ -285,8 +292,32 @@ def whole_gradient(setting: Setting, kind: str, k: int) -> Any:
     return chain(mask, joint(), *lenient(compress(k)).stages)
 
 
+def gauss_newton(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
+    """`<grad z, (G + damping I)^-1 grad q>` with the exact Gauss-Newton matrix, by conjugate gradients."""
+    model, data = setting.at(setting.whole, 0), setting.train
+    loss, _ = setting.case.losses(model)
+    sites, params = gf.find_sites(model), gf.params_of(model)
+
+    def outputs(p: Any, example: Any) -> Tensor:
+        return functional_call(model, p, (example["x"][None],))[0]
+
+    def output_loss(z: Tensor, example: Any) -> Tensor:
+        return F.cross_entropy(z, example["labels"])
+
+    product = gauss_newton_product(outputs, output_loss, params, data, token_batch_size=600)
+    queries = gf.collect(model, setting.query, loss=loss)
+    rhs, scores = params_of_blocks(sites, queries), []
+    for damping in entry.dampings:
+        solved = cg(product, rhs, damping=damping.value, max_iterations=60, tolerance=1e-3)  # pyright: ignore
+        blocks = gf.blocks_of(sites, solved.x)
+        scores.append(gf.collect(model, data, gf.dot(blocks), loss=loss, token_batch_size=setting.batch))
+    return torch.stack(scores), sum(int(np.prod(G.shape[1:])) for G in queries.values())
+
+
 def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
     """Scores `[dampings, rows, queries]`, and of how many numbers a row's gradient is made."""
+    if entry.recipe == "gauss_newton":
+        return gauss_newton(setting, entry)
     recipe, results, numbers = RECIPES[entry.recipe], [], 0
     for number in range(max(entry.models, 1)):
         model = setting.at(setting.halves if entry.models else setting.whole, number)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
     from gradfn.evaluate.overlap import top_overlap
     from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
+    from gradfn.evaluate.subsets import leave_one_out, random_subsets
+    from gradfn.evaluate.truth import Truth, open_truth, retrain
     from gradfn.fold import Fold, adam_moments, fit, mean, total
     from gradfn.heads import Heads
     from gradfn.hf.datasets import load_rows, text_query, tokenize
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from gradfn.kron import Kron
     from gradfn.layers import View, blocks_of, find_sites, uncovered
     from gradfn.losses import advantages, causal_lm_loss, linear_cross_entropy, model_loss
+    from gradfn.masks import load_mask, projection_named
     from gradfn.methods import Problem, Recipe, grad_cosine, grad_dot, influence, relatif, trackstar
     from gradfn.per_example import params_of, per_example_grads
     from gradfn.probes import probe_engine
@@ -42,10 +45,25 @@ if TYPE_CHECKING:
     from gradfn.runs import build, hessian, load_curvature, mix_runs, reduce, score_run
     from gradfn.sampling import sample_labels
     from gradfn.scoring import Method, best, dots, score, top_k
+    from gradfn.selective import fit_mask, selective_mask
     from gradfn.spectrum import Damping
     from gradfn.store import open_store, open_writer
     from gradfn.stream import collect
-    from gradfn.transforms import adafactor, adam, chain, dot, precondition, project, unit_normalize
+    from gradfn.training import Training, train
+    from gradfn.transforms import (
+        adafactor,
+        adam,
+        chain,
+        compress,
+        dot,
+        precondition,
+        principal,
+        project,
+        unit_normalize,
+    )
+    from gradfn.transforms.fitted import selected
+    from gradfn.transforms.joint import joint
+    from gradfn.transforms.projection import parse_projection
 
 _HOME = {
     "collect": "stream", "Documents": "data", "collate": "data", "make_documents": "data",
@@ -74,21 +92,28 @@ _HOME = {
     "Method": "scoring", "best": "scoring", "dots": "scoring", "score": "scoring", "top_k": "scoring",
     "open_store": "store", "open_writer": "store",
     "adafactor": "transforms", "adam": "transforms", "chain": "transforms", "dot": "transforms",
-    "project": "transforms", "unit_normalize": "transforms",
+    "project": "transforms", "unit_normalize": "transforms", "compress": "transforms",
+    "principal": "transforms", "selected": "transforms.fitted", "joint": "transforms.joint",
+    "parse_projection": "transforms.projection", "fit_mask": "selective", "selective_mask": "selective",
+    "load_mask": "masks", "projection_named": "masks", "Training": "training", "train": "training",
+    "random_subsets": "evaluate.subsets", "leave_one_out": "evaluate.subsets",
+    "Truth": "evaluate.truth", "open_truth": "evaluate.truth", "retrain": "evaluate.truth",
 }  # fmt: skip
 
 __all__ = [
     "Curvature", "Damping", "Documents", "Estimate", "Fold", "Heads", "InputError", "Kron", "Method",
-    "Point", "Problem", "Recipe", "StorageError", "View", "adafactor", "adam", "adam_moments",
-    "advantages", "auroc", "average_precision", "best", "blocks_of", "build", "causal_lm_loss", "chain",
-    "collate", "collect", "dot", "dots", "ekfac", "find_sites", "fit", "grad_cosine", "grad_dot",
-    "hessian", "influence", "kfac", "lds", "lds_estimate", "linear_cross_entropy", "load_curvature",
-    "load_model", "load_rows", "load_tokenizer", "make_documents", "mean", "mix", "mix_runs",
-    "mixing_coefficient", "model_loss", "noise_ceiling", "noise_ceiling_estimate", "open_store",
-    "open_writer", "params_of", "per_example_grads", "plot_lds", "precision_at", "precondition",
-    "probe_engine", "project", "recall_at", "reciprocal_rank", "reduce", "relatif", "sample_labels",
-    "score", "score_run", "second_moment", "shampoo", "text_query", "tkfac", "tokenize", "top_k",
-    "top_overlap", "total", "trackstar", "uncovered", "unit_normalize",
+    "Point", "Problem", "Recipe", "StorageError", "Training", "Truth", "View", "adafactor", "adam",
+    "adam_moments", "advantages", "auroc", "average_precision", "best", "blocks_of", "build",
+    "causal_lm_loss", "chain", "collate", "collect", "compress", "dot", "dots", "ekfac", "find_sites",
+    "fit", "fit_mask", "grad_cosine", "grad_dot", "hessian", "influence", "joint", "kfac", "lds",
+    "lds_estimate", "leave_one_out", "linear_cross_entropy", "load_curvature", "load_mask", "load_model",
+    "load_rows", "load_tokenizer", "make_documents", "mean", "mix", "mix_runs", "mixing_coefficient",
+    "model_loss", "noise_ceiling", "noise_ceiling_estimate", "open_store", "open_truth", "open_writer",
+    "params_of", "parse_projection", "per_example_grads", "plot_lds", "precision_at", "precondition",
+    "principal", "probe_engine", "project", "projection_named", "random_subsets", "recall_at",
+    "reciprocal_rank", "reduce", "relatif", "retrain", "sample_labels", "score", "score_run",
+    "second_moment", "selected", "selective_mask", "shampoo", "text_query", "tkfac", "tokenize", "top_k",
+    "top_overlap", "total", "trackstar", "train", "uncovered", "unit_normalize",
 ]  # fmt: skip
 
 

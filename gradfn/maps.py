@@ -105,19 +105,20 @@ class Sketch(Map):
 
     def __call__(self, v: Tensor) -> Tensor:
         flat = v.reshape(prod(v.shape[:-1]), v.shape[-1])
-        out, m = v.new_zeros(len(flat), self.p), self.p // len(self.parts)
-        for part, (weights, shifts) in enumerate(self.parts):
-            _add_runs(flat, weights.to(v), shifts, out[:, part * m : (part + 1) * m])
-        return out.view(*v.shape[:-1], self.p)
+        m = self.p // len(self.parts)
+        parts = [_sum_of_runs(flat, weights.to(v), shifts, m) for weights, shifts in self.parts]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(*v.shape[:-1], self.p)
 
 
-def _add_runs(flat: Tensor, weights: Tensor, shifts: tuple[int, ...], out: Tensor) -> None:
-    """Add every run of `flat * weights` to `out [rows, m]`, shifted: to twice m numbers, which are folded."""
-    m = out.shape[1]
-    unfolded = out.new_zeros(len(out), 2 * m)
-    for run, signs, shift in zip(flat.split(m, 1), weights.split(m), shifts, strict=True):
-        unfolded.narrow(1, shift, len(signs)).addcmul_(run, signs)
-    torch.add(unfolded[:, :m], unfolded[:, m:], out=out)
+def _sum_of_runs(flat: Tensor, weights: Tensor, shifts: tuple[int, ...], m: int) -> Tensor:
+    """The sum of all runs of `flat * weights`, shifted: of twice m numbers, which are folded, `[rows, m]`."""
+    unfolded = flat.new_zeros(len(flat), 2 * m)
+    mapped = torch._C._functorch.is_batchedtensor(flat)  # pyright: ignore
+    for run, flips, shift in zip(flat.split(m, 1), weights.split(m), shifts, strict=True):
+        into = unfolded.narrow(1, shift, len(flips))
+        # vmap has no rule for a multiplication with its addition.
+        into.add_(run * flips) if mapped else into.addcmul_(run, flips)
+    return unfolded[:, :m] + unfolded[:, m:]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,9 @@ from gradfn.per_example import call
 from gradfn.probes import probe_engine
 from gradfn.testing import assert_blocks_close, naive_blocks
 from gradfn.testing.strategies import randomize
-from gradfn.transforms import adafactor, adam, chain, dot, project, unit_normalize
+from gradfn.transforms import Compress, Project, adafactor, adam, chain, dot, project, unit_normalize
 from gradfn.transforms.chain import Kronecker
+from gradfn.transforms.joint import joint
 
 EVERYTHING = View(include=["*"])
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -209,6 +210,9 @@ def transforms(blocks):
         "full": chain(),
         "projected": chain(project(2)),
         "left only": chain(Left()),
+        "masks of sides, sjlt": chain(Project((3, 2), "mask"), Compress(2)),
+        "sjlt and fjlt of sides": chain(Project((2, 2), "sjlt"), Project((1, 1), "fjlt")),
+        "fjlt of the whole": chain(joint(), Compress(3, "fjlt"), unit_normalize()),
         "adam, projected, unit": chain(adam(moments), project(2, "gaussian"), unit_normalize()),
         "adafactor, dot": chain(adafactor(moments), dot({n: G[:2].clone() for n, G in blocks.items()})),
         "cosine": chain(unit_normalize(), dot({n: G[:2].clone() for n, G in blocks.items()})),

@@ -135,11 +135,13 @@ def retrain(
         The ground truth; of a shard, its models.
 
     Raises:
-        InputError: subsets that do not fit the rows or leave everything out, no queries; see `make_trainer`.
+        InputError: subsets that do not fit the rows, or leave everything or a class (whole-number `labels`)
+            out; no queries; see `make_trainer`.
     """
     check_subsets(subsets)
     models = _numbered(subsets, seeds, seed)
     trainer = make_trainer(start, loss, train, training)
+    check_subsets(subsets, _classes(trainer.table))
     trainer.check(subsets, models.seeds[::seeds].tolist())
     queries = _queries(trainer, query_loss or loss, query)
     known = {**_describe(trainer, train, query, query_loss or loss, subsets), "seeds": seeds, "seed": seed}
@@ -187,6 +189,12 @@ def _numbered(subsets: Tensor, seeds: int, seed: int) -> _Models:
         model_seed(seed, number, replicate) for number in range(len(subsets)) for replicate in range(seeds)
     ]
     return _Models(subsets[numbers], numbers, torch.tensor(keys))
+
+
+def _classes(table: Table) -> Tensor | None:
+    """The class of every row, where a row's label is one whole number."""
+    labels = table.columns.get("labels")
+    return labels if labels is not None and labels.ndim == 1 and not labels.is_floating_point() else None
 
 
 def _names(data: Data) -> list[str]:

@@ -177,3 +177,16 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, says
 def test_models_differ_in_their_seed():
     a, b = (initial_params(make_net, model_seed(0, 0, replicate))["weight"] for replicate in (0, 1))
     assert not torch.equal(a, b)
+
+
+def test_subsets_without_a_class_are_refused_before_anything_is_written(tmp_path):
+    rows = [{"x": row["x"], "labels": torch.tensor(int(number == 4))} for number, row in enumerate(ROWS)]
+
+    def labelled(params, example):
+        return F.cross_entropy(functional_call(NET, params, (example["x"],)), example["labels"])
+
+    subsets = torch.ones(3, 12, dtype=torch.bool)
+    subsets[1, 4] = False
+    with pytest.raises(InputError, match="subset 1 leaves class 1 out"):
+        retrain(tmp_path / "run", make_net, rows, rows, loss=labelled, subsets=subsets, training=TRAINING)
+    assert not (tmp_path / "run").exists()
