@@ -32,7 +32,7 @@ from gradfn.training import (
 from gradfn.types import Data, LossFn, Params
 
 KIND = "truth"
-MOST_SEEDS, MOST_SUBSETS = 1000, 1_000_000
+MOST_SEEDS = 1000
 """What the seeds of models have room for."""
 
 
@@ -84,13 +84,16 @@ class Truth:
         return self.subsets[firsts], sums / counts[:, None]
 
 
-def model_seed(seed: int, number: int, replicate: int) -> int:
-    """The seed of a model: of subset `number`, the `replicate`-th; the same, however many there are.
+def model_seed(seed: int, replicate: int) -> int:
+    """The seed of the `replicate`-th model of every subset.
 
-    >>> model_seed(0, 7, 1)
-    1000007
+    Subsets share it, so that they differ in their rows and not in what chance adds: the models start alike
+    and see the rows that they have in the same order (common random numbers).
+
+    >>> model_seed(7, 1)
+    7001
     """
-    return (seed * MOST_SEEDS + replicate) * MOST_SUBSETS + number
+    return seed * MOST_SEEDS + replicate
 
 
 def retrain(
@@ -179,15 +182,12 @@ class _Models(NamedTuple):
 
 def _numbered(subsets: Tensor, seeds: int, seed: int) -> _Models:
     """The models of all subsets, those of one side by side."""
-    if not 1 <= seeds < MOST_SEEDS or len(subsets) >= MOST_SUBSETS:
-        raise InputError(
-            f"there can be 1 to {MOST_SEEDS - 1} seeds a subset and {MOST_SUBSETS - 1:,} subsets, not "
-            f"{seeds} and {len(subsets):,}: ask for others"
-        )
+    if not 1 <= seeds < MOST_SEEDS:
+        raise InputError(f"there can be 1 to {MOST_SEEDS - 1} seeds a subset, not {seeds}: ask for others")
+    if abs(seed) >= 1 << 53:
+        raise InputError(f"the seed {seed} is too large for seeds of models: give one below 2^53")
     numbers = torch.arange(len(subsets)).repeat_interleave(seeds)
-    keys = [
-        model_seed(seed, number, replicate) for number in range(len(subsets)) for replicate in range(seeds)
-    ]
+    keys = [model_seed(seed, replicate) for _ in range(len(subsets)) for replicate in range(seeds)]
     return _Models(subsets[numbers], numbers, torch.tensor(keys))
 
 

@@ -29,7 +29,7 @@ def test_the_truth_is_that_of_the_library(told, folder, model, corpus, queries):
     asked = gf.tokenize(gf.load_rows(queries), tokens, prompt_column="prompt", completion_column="completion")
     masks, loss = random_subsets(12, 3), gf.causal_lm_loss(net)
     assert torch.equal(truth.subsets, masks[[0, 0, 1, 1, 2, 2]])
-    trained = train(params_of(net), loss, rows, masks[1:2], [model_seed(0, 1, 1)], Training(1, 3, 0.01))
+    trained = train(params_of(net), loss, rows, masks[1:2], [model_seed(0, 1)], Training(1, 3, 0.01))
     params = {name: value[0] for name, value in trained.params.items()}
     wanted = torch.stack([loss(params, asked[number]) for number in range(3)]).double()
     torch.testing.assert_close(truth.losses[3], wanted, rtol=1e-4, atol=1e-4)
