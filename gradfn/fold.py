@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from gradfn.errors import InputError
 from gradfn.layers import Site, View
 from gradfn.losses import causal_lm_loss
+from gradfn.memory import free_memory
 from gradfn.probes import Engine, probe_engine
-from gradfn.stream import TOKEN_BATCH_SIZE, Progress, free_memory, lengths_of, stream
+from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of, stream
 from gradfn.transforms import Adam, Dot, Rowwise, Transform, adam, chain
 from gradfn.transforms.summed import Summed
 from gradfn.types import Blocks, Data, LossFn

@@ -117,8 +117,7 @@ class Kron:
     def with_matrices(self, dtype: torch.dtype, device: torch.device) -> "Kron":
         """The same map, with sides that are maps written out as matrices."""
         sides = (
-            side.dense(dtype).to(device) if isinstance(side, Map) else side
-            for side in (self.left, self.right)
+            side.dense(dtype, device) if isinstance(side, Map) else side for side in (self.left, self.right)
         )
         return Kron(*sides)
 

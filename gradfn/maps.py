@@ -23,12 +23,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradfn.errors import InputError
+from gradfn.memory import free_memory
 from gradfn.random import choice, normals, signs, words
 
 Kind = Literal["rademacher", "gaussian", "orthonormal", "mask", "sjlt", "fjlt"]
 DENSE: tuple[Kind, ...] = ("rademacher", "gaussian", "orthonormal")
 DRAW_ELEMENTS = 1 << 22
 """Numbers of a dense matrix drawn at a time; a multiple of these has a key for each part."""
+SMALL_RUN, GATHERED = 1 << 13, 1 << 20
+"""Numbers of an sjlt's run below which runs are gathered, and numbers a row gathered at a time."""
+STRIP = 64
+"""Columns of a map that are written out at a time."""
 RADIX = 32
 """Size of the Hadamard matrices that a Walsh-Hadamard transform is made of: larger costs more time."""
 
@@ -46,9 +51,16 @@ class Map:
         """The map of `v` with one more number, 1, behind the others."""
         return self(torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1))
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "p dim"]:
-        """The map as a matrix."""
-        return self(torch.eye(self.shape[1], dtype=dtype)).T
+    def dense(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> Float[Tensor, "p dim"]:
+        """The map as a matrix, made of a few columns at a time."""
+        dim, strips = self.shape[1], []
+        for start in range(0, dim, STRIP):
+            unit = torch.zeros(min(STRIP, dim - start), dim, dtype=dtype, device=device)
+            unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1.0
+            strips.append(self(unit))
+        return torch.cat(strips).T
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -89,15 +101,15 @@ class Sketch(Map):
     runs with probability 1/m: no more than under independent hashing, so neither is the variance of inner
     products, which depends on pairs alone. Yet memory is read and written in order.
 
-    >>> Sketch(2, ((torch.ones(5), (0, 1, 0)),))(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]))
+    >>> Sketch(2, ((torch.ones(5), torch.tensor([0, 1, 0])),))(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]))
     tensor([[10.,  5.]])
 
     Source: Kane and Nelson, arXiv:1012.1577, section 3; GraSS, arXiv:2505.18976, section 3.
     """
 
     p: int
-    parts: tuple[tuple[Tensor, tuple[int, ...]], ...] = field(repr=False)
-    """The signs `[dim]` and the shift of every run, for each of the s parts."""
+    parts: tuple[tuple[Tensor, Tensor], ...] = field(repr=False)
+    """The signs `[dim]` and the shift of every run `[runs]`, for each of the s parts."""
 
     @property
     def shape(self) -> tuple[int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -110,15 +122,31 @@ class Sketch(Map):
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(*v.shape[:-1], self.p)
 
 
-def _sum_of_runs(flat: Tensor, weights: Tensor, shifts: tuple[int, ...], m: int) -> Tensor:
-    """The sum of all runs of `flat * weights`, shifted: of twice m numbers, which are folded, `[rows, m]`."""
-    unfolded = flat.new_zeros(len(flat), 2 * m)
+def _sum_of_runs(flat: Tensor, weights: Tensor, shifts: Tensor, m: int) -> Tensor:
+    """The sum of all runs of `flat * weights`, shifted, `[rows, m]`."""
+    if len(shifts) > 1 and len(flat) * m < SMALL_RUN:
+        return _sum_of_small_runs(flat, weights, shifts, m)
+    unfolded = flat.new_zeros(len(flat), 2 * m)  # no run goes round the end
     mapped = torch._C._functorch.is_batchedtensor(flat)  # pyright: ignore
-    for run, flips, shift in zip(flat.split(m, 1), weights.split(m), shifts, strict=True):
+    for run, flips, shift in zip(flat.split(m, 1), weights.split(m), shifts.tolist(), strict=True):
         into = unfolded.narrow(1, shift, len(flips))
         # vmap has no rule for a multiplication with its addition.
         into.add_(run * flips) if mapped else into.addcmul_(run, flips)
     return unfolded[:, :m] + unfolded[:, m:]
+
+
+def _sum_of_small_runs(flat: Tensor, weights: Tensor, shifts: Tensor, m: int) -> Tensor:
+    """The same by gathering: many runs at a time, where one is less work than a call."""
+    out, places = flat.new_zeros(len(flat), m), torch.arange(m, device=flat.device)
+    step = max(1, GATHERED // m)
+    for start in range(0, len(shifts), step):
+        part = shifts[start : start + step].to(flat.device)
+        columns = slice(start * m, (start + len(part)) * m)
+        signed = flat[:, columns] * weights[columns]
+        runs = F.pad(signed, (0, len(part) * m - signed.shape[1])).unflatten(1, (len(part), m))
+        index = (places - part[:, None]) % m
+        out = out + runs.gather(2, index.expand(len(flat), -1, -1)).sum(1)
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +245,7 @@ def random_matrix(
     (torch.Size([2, 64]), tensor([1.0000], dtype=torch.float64))
     """
     p, dim = shape
+    _refuse_too_large(kind, name, shape, dtype)
     if kind == "orthonormal":
         return torch.from_numpy(_orthonormal(seed, name, side, shape) * max(1.0, np.sqrt(dim / p))).to(dtype)
     draw = signs if kind == "rademacher" else normals
@@ -226,6 +255,17 @@ def random_matrix(
         key = (seed, name, side, f"{p}x{dim}", *([part] if part else []))
         made[start : start + rows] = torch.from_numpy(draw(rows * dim, *key).reshape(rows, dim) / np.sqrt(p))
     return made
+
+
+def _refuse_too_large(kind: Kind, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Refuse a matrix that would not fit in memory, before it is drawn."""
+    copies = 4 if kind == "orthonormal" else 1  # its decomposition, in float64
+    size, free = shape[0] * shape[1] * (8 * copies if copies > 1 else dtype.itemsize), free_memory()
+    if size > free:
+        raise InputError(
+            f"the matrix of {kind}:{shape[0]} for {name} takes {size >> 20:,} MiB and {free >> 20:,} are "
+            "free: take sjlt, or project both sides of the block"
+        )
 
 
 def _orthonormal(seed: int, name: str, side: str, shape: tuple[int, int]) -> np.ndarray:
@@ -291,8 +331,8 @@ def _sketch(
     m, parts = p // nonzeros, []
     for part in range(nonzeros):
         flips = torch.from_numpy(signs(dim, *key, "signs", part) / sqrt(nonzeros)).to(device, dtype)
-        shifts = (words(-(-dim // m), *key, "shifts", part) % np.uint64(m)).tolist()
-        parts.append((flips, tuple(map(int, shifts))))
+        shifts = words(-(-dim // m), *key, "shifts", part) % np.uint64(m)
+        parts.append((flips, torch.from_numpy(shifts.astype(np.int64)).to(device)))
     return Sketch(p, tuple(parts))
 
 

@@ -1,6 +1,6 @@
 """Selective masks on disk, and projections that are read from runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +18,63 @@ from gradfn.transforms.projection import Loaders, parse_projection
 Mask = SelectedSides | SelectedFlat
 
 
-def write_mask(
+Reports = Mapping[str, MaskReport]
+
+
+def mask_run(
     run: str | Path,
-    mask: Mask,
-    reports: Mapping[str, MaskReport],
+    fit: Callable[[], tuple[Mask, Reports]],
     *,
+    blocks: int,
     settings: Mapping[str, Any],
     overwrite: bool = False,
-) -> Path:
-    """Write a mask to `RUN/mask.h5`: a row a block.
+) -> tuple[Mask, Reports]:
+    """Fit a mask and write it to `RUN/mask.h5`, a row a block; one that was fitted alike is taken.
 
     Args:
         run: the run directory.
-        mask, reports: what `fit_mask` gave.
-        settings: what the gradients were made of: model, layers, transform; see `runs.describe`.
+        fit: gives what `fit_mask` gives; called where there is no mask yet.
+        blocks: how many blocks it will have.
+        settings: what the gradients are made of: model, layers, transform; see `runs.describe`.
         overwrite: replace a mask that was made otherwise.
+
+    Raises:
+        InputError: the directory holds a mask made otherwise.
     """
+    with open_writer(run, "mask", settings, blocks, overwrite) as writer:
+        if not writer.complete:
+            mask, reports = fit()
+            writer.write(0, blocks, _rows(mask, reports))
+            writer.finish(
+                {
+                    f"mask/{name}/{side}": index.cpu().numpy()
+                    for name, parts in mask.chosen.items()
+                    for side, index in enumerate(parts)
+                }
+            )
+    with open_mask(run) as store:
+        columns = [store.read(f"blocks/{key}").tolist() for key in ("name", "kept", "random", "steps")]
+    return load_mask(run), {name: MaskReport(*of) for name, *of in zip(*columns, strict=True)}
+
+
+def _rows(mask: Mask, reports: Reports) -> dict[str, Any]:
     names = list(mask.chosen)
-    fixed: dict[str, Any] = {
-        f"mask/{name}/{side}": index.cpu().numpy()
-        for name, parts in mask.chosen.items()
-        for side, index in enumerate(parts)
-    }
-    rows = {
+    return {
         "blocks/name": names,
         "blocks/shape": np.array([tuple(mask.shapes[name]) for name in names]),
         "blocks/kept": np.array([reports[name].kept for name in names]),
         "blocks/random": np.array([reports[name].random for name in names]),
         "blocks/steps": np.array([reports[name].steps for name in names]),
     }
-    with open_writer(run, "mask", settings, len(names), overwrite) as writer:
-        if writer.missing([(0, len(names))]):
-            writer.write(0, len(names), rows)
-        return writer.finish(fixed)
 
 
 def open_mask(run: str | Path) -> Store:
-    """Open what `write_mask` wrote."""
+    """Open what `mask_run` wrote."""
     return open_store(run, "mask")
 
 
 def load_mask(run: str | Path) -> Mask:
-    """Read what `write_mask` wrote.
+    """Read what `mask_run` wrote.
 
     Raises:
         InputError: there is none, or it is damaged.

@@ -1,6 +1,7 @@
 """Curvatures fitted in shards, and merging what array jobs wrote."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,25 @@ from gradfn.layers import View
 from gradfn.losses import causal_lm_loss
 from gradfn.runs import Labels, Settings, fit_settings, load_curvature, write_curvature
 from gradfn.sampling import check_drawn, sample_labels
-from gradfn.shards import Shard, complete_shards, join_shards, refuse_gaps, shard_rows, shard_run, shards_of
-from gradfn.store import Store, differing, open_store, open_writer
+from gradfn.shards import (
+    Shard,
+    complete_shards,
+    join_shards,
+    joinable_shards,
+    refuse_gaps,
+    shard_rows,
+    shard_run,
+    shards_of,
+)
+from gradfn.store import Store, Writer, differing, open_store, open_writer, remove_kind
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
 from gradfn.transforms import Transform
 from gradfn.types import Data, LossFn
 
 SUMS = ("sums", "second_sums")
 """Kinds of store with the sums that the shards of a curvature made, in the first and second pass."""
+SUMMED = "fit/sums"
+"""Where a merged curvature keeps which sums it is of."""
 BASIS = "basis"
 """The kind of store with what the first of two passes gave."""
 FOLDS = (second_moment, kfac, ekfac, shampoo, tkfac)
@@ -79,6 +91,8 @@ def hessian_shard(
         shard_run(run, shard), kind, known, shard.count, overwrite, part=(number - 1, number)
     ) as writer:
         if writer.missing([(number - 1, number)]):
+            if basis is None:  # second sums would be of another first pass
+                remove_kind(shard_run(run, shard), SUMS[1])
             if labels == "model":
                 loss = loss or causal_lm_loss(model)
                 data = sample_labels(loss, data, seed, rows=rows, token_batch_size=token_batch_size)
@@ -151,57 +165,129 @@ class Joined:
 def merge_run(run: str | Path, *, overwrite: bool = False) -> list[Joined]:
     """Join what the parts of array jobs wrote, `RUN/shards/I-of-N`, to what one process would have written.
 
-    Everything is checked before anything is written; it may be repeated.
+    The parts at each of several checkpoints, `RUN/checkpoint-K/shards/I-of-N`, are joined too, and first.
+    Everything is checked before anything is written, but for whether the disk has room; it may be repeated.
 
     Args:
-        overwrite: replace what is in the run and was made otherwise, or without shards.
+        overwrite: replace what is in the run and was made otherwise, without shards, or of shards that have
+            been made again since.
 
     Raises:
-        InputError: there are no shards; some are missing, incomplete, overlap, or were made differently.
+        InputError: there are no shards; some are missing, incomplete, overlap, or were made differently; what
+            is there was not made of them.
         StorageError: the disk is full or failed.
     """
-    kinds = {kind: len(complete_shards(run, kind)) for kind in shards_of(run)}
+    checkpoints = sorted(Path(run).glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    plans = [plan for path in [*checkpoints, Path(run)] if (plan := _planned(path, overwrite)) is not None]
+    if not plans:
+        raise InputError(
+            f"{run} has no shards: write them with --shard I/N of build, score, hessian or retrain"
+        )
+    return [joined for plan in plans for joined in _carried_out(plan, overwrite)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """A curvature, or the first of two passes to one, and the sums that it is made of."""
+
+    kind: str
+    settings: Settings
+    fold: Additive[Curvature]
+    stores: Sequence[Store]
+
+    def curvature(self) -> Curvature:
+        state = self.fold.init()
+        for store in self.stores:
+            state = self.fold.add(state, _read_sums(store))
+        return self.fold.finalize(state)
+
+    def digest(self) -> str:
+        """16 hex digits that tell these sums from others."""
+        digest = hashlib.sha256()
+        for store in self.stores:
+            for name in store.names():
+                digest.update(f"{name} ".encode() + store.read(name, *store.span).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What there is to join in one run directory: how many parts of each kind, and a curvature to fit."""
+
+    run: Path
+    counts: dict[str, int]
+    fit: _Fit | None
+
+
+def _planned(run: Path, overwrite: bool) -> _Plan | None:
+    """What is to be done in a run directory; None where it has no parts. Refuses all that will not do."""
+    kinds = shards_of(run)
     if not kinds:
-        raise InputError(f"{run} has no shards: write them with --shard I/N of build, score or hessian")
-    joined = [Joined(kind, join_shards(run, kind, overwrite=overwrite), count)
-              for kind, count in kinds.items() if kind not in SUMS]  # fmt: skip
-    return [*joined, *([_merge_sums(run, SUMS[1] in kinds, overwrite)] if SUMS[0] in kinds else [])]
+        return None
+    # The first sums come first: where they are unlike, second ones lack for that reason.
+    sums = {kind: complete_shards(run, kind) for kind in SUMS if kind in kinds}
+    counts = {
+        kind: len(joinable_shards(run, kind, overwrite=overwrite)) for kind in kinds if kind not in SUMS
+    }
+    if SUMS[0] not in sums:
+        return _Plan(run, counts, None)
+    for kind, stores in sums.items():
+        spans = [store.read("rows/span", *store.span)[0] for store in stores]
+        refuse_gaps(run, kind, [(int(a), int(b)) for a, b in spans], stores[0].settings["data"]["rows"])
+    fit = _fit_of(run, sums[SUMS[0]], sums.get(SUMS[1], []))
+    if not overwrite:
+        _refuse_other_fit(run, fit)
+    return _Plan(run, counts, fit)
 
 
-def _merge_sums(run: str | Path, again: bool, overwrite: bool) -> Joined:
-    """Add up the sums of a curvature and decompose; of the first of two passes, what the second needs."""
-    stores = complete_shards(run, SUMS[0])
-    settings, count = stores[0].settings, len(stores)
+def _fit_of(run: Path, firsts: Sequence[Store], seconds: Sequence[Store]) -> _Fit:
+    """The curvature that the sums are for; of the first of two passes, what the second needs."""
+    settings = firsts[0].settings
     fold = _fold_named(settings["hessian"]["kind"])
     if not isinstance(fold, TwoPass):
-        _finished(run, "hessian", settings, fold, stores, overwrite)
-        return Joined("hessian", Path(run) / "hessian.h5", count)
-    basis = _finished(run, BASIS, settings, fold.first, stores, overwrite and not again)
-    if not again:
-        return Joined(BASIS, Path(run) / f"{BASIS}.h5", count)
-    seconds = complete_shards(run, SUMS[1])
+        return _Fit("hessian", settings, fold, firsts)
+    first = _Fit(BASIS, settings, fold.first, firsts)
+    if not seconds:
+        return first
+    # What the second pass was given counts, and on another machine the same sums may give another rounding.
+    basis = _kept_basis(run, settings) or first.curvature()
     if differing(seconds[0].settings, {**settings, "basis": basis.digest}):
         raise InputError(
             f"the second pass of the shards of {run} was made after another first pass: run all shards again "
             "with --overwrite, then merge"
         )
-    _finished(run, "hessian", settings, fold.then(basis), seconds, overwrite)
-    return Joined("hessian", Path(run) / "hessian.h5", len(seconds))
+    return _Fit("hessian", settings, fold.then(basis), seconds)
 
 
-def _finished(
-    run: str | Path, kind: str, settings: Settings, fold: Additive[Curvature], stores: Sequence[Store],
-    overwrite: bool,
-) -> Curvature:  # fmt: skip
-    """The curvature of the parts' sums, written where it is not there already."""
-    spans = [store.read("rows/span", *store.span)[0] for store in stores]
-    refuse_gaps(run, stores[0].header.kind, [(int(a), int(b)) for a, b in spans], settings["data"]["rows"])
-    with open_writer(run, kind, settings, 1, overwrite) as writer:
-        if writer.complete:
-            return load_curvature(run, kind)
-        state = fold.init()
-        for store in stores:
-            state = fold.add(state, _read_sums(store))
-        curvature = fold.finalize(state)
-        write_curvature(writer, curvature)
-    return curvature
+def _kept_basis(run: Path, settings: Settings) -> Curvature | None:
+    if not (run / f"{BASIS}.h5").exists():
+        return None
+    with open_store(run, BASIS) as store:
+        return None if differing(store.settings, settings) else load_curvature(run, BASIS)
+
+
+def _refuse_other_fit(run: Path, fit: _Fit) -> None:
+    """Refuse a curvature in the run that is not of these sums."""
+    if not Writer(run, fit.kind, dict(fit.settings), 1).complete:
+        return
+    with open_store(run, fit.kind) as there:
+        digest = str(there.fixed(SUMMED)[0]) if SUMMED in there.header.fixed else None
+    if digest is None:
+        raise InputError(
+            f"the curvature in {run} is of a run without --shard: add --overwrite to take that of the shards"
+        )
+    if digest != fit.digest():
+        raise InputError(
+            f"the {fit.kind} in {run} is not of the sums of its shards, which were made again: add "
+            "--overwrite to take these"
+        )
+
+
+def _carried_out(plan: _Plan, overwrite: bool) -> Iterator[Joined]:
+    for kind, count in plan.counts.items():
+        yield Joined(kind, join_shards(plan.run, kind, overwrite=overwrite), count)
+    if (fit := plan.fit) is not None:
+        with open_writer(plan.run, fit.kind, fit.settings, 1, overwrite) as writer:
+            if not writer.complete:
+                write_curvature(writer, fit.curvature(), {SUMMED: [fit.digest()]})
+        yield Joined(fit.kind, plan.run / f"{fit.kind}.h5", len(fit.stores))

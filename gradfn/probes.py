@@ -122,15 +122,24 @@ class _Factors:
         if share and self.layer.prefers_factors(kept, plan.kron, len(share.queries), share.unit, tokens):
             return self.layer.score(kept, g, plan.kron, share.queries, share.unit, tokens)
         if tokens:
-            G = self.layer.contract(kept, g, plan.kron, tokens=True)
-            made = plan.within(G.flatten(0, 1))
-            return made if plan.total else made.unflatten(0, G.shape[:2])
+            return self._by_tokens(kept, g)
         step = plan.rows_at_once
         if step >= len(g):
             return plan.within(self.layer.contract(kept, g, plan.kron, tokens=False))
         parts = zip(kept.split(step), g.split(step), strict=True)
         made = (plan.within(self.layer.contract(*part, plan.kron, tokens=False)) for part in parts)
         return reduce(torch.add, made) if plan.total else torch.cat(list(made))
+
+    def _by_tokens(self, kept: Tensor, g: Tensor) -> Tensor:
+        """The same of every token, the dense blocks of some at a time."""
+        plan, size = self.plan, g.shape[:2]
+        step = max(1, min(size[1], plan.rows_at_once // size[0]))
+        made = []
+        for x, part in zip(kept.split(step, 1), g.split(step, 1), strict=True):
+            G = self.layer.contract(x, part, plan.kron, tokens=True)
+            within = plan.within(G.flatten(0, 1))
+            made.append(within if plan.total else within.unflatten(0, G.shape[:2]))
+        return reduce(torch.add, made) if plan.total else torch.cat(made, 1)
 
     def _block_is_cheaper(self, kept: Tensor) -> bool:
         """Whether a Kron costs less on the blocks of the examples than on the factors of their positions."""

@@ -584,9 +584,9 @@ def _curvature_writer(run: str | Path, settings: Settings, overwrite: bool) -> A
     return open_writer(run, "hessian", settings, 1, overwrite)
 
 
-def write_curvature(writer: Writer, curvature: Curvature) -> None:
-    """One row that says what there is, and the arrays of every block beside it."""
-    fixed: dict[str, Any] = {"blocks": list(curvature)}
+def write_curvature(writer: Writer, curvature: Curvature, beside: Mapping[str, Any] | None = None) -> None:
+    """One row that says what there is, and the arrays of every block beside it, with others given."""
+    fixed: dict[str, Any] = {"blocks": list(curvature), **(beside or {})}
     for name, one in curvature.items():
         parts = {"left": one.left, "right": one.right, "values": one.values}
         if one.sides is not None:
@@ -679,10 +679,20 @@ def _compared(settings: Settings, other: Settings) -> dict[str, Any]:
     compared = {
         "model": model["fingerprint"] if same else _model_in_words(model),
         "layers": settings["layers"],
-        "transform": base_of(settings),
+        "transform": _without_paths(base_of(settings)),
     }
     prints = [side.get("tokenizer", {}).get("fingerprint") for side in (settings, other)]
     return compared if None in prints else {**compared, "tokenizer": prints[0]}
+
+
+def _without_paths(transform: dict[str, Any]) -> dict[str, Any]:
+    """The same without where fitted projections lie, which their digests tell."""
+    stages = []
+    for stage in transform["chain"]:
+        kept = {"Principal": 2, "Selected": 1}.get(stage["transform"])
+        words = str(stage.get("projection")).split(":")
+        stages.append(stage if kept is None else {**stage, "projection": ":".join(words[:kept])})
+    return {"chain": stages}
 
 
 def _model_in_words(model: Settings) -> str:

@@ -12,8 +12,9 @@ from gradfn.errors import InputError
 from gradfn.kron import Kron
 from gradfn.layers import View, find_sites
 from gradfn.maps import Select
+from gradfn.memory import free_memory
 from gradfn.random import choice, normals
-from gradfn.stream import TOKEN_BATCH_SIZE, collect, free_memory
+from gradfn.stream import TOKEN_BATCH_SIZE, collect
 from gradfn.transforms import Kronecker, Transform, chain
 from gradfn.transforms.fitted import SelectedFlat, SelectedSides, selected
 from gradfn.types import Blocks, BlockSpec, Data, LossFn
@@ -41,12 +42,19 @@ def correlations(
 ) -> Float[Tensor, " queries"]:
     """Pearson's correlation over rows, for every query; 0 where one side does not vary.
 
-    >>> correlations(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [4.0], [6.0]]))
+    >>> a = torch.tensor([[1.0], [2.0], [3.0]])
+    >>> correlations(a, 2 * a).round(decimals=4)
     tensor([1.])
     """
-    a, b = before - before.mean(0), after - after.mean(0)
-    scale = (a.square().sum(0) * b.square().sum(0)).clamp_min(torch.finfo(a.dtype).tiny).sqrt()
-    return (a * b).sum(0) / scale
+    return (_directions(before) * _directions(after)).sum(0)
+
+
+def _directions(values: Tensor) -> Tensor:
+    """Centred columns of norm 1, or 0; scaled before they are squared, for squares leave float32's range."""
+    centred = values - values.mean(0)
+    tiny = torch.finfo(values.dtype).tiny
+    scaled = centred / centred.detach().abs().amax(0).clamp_min(tiny)
+    return scaled / scaled.square().sum(0).clamp_min(tiny).sqrt()
 
 
 def fit_mask(
@@ -96,9 +104,9 @@ def fit_mask(
 
     Source: GraSS, arXiv:2505.18976, section 3.2.
     """
-    _check(rows, queries, dims)
+    _check(rows, queries)
     if not whole:
-        _refuse_whole([tuple(G.shape[1:]) for G in rows.values()], dims)
+        check_dims([tuple(G.shape[1:]) for G in rows.values()], dims)
     chosen, reports = {}, {}
     for name, G in rows.items():
         Q = queries[name].to(G)
@@ -109,9 +117,7 @@ def fit_mask(
     return selected(chosen, {name: G.shape[1:] for name, G in rows.items()}), reports
 
 
-def _check(rows: Blocks, queries: Blocks, dims: Dims) -> None:
-    if min((dims,) if isinstance(dims, int) else dims) < 1:
-        raise InputError(f"a mask of {_told(dims)} coordinates: give 1 or more")
+def _check(rows: Blocks, queries: Blocks) -> None:
     if (
         min(len(next(iter(side.values()))) for side in (rows, queries)) < 1
         or len(next(iter(rows.values()))) < 3
@@ -123,7 +129,14 @@ def _told(dims: Dims) -> str:
     return str(dims) if isinstance(dims, int) else f"{dims[0]} x {dims[1]}"
 
 
-def _refuse_whole(sizes: Sequence[tuple[int, ...]], dims: Dims) -> None:
+def check_dims(sizes: Sequence[tuple[int, ...]], dims: Dims) -> None:
+    """Refuse a mask of nothing, and one that leaves nothing out of blocks of these shapes.
+
+    Raises:
+        InputError: naming the largest block.
+    """
+    if min((dims,) if isinstance(dims, int) else dims) < 1:
+        raise InputError(f"a mask of {_told(dims)} coordinates: give 1 or more")
     if all(_Keep(shape, dims).whole for shape in sizes):
         largest = " x ".join(map(str, max(sizes, key=prod)))
         raise InputError(
@@ -178,8 +191,8 @@ def selective_mask(
     losses = loss, query_loss or loss
     chosen: dict[str, tuple[Tensor, ...]] = {}
     reports: dict[str, MaskReport] = {}
-    _refuse_whole(list(sizes.values()), dims)
-    for names in _groups(sizes, sum(map(len, some))):
+    check_dims(list(sizes.values()), dims)
+    for names in list(_groups(sizes, sum(map(len, some)))):
         only = chain(before or chain(), _Only(frozenset(names)))
         sides: list[Blocks] = []
         for data, one in zip(some, losses, strict=True):

@@ -5,6 +5,7 @@ parts may be written on other machines and copied there. Joining links (or copie
 `RUN`, which is then what one process would have written.
 """
 
+import filecmp
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import numpy as np
 from jaxtyping import Int
 
 from gradfn.errors import InputError
-from gradfn.store import Store, Writer, differing, open_part, open_writer
+from gradfn.store import Span, Store, Writer, differing, open_part, open_store, open_writer
 
 __all__ = [
-    "Shard", "complete_shards", "in_words", "is_complete", "join_shards", "listed", "parse_shard",
-    "refuse_gaps", "shard_rows", "shard_run", "shards_of",
+    "Shard", "complete_shards", "in_words", "is_complete", "join_shards", "joinable_shards", "listed",
+    "parse_shard", "refuse_gaps", "shard_rows", "shard_run", "shards_of",
 ]  # fmt: skip
 
 FOLDER = "shards"
@@ -148,6 +149,23 @@ def complete_shards(run: str | Path, kind: str) -> list[Store]:
     return stores
 
 
+def joinable_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> list[Store]:
+    """Open the parts of one kind after checking also that what the run has already is made of them.
+
+    Args:
+        overwrite: what is there will be replaced.
+
+    Raises:
+        InputError: see `complete_shards`; what is there was made otherwise, without parts, or of parts that
+            have been made again since.
+    """
+    stores = complete_shards(run, kind)
+    if not overwrite:
+        writer = Writer(Path(run), kind, stores[0].settings, stores[0].rows)
+        _refuse_other_rows(writer, kind, stores)
+    return stores
+
+
 def join_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> Path:
     """Join all parts of one kind to `RUN/<kind>.h5`, which appears complete or not at all; may be repeated.
 
@@ -158,7 +176,7 @@ def join_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> Path:
         The path of the index.
 
     Raises:
-        InputError: see `complete_shards`; what is there was made otherwise.
+        InputError: see `joinable_shards`.
         StorageError: the disk is full or failed; what is joined so far is kept.
 
     >>> import tempfile
@@ -173,29 +191,66 @@ def join_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> Path:
     >>> open_store(join_shards(run, "store")).read("loss")
     array([0, 1, 2, 3, 4])
     """
-    stores = complete_shards(run, kind)
+    stores = joinable_shards(run, kind, overwrite=overwrite)
     first = stores[0]
     with open_writer(run, kind, first.settings, first.rows, overwrite) as writer:
         if not writer.complete:
-            for path in _not_there(writer, stores):
-                writer.take(path)
+            for span, path in _segments_of(stores).items():
+                if span not in writer.done:
+                    writer.take(path)
         return writer.finish({name: first.fixed(name) for name in first.header.fixed})
 
 
-def _not_there(writer: Writer, stores: Sequence[Store]) -> list[Path]:
-    """The segments that are still to be joined; refuse rows that are there and are none of them."""
-    ours = {
+def _segments_of(stores: Sequence[Store]) -> dict[Span, Path]:
+    """The segments of all parts by their rows."""
+    return {
         span: path
         for store in stores
         for span, path in zip(store.header.segments, store.files(), strict=True)
     }
-    for start, stop in writer.done:
-        if (start, stop) not in ours:
+
+
+def _refuse_other_rows(writer: Writer, kind: str, stores: Sequence[Store]) -> None:
+    """Refuse rows that the run has and that are not those of the parts."""
+    ours, segments = _segments_of(stores), sorted((writer.run / "segments").glob(f"{kind}-*-*.h5"))
+    named = {path.name: span for span, path in ours.items()}
+    for there in segments:
+        if there.name not in named:
+            start, stop = map(int, there.stem.split("-")[-2:])
             raise InputError(
                 f"{writer.run} has rows {start} to {stop} of a run without --shard: add --overwrite to take "
                 "those of the shards, or run that command again without --shard"
             )
-    return [path for span, path in ours.items() if span not in writer.done]
+        if not _same_file(there, ours[named[there.name]]):
+            _refuse_remade(writer.run, kind, named[there.name])
+    if writer.complete and not segments:
+        with open_store(writer.run, kind) as joined:
+            for store in stores:
+                if not _same_rows(joined, store):
+                    _refuse_remade(writer.run, kind, store.span)
+
+
+def _refuse_remade(run: Path, kind: str, rows: Span) -> None:
+    raise InputError(
+        f"rows {rows[0]} to {rows[1]} of the {in_words(kind)} of {run} are not those of its shards, which "
+        "were made again: add --overwrite to take these"
+    )
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.samefile(b) or filecmp.cmp(a, b, shallow=False)
+
+
+def _same_rows(joined: Store, part: Store) -> bool:
+    """Whether a copy has the rows of a part, bit for bit."""
+
+    def alike(name: str) -> bool:
+        a, b = (store.read(name, *part.span) for store in (joined, part))
+        if a.dtype == object:
+            return a.tolist() == b.tolist()
+        return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+    return joined.names() == part.names() and all(map(alike, part.names()))
 
 
 def _refuse_several_counts(run: str | Path, kind: str, found: Sequence[Shard]) -> None:

@@ -29,10 +29,10 @@ import numpy as np
 
 from gradfn.errors import InputError, StorageError
 
-__all__ = ["MISSING", "Store", "Writer", "differing", "open_part", "open_store", "open_writer"]
+__all__ = ["MISSING", "Store", "Writer", "differing", "open_part", "open_store", "open_writer", "remove_kind"]
 
 FORMAT = 1
-COPIED_KINDS = frozenset({"scores"})
+COPIED_KINDS = frozenset({"scores", "basis"})
 CHUNK_BYTES = 1 << 20
 COPY_BYTES = 1 << 26
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -424,6 +424,30 @@ def _remove_all(run: Path, kind: str) -> None:
     """Remove what a run of this kind wrote; the index first, so that it never joins what is gone."""
     for path in [run / f"{kind}.h5", *_segments(run, kind)]:
         path.unlink(missing_ok=True)
+
+
+def remove_kind(run: str | Path, kind: str) -> None:
+    """Remove all that a run directory has of one kind, if it has any.
+
+    Raises:
+        InputError: it is being written.
+        StorageError: the disk failed.
+
+    >>> import tempfile
+    >>> run = tempfile.mkdtemp()
+    >>> with open_writer(run, "store", {}, rows=1) as writer:
+    ...     writer.write(0, 1, {"loss": np.zeros(1)})
+    >>> remove_kind(run, "store")
+    >>> [path.name for path in Path(run).iterdir()], [*Path(run, "segments").iterdir()]
+    (['segments'], [])
+    """
+    run, lock = Path(run), Path(run) / f".{kind}.lock"
+    if not (lock.exists() or (run / f"{kind}.h5").exists() or _segments(run, kind)):
+        return
+    with _locked(run, kind), _disk_errors(run):
+        _remove_leftovers(run, kind)
+        _remove_all(run, kind)
+        lock.unlink()
 
 
 @contextmanager
@@ -868,7 +892,7 @@ def open_store(run: str | Path, kind: str = "store") -> Store:
     store = Store(path, _read_header(path))
     if store.span != (0, store.rows):
         what = "part" if store.header.segments else "segment"
-        raise InputError(f"{path} is one {what} of a run: open the run directory, {path.parent.parent}")
+        raise InputError(f"{path} is one {what} of a run: open the run directory, {_whole_run(path)}")
     store.verify()
     return store
 
@@ -896,10 +920,17 @@ def open_part(run: str | Path, kind: str) -> Store:
     return store
 
 
+def _whole_run(path: Path) -> Path:
+    """The run directory that a segment, or the index of a part, belongs to."""
+    own = path.parent.parent if path.parent.name == "segments" else path.parent
+    return own.parent.parent if own.parent.name == "shards" else own
+
+
 def _why_absent(run: Path, kind: str) -> str:
     if not run.exists():
         return f"{run} does not exist: give the directory of a run, or its {kind}.h5"
-    if any(run.glob(f"shards/*/{kind}.h5")):
+    parts = (kind, "sums") if kind == "hessian" else (kind,)
+    if any(any(run.glob(f"shards/*/{part}.h5")) for part in parts):
         return f"the {kind} of {run} lies in shards: join them with gradfn merge {run}"
     if _segments(run, kind):
         return f"the {kind} of {run} is unfinished: run the command that makes it again, which resumes"

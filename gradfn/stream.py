@@ -1,6 +1,5 @@
 """Running an engine over data: batches by length under a token budget, results in the order of the rows."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -19,11 +17,11 @@ from gradfn.data import IGNORED, collate, offsets_of, plan_batches
 from gradfn.errors import InputError
 from gradfn.layers import View
 from gradfn.losses import causal_lm_loss
+from gradfn.memory import free_memory
 from gradfn.probes import Engine, probe_engine
 from gradfn.transforms import Transform
 from gradfn.types import Batch, Blocks, Data, Example, LossFn, Rows
 
-MEMORY_FACTS = Path("/proc/meminfo")
 TOKEN_BATCH_SIZE = 8192
 """Tokens a batch, padding included, unless told otherwise."""
 
@@ -349,16 +347,6 @@ def gather(
             out.values[at] = result.values  # pyright: ignore[reportArgumentType]
     assert out is not None
     return out
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device: what a new tensor may take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if MEMORY_FACTS.exists():  # what a cache of files holds counts as available there
-        facts = dict(line.split(":", 1) for line in MEMORY_FACTS.read_text().splitlines())
-        return int(facts["MemAvailable"].split()[0]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _refuse_too_large(values: Blocks | Tensor, count: int) -> None:

@@ -22,10 +22,11 @@ from torch.optim.sgd import sgd
 
 from gradfn.data import collate
 from gradfn.errors import InputError
+from gradfn.memory import free_memory
 from gradfn.per_example import call, params_of
 from gradfn.random import words
-from gradfn.stream import free_memory, labelled
-from gradfn.types import Batch, Data, LossFn, Params
+from gradfn.stream import labelled, row_name
+from gradfn.types import Batch, Data, Example, LossFn, Params
 
 __all__ = [
     "State", "Step", "Table", "Trained", "Trainer", "Training", "first_state", "initial_params", "losses_of",
@@ -41,6 +42,8 @@ Start = Callable[[], nn.Module] | Params
 
 CACHE_BYTES = 192 << 20
 """What is alive of the models of a chunk on a CPU: beyond its caches, a step waits for memory."""
+RANDOM = "the loss is random (dropout?), and retraining is not: put its model in eval mode"
+"""What is said of a loss that draws random numbers."""
 STATE_COPIES = 10
 """Parameters, gradients and moments, old and new, and what is between, in sizes of the parameters."""
 Progress = Callable[[int], None]
@@ -420,13 +423,11 @@ def stacked_losses(loss: LossFn, params: Params, batch: Batch) -> tuple[Losses, 
     for losses in tries:
         try:
             with torch.no_grad():
-                made = losses(*both)
+                made = _twice(losses, *both)
         except (RuntimeError, NotImplementedError) as error:
             first = first or error
             if "randomness" in str(error):
-                raise InputError(
-                    "the loss is random (dropout?), and retraining is not: put its model in eval mode"
-                ) from error
+                raise InputError(RANDOM) from error
             why = str(first).strip().splitlines()[0]
             continue
         if made.shape != (2, len(next(iter(batch.values())))):
@@ -436,6 +437,28 @@ def stacked_losses(loss: LossFn, params: Params, batch: Batch) -> tuple[Losses, 
         return losses, why
     assert first is not None
     raise first
+
+
+def _twice(losses: Losses, params: Params, batch: Batch) -> Tensor:
+    """The losses, refused where they draw random numbers or are others the second time.
+
+    The first is not seen in the second where the start is zero, nor the second in the first where the numbers
+    are not PyTorch's.
+    """
+    device = next(iter(params.values())).device
+    before = _generator_state(device)
+    made, again = losses(params, batch), losses(params, batch)
+    drew = not torch.equal(before, _generator_state(device))
+    # Not to the bit: sums on GPUs may be added up in another order.
+    if drew or not torch.allclose(made, again, rtol=1e-4, equal_nan=True):
+        raise InputError(RANDOM)
+    return made
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    """The state of PyTorch's generators on CPU and device."""
+    states = [torch.get_rng_state()]
+    return torch.cat(states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
 
 
 def _check_layers(model: nn.Module) -> None:
@@ -451,6 +474,40 @@ def _check_layers(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
             raise InputError(
                 f"{path or 'the model'} is a Dropout that is on, and retraining is without: call model.eval()"
+            )
+
+
+def _check_dtypes(params: Params) -> None:
+    """Refuse parameters that lose the steps of training to rounding, or cannot take them."""
+    for name, value in params.items():
+        if value.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"the parameter {name} is {str(value.dtype).removeprefix('torch.')}, in which most steps of "
+                "training round to nothing: start from parameters in fp32 (tf32 has such, too)"
+            )
+
+
+def _check_names(start: Start, params: Params, model: nn.Module) -> None:
+    """Refuse parameters that are not those of the model of the loss, which would not see them."""
+    theirs = {name: list(p.shape) for name, p in model.named_parameters()}
+    ours = {name: list(p.shape) for name, p in params.items()}
+    # Parameters that are given may be some of the model's: the others stay as they are.
+    for name in ours if isinstance(start, dict) else theirs | ours:
+        if ours.get(name) != theirs.get(name):
+            raise InputError(
+                f"the parameter {name} is {ours.get(name, 'absent')} in the start and "
+                f"{theirs.get(name, 'absent')} in the model of the loss: make the loss of such a model"
+            )
+
+
+def _check_buffers(start: Callable[[], nn.Module]) -> None:
+    """Refuse models that differ in more than their parameters: the loss has one set of buffers for all."""
+    first, second = (dict(_made(start, seed).named_buffers()) for seed in (0, 1))
+    for name, buffer in first.items():
+        if not torch.equal(buffer, second[name]):
+            raise InputError(
+                f"the buffer {name} differs from seed to seed, and only parameters are put into the loss: "
+                "draw it from a seed of its own, or make it a parameter"
             )
 
 
@@ -488,10 +545,22 @@ def table_of(data: Data, device: torch.device | None = None) -> Table:
     if not len(data):
         raise InputError("the data has no rows: give at least one example")
     examples = [labelled(data, row) for row in range(len(data))]
+    _check_keys(data, examples)
     sizes = {key: {len(e[key]) if e[key].ndim else 0 for e in examples} for key in examples[0]}
     padded = frozenset(key for key, lengths in sizes.items() if len(lengths) > 1)
     lengths = torch.tensor([max([len(e[key]) for key in padded], default=1) for e in examples])
     return Table({k: v.to(device) for k, v in collate(examples).items()}, lengths.to(device), padded)
+
+
+def _check_keys(data: Data, examples: Sequence[Example]) -> None:
+    """Refuse rows that lack a key which others have."""
+    keys = {key: row for row, example in reversed([*enumerate(examples)]) for key in example}
+    for row, example in enumerate(examples):
+        for key in sorted(keys.keys() - example.keys()):
+            raise InputError(
+                f"{row_name(data, row)} has no {key!r}, which {row_name(data, keys[key])} has: give all rows "
+                "the same keys"
+            )
 
 
 def _orders(subsets: np.ndarray, seeds: Sequence[int], epoch: int) -> np.ndarray:
@@ -610,7 +679,7 @@ class Trainer:
     ) -> Trained:
         """Train the models to the end, so many at a time as fit; see `train`."""
         self.check(subsets, seeds)
-        size = self.at_once() if chunk is None else chunk
+        size = self.at_once(chunk)
         parts = [
             self._train_chunk(subsets[start : start + size], list(seeds[start : start + size]), progress)
             for start in range(0, len(seeds), size)
@@ -635,8 +704,12 @@ class Trainer:
         finite = torch.stack([p.flatten(1).isfinite().all(1) for p in params.values()]).all(0)
         return Trained(params, losses, ~(finite & losses.isfinite()))
 
-    def at_once(self) -> int:
-        """How many models train together: what fits in memory and, on a CPU, in its caches."""
+    def at_once(self, chunk: int | None = None) -> int:
+        """How many models train together: `chunk`, or what fits in memory and, on a CPU, in its caches."""
+        if chunk is not None:
+            if chunk < 1:
+                raise InputError(f"chunk must be 1 or more models at a time, not {chunk}: leave it out")
+            return chunk
         params = initial_params(self.start, 0)
         device = next(iter(params.values())).device
         state = STATE_COPIES * sum(p.numel() * p.element_size() for p in params.values())
@@ -688,15 +761,23 @@ def initial_params(start: Start, seed: int) -> Params:
     """
     if isinstance(start, dict):
         return {name: value.detach() for name, value in start.items()}
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        model = start()
+    model = _made(start, seed)
     _check_layers(model)
     return params_of(model)
 
 
+def _made(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A new model, a function of the seed."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return make()
+
+
 def make_trainer(start: Start, loss: LossFn, data: Data, training: Training) -> Trainer:
     """Prepare training over data: rows in memory, and the losses of many models, by `vmap` where they stack.
+
+    Only parameters are put into the loss. Buffers are those of the model that the loss holds, not those of
+    the models that `start` makes.
 
     Args:
         start: what makes a model (called once a seed), or the parameters that all models start from.
@@ -705,12 +786,20 @@ def make_trainer(start: Start, loss: LossFn, data: Data, training: Training) -> 
         training: optimizer, schedule, batches.
 
     Raises:
-        InputError: no rows, a BatchNorm or dropout, a loss that is random or not one number an example.
+        InputError: no rows, or of other keys; a BatchNorm or dropout; a loss that is random or not one number
+            an example; parameters in 16 bits; a start of other parameters than those of `loss.model` where
+            there is one, or with buffers that differ from seed to seed.
     """
     model: Any = getattr(loss, "model", None)
-    if isinstance(model, nn.Module):
+    model = model if isinstance(model, nn.Module) else None
+    if model is not None:
         _check_layers(model)
     params = initial_params(start, 0)
+    _check_dtypes(params)
+    if model is not None:
+        _check_names(start, params, model)
+    if not isinstance(start, dict):
+        _check_buffers(start)
     table = table_of(data, next(iter(params.values())).device)
     many, looped = stacked_losses(loss, params, table.take(torch.tensor([0, len(table) - 1])))
     return Trainer(start, loss, table, training, many, looped)
@@ -743,7 +832,7 @@ def train(
         progress: called with the examples done.
 
     Raises:
-        InputError: subsets or batches that do not fit, a BatchNorm, a loss that is random.
+        InputError: subsets, batches or a chunk that do not fit; see `make_trainer`.
 
     >>> def loss(p, e):
     ...     return (p["weight"] @ e["x"] - e["y"]).square().sum()

@@ -1,12 +1,14 @@
 """Random projections: linear, a function of their key alone, unbiased, orthonormal where they say so."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from gradfn.errors import InputError
 from gradfn.maps import DENSE, Map, Select, random_map, random_matrix, walsh_hadamard
 from gradfn.testing import assert_blocks_close, seeds
 from gradfn.testing.strategies import KINDS
@@ -105,6 +107,34 @@ def test_an_sjlt_has_s_nonzeros_a_column_one_in_each_part(seed, nonzeros, m, mor
     assert_blocks_close(
         parts.abs().sum(1), torch.full((nonzeros, p + more), nonzeros**-0.5, dtype=torch.float64)
     )
+
+
+@given(seeds(), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
+def test_runs_of_an_sjlt_add_up_alike_whichever_way(seed, rows, p, more):
+    v = torch.randn(rows, p + more, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    side = random_map("sjlt", seed, "a", "flat", (p, p + more))
+    found = []
+    for size, gathered in ((0, 1), (1 << 13, 1), (1 << 13, 1 << 20)):
+        with mock.patch.multiple("gradfn.maps", SMALL_RUN=size, GATHERED=gathered):
+            found.append(applied(side, v))
+    assert_blocks_close(found[0], found[1], 1e-12)
+    assert_blocks_close(found[0], found[2], 1e-12)
+
+
+@given(seeds(), st.sampled_from(["mask", "sjlt", "fjlt"]), st.integers(1, 5), st.integers(1, 30))
+def test_a_map_is_written_out_in_strips(seed, kind, p, more):
+    side = random_map(kind, seed, "a", "left", (p, p + more))
+    with mock.patch("gradfn.maps.STRIP", 3):
+        strips = dense(side)
+    assert torch.equal(strips, side(torch.eye(p + more, dtype=torch.float64)).T)
+
+
+def test_a_matrix_that_does_not_fit_is_refused():
+    with (
+        mock.patch("gradfn.maps.free_memory", lambda: 1 << 20),
+        pytest.raises(InputError, match="gaussian:512 for mlp takes 2 MiB and 1 are free: take sjlt"),
+    ):
+        random_map("gaussian", 0, "mlp", "flat", (512, 1024), dtype=torch.float32)
 
 
 @given(seeds(), st.integers(0, 13))

@@ -32,6 +32,12 @@ def test_correlations_are_those_of_numpy():
     assert correlations(torch.ones(3, 1), torch.rand(3, 1)).tolist() == [0.0]
 
 
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_correlations_do_not_depend_on_the_scale(scale):
+    a, b = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(correlations(a * scale, b * scale), correlations(a, b))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_mask_of_the_whole_is_near_the_best_of_all_and_reports_what_it_keeps(seed):
     G, Q = blocks(40, 2, 5, seed), blocks(6, 2, 5, seed + 50)

@@ -267,6 +267,73 @@ def test_rows_of_a_run_without_shards_are_not_mixed_in(tmp_path):
     np.testing.assert_array_equal(everything_in(tmp_path)[0]["value"], np.arange(5) * 10.0)
 
 
+def test_all_rows_of_a_run_without_shards_are_not_taken_for_those_of_the_shards(tmp_path):
+    for shard in all_of(2):
+        write(tmp_path, shard)
+    with open_writer(tmp_path, "store", {}, 5) as writer:
+        writer.write(0, 5, {"value": np.arange(5) + 100.0})
+        writer.finish()
+    refused(tmp_path, r"has rows 0 to 5 of a run without --shard: add --overwrite to take")
+    merge_run(tmp_path, overwrite=True)
+    np.testing.assert_array_equal(everything_in(tmp_path)[0]["value"], np.arange(5) * 10.0)
+
+
+def remake(run, shard, values, kind):
+    """Write a part anew with other values and the same settings."""
+    part = shard_rows(np.ones(5, int), shard)
+    span = part.start, part.stop
+    with open_writer(shard_run(run, shard), kind, {}, 5, True, part=span) as writer:
+        writer.write(*span, {"value": values[part.start : part.stop]})
+        writer.finish({"names": ["a", "b"]})
+
+
+@pytest.mark.parametrize("kind", ["store", "scores"])
+@pytest.mark.parametrize("left", ["all", "segments", "index"])
+def test_shards_that_were_made_again_are_not_taken_for_joined(tmp_path, kind, left):
+    """Of a merge before there may be all, what one that was killed left, or (of scores) the copy alone."""
+    for shard in all_of(2):
+        write(tmp_path, shard, kind=kind)
+    merge_run(tmp_path)
+    if left == "segments":
+        (tmp_path / f"{kind}.h5").unlink()
+        (tmp_path / f"segments/{kind}-0000000000-0000000002.h5").unlink()
+    if left == "index" and kind == "scores":
+        shutil.rmtree(tmp_path / "segments")
+        merge_run(tmp_path)
+    remake(tmp_path, Shard(2, 2), np.arange(5) + 100.0, kind)
+    refused(tmp_path, f"^rows 2 to 5 of the {kind} of .* are not those of its shards, which were made again:")
+    merge_run(tmp_path, overwrite=True)
+    np.testing.assert_array_equal(everything_in(tmp_path, kind)[0]["value"], [0, 10, 102, 103, 104])
+
+
+def test_shards_that_were_made_again_to_the_same_rows_are_joined(tmp_path):
+    for shard in all_of(2):
+        write(tmp_path, shard)
+    merge_run(tmp_path)
+    remake(tmp_path, Shard(2, 2), np.arange(5) * 10.0, "store")
+    assert merge_run(tmp_path)[0].shards == 2
+
+
+def test_settings_of_all_kinds_are_checked_before_any_is_joined(tmp_path):
+    for kind in ("scores", "truth"):
+        for shard in all_of(2):
+            write(tmp_path, shard, kind=kind)
+    with open_writer(tmp_path, "truth", {"dim": 9}, 5) as writer:
+        writer.write(0, 5, {"value": np.zeros(5)})
+        writer.finish()
+    refused(tmp_path, "was made with other settings .dim is 9 there")
+
+
+def test_shards_at_checkpoints_are_joined_first(tmp_path):
+    for run in (tmp_path / "checkpoint-10", tmp_path / "checkpoint-2", tmp_path):
+        for shard in all_of(2):
+            write(run, shard, kind="scores")
+    names = [one.path.relative_to(tmp_path).as_posix() for one in merge_run(tmp_path)]
+    assert names == ["checkpoint-2/scores.h5", "checkpoint-10/scores.h5", "scores.h5"]
+    shutil.rmtree(shard_run(tmp_path / "checkpoint-2", Shard(2, 2)))
+    refused(tmp_path, "^shard 2 of 2 of the scores of .*checkpoint-2 is missing")
+
+
 def test_what_was_made_otherwise_is_replaced_only_when_told(tmp_path):
     with open_writer(tmp_path, "store", {"dim": 1}, 5) as writer:
         writer.write(0, 5, {"value": np.zeros(5)})
@@ -283,7 +350,7 @@ def test_what_was_made_otherwise_is_replaced_only_when_told(tmp_path):
 
 def test_a_run_without_shards(tmp_path):
     with pytest.raises(
-        InputError, match=r"has no shards: write them with --shard I/N of build, score or hess"
+        InputError, match=r"has no shards: write them with --shard I/N of build, score, hessian or retrain$"
     ):
         merge_run(tmp_path)
     with pytest.raises(InputError, match=r"has no shards of its store: write them with --shard I/N$"):
@@ -297,8 +364,10 @@ def test_a_part_is_read_by_the_numbers_of_its_rows(tmp_path):
     np.testing.assert_array_equal(there.read("value", 3, 5), [30.0, 40.0])
     with pytest.raises(InputError, match=r"is a part, without rows 0 to 5: join the parts first$"):
         there.read("value")
-    with pytest.raises(InputError, match=r"is one part of a run: open the run directory"):
-        open_store(shard_run(tmp_path, Shard(2, 2)))
+    parts = shard_run(tmp_path, Shard(2, 2))
+    for path, one in ((parts, "part"), (next((parts / "segments").glob("*.h5")), "segment")):
+        with pytest.raises(InputError, match=f"is one {one} of a run: open the run directory, {tmp_path}$"):
+            open_store(path)
     with pytest.raises(InputError, match=r"lies in shards: join them with gradfn merge"):
         open_store(tmp_path)
     writing = open_writer(shard_run(tmp_path, Shard(1, 1)), "store", {}, 5, part=(2, 5))
@@ -470,7 +539,8 @@ def test_the_second_pass_waits_for_the_first(model, documents, tmp_path):
             assert hessian_shard(tmp_path, model, documents, ekfac(), shard=shard) == 1
     (joined,) = merge_run(tmp_path)
     assert (joined.kind, joined.path.name) == ("basis", "basis.h5")
-    assert not (tmp_path / "hessian.h5").exists()
+    with pytest.raises(InputError, match=r"the hessian of .* lies in shards: join them with gradfn merge"):
+        open_store(tmp_path, "hessian")
     assert hessian_shard(tmp_path, model, documents, ekfac(), shard=Shard(1, 2)) == 2
     refused(tmp_path, "^shard 2 of 2 of the second sums of .* is missing")
     hessian_shard(tmp_path, model, documents, ekfac(), shard=Shard(2, 2))
@@ -484,17 +554,66 @@ def test_a_second_pass_of_another_first_one_is_refused(model, documents, tmp_pat
     for shard in all_of(2):
         how = {"shard": shard, "overwrite": True}
         assert hessian_shard(tmp_path, model, documents, ekfac(), gf.project(2), **how) == 1
-    shutil.rmtree(tmp_path / "segments")
-    for name in ("basis.h5", "hessian.h5"):
-        (tmp_path / name).unlink()
-    with pytest.raises(
-        InputError, match=r"made after another first pass: run all shards again with --overwr"
-    ):
-        merge_run(tmp_path)
+    refused(tmp_path, "was made with other settings")
+    assert merge_run(tmp_path, overwrite=True)[0].kind == "basis"
+    for shard in all_of(2):
+        assert hessian_shard(tmp_path, model, documents, ekfac(), gf.project(2), shard=shard) == 2
+    assert merge_run(tmp_path, overwrite=True)[0].kind == "hessian"
+    expected = runs.hessian(tmp_path / "whole", model, documents, ekfac(), gf.project(2))
+    for name, one in runs.load_curvature(tmp_path).items():
+        torch.testing.assert_close(one.dense(), expected[name].dense(), rtol=1e-9, atol=1e-12)
+
+
+def test_second_sums_that_were_copied_beside_another_first_pass_are_refused(model, documents, tmp_path):
+    fit_in_shards(tmp_path / "a", model, documents, ekfac(), gf.project(3), 2)
+    for shard in all_of(2):
+        hessian_shard(tmp_path / "b", model, documents, ekfac(), gf.project(2), shard=shard)
+    for path in (tmp_path / "a").glob("shards/**/*second_sums*"):
+        shutil.copy(path, tmp_path / "b" / path.relative_to(tmp_path / "a"))
+    words = "made after another first pass: run all shards again with --overwrite, then merge"
+    refused(tmp_path / "b", words)
     for shard in all_of(2):
         how = {"shard": shard, "overwrite": True}
-        assert hessian_shard(tmp_path, model, documents, ekfac(), gf.project(2), **how) == 2
-    assert merge_run(tmp_path)[0].kind == "hessian"
+        assert hessian_shard(tmp_path / "b", model, documents, ekfac(), gf.project(2), **how) == 1
+    assert merge_run(tmp_path / "b")[0].kind == "basis"
+
+
+def test_for_the_second_pass_another_machine_needs_the_basis_alone(model, documents, tmp_path):
+    fit_in_shards(tmp_path / "run", model, documents, ekfac(), gf.project(3), 2)
+    for shard in all_of(2):
+        (there := tmp_path / f"node{shard.number}").mkdir()
+        shutil.copy(tmp_path / "run" / "basis.h5", there)
+        assert hessian_shard(there, model, documents, ekfac(), gf.project(3), shard=shard) == 2
+        mine, theirs = (open_part(shard_run(run, shard), "second_sums") for run in (there, tmp_path / "run"))
+        for name in theirs.names():
+            np.testing.assert_array_equal(mine.read(name, *mine.span), theirs.read(name, *mine.span))
+
+
+def test_sums_that_were_made_again_replace_a_curvature_only_when_told(model, documents, tmp_path):
+    for shard in all_of(2):
+        hessian_shard(tmp_path, model, documents, kfac(), gf.project(3), shard=shard)
+    merge_run(tmp_path)
+    before = runs.load_curvature(tmp_path).digest
+    part = open_part(shard_run(tmp_path, Shard(1, 2)), "sums")
+    sums = {name: part.read(name, *part.span) for name in part.names()}
+    sums = {name: 2 * array if name.startswith("sums/") else array for name, array in sums.items()}
+    where = shard_run(tmp_path, Shard(1, 2))
+    with open_writer(where, "sums", part.settings, part.rows, True, part=part.span) as writer:
+        writer.write(*part.span, sums)
+        writer.finish()
+    refused(
+        tmp_path, "^the hessian in .* is not of the sums of its shards, which were made again: add --over"
+    )
+    merge_run(tmp_path, overwrite=True)
+    assert runs.load_curvature(tmp_path).digest != before
+
+
+def test_a_curvature_fitted_without_shards_is_replaced_only_when_told(model, documents, tmp_path):
+    runs.hessian(tmp_path, model, documents, kfac(), gf.project(3))
+    for shard in all_of(2):
+        hessian_shard(tmp_path, model, documents, kfac(), gf.project(3), shard=shard)
+    refused(tmp_path, "^the curvature in .* is of a run without --shard: add --overwrite to take that of the")
+    assert merge_run(tmp_path, overwrite=True)[0].kind == "hessian"
 
 
 def test_sums_of_other_rows_are_refused(model, documents, tmp_path):

@@ -1,18 +1,21 @@
 """Gradients of single tokens: each the gradient of the weight as that token alone uses it."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from tiny import language_model
 from torch import nn
 
-from gradfn.data import make_documents, offsets_of
+from gradfn.data import collate, make_documents, offsets_of
 from gradfn.errors import InputError
 from gradfn.layers import Embedding, Linear, View
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import probe_engine
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close
-from gradfn.transforms import chain, dot, project, unit_normalize
+from gradfn.transforms import Compress, chain, dot, project, unit_normalize
+from gradfn.transforms.summed import Summed
 
 DOCUMENTS = make_documents([[1, 2, 3, 4], [5, 6], [7, 8, 9]])
 TOKENS = View(include=["*.h.*", "*.layers.*"], tokens=True)
@@ -125,3 +128,27 @@ def test_rows_without_tokens_are_refused():
             loss=lambda p, e: p["weight"].sum(),
             view=View(tokens=True),
         )
+
+
+@pytest.mark.parametrize("end", ["rows", "sum"])
+def test_dense_blocks_of_tokens_are_made_a_few_at_a_time(end, monkeypatch):
+    model, made = language_model("gpt_neox"), []
+    last = [Summed(lambda name, G: G.square().sum(0))] if end == "sum" else []
+    transform = chain(Compress(5), *last)
+    whole = probe_engine(model, causal_lm_loss(model), transform, view=TOKENS)(
+        collate(list(DOCUMENTS))
+    ).values
+    contract = Linear.contract
+
+    def noting(layer, kept, g, kron, tokens):
+        made.append(g.shape[1])
+        return contract(layer, kept, g, kron, tokens)
+
+    monkeypatch.setattr(import_module("gradfn.transforms.lower"), "DENSE_ELEMENTS", 8 * 9 * 3)
+    monkeypatch.setattr(Linear, "contract", noting)
+    parts = probe_engine(model, causal_lm_loss(model), transform, view=TOKENS)(
+        collate(list(DOCUMENTS))
+    ).values
+    assert max(made) == 1
+    for name, G in whole.items():
+        assert_blocks_close(parts[name], G, 1e-12)

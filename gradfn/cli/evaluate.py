@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isnan
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,21 +35,21 @@ PER_MODEL = ("subsets", "numbers", "seeds", "losses", "train_losses", "diverged"
 def run_lds(**options: Any) -> None:
     """Compare runs of scores with models retrained on subsets."""
     _check(options)
-    truth = open_truth(options["truth"])
+    truth = _opened_truth(options["truth"])
     _show_comparison(truth, _opened(options["runs"]), options, title="Linear datamodeling score")
 
 
 def run_loo(**options: Any) -> None:
     """The same for models retrained without one row each."""
     _check(options)
-    truth = _leaving_one_out(open_truth(options["truth"]))
+    truth = _leaving_one_out(_opened_truth(options["truth"]))
     _show_comparison(truth, _opened(options["runs"]), options, title="Leave-one-out correlation")
 
 
 def run_brittleness(**options: Any) -> None:
     """What removing each query's best proponents does, beside removing random rows."""
     _check(options)
-    truth = open_truth(options["truth"])
+    truth = _opened_truth(options["truth"])
     subsets, losses = truth.targets()
     if len(subsets) < len(truth.numbers.unique()):
         raise InputError(
@@ -55,8 +57,7 @@ def run_brittleness(**options: Any) -> None:
             "lower --learning-rate"
         )
     full, parts = removals(subsets, losses)
-    answers = truth.settings.get("query_loss", {}).get("criterion") == "cross_entropy"
-    told = [(part, brittleness(full, part, probabilities=answers)) for part in parts]
+    told = [(part, brittleness(full, part, probabilities=_of_answers(truth))) for part in parts]
     console().print(facts(_removal_facts(truth, full, parts, options["truth"])))
     shown = [_removal_line(part.k, one) for part, one in told]
     console().print(_table(shown, tuple(shown[0])))
@@ -127,7 +128,7 @@ def run_overlap(**options: Any) -> None:
     console().print(_table(lines, ("over queries", "mean", "95 % interval")))
     row = {"run": first.name, "other": second.name, "k": k, "queries": a.shape[1]}
     for name, one in found.items():
-        row |= dict(zip(_ends(name), one, strict=True))
+        row |= _columns(name, one)
     _export([row], tuple(row), options)
 
 
@@ -190,12 +191,20 @@ def _truth_facts(
     else:
         lines.append(("queries", f"{whole:,}"))
     if ceiling is None:
-        lines.append(("noise ceiling", "unknown, with one seed a subset: gradfn retrain --seeds 2 tells it"))
+        lines.append(("noise ceiling", _why_unknown(truth)))
     for one in told.runs:
         if one.constant:
             queries = count(one.constant, "query")
             lines.append(("note", f"{one.name} has one score for all rows of {queries}, which count as 0"))
     return lines
+
+
+def _why_unknown(truth: Truth) -> str:
+    if int(truth.numbers.unique(return_counts=True)[1].max()) == 1:
+        return "unknown, with one seed a subset: gradfn retrain --seeds 2 tells it"
+    counts = truth.numbers[~truth.diverged].unique(return_counts=True)[1]
+    several = count(int((counts > 1).sum()), "subset")
+    return f"unknown, with two models that did not diverge of {several} only, and {FEWEST} are needed"
 
 
 def _diverged(truth: Truth) -> list[tuple[str, str]]:
@@ -229,12 +238,9 @@ def _comparison_table(told: Comparison, ceiling: Estimate | None) -> Table:
 def _comparison_row(
     one: Compared, told: Comparison, ceiling: Estimate | None, truth: Truth, subsets: int
 ) -> dict[str, Any]:
-    top = (None, None, None) if ceiling is None else ceiling
     return {
         "run": one.name, "damping": one.damping,
-        **dict(zip(_ends("lds"), one.lds, strict=True)),
-        **dict(zip(_ends("pearson"), one.pearson, strict=True)),
-        **dict(zip(_ends("ceiling"), top, strict=True)),
+        **_columns("lds", one.lds), **_columns("pearson", one.pearson), **_columns("ceiling", ceiling),
         "share_of_ceiling": one.lds.value / ceiling.value if ceiling and ceiling.value > 0 else None,
         "subsets": subsets, "models": len(truth.diverged), "diverged": int(truth.diverged.sum()),
         "queries": len(told.queries),
@@ -242,6 +248,13 @@ def _comparison_row(
 
 
 # --- brittleness
+
+
+def _of_answers(truth: Truth) -> bool:
+    """Whether a query's loss is minus the log-probability of its whole answer."""
+    loss, subsets = truth.settings.get("query_loss", {}), truth.settings.get("subsets", {})
+    whole = loss.get("reduction") == "sum" or subsets.get("answer_tokens") == 1
+    return loss.get("criterion") == "cross_entropy" and not loss.get("label_smoothing") and whole
 
 
 def _removal_facts(truth: Truth, full: Tensor, parts: Sequence[Removal], path: str) -> list[tuple[str, str]]:
@@ -268,12 +281,12 @@ def _removal_line(k: int, one: Brittleness) -> dict[str, str]:
 def _removal_row(k: int, one: Brittleness) -> dict[str, Any]:
     row: dict[str, Any] = {"k": k}
     for name, estimate in one._asdict().items():
-        row |= dict(zip(_ends(name), (None, None, None) if estimate is None else estimate, strict=True))
+        row |= _columns(name, estimate)
     return row
 
 
 def _signed(one: Estimate) -> str:
-    return f"{one.value:+.3f} ({one.low:.3f} to {one.high:.3f})"
+    return f"{one.value:+.3f}" + ("" if isnan(one.low) else f" ({one.low:.3f} to {one.high:.3f})")
 
 
 # --- known answers
@@ -328,13 +341,15 @@ def _sources(run: Scored, options: Options) -> tuple[Tensor, list[int]]:
             f"{', '.join(rows.column_names)}: add one"
         )
     _refuse_other_ids(rows, run.query_ids, run.name, path, "--query")
-    numbers = {name: number for number, name in enumerate(run.row_ids)}
+    numbers: dict[str, list[int]] = {}
+    for number, name in enumerate(run.row_ids):  # pieces of a document share its id
+        numbers.setdefault(name, []).append(number)
     known = [(query, numbers[str(name)]) for query, name in enumerate(rows["source"]) if str(name) in numbers]
     if not known:
         raise InputError(f"none of the sources in {path} is among the rows scored: score the rows they name")
     sources = torch.zeros(len(run.row_ids), len(known), dtype=torch.bool)
-    for column, (_, row) in enumerate(known):
-        sources[row, column] = True
+    for column, (_, these) in enumerate(known):
+        sources[these, column] = True
     return sources, [query for query, _ in known]
 
 
@@ -342,6 +357,10 @@ def _refuse_other_ids(rows: Any, ids: Sequence[str], run: str, path: str, option
     """Refuse a dataset of which the rows are not those that a run names."""
     names = [*rows["id"]] if "id" in rows.column_names else [None] * len(rows)
     here = [str(number if name is None else name) for number, name in enumerate(names)]
+    if here != [*ids] and sorted(here) == sorted(ids):
+        raise InputError(
+            f"{run} and {path} have the same ids in another order: give the {option} that was scored"
+        )
     if here != [*ids]:
         raise InputError(
             f"{run} has scores of {in_words(ids, here)} and {path} has {in_words(here, ids)}: give "
@@ -356,9 +375,9 @@ def _recall_rows(run: Scored, sources: Tensor, k: int) -> list[dict[str, Any]]:
         mrr = mean_estimate(reciprocal_rank(scores, sources))
         row = {"run": run.name, "damping": damping, "k": k, "queries": sources.shape[1]}
         for name, one in (("recall_at_1", first), ("recall_at_k", among), ("mrr", mrr)):
-            row |= dict(zip(_ends(name), one, strict=True))
+            row |= _columns(name, one)
         shown = (("recall@1", first), (f"recall@{k}", among), ("MRR", mrr))
-        table.append({**row, **{name: f"{one.value:.3f} ({_between(one)})" for name, one in shown}})
+        table.append({**row, **{name: _told(one) for name, one in shown}})
     return table
 
 
@@ -373,9 +392,19 @@ def _check(options: Options) -> None:
     check_exports(files, options["overwrite"])
 
 
+def _opened_truth(path: str) -> Truth:
+    truth = open_truth(path)
+    if bool(truth.diverged.all()):
+        raise InputError(
+            f"all {count(len(truth.diverged), 'model')} of {path} diverged: retrain with a lower "
+            "--learning-rate"
+        )
+    return truth
+
+
 def _opened(paths: Sequence[str]) -> list[Scored]:
     """The runs, by the last part of their path, or the whole of it where that names two."""
-    if len(set(paths)) < len(paths):
+    if len({Path(path).resolve() for path in paths}) < len(paths):
         raise InputError(f"a run is given twice in {', '.join(paths)}: give each once")
     runs = [open_scored(path) for path in paths]
     names = [run.name for run in runs]
@@ -403,11 +432,22 @@ def _export(rows: Sequence[Row], columns: Sequence[str], options: Options) -> No
 
 
 def _between(one: Estimate) -> str:
-    return f"{one.low:.2f} to {one.high:.2f}"
+    return "" if isnan(one.low) else f"{one.low:.2f} to {one.high:.2f}"
+
+
+def _told(one: Estimate) -> str:
+    return f"{one.value:.3f}" + (f" ({between})" if (between := _between(one)) else "")
 
 
 def _share(one: Estimate, ceiling: Estimate | None) -> str:
     return f"{one.value / ceiling.value:.0%}" if ceiling and ceiling.value > 0 else ""
+
+
+def _columns(name: str, one: Estimate | None) -> dict[str, float | None]:
+    """An estimate in a table; what is not known is empty."""
+    values = (None, None, None) if one is None else one
+    return {key: None if value is None or isnan(value) else value
+            for key, value in zip(_ends(name), values, strict=True)}  # fmt: skip
 
 
 def _ends(name: str) -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ from gradfn.cli.show import console, count, facts
 from gradfn.shards import in_words, is_complete, listed, shards_of
 from gradfn.store import Store, open_store
 
-KINDS = ("store", "scores", "hessian", "mask", "truth")
+KINDS = ("store", "scores", "hessian", "basis", "mask", "truth")
 
 
 def run_info(run: str) -> None:
@@ -51,13 +51,16 @@ def _lines(store: Store) -> Iterator[tuple[str, str]]:
     if "scores" in arrays:
         queries = count(store.shape("scores")[1], "query")
         yield "scores", f"{count(store.rows, 'row')} x {queries}; positive = proponent"
-    if store.header.kind == "hessian":
+    if store.header.kind in ("hessian", "basis"):
         kind, rows = store.read("fit/kind")[0], int(store.read("fit/rows")[0])
         blocks = count(len(store.fixed("blocks")), "block")
-        yield "curvature", f"{kind}, {blocks}, {count(rows, 'row')}"
+        label = "curvature" if store.header.kind == "hessian" else "first pass"
+        yield label, f"{kind}, {blocks}, {count(rows, 'row')}"
     elif store.header.kind == "mask":
         kept = store.read("blocks/kept")
         yield "mask", f"{count(len(kept), 'block')}, correlation {kept.mean():.3f} kept on average"
+    elif store.header.kind == "truth":
+        yield "models", f"{store.rows:,}"
     else:
         yield "rows", ", ".join(_row_facts(store, arrays))
     for key, value in _flat(store.settings):

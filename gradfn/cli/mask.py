@@ -12,9 +12,10 @@ from gradfn.cli.stages import normalizer
 from gradfn.cli.tell import subject_facts
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
-from gradfn.masks import write_mask
+from gradfn.layers import find_sites
+from gradfn.masks import Mask, Reports, mask_run
 from gradfn.runs import describe, merged
-from gradfn.selective import Dims, MaskReport, selective_mask
+from gradfn.selective import Dims, check_dims, selective_mask
 from gradfn.transforms import chain
 
 
@@ -29,7 +30,9 @@ def dims_of(text: str) -> Dims:
     """
     parts = text.split("x")
     if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise InputError(f"--keep {text!r}: give 128x128 for both sides of every block, or 4096 of the whole")
+        raise InputError(
+            f"--keep {text!r}: give 128x128 for both sides of every block, or 4096 of each flattened"
+        )
     numbers = [int(part) for part in parts]
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
@@ -56,19 +59,26 @@ def run_mask_fit(**options: Any) -> None:
     state = options["optimizer_state"]
     before = chain() if state is None else normalizer(state, subject)
     console().print(facts(subject_facts(subject, train)))
-    with subject.multiplying():
-        mask, reports = selective_mask(
-            subject.model, train, query, dims, rows=options["rows"], seed=options["seed"], before=before,
-            query_loss=subject.query_loss, **subject.engine_options(),
-        )  # fmt: skip
     known = merged(describe(subject.model, train, before, loss=subject.loss, view=subject.view),
                    {**subject.settings(), "mask": _settings(options, query)})  # fmt: skip
-    path = write_mask(options["run"], mask, reports, settings=known, overwrite=options["overwrite"])
+
+    def fit() -> tuple[Mask, Reports]:
+        with subject.multiplying():
+            return selective_mask(
+                subject.model, train, query, dims, rows=options["rows"], seed=options["seed"], before=before,
+                query_loss=subject.query_loss, **subject.engine_options(),
+            )  # fmt: skip
+
+    shapes = {site.block: site.spec.shape for site in find_sites(subject.model, subject.view)}
+    check_dims(list(shapes.values()), dims)
+    _, reports = mask_run(
+        options["run"], fit, blocks=len(shapes), settings=known, overwrite=options["overwrite"]
+    )
     out = console()
     out.print(_table(reports))
     kept = sum(one.kept for one in reports.values()) / len(reports)
     told = f"correlation {kept:.3f} kept on average over {count(len(reports), 'block')}"
-    out.print(facts([("mask", f"{path} [{options['keep']}, {told}]"),
+    out.print(facts([("mask", f"{options['run']}/mask.h5 [{options['keep']}, {told}]"),
                      ("next", f"--projection 'selective:{options['run']} > sjlt:1024', say")]))  # fmt: skip
 
 
@@ -79,7 +89,7 @@ def _settings(options: inputs.Options, query: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _table(reports: dict[str, MaskReport]) -> Table:
+def _table(reports: Reports) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("block", no_wrap=True, overflow="ellipsis")
     for name in ("kept", "random mask", "steps"):

@@ -329,7 +329,9 @@ METHOD: Group = {
 }
 KEEP: Group = {
     "keep": (
-        _option(str, "--keep", "Coordinates: 128x128 of both sides of every block, or 4096 of it all."),
+        _option(
+            str, "--keep", "Coordinates: 128x128 of both sides of every block, or 4096 of each flattened one."
+        ),
         "128x128",
     ),
     "rows": (_option(int, "--rows", "Training rows, and queries at most, to look at."), 512),
@@ -463,7 +465,14 @@ QUERY_BY: Group = {"by": (_option(By | None, "--by", f"{_BY} [default: the store
 TRAINED: Group = {name: option for name, option in MODEL.items() if name != "token_batch_size"}
 ASKED: Group = {name: option for name, option in QUERY.items() if name != "query_path"}
 SUBSETS: Group = {
-    "subsets": (_option(int, "--subsets", "How many subsets of the rows to train on."), 50),
+    "subsets": (
+        _option(
+            int | None,
+            "--subsets",
+            "How many subsets of the rows to train on. [default: 50; with --leave-out 1, one a row]",
+        ),
+        None,
+    ),
     "fraction": (_option(float | None, "--fraction", "Share of the rows in a subset. [default: 0.5]"), None),
     "leave_out": (
         _option(int | None, "--leave-out", "Instead of a share: rows to leave out; 1 leaves each out once."),
@@ -506,7 +515,7 @@ SHARD: Group = {
         _option(
             str | None,
             "--shard",
-            "I/N: do the I-th of N parts of the rows, as one job of an array; gradfn merge joins them.",
+            "I/N: do the I-th of N parts of the rows, or models, as an array's job; gradfn merge joins them.",
         ),
         None,
     ),

@@ -5,9 +5,9 @@ from typing import Any, get_args
 from gradfn.cli.inputs import Options
 from gradfn.errors import InputError
 from gradfn.maps import Kind
-from gradfn.masks import projection_named
-from gradfn.runs import open_curvature
-from gradfn.transforms import Chain
+from gradfn.masks import LOADERS, projection_named
+from gradfn.runs import open_curvature, transform_of
+from gradfn.transforms import Chain, chain
 from gradfn.transforms.projection import lenient
 
 
@@ -29,21 +29,25 @@ def projection_of(options: Options, default: str) -> Chain:
         return projection_named(kind, seed)
     if dim is not None and dim < 0:
         raise InputError(f"the projection dimension must be 0 (the full gradient) or more, not {dim}")
+    if dim == 0 and kind is not None:
+        raise InputError(
+            f"--projection-dim 0 is the full gradient, which has no {kind}: leave one of them out"
+        )
     if dim == 0:
         return projection_named("none")
     if dim is None and kind is None and options["hessian_path"] is not None:
-        return _of_curvature(options["hessian_path"], seed)
+        return _of_curvature(options["hessian_path"])
     if dim is None and kind is None:
         return lenient(projection_named(default, seed))
     side = 16 if dim is None else dim
     return lenient(projection_named(f"{kind or 'rademacher'}:{side}x{side}", seed))
 
 
-def _of_curvature(path: str, seed: int) -> Chain:
+def _of_curvature(path: str) -> Chain:
+    """The projection that a curvature was fitted behind, with its seed."""
     with open_curvature(path) as store:
-        stages = store.settings["transform"]["chain"]
-    spelled = " > ".join(stage["projection"] for stage in stages if "projection" in stage)
-    return lenient(projection_named(spelled or "none", seed))
+        stages = [stage for stage in store.settings["transform"]["chain"] if "projection" in stage]
+    return chain(transform_of({"transform": {"chain": stages}}, loaders=LOADERS))
 
 
 def with_projection(options: Options, default: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from gradfn.data import Documents, Pairs
 from gradfn.errors import InputError
 from gradfn.evaluate.brittleness import brittleness_subsets
 from gradfn.evaluate.scored import open_scored, refuse_other_data
-from gradfn.evaluate.subsets import FEWEST, leave_one_out, random_subsets
+from gradfn.evaluate.subsets import FEWEST, check_fraction, leave_one_out, random_subsets
 from gradfn.evaluate.truth import Truth, retrain
 from gradfn.hf.datasets import load_rows
 from gradfn.per_example import params_of
@@ -24,6 +24,8 @@ from gradfn.random import words
 from gradfn.shards import parse_shard, shard_run
 from gradfn.training import Start, Training
 
+SUBSETS = 50
+"""Random subsets, unless told."""
 WHOLE: dict[str, Any] = {
     "by": "example", "include": None, "exclude": None, "query_path": None, "token_batch_size": 4096,
 }  # fmt: skip
@@ -38,6 +40,7 @@ def run_retrain(**options: Any) -> None:
     for name in ("model", "dataset", "query"):
         if options[name] is None:
             raise InputError(f"no --{name}: retraining needs a model, a dataset and queries")
+    _check_precision(options["precision"])
     shard, training = parse_shard(options["shard"]), training_of(options)
     ks = removed_of(options)
     query_rows = query_rows_of(options)
@@ -59,6 +62,15 @@ def run_retrain(**options: Any) -> None:
     console().print(facts([*_truth_facts(truth, options, shard), *next_facts(options["run"], shard)]))
 
 
+def _check_precision(precision: str | None) -> None:
+    """Refuse weights of 16 bits before anything is loaded."""
+    if precision in ("bf16", "fp16"):
+        raise InputError(
+            f"--precision {precision} rounds most steps of training to nothing: give fp32, or tf32, whose "
+            "weights are float32 too"
+        )
+
+
 def training_of(options: Options) -> Training:
     """The training that the options name, refused before anything is loaded."""
     return Training(
@@ -74,9 +86,13 @@ def removed_of(options: Options) -> list[int]:
     if len(given) > 1:
         both = " and ".join(f"--{name.replace('_', '-')}" for name in given[:2])
         raise InputError(f"{both} both say what a subset is: give one of them")
+    if options["fraction"] is not None:
+        check_fraction(options["fraction"])
     text = options["remove_top"]
     if (text is None) != (options["scores"] is None):
         raise InputError("--remove-top removes the best rows of --scores, a run: give both, or neither")
+    if text is not None and options["subsets"] is not None:
+        raise InputError("--remove-top says which subsets there are: leave out --subsets")
     try:
         return [int(part) for part in text.split(",")] if text is not None else []
     except ValueError:
@@ -89,16 +105,33 @@ def _subsets(
     """The subsets, and how they were made."""
     rows, number, seed = len(train), options["subsets"], options["seed"]
     if ks:
-        how = {"remove_top": ks, "scores": anchored(options["scores"]), "first": "all rows", "seed": seed}
+        how = {"remove_top": ks, "scores": anchored(options["scores"]), "first": "all rows", "seed": seed,
+               "answer_tokens": _answer_tokens(asked)}  # fmt: skip
         return _without_best(options["scores"], ks, train, asked, seed), how
     if options["leave_out"] == 1:
-        order = torch.from_numpy(words(rows, "leave one out", seed).argsort(kind="stable"))
-        return leave_one_out(rows)[order[: max(FEWEST, number)]], {"leave_out": 1, "seed": seed}
+        return _without_one(rows, number, seed), {"leave_out": 1, "seed": seed}
+    number = SUBSETS if number is None else number
     if options["leave_out"] is not None:
         masks = random_subsets(rows, number, leave_out=options["leave_out"], seed=seed)
         return masks, {"leave_out": options["leave_out"], "seed": seed}
     fraction = 0.5 if options["fraction"] is None else options["fraction"]
     return random_subsets(rows, number, fraction, seed=seed), {"fraction": fraction, "seed": seed}
+
+
+def _answer_tokens(asked: Documents | Pairs) -> int:
+    """Of the longest answer; a class is one."""
+    return 1 if "labels" in getattr(asked, "extras", {}) else int(asked.supervised.max())
+
+
+def _without_one(rows: int, number: int | None, seed: int) -> Tensor:
+    """Subsets without a row each: of all rows, or of so many drawn at random."""
+    if number is not None and not FEWEST <= number <= rows:
+        raise InputError(
+            f"leaving out one of {rows:,} rows makes {FEWEST} to {rows:,} subsets, not {number:,}: give "
+            "--subsets of these, or none for all"
+        )
+    order = torch.from_numpy(words(rows, "leave one out", seed).argsort(kind="stable"))
+    return leave_one_out(rows)[order[:number]]
 
 
 def _without_best(

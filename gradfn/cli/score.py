@@ -65,6 +65,10 @@ def run_score(**options: Any) -> None:
         raise InputError(
             f"joint makes one block of all, which is not told apart by {options['by']}: leave one of them out"
         )
+    if options["checkpoints"] is not None and any(hasattr(s, "path") for s in options["projection"].stages):
+        raise InputError(
+            "pca and selective projections are fitted for one model: leave out --checkpoints, or take another"
+        )
     check_top(options["top"])
     check_exports([options["csv"], options["jsonl"], options["parquet"]], options["overwrite"])
     weighted = checkpoints_of(options)
@@ -313,7 +317,7 @@ def damping_names(method: Method) -> list[str]:
 
 def _checkpoints(case: Case, subject: Subject, weighted: Weighted) -> tuple[Queries, Ranked | None]:
     """Score the rows at every checkpoint, and join what they say."""
-    run, results, shown = case.options["run"], [], self_query()
+    run, results, resumed, shown = case.options["run"], [], [], self_query()
     for number, (path, _) in enumerate(weighted, 1):
         one = subject if path is None else inputs.at_checkpoint(subject, path, case.options)
         part = None if run is None else str(Path(run) / f"checkpoint-{number}")
@@ -324,15 +328,17 @@ def _checkpoints(case: Case, subject: Subject, weighted: Weighted) -> tuple[Quer
                 results.append(gather(_engine(one, queries, method, by_block=False), case.train,
                                       token_batch_size=one.token_batch_size, progress=progress))  # fmt: skip
             else:
-                _write_scores(case, one, part, queries, shown, method, settings, progress)
+                summary = _write_scores(case, one, part, queries, shown, method, settings, progress)
                 results.append(_read_scores(part, case.shard))
+                resumed.append(summary.resumed)
     scores = case.recipe.combine(results, [weight for _, weight in weighted])
     if scores.shape[1] != len(shown.ids):
         shown = shown.joined(case.name)
     if run is not None:
         path = _write_joined(case, subject, run, weighted, shown, Rows(scores, results[-1].losses))
         shape = f"{count(len(scores), 'row')}, {count(scores.shape[1], 'query')}"
-        console().print(facts([("scores", f"{path} [{shape}]"), *_next(case)]))
+        lines = _resumed_facts(sum(resumed), subject)
+        console().print(facts([("scores", f"{path} [{shape}]"), *lines, *_next(case)]))
     if case.shard is not None:
         return shown, None
     return shown, Ranked(*extremes([scores], ranks_needed(case.options)))
@@ -386,9 +392,13 @@ def _score_facts(summary: Summary, subject: Subject, shown: Queries) -> list[tup
     noun = "token" if subject.view.tokens else "row"
     shape = f"{count(summary.rows, noun)}, {count(len(shown.ids), 'query')}"
     lines = [("scores", f"{summary.path} [{shape}]")]
-    if summary.resumed:
-        lines.append(("resumed", f"from {count(summary.resumed, noun)} that were there already"))
-    return [*lines, *unprobed_facts(summary.unprobed)]
+    return [*lines, *_resumed_facts(summary.resumed, subject), *unprobed_facts(summary.unprobed)]
+
+
+def _resumed_facts(resumed: int, subject: Subject) -> list[tuple[str, str]]:
+    """How much was there already, at all checkpoints together."""
+    noun = "token" if subject.view.tokens else "row"
+    return [("resumed", f"from {count(resumed, noun)} that were there already")] if resumed else []
 
 
 def _engine(subject: Subject, queries: Queries, method: Method, *, by_block: bool) -> Engine:

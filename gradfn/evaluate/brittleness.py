@@ -109,7 +109,8 @@ def brittleness(
     Args:
         full: the queries' losses of the model of all rows.
         removal: their losses without k rows.
-        probabilities: the loss is minus the log-probability of the answer, so that answers can be lost:
+        probabilities: the loss is minus the log-probability of the whole answer (a sum over its tokens, or
+            of one token, without label smoothing), so that answers can be lost:
             between two classes a prediction that flips, among more a necessary part of it.
 
     Raises:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.evaluate.bootstrap import DRAWS, Estimate, counts_of_draws, estimate_of
-from gradfn.evaluate.correlation import Correlation, correlation, resampled_correlation
+from gradfn.evaluate.correlation import Correlation, check_finite, correlation, resampled_correlation
 from gradfn.evaluate.subsets import FEWEST
 
 SPLITS = 100
@@ -21,17 +21,18 @@ def noise_ceiling(
     correlate: Correlation = "spearman",
     splits: int = SPLITS,
     seed: int = 0,
-) -> Float[Tensor, " queries"]:
-    """The correlation that a perfect prediction would have with the mean over seeds, query by query.
+) -> float:
+    """The correlation that a perfect prediction would have with the mean over seeds.
 
     The models of a subset differ in their seed. They are split in halves at random, `r` is the correlation
-    over subsets between the means of the halves, averaged over splits, and
+    over subsets between the means of the halves, averaged over splits and queries, and
 
         reliability = m r / (1 + (m - 1) r),   ceiling = sqrt(reliability)
 
     with `m` the ratio of all seeds to those of a half: 2, and so `2r / (1 + r)`, for an even number; of an
     odd number one is left out of each split. A prediction correlates with a noisy mean by at most the root of
-    the reliability, which is the mean's correlation with its own expectation.
+    the reliability, which is the mean's correlation with its own expectation. Queries are averaged before the
+    root: it is concave, so over few subsets the mean of the queries' own roots is too low.
 
     Args:
         losses: of every query, of every model that did not diverge.
@@ -41,21 +42,21 @@ def noise_ceiling(
         seed: of the splits.
 
     Returns:
-        float64 `[queries]`, from 0 to 1; their mean is the ceiling. 0 where the halves do not agree at all.
+        From 0 to 1; 0 where the halves do not agree at all.
 
     Raises:
-        InputError: fewer than three subsets have two seeds or more.
+        InputError: fewer than three subsets have two seeds or more; losses that are not finite.
 
     >>> losses = torch.tensor([[1.0], [1.1], [2.0], [2.1], [3.0], [3.1]])
     >>> noise_ceiling(losses, torch.tensor([0, 0, 1, 1, 2, 2]))
-    tensor([1.], dtype=torch.float64)
+    1.0
 
     Source: Spearman and Brown's formula, both 1910; the attenuation by noise, Spearman (1904).
     """
     groups = _Groups(losses, numbers)
     generator = torch.Generator().manual_seed(seed)
-    r = sum(correlation(*groups.halves(generator), correlate) for _ in range(splits)) / splits
-    return _ceiling(torch.as_tensor(r), groups.lengthening)
+    r = sum(correlation(*groups.halves(generator), correlate).mean() for _ in range(splits)) / splits
+    return float(_ceiling(torch.as_tensor(r), groups.lengthening))
 
 
 def noise_ceiling_estimate(
@@ -67,7 +68,7 @@ def noise_ceiling_estimate(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Estimate:
-    """The noise ceiling, the mean over queries, with its 95 % bootstrap interval over subsets and queries.
+    """The noise ceiling with its 95 % bootstrap interval over subsets and queries, which is within 0 and 1.
 
     Args:
         losses, numbers, correlate, splits, seed: see `noise_ceiling`.
@@ -77,16 +78,17 @@ def noise_ceiling_estimate(
     >>> noise_ceiling_estimate(losses, torch.tensor([0, 0, 1, 1, 2, 2]), draws=10).value
     1.0
     """
-    value = noise_ceiling(losses, numbers, correlate=correlate, splits=splits, seed=seed).mean()
+    value = noise_ceiling(losses, numbers, correlate=correlate, splits=splits, seed=seed)
     groups, generator = _Groups(losses, numbers), torch.Generator().manual_seed(seed)
     subsets = counts_of_draws(groups.subsets, draws, generator)
     queries = counts_of_draws(losses.shape[1], draws, generator).double() / losses.shape[1]
     halves = [groups.halves(generator) for _ in range(DRAWN_SPLITS)]
-    mean = torch.zeros(draws, dtype=torch.float64)
+    r = torch.zeros(draws, dtype=torch.float64)
     for q in range(losses.shape[1]):
         rs = [resampled_correlation(a[:, q], b[:, q], subsets, correlate) for a, b in halves]
-        mean += _ceiling(torch.stack(rs).mean(0), groups.lengthening) * queries[q]
-    return estimate_of(value, mean)
+        r += torch.stack(rs).mean(0) * queries[q]
+    one = estimate_of(torch.tensor(value, dtype=torch.float64), _ceiling(r, groups.lengthening))
+    return one._replace(low=max(one.low, 0.0), high=max(one.high, 0.0))
 
 
 def _ceiling(r: Tensor, lengthening: float) -> Tensor:
@@ -99,6 +101,7 @@ class _Groups:
     """Models by the subset that they were trained on, and their random halves."""
 
     def __init__(self, losses: Tensor, numbers: Tensor):
+        check_finite("losses", losses)
         seeds = torch.unique(numbers, return_counts=True)[1]
         if int((seeds > 1).sum()) < FEWEST:
             raise InputError(

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradfn.errors import InputError
+
 Correlation = Literal["spearman", "pearson"]
 
 DTYPE = {"spearman": torch.float32, "pearson": torch.float64}
@@ -13,6 +15,15 @@ DTYPE = {"spearman": torch.float32, "pearson": torch.float64}
 
 _ROUNDING = 1e-12
 """Deviations below this share of the largest number are rounding, and their column is constant."""
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Refuse NaN and infinity, which sorting would give a rank.
+
+    >>> check_finite("scores", torch.zeros(3))
+    """
+    if wrong := int((~values.isfinite()).sum()):
+        raise InputError(f"{wrong:,} of the {name} are not finite numbers: leave these models or rows out")
 
 
 def ranks(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:

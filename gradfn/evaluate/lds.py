@@ -1,11 +1,12 @@
 """The linear datamodeling score: do scores foretell what training on a part of the data does?"""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.evaluate.bootstrap import DRAWS, Estimate, correlation_estimate
-from gradfn.evaluate.correlation import Correlation, correlation
+from gradfn.evaluate.correlation import Correlation, check_finite, correlation
 from gradfn.evaluate.subsets import FEWEST
 
 
@@ -14,7 +15,6 @@ def predicted(
 ) -> Float[Tensor, "subsets queries"]:
     """What scores say of models trained on subsets: `sum_{i in S} score(i, q)`, higher for a lower loss.
 
-    >>> import torch
     >>> predicted(torch.tensor([[1.0], [2.0]]), torch.tensor([[True, False], [True, True]]))
     tensor([[1.],
             [3.]], dtype=torch.float64)
@@ -41,12 +41,12 @@ def lds(
         correlate: "spearman" is the LDS as published; "pearson".
 
     Returns:
-        float64 `[queries]`; their mean is the LDS. 0 where scores or losses are constant.
+        float64 `[queries]`; their mean is the LDS. 0 for a query that has one score for all rows, whatever
+        the sizes of the subsets, or one loss.
 
     Raises:
         InputError: fewer than three subsets, or numbers that are not finite.
 
-    >>> import torch
     >>> subsets = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1]]).bool()
     >>> scores = torch.tensor([[3.0], [1.0], [-1.0]])
     >>> lds(scores, subsets, -predicted(scores, subsets))
@@ -55,7 +55,7 @@ def lds(
     Source: Park et al., TRAK, arXiv:2303.14186, section 2 (definition 2.3).
     """
     _check(scores, subsets, losses)
-    return correlation(predicted(scores, subsets), -losses.double(), correlate)
+    return correlation(_said(scores, subsets), -losses.double(), correlate)
 
 
 def lds_estimate(
@@ -73,15 +73,19 @@ def lds_estimate(
         scores, subsets, losses, correlate: see `lds`.
         draws, seed: of the bootstrap, see `correlation_estimate`.
 
-    >>> import torch
     >>> subsets = torch.rand(20, 9, generator=torch.Generator().manual_seed(0)) < 0.5
     >>> scores = torch.arange(18.0).reshape(9, 2)
     >>> lds_estimate(scores, subsets, -predicted(scores, subsets), draws=100).value
     1.0
     """
     _check(scores, subsets, losses)
-    said = predicted(scores, subsets)
+    said = _said(scores, subsets)
     return correlation_estimate(said, -losses.double(), correlate, draws=draws, seed=seed)
+
+
+def _said(scores: Tensor, subsets: Tensor) -> Tensor:
+    """What is predicted, but that one score for all rows says nothing: its sums differ by their rounding."""
+    return torch.where(scores.amax(0) == scores.amin(0), 0.0, predicted(scores, subsets))
 
 
 def _check(scores: Tensor, subsets: Tensor, losses: Tensor) -> None:
@@ -89,8 +93,5 @@ def _check(scores: Tensor, subsets: Tensor, losses: Tensor) -> None:
         raise InputError(
             f"{len(subsets)} subsets tell no correlation, which needs {FEWEST} or more: retrain on more"
         )
-    for name, values in (("scores", scores), ("losses", losses)):
-        if wrong := int((~values.isfinite()).sum()):
-            raise InputError(
-                f"{wrong:,} of the {name} are not finite numbers: leave these models or rows out"
-            )
+    check_finite("scores", scores)
+    check_finite("losses", losses)

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.evaluate.correlation import ranks
+from gradfn.evaluate.correlation import check_finite, ranks
 
 
 def auroc(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"]) -> float:
@@ -18,14 +18,14 @@ def auroc(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"]) -> float
         wrong: which rows are wrong.
 
     Raises:
-        InputError: all rows are wrong, or none.
+        InputError: all rows are wrong, or none; scores that are not finite.
 
     >>> auroc(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
     1.0
 
     Source: Hanley and McNeil, Radiology 143 (1982).
     """
-    positives = _positives(wrong)
+    positives = _positives(scores, wrong)
     above = ranks(scores[:, None])[wrong].sum() - positives * (positives + 1) / 2
     return float(above / (positives * (len(wrong) - positives)))
 
@@ -40,12 +40,12 @@ def average_precision(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows
         scores, wrong: see `auroc`.
 
     Raises:
-        InputError: all rows are wrong, or none.
+        InputError: all rows are wrong, or none; scores that are not finite.
 
     >>> average_precision(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([True, False, True]))
     0.8333333333333333
     """
-    positives = _positives(wrong)
+    positives = _positives(scores, wrong)
     values, group = torch.unique(-scores.double(), return_inverse=True)
     found, rows = (
         torch.zeros(len(values), dtype=torch.float64).index_add_(0, group, weight)
@@ -62,12 +62,13 @@ def precision_at(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"], k
         k: how many rows are looked at.
 
     Raises:
-        InputError: all rows are wrong, or none; k is not from 1 to the number of rows.
+        InputError: all rows are wrong, or none; scores that are not finite; k is not from 1 to the
+            number of rows.
 
     >>> precision_at(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([True, False, True]), 2)
     0.5
     """
-    _positives(wrong)
+    _positives(scores, wrong)
     check_k(k, len(wrong))
     right_first = wrong.long().argsort(stable=True)
     top = right_first[scores[right_first].argsort(descending=True, stable=True)][:k]
@@ -83,7 +84,8 @@ def check_k(k: int, rows: int) -> None:
         raise InputError(f"k is the number of best rows and there are {rows:,}, not {k:,}: take fewer, or 1")
 
 
-def _positives(wrong: Tensor) -> int:
+def _positives(scores: Tensor, wrong: Tensor) -> int:
+    check_finite("scores", scores)
     positives = int(wrong.sum())
     if positives in (0, len(wrong)):
         raise InputError(

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradfn.evaluate.correlation import check_finite
 from gradfn.evaluate.mislabel import check_k
 
 
@@ -22,12 +23,13 @@ def top_overlap(
         float64 `[queries]`.
 
     Raises:
-        InputError: k is not from 1 to the number of rows.
+        InputError: k is not from 1 to the number of rows; scores that are not finite.
 
     >>> a = torch.tensor([[3.0], [2.0], [1.0]])
     >>> top_overlap(a, -a, 2)
     tensor([0.5000], dtype=torch.float64)
     """
+    check_finite("scores", torch.stack([a, b]))
     check_k(k, len(a))
     return (_top(a, k) & _top(b, k)).sum(0).double() / k
 

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gradfn.errors import InputError
+from gradfn.evaluate.correlation import check_finite
 from gradfn.evaluate.mislabel import check_k
 
 
@@ -37,12 +38,13 @@ def recall_at(
         float64 `[queries]`.
 
     Raises:
-        InputError: a query without a source; k is not from 1 to the number of rows.
+        InputError: a query without a source; scores that are not finite; k is not from 1 to the
+            number of rows.
 
     >>> recall_at(torch.tensor([[1.0], [2.0]]), torch.tensor([[True], [False]]), 1)
     tensor([0.], dtype=torch.float64)
     """
-    _check(sources)
+    _check(scores, sources)
     check_k(k, len(scores))
     found = (source_ranks(scores, sources) <= k) & sources
     return found.sum(0).double() / sources.sum(0)
@@ -60,18 +62,19 @@ def reciprocal_rank(
         float64 `[queries]`.
 
     Raises:
-        InputError: a query without a source.
+        InputError: a query without a source; scores that are not finite.
 
     >>> reciprocal_rank(torch.tensor([[1.0], [2.0]]), torch.tensor([[True], [False]]))
     tensor([0.5000], dtype=torch.float64)
 
     Source: Voorhees, TREC-8 question answering track (1999).
     """
-    _check(sources)
+    _check(scores, sources)
     ranked = source_ranks(scores, sources)
     return 1 / torch.where(sources, ranked, len(ranked)).amin(0).double()
 
 
-def _check(sources: Tensor) -> None:
+def _check(scores: Tensor, sources: Tensor) -> None:
+    check_finite("scores", scores)
     if without := int((~sources.any(0)).sum()):
         raise InputError(f"{without:,} queries have no source among the rows: leave them out")

@@ -100,6 +100,11 @@ def refuse_other_data(mine: Scored, theirs: Scored | Truth, what: str, other: st
         ("rows", mine.row_ids, theirs.row_ids),
         ("queries", mine.query_ids, theirs.query_ids),
     ):
+        if a != b and sorted(a) == sorted(b):
+            raise InputError(
+                f"{what} and {other} have the same {noun} in another order: make both with the same "
+                "--dataset and --query"
+            )
         if a != b:
             raise InputError(
                 f"{what} and {other} are of different {noun}, {in_words(a, b)} there and {in_words(b, a)} "

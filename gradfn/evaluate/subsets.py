@@ -10,7 +10,7 @@ from torch import Tensor
 from gradfn.errors import InputError
 from gradfn.random import choice
 
-__all__ = ["check_subsets", "leave_one_out", "random_subsets", "without_top"]
+__all__ = ["check_fraction", "check_subsets", "leave_one_out", "random_subsets", "without_top"]
 
 FEWEST = 3
 """Fewer subsets have no rank correlation to speak of."""
@@ -29,7 +29,7 @@ def random_subsets(
         seed: of the draw.
 
     Raises:
-        InputError: fewer than three subsets; a subset of nothing, or of everything.
+        InputError: fewer than three subsets; a subset of nothing, or of everything; see `check_fraction`.
 
     >>> random_subsets(6, 4).sum(1)
     tensor([3, 3, 3, 3])
@@ -38,6 +38,8 @@ def random_subsets(
     """
     if count < FEWEST:
         raise InputError(f"a rank correlation needs at least {FEWEST} subsets, not {count}: ask for more")
+    if leave_out is None:
+        check_fraction(fraction)
     kept = round(fraction * rows) if leave_out is None else rows - leave_out
     if not 0 < kept < rows:
         how = f"a fraction of {fraction}" if leave_out is None else f"leaving out {leave_out}"
@@ -48,6 +50,18 @@ def random_subsets(
     for number in range(count):
         masks[number, torch.from_numpy(choice(kept, rows, "subset", seed, number).astype(np.int64))] = True
     return masks
+
+
+def check_fraction(fraction: float) -> None:
+    """Refuse what is no share of the rows.
+
+    Raises:
+        InputError: not above 0 and below 1.
+
+    >>> check_fraction(0.5)
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"a fraction of the rows is above 0 and below 1, not {fraction}: give 0.5, say")
 
 
 def leave_one_out(rows: int) -> Bool[Tensor, "rows rows"]:
@@ -100,7 +114,7 @@ def check_subsets(
         labels: the class of each row, where there are classes.
 
     Raises:
-        InputError: naming the first such subset.
+        InputError: naming the first such subset; labels that are not one a row.
 
     >>> check_subsets(torch.tensor([[True, False], [True, True]]), [0, 0])
     """
@@ -108,7 +122,12 @@ def check_subsets(
         raise InputError(f"subset {number} leaves everything out: keep at least a row")
     if labels is None:
         return
-    classes = torch.as_tensor(labels)
+    classes = torch.as_tensor(labels, device=subsets.device)
+    if classes.shape != subsets.shape[1:]:
+        raise InputError(
+            f"labels are one a row, but {list(classes.shape)} came for subsets of {subsets.shape[1]} rows: "
+            "give those of the same rows"
+        )
     for label in classes.unique().tolist():
         for number in (~subsets[:, classes == label].any(1)).nonzero()[:1, 0].tolist():
             raise InputError(

@@ -139,20 +139,21 @@ def retrain(
 
     Raises:
         InputError: subsets that do not fit the rows, or leave everything or a class (whole-number `labels`)
-            out; no queries; see `make_trainer`.
+            out; no queries; a chunk below 1; see `make_trainer`.
     """
+    subsets = subsets.cpu()
     check_subsets(subsets)
     models = _numbered(subsets, seeds, seed)
     trainer = make_trainer(start, loss, train, training)
-    check_subsets(subsets, _classes(trainer.table))
     trainer.check(subsets, models.seeds[::seeds].tolist())
+    check_subsets(subsets, _classes(trainer.table))
+    size = trainer.at_once(chunk)
     queries = _queries(trainer, query_loss or loss, query)
     known = {**_describe(trainer, train, query, query_loss or loss, subsets), "seeds": seeds, "seed": seed}
     own = (
         range(len(models.seeds)) if shard is None else shard_rows(np.ones(len(models.seeds), np.int64), shard)
     )
     part = None if shard is None else (own.start, own.stop)
-    size = trainer.at_once() if chunk is None else chunk
     slices = [(at, min(at + size, own.stop)) for at in range(own.start, own.stop, size)]
     target, rows = shard_run(run, shard), len(models.seeds)
     with open_writer(target, KIND, merged(known, settings), rows, overwrite, part=part) as writer:

@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import combinations, pairwise
+from math import copysign, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,12 @@ STYLE: Any = {
     "svg.hashsalt": "gradfn", "pdf.fonttype": 42,
 }  # fmt: skip
 DPI = 200
-LABEL_GAP = 0.042
-"""Between labels of lines that end close together, as a share of the axis."""
+LABEL_GAP, LABEL_ASIDE = 11.0, 6.0
+"""From the middle of a label to that of the next above it, and from a marker to its label, in points."""
+MARKER = 2.5
+"""Half the width of a marker, in points."""
+ROUNDS = 400
+"""Of moving labels apart: enough for a dozen at one place to come to rest."""
 DODGE = 0.006
 """Between the intervals of lines at one x, as a share of the axis."""
 FEWEST_BARS = 4
@@ -81,7 +86,7 @@ def plot_lds(
         The path.
 
     Raises:
-        InputError: see `check_plot`; no points, or an x that is not positive.
+        InputError: see `check_plot`; no points, an x that is not positive, or numbers that are not finite.
 
     >>> import tempfile
     >>> points = [Point("SJLT", k, 0.4 + k / 1e5, 0.39 + k / 1e5, 0.41 + k / 1e5) for k in (1024, 4096)]
@@ -90,14 +95,17 @@ def plot_lds(
     """
     if not points or any(point.x <= 0 for point in points):
         raise InputError(f"{len(points)} points to plot, all of which need a positive x: give some that have")
+    for point in points:
+        if not all(map(isfinite, point[1:])):
+            raise InputError(f"{point} has a number that is not finite: leave it out")
     with _figure(path, 1, (6.4, 4.0)) as (axis,):
         colours = dict(zip(_by_name(points), _colours(len(points)), strict=False))
-        _lines(axis, points, colours)
+        ends = _lines(axis, points, colours)
         _band(axis, ceiling, vertical=False)
         _log_ticks(axis, sorted({float(point.x) for point in points}))
         axis.set(xlabel=x_label, title=title)
         _limits(axis, points, ceiling)
-        _end_labels(axis, {name: line[-1] for name, line in _by_name(points).items()}, colours)
+        _end_labels(axis, ends, colours)
     return Path(path)
 
 
@@ -182,7 +190,7 @@ def _bars(
         end = max(one.high, 0.0) + 0.012 * (right - left)
         axis.text(end, row, f"{one.value:.2f}", va="center", ha="left", fontsize=9, zorder=4)
     _band(axis, ceiling, vertical=True)
-    axis.set_yticks(range(len(runs)), list(runs), color=INK)
+    axis.set_yticks(range(len(runs)), list(runs), color=INK, parse_math=False)
     axis.tick_params(axis="y", length=0)
     room = max(len(runs), FEWEST_BARS) / 2 + 0.05
     axis.set_ylim((len(runs) - 1) / 2 + room, (len(runs) - 1) / 2 - room)
@@ -220,18 +228,24 @@ def _by_name(points: Sequence[Point]) -> dict[str, list[Point]]:
     return {name: sorted(line, key=lambda point: point.x) for name, line in lines.items()}
 
 
-def _lines(axis: Any, points: Sequence[Point], colours: Mapping[str, str]) -> None:
-    """A line a name, with a thin bar for each interval, beside each other where they would overlap."""
+def _lines(axis: Any, points: Sequence[Point], colours: Mapping[str, str]) -> dict[str, tuple[float, float]]:
+    """A line a name, with a thin bar for each interval, beside each other at one x; their last markers."""
     axis.set_xscale("log")
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     span = max(p.x for p in points) / min(p.x for p in points)
-    for number, (name, line) in enumerate(_by_name(points).items()):
-        aside = span ** (DODGE * (number - (len(colours) - 1) / 2))
+    lines, ends = _by_name(points), {}
+    for number, (name, line) in enumerate(lines.items()):
+        places = {p.x for p in line}
+        there = [other for other in lines if places & {p.x for p in lines[other]}]
+        # Only where lines meet: a single point stands at its own x.
+        aside = span ** (DODGE * (there.index(name) - (len(there) - 1) / 2))
         x, colour = [p.x * aside for p in line], colours[name]
         axis.vlines(x, [p.low for p in line], [p.high for p in line], color=colour, linewidth=1.2, alpha=0.5)
         axis.plot(x, [p.lds for p in line], color=colour, marker=MARKERS[number % len(MARKERS)],
                   markersize=4.5, linewidth=1.6, markeredgewidth=0)  # fmt: skip
+        ends[name] = x[-1], line[-1].lds
     axis.set_ylabel("LDS, mean over queries with 95 % interval")
+    return ends
 
 
 def _log_ticks(axis: Any, values: Sequence[float]) -> None:
@@ -258,53 +272,73 @@ def _limits(axis: Any, points: Sequence[Point], ceiling: Estimate | None) -> Non
     axis.set_ylim(bottom - room, top + room)
 
 
-def _end_labels(axis: Any, ends: Mapping[str, Point], colours: Mapping[str, str]) -> None:
-    """The names of lines at their right ends; where several end at one x, kept apart and led to."""
-    bottom, top = axis.get_ylim()
-    for x in {end.x for end in ends.values()}:
-        names = [name for name, end in ends.items() if end.x == x]
-        wanted = [(ends[name].lds - bottom) / (top - bottom) for name in names]
-        for name, at, height in zip(names, wanted, spread(wanted, LABEL_GAP), strict=True):
-            moved, room = (height - at) * _points_of(axis), 18 if len(names) > 1 else 8
-            leader = {"arrowstyle": "-", "color": colours[name], "alpha": 0.5, "linewidth": 0.8, "shrinkB": 6}
-            axis.annotate(
-                name, (x, at), xycoords=("data", "axes fraction"), xytext=(room, moved),
-                textcoords="offset points", color=colours[name], va="center", fontsize=9,
-                annotation_clip=False, arrowprops=leader if abs(moved) > 1 else None, zorder=5,
-            )  # fmt: skip
+def _end_labels(axis: Any, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+    """The names of lines beside their last markers, moved up or down where they would lie on one another."""
+    from matplotlib.text import Text  # an annotation's own extent has its leader in it
+
+    leader = {
+        "relpos": (0, 0.5),
+        "arrowstyle": "-",
+        "alpha": 0.5,
+        "linewidth": 0.8,
+        "shrinkA": 1,
+        "shrinkB": 3,
+    }
+    labels = [
+        axis.annotate(
+            name, at, xytext=(LABEL_ASIDE, 0), textcoords="offset points", color=colours[name], va="center",
+            fontsize=9, annotation_clip=False, arrowprops={**leader, "color": colours[name]}, zorder=5,
+            parse_math=False,
+        )
+        for name, at in ends.items()
+    ]  # fmt: skip
+    axis.figure.draw_without_rendering()  # lays the axes out, on which it depends what overlaps
+    points = 72 / axis.figure.dpi
+    boxes = [Text.get_window_extent(label).extents * points for label in labels]
+    boxes = [Label(left, right, (bottom + top) / 2) for left, bottom, right, top in boxes]
+    markers = [
+        Label(x - MARKER, x + MARKER, y) for x, y in axis.transData.transform([*ends.values()]) * points
+    ]
+    for label, box, height in zip(labels, boxes, apart(boxes, LABEL_GAP, markers), strict=True):
+        label.xyann = (LABEL_ASIDE, height - box.height)
+        label.arrow_patch.set_visible(abs(height - box.height) > LABEL_GAP / 2)
 
 
-def _points_of(axis: Any) -> float:
-    """About how many points high an axis is."""
-    return axis.figure.get_figheight() * 72 * 0.83
+class Label(NamedTuple):
+    """From where to where a label reaches, and how high it stands, in points."""
+
+    left: float
+    right: float
+    height: float
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move labels apart until none are closer than `gap`, in the order in which they stand.
+def apart(labels: Sequence[Label], gap: float, markers: Sequence[Label] = ()) -> list[float]:
+    """Heights at which no two labels that share a piece of the x axis are closer than `gap`, in their order.
 
-    >>> spread([0.5, 0.5], 0.1)
-    [0.45, 0.55]
+    Pairs that are too close move each other by halves, until none is; a label also keeps off markers, by
+    three quarters of the gap, where there is room.
+
+    >>> apart([Label(0, 9, 5.0), Label(4, 12, 5.0), Label(20, 30, 5.0)], 2.0)
+    [4.0, 6.0, 5.0]
     """
-    order = sorted(range(len(heights)), key=lambda number: heights[number])
-    groups: list[list[int]] = []
-    for number in order:
-        groups.append([number])
-        while len(groups) > 1 and _top(groups[-2], heights, gap) + gap > _bottom(groups[-1], heights, gap):
-            last = groups.pop()
-            groups[-1] = groups[-1] + last
-    placed = [0.0] * len(heights)
-    for group in groups:
-        for place, number in enumerate(group):
-            placed[number] = _bottom(group, heights, gap) + place * gap
-    return placed
-
-
-def _bottom(group: Sequence[int], heights: Sequence[float], gap: float) -> float:
-    return sum(heights[number] for number in group) / len(group) - gap * (len(group) - 1) / 2
-
-
-def _top(group: Sequence[int], heights: Sequence[float], gap: float) -> float:
-    return _bottom(group, heights, gap) + gap * (len(group) - 1)
+    heights = [label.height for label in labels]
+    order = sorted(range(len(labels)), key=lambda number: heights[number])
+    pairs = [(a, b) for a, b in combinations(order, 2)
+             if labels[a].left < labels[b].right and labels[b].left < labels[a].right]  # fmt: skip
+    near = [
+        (a, one)
+        for a in order
+        for one in markers
+        if labels[a].left < one.right and one.left < labels[a].right
+    ]
+    for turn in range(ROUNDS):
+        for a, one in near if turn < ROUNDS // 2 else ():
+            aside = heights[a] - one.height
+            heights[a] += copysign(max(0.75 * gap - abs(aside), 0.0), aside)
+        for a, b in pairs:
+            lack = max(gap - (heights[b] - heights[a]), 0.0)
+            heights[a], heights[b] = heights[a] - lack / 2, heights[b] + lack / 2
+    return heights
 
 
 def _damping_panel(
@@ -314,12 +348,12 @@ def _damping_panel(
     """LDS against damping; numbers on a logarithmic axis, other dampings side by side in their order."""
     names = list(dict.fromkeys(name for curve in dampings.values() for name in curve))
     numeric = all(_is_positive(name) for name in names)
-    places = {name: float(name) if numeric else number for number, name in enumerate(names)}
+    places = {name: float(name) if numeric else float(number) for number, name in enumerate(names)}
     points = [
         Point(run, places[name], *one) for run, curve in dampings.items() for name, one in curve.items()
     ]
     axis.grid(axis="y", color=GRID, linewidth=0.8)
-    ends: dict[str, Point] = {}
+    ends: dict[str, tuple[float, float]] = {}
     for run, line in _by_name(points).items():
         colour = colours[run]
         x, y = [p.x for p in line], [p.lds for p in line]
@@ -329,14 +363,14 @@ def _damping_panel(
         axis.plot(x, y, color=colour, marker="o", markersize=4.5, linewidth=1.6, markerfacecolor="white")
         at = [p for p in line if run in chosen and p.x == places[chosen[run]]]
         axis.plot([p.x for p in at], [p.lds for p in at], color=colour, marker="o", markersize=6.5)
-        ends[run] = line[-1]
+        ends[run] = line[-1].x, line[-1].lds
     _band(axis, ceiling, vertical=False)
     _limits(axis, points, ceiling)
     if numeric:
         axis.set_xscale("log")
         _log_ticks(axis, sorted(places.values()))
     else:
-        axis.set_xticks(list(places.values()), names)
+        axis.set_xticks(list(places.values()), names, parse_math=False)
     axis.set(xlabel="damping (filled: chosen on other queries)", title="LDS against damping")
     _end_labels(axis, ends, colours)
 

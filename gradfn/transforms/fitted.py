@@ -29,6 +29,8 @@ class Principal(Kronecker):
     def __str__(self) -> str:
         return f"pca:{self.dims[0]}x{self.dims[1]}:{self.path or digest_of(self.spectra)}"
 
+    strict: ClassVar[bool] = True
+
     def settings(self) -> dict[str, object]:
         """The projection as it is spelled, and the curvature by its digest."""
         return {"transform": "Principal", "projection": str(self), "curvature": digest_of(self.spectra)}

@@ -96,7 +96,7 @@ def test_lds_shows_what_the_library_says(ok, world, tmp_path):
              "--jsonl", tmp_path / "t.jsonl", "--parquet", tmp_path / "t.parquet")  # fmt: skip
     (row,) = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     expected = lds(world.near, world.subsets, world.means()).mean().item()
-    ceiling = noise_ceiling(world.losses, world.numbers).mean().item()
+    ceiling = noise_ceiling(world.losses, world.numbers)
     assert row["lds"] == pytest.approx(expected)
     assert row["ceiling"] == pytest.approx(ceiling)
     assert row["share_of_ceiling"] == pytest.approx(expected / ceiling)
@@ -205,8 +205,17 @@ def test_answers_are_lost_where_the_loss_is_that_of_an_answer(ok, world, tmp_pat
     subsets = brittleness_subsets(world.near, [2], controls=3)
     losses = torch.full((len(subsets), QUERIES), 0.1).double()
     losses[1:3] = 3.0
-    settings = {"query_loss": {"criterion": "cross_entropy"}}
-    truth = write_truth(tmp_path / "t", subsets, losses, torch.arange(len(subsets)), settings=settings)
+    sums = {"query_loss": {"criterion": "cross_entropy", "reduction": "sum", "label_smoothing": 0.0}}
+    means = {"query_loss": {**sums["query_loss"], "reduction": "mean"}}
+    smooth = {"query_loss": {**sums["query_loss"], "label_smoothing": 0.1}}
+    one_token, several = ({**means, "subsets": {"answer_tokens": n}} for n in (1, 2))
+    for number, (settings, told) in enumerate(((means, False), (smooth, False), (several, False),
+                                               (one_token, True))):  # fmt: skip
+        truth = write_truth(
+            tmp_path / str(number), subsets, losses, torch.arange(len(subsets)), settings=settings
+        )
+        assert ("answers lost" in ok("evaluate", "brittleness", truth)) == told
+    truth = write_truth(tmp_path / "t", subsets, losses, torch.arange(len(subsets)), settings=sums)
     out = ok("evaluate", "brittleness", truth, "--jsonl", tmp_path / "t.jsonl")
     row = json.loads((tmp_path / "t.jsonl").read_text())
     assert (row["lost"], row["lost_by_chance"]) == (2 / 8, 0.0)
@@ -369,3 +378,58 @@ def test_dampings_of_scores_cannot_overlap(command, world):
     assert "expected one of every row with itself: make it with gradfn score --self" in refused(
         command, "mislabel", world.close
     )
+
+
+def test_all_rows_of_an_id_are_its_source(ok, world, tmp_path):
+    """Pieces of one document: the first of them has the lowest score, the second the highest."""
+    scores = torch.arange(ROWS).float()[:, None].expand(ROWS, QUERIES)
+    run = write_scores(tmp_path / "run", scores[None], rows=["r0", *ROW_IDS[1:-1], "r0"])
+    asked = write_jsonl(
+        tmp_path / "q.jsonl", [{"id": name, "prompt": "a", "source": "r0"} for name in QUERY_IDS]
+    )
+    ok("evaluate", "recall", run, "--query", asked, "--top", 2, "--jsonl", tmp_path / "t.jsonl")
+    row = json.loads((tmp_path / "t.jsonl").read_text())
+    assert (row["recall_at_1"], row["recall_at_k"], row["mrr"]) == (0.5, 0.5, 1.0)
+
+
+def test_a_truth_of_models_that_all_diverged_is_told(command, world, tmp_path):
+    gone = range(len(world.numbers))
+    truth = write_truth(tmp_path / "t", world.subsets, world.losses, world.numbers, diverged=[*gone])
+    for name in ("lds", "loo"):
+        said = refused(command, name, truth, world.close)
+        assert f"all 40 models of {truth} diverged: retrain with a lower --learning-rate" in said
+
+
+def test_a_ceiling_that_lacks_models_says_which(ok, world, tmp_path):
+    truth = write_truth(
+        tmp_path / "t",
+        world.subsets,
+        world.losses,
+        world.numbers,
+        diverged=[*range(4, len(world.numbers), 2)],
+    )
+    out = " ".join(ok("evaluate", "lds", truth, world.close).split())
+    assert "unknown, with two models that did not diverge of 2 subsets only, and 3 are needed" in out
+
+
+def test_a_run_is_one_however_it_is_spelled(command, world):
+    assert "is given twice" in refused(command, "overlap", world.close, f"{world.close}/")
+
+
+def test_rows_in_another_order_are_told(command, world, tmp_path):
+    other = write_scores(tmp_path / "other", world.near[None], rows=ROW_IDS[::-1])
+    assert "have the same rows in another order" in refused(command, "overlap", world.close, other)
+
+
+def test_one_query_has_no_interval(ok, world, tmp_path):
+    one = write_scores(tmp_path / "one", world.near[None, :, :1], queries=QUERY_IDS[:1])
+    two = write_scores(tmp_path / "two", world.far[None, :, :1], queries=QUERY_IDS[:1])
+    out = ok("evaluate", "overlap", one, two, "--top", 3, "--jsonl", tmp_path / "t.jsonl")
+    row = json.loads((tmp_path / "t.jsonl").read_text())
+    assert row["overlap"] is not None
+    assert (row["overlap_low"], row["overlap_high"]) == (None, None)
+    assert "nan" not in out
+
+
+def test_info_tells_a_truth_by_its_models(ok, world):
+    assert "models 40" in " ".join(ok("info", world.truth).split())

@@ -82,6 +82,7 @@ def test_a_fit_in_two_passes_says_what_comes_next(ok, command, base, tmp_path):
     assert "then every shard again" in " ".join(first[0].split())
     said = " ".join(ok("merge", tmp_path / "run").split())
     assert "that was the first of two passes: run every shard of gradfn hessian again, then merge" in said
+    assert "first pass kfac" in " ".join(ok("info", tmp_path / "run").split())
     assert "pass 2 of 2" in ok(*fit, "--shard", "1/2")
     result = command("merge", tmp_path / "run")
     assert result.status == 2
@@ -100,8 +101,18 @@ def test_joined_scores_in_shards(ok, base, model, queries, tmp_path, more):
     ask = (*base, "--query", queries, *more)
     ok("score", tmp_path / "whole", *ask)
     in_shards(ok, 4, "score", tmp_path / "run", *ask)
-    ok("merge", tmp_path / "run")
+    said = " ".join(ok("merge", tmp_path / "run").split())
+    assert "checkpoint-1/scores.h5 [4 shards]" in said
     same(tmp_path / "run", tmp_path / "whole", "scores", rtol=1e-3, atol=1e-3)
+    checkpoints = len([*(tmp_path / "run").glob("checkpoint-*")])
+    assert f"from {12 * checkpoints} rows that were there already" in ok("score", tmp_path / "run", *ask)
+
+
+def test_a_curvature_that_is_still_in_shards(command, ok, base, queries, tmp_path):
+    in_shards(ok, 2, "hessian", tmp_path / "run", *base)
+    result = command("score", tmp_path / "s", *base, "--query", queries, "--hessian-path", tmp_path / "run")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert f"lies in shards: join them with gradfn merge {tmp_path / 'run'}" in result.err
 
 
 @pytest.mark.parametrize("more", [("--self",), (*ASK, "--by", "token"), (*ASK, "--by", "module")])
@@ -152,7 +163,7 @@ def test_what_shards_cannot_do_is_refused(command, base, tmp_path, name):
 def test_merge_of_nothing(command, ok, base, tmp_path):
     result = command("merge", tmp_path)
     assert (result.status, result.out) == (2, "")
-    assert "has no shards: write them with --shard I/N of build, score or hessian" in result.err
+    assert "has no shards: write them with --shard I/N of build, score, hessian or retrain" in result.err
     ok("build", tmp_path / "run", *base, "--shard", "1/2")
     assert "lies in shards: join them with gradfn merge" in command("query", tmp_path / "run", *ASK).err
 

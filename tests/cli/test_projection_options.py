@@ -1,5 +1,8 @@
 """--projection and `mask fit` on the command line, against chains built by hand."""
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -119,6 +122,38 @@ def test_a_mask_is_used_and_searched(mask, base, queries, command, tmp_path):
     assert command("query", tmp_path / "store", "--query", queries).status == 0
 
 
+def test_the_same_mask_elsewhere_will_do(mask, base, queries, command, tmp_path):
+    spelled = f"selective:{mask} > sjlt:16"
+    assert command("reduce", tmp_path / "q", *base, "--projection", spelled).status == 0
+    shutil.copytree(mask, tmp_path / "copy")
+    there = ("--projection", f"selective:{tmp_path / 'copy'} > sjlt:16", "--query-path", tmp_path / "q")
+    result = command("score", *base, *there)
+    assert result.status == 0, result.err
+
+
+def test_a_mask_that_is_there_is_not_fitted_again(mask, base, queries, command, monkeypatch):
+    def fit(*args, **options):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr("gradfn.cli.mask.selective_mask", fit)
+    asked = ("mask", "fit", mask, *base, "--query", queries, "--rows", 10)
+    again = command(*asked, "--keep", "6x6")
+    assert again.status == 0, again.err
+    assert "correlation" in again.out
+    other = command(*asked, "--keep", "5x6")
+    assert other.status == 2
+    assert 'mask.keep is "6x6" there and "5x6" here' in " ".join(other.err.split())
+
+
+def test_a_projection_comes_with_the_seed_of_its_curvature(base, queries, command, tmp_path):
+    how = ("--projection", "sjlt:8x8", "--seed", 5)
+    assert command("hessian", tmp_path / "H", *base, *how).status == 0
+    asked = ("--query", queries, "--hessian-path", tmp_path / "H")
+    assert command("score", tmp_path / "a", *base, *asked).status == 0
+    assert command("score", tmp_path / "b", *base, *asked, *how).status == 0
+    np.testing.assert_array_equal(scores_of(tmp_path / "a"), scores_of(tmp_path / "b"))
+
+
 def test_info_shows_a_mask(mask, command):
     shown = command("info", mask)
     assert shown.status == 0, shown.err
@@ -141,20 +176,28 @@ def test_info_shows_a_mask(mask, command):
     (("--projection", "pca:4x4"), "give pca:64x64:RUN"),
     (("--projection", "selective:nowhere"), "nowhere"),
     (("--projection", "joint > gaussian:8", "--method", "kfac"), "joint cannot come before it"),
+    (("--projection", "mask", "--projection-dim", "0"), "the full gradient, which has no mask"),
     (("--projection-dim", "-3"), "must be 0 .the full gradient. or more, not -3"),
 ])  # fmt: skip
 def test_wrong_projections_are_refused_in_one_sentence(options, words, base, queries, command):
     result = command("score", *base, "--query", queries, *options)
     assert result.status == 2
     assert result.err.count("\n") == 1
-    import re
-
     assert re.search(words, " ".join(result.err.split())), result.err
+
+
+def test_what_is_fitted_for_one_model_has_no_checkpoints(mask, base, neox, queries, command):
+    asked = ("--query", queries, "--checkpoints", neox, "--projection", f"selective:{mask}")
+    result = command("score", *base, *asked)
+    assert result.status == 2
+    assert "fitted for one model: leave out --checkpoints" in " ".join(result.err.split())
 
 
 def test_what_was_fitted_on_another_model_is_refused(mask, base, model, corpus, queries, command, tmp_path):
     assert command("hessian", tmp_path / "H", *base, "--method", "ekfac").status == 0
     other = ("--model", model, "--dataset", corpus, "--query", queries)
+    whole = command("score", *base, "--query", queries, "--projection", f"pca:999x999:{tmp_path}/H")
+    assert (whole.status, "makes no block smaller" in whole.err) == (2, True)
     for spelled, what in (
         (f"selective:{mask}", "the mask in"),
         (f"pca:4x4:{tmp_path / 'H'}", "the curvature in"),

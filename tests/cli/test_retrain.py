@@ -51,21 +51,28 @@ def test_new_weights_differ_from_model_to_model(ok, folder, base):
     ok("retrain", folder / "new", *base, *SMALL, "--init", "random", "--learning-rate", 1e-9)
     truth = open_truth(folder / "new")
     assert truth.settings["init"]["kind"] == "random"
-    assert len({tuple(row) for row in truth.losses.round(decimals=4).tolist()}) == 6
+    # One for each of a subset's seeds, which all subsets share.
+    assert len({tuple(row) for row in truth.losses.round(decimals=4).tolist()}) == 2
 
 
 def test_leaving_one_out_leaves_each_row_out_once(ok, folder, base):
-    ok("retrain", folder / "one", *base, *SMALL, "--leave-out", 1, "--subsets", 12, "--seeds", 1)
+    ok("retrain", folder / "one", *base, *SMALL[2:], "--leave-out", 1, "--seeds", 1)
     subsets = open_truth(folder / "one").subsets
     assert sorted((~subsets).nonzero()[:, 1].tolist()) == list(range(12))
+    ok("retrain", folder / "four", *base, *SMALL[2:], "--leave-out", 1, "--subsets", 4, "--seeds", 1)
+    assert torch.equal(open_truth(folder / "four").subsets, subsets[:4])
 
 
-def test_the_best_rows_of_each_query_are_removed(ok, folder, base):
+def test_the_best_rows_of_each_query_are_removed(ok, folder, base, model, queries):
     ok("score", folder / "scored", *base)
-    ok("retrain", folder / "less", *base, *SMALL, "--remove-top", "1,2", "--scores", folder / "scored",
+    ok("retrain", folder / "less", *base, *SMALL[2:], "--remove-top", "1,2", "--scores", folder / "scored",
        "--seeds", 1)  # fmt: skip
     truth = open_truth(folder / "less")
     assert truth.subsets.sum(1).tolist() == [12, *[11, 10] * 3, *[11] * 5, *[10] * 5]
+    asked = gf.tokenize(gf.load_rows(queries), gf.load_tokenizer(model), prompt_column="prompt",
+                        completion_column="completion")  # fmt: skip
+    longest = max(int((asked[number]["labels"] != -100).sum()) for number in range(3))
+    assert truth.settings["subsets"]["answer_tokens"] == longest
     with gf.open_store(folder / "scored", "scores") as store:
         best = store.read("scores").argmax(0)
     assert (~truth.subsets[1:7:2]).nonzero()[:, 1].tolist() == best.tolist()
@@ -104,15 +111,27 @@ def test_models_that_do_not_stack_are_told(ok, folder, base, monkeypatch):
     (("--leave-out", 12), "leaving out 12 keeps 0"), (("--batch-size", 7), "larger than the smallest subset"),
     (("--fraction", 0.5, "--leave-out", 2), "give one of them"),
     (("--remove-top", "1"), "give both, or neither"),
-    (("--remove-top", "a", "--scores", "x"), "not whole numbers"), (("--learning-rate", 0), "learning_rate"),
+    (("--remove-top", "a", "--scores", "x"), "leave out --subsets"),
+    (("--learning-rate", 0), "learning_rate"),
+    (("--leave-out", 1, "--subsets", 2), "makes 3 to 12 subsets, not 2: give --subsets of these, or none"),
+    (("--leave-out", 1, "--subsets", 13), "makes 3 to 12 subsets, not 13"),
     (("--momentum", 0.9), "momentum is of sgd"), (("--seeds", 0), "1 to 999 seeds"),
     (("--shard", "3/2"), "I from 1 to N"), (("--epochs", 0), "epochs must be"),
+    *((("--fraction", share), f"above 0 and below 1, not {float(share)}")
+      for share in ("nan", "inf", 0, 1, -0.5)),
+    *((("--precision", half), f"--precision {half} rounds most steps of training to nothing: give fp32")
+      for half in ("bf16", "fp16")),
 ])  # fmt: skip
 def test_bad_options_are_one_sentence(command, tmp_path, base, more, says):
     result = command("retrain", tmp_path / "run", *base, *SMALL, *more)
     assert result.status == 2
     assert says in result.err
     assert result.err.count("\n") == 1
+
+
+def test_numbers_of_rows_to_remove_are_whole(command, tmp_path, base):
+    result = command("retrain", tmp_path / "run", *base, "--remove-top", "a", "--scores", "x")
+    assert (result.status, "not whole numbers" in result.err) == (2, True)
 
 
 def test_scores_of_other_queries_are_refused(command, ok, folder, base, model, corpus):
@@ -134,3 +153,13 @@ def test_a_neox_is_retrained_in_one_stack(ok, folder, corpus, queries):
     path = save(folder / "wide", make_model("neox", seed=1), make_tokenizer(first=False))
     told = ok("retrain", folder / "stack", "--model", path, "--dataset", corpus, "--query", queries, *SMALL)
     assert "one by one" not in told
+
+
+@pytest.mark.parametrize("more", [("--precision", "bf16"), ("--fraction", "nan")])
+def test_what_cannot_work_is_refused_before_anything_is_loaded(command, tmp_path, more):
+    absent = tmp_path / "absent"
+    result = command("retrain", tmp_path / "run", "--model", absent, "--dataset", absent, "--query", absent,
+                     *more)  # fmt: skip
+    assert result.status == 2
+    assert f"{absent}" not in result.err
+    assert more[1] in result.err

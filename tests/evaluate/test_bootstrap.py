@@ -1,3 +1,5 @@
+from math import isnan
+
 import pytest
 import torch
 
@@ -25,6 +27,11 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     assert one.value == pytest.approx(values.mean().item())
     assert one.high - one.value == pytest.approx(1.96 * error, rel=0.12)
     assert one.value - one.low == pytest.approx(1.96 * error, rel=0.12)
+
+
+def test_a_single_query_has_no_interval():
+    one = mean_estimate(torch.tensor([0.25]))
+    assert (one.value, isnan(one.low), isnan(one.high)) == (0.25, True, True)
 
 
 @pytest.mark.parametrize("kind", ["spearman", "pearson"])

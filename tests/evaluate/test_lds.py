@@ -4,6 +4,7 @@ import torch
 from gradfn.errors import InputError
 from gradfn.evaluate.correlation import correlation
 from gradfn.evaluate.lds import lds, lds_estimate, predicted
+from gradfn.evaluate.subsets import random_subsets
 
 
 @pytest.fixture
@@ -83,3 +84,14 @@ def test_numbers_that_are_not_finite_are_refused(world):
         lds(influence, subsets, broken)
     with pytest.raises(InputError, match="12 of the scores are not finite numbers"):
         lds(torch.where(torch.arange(6) == 2, torch.inf, influence), subsets, losses)
+
+
+@pytest.mark.parametrize("correlate", ["spearman", "pearson"])
+def test_one_score_for_all_rows_says_nothing(correlate):
+    """Its sums over subsets of one size differ by their rounding, over others by their size."""
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.randn(50, 2, generator=generator).double()
+    for subsets in (random_subsets(590, 50), torch.rand(50, 590, generator=generator) < 0.5):
+        scores = torch.full((590, 2), 0.1).double()
+        assert lds(scores, subsets, losses, correlate=correlate).tolist() == [0.0, 0.0]
+        assert lds_estimate(scores, subsets, losses, correlate=correlate, draws=20).value == 0.0

@@ -75,3 +75,12 @@ def test_more_rows_than_there_are_is_refused(k):
         InputError, match=rf"k is the number of best rows and there are 4, not {k}: take fewer"
     ):
         precision_at(torch.zeros(4), torch.tensor([True, False, False, False]), k)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_have_no_rank(bad):
+    scores, wrong = torch.tensor([bad, 1.0, 2.0]), torch.tensor([True, False, False])
+    for call in (lambda: auroc(scores, wrong), lambda: average_precision(scores, wrong),
+                 lambda: precision_at(scores, wrong, 1)):  # fmt: skip
+        with pytest.raises(InputError, match=r"^1 of the scores are not finite numbers: leave"):
+            call()

@@ -27,3 +27,10 @@ def test_equal_scores_stand_in_the_order_of_their_rows():
 def test_more_rows_than_there_are_is_refused(k):
     with pytest.raises(InputError, match=rf"there are 4, not {k}"):
         top_overlap(torch.zeros(4, 1), torch.zeros(4, 1), k)
+
+
+def test_scores_that_are_not_finite_have_no_top():
+    a, bad = torch.tensor([[2.0], [1.0]]), torch.tensor([[float("nan")], [1.0]])
+    for pair in ((a, bad), (bad, a)):
+        with pytest.raises(InputError, match=r"^1 of the scores are not finite numbers: leave"):
+            top_overlap(*pair, 1)

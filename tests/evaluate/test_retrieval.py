@@ -51,3 +51,10 @@ def test_a_query_without_a_source_is_refused():
 def test_more_rows_than_there_are_is_refused(k):
     with pytest.raises(InputError, match=rf"there are 2, not {k}"):
         recall_at(torch.zeros(2, 1), torch.tensor([[True], [False]]), k)
+
+
+def test_scores_that_are_not_finite_find_nothing():
+    scores, sources = torch.tensor([[float("nan")], [1.0]]), torch.tensor([[True], [False]])
+    for call in (lambda: recall_at(scores, sources, 1), lambda: reciprocal_rank(scores, sources)):
+        with pytest.raises(InputError, match=r"^1 of the scores are not finite numbers: leave"):
+            call()

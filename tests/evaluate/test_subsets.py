@@ -33,7 +33,9 @@ def test_leave_one_out_leaves_each_row_out_once():
 @pytest.mark.parametrize(("make", "says"), [
     (lambda: random_subsets(10, 2), "at least 3 subsets, not 2"),
     (lambda: random_subsets(10, 3, 0.01), "keeps 0 of 10 rows"),
-    (lambda: random_subsets(10, 3, 1.0), "keeps 10 of 10 rows"),
+    (lambda: random_subsets(10, 3, 0.99), "keeps 10 of 10 rows"),
+    *((lambda share=share: random_subsets(10, 3, share), f"above 0 and below 1, not {share}")
+      for share in (float("nan"), float("inf"), -float("inf"), 0.0, 1.0, -0.5, 1.5)),
     (lambda: random_subsets(10, 3, leave_out=10), "leaving out 10 keeps 0"),
     (lambda: leave_one_out(2), "at least 3 rows, not 2"),
     (lambda: without_top(torch.zeros(4, 1), [4]), "fewer than the 4 there are"),
@@ -41,6 +43,7 @@ def test_leave_one_out_leaves_each_row_out_once():
     (lambda: without_top(torch.tensor([[0.0], [torch.nan]]), [1]), "NaN"),
     (lambda: check_subsets(torch.tensor([[True], [False]])), "subset 1 leaves everything out"),
     (lambda: check_subsets(torch.tensor([[True, True, False]]), [0, 1, 2]), "subset 0 leaves class 2 out"),
+    (lambda: check_subsets(torch.tensor([[True, True, False]]), [0, 1]), r"\[2\] came for subsets of 3 rows"),
 ])  # fmt: skip
 def test_subsets_that_say_nothing_are_refused(make, says):
     with pytest.raises(InputError, match=says):
@@ -49,3 +52,11 @@ def test_subsets_that_say_nothing_are_refused(make, says):
 
 def test_subsets_of_all_classes_pass():
     check_subsets(torch.tensor([[True, True, False], [False, True, True]]), torch.tensor([0, 1, 0]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("subsets", "labels"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_labels_may_be_on_another_device(subsets, labels):
+    masks, classes = torch.tensor([[True, True, False]]), torch.tensor([0, 1, 2])
+    with pytest.raises(InputError, match="subset 0 leaves class 2 out"):
+        check_subsets(masks.to(subsets), classes.to(labels))

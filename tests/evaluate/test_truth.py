@@ -166,7 +166,8 @@ def test_other_settings_are_refused_in_one_run(tmp_path):
     ({"subsets": torch.zeros(3, 12, dtype=torch.bool)}, "subset 0 leaves everything out"),
     ({"subsets": torch.ones(3, 11, dtype=torch.bool)}, "of 11 rows"),
     ({"training": Training(1, 7, 0.1)}, "a batch of 7 is larger than the smallest subset, of 6 rows"),
-    ({"seeds": 0}, "1 to 999 seeds"),
+    ({"seeds": 0}, "1 to 999 seeds"), ({"chunk": 0}, "chunk must be 1 or more"),
+    ({"chunk": -1}, "chunk must be 1 or more"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, says):
     with pytest.raises(InputError, match=says):
@@ -190,3 +191,32 @@ def test_subsets_without_a_class_are_refused_before_anything_is_written(tmp_path
     with pytest.raises(InputError, match="subset 1 leaves class 1 out"):
         retrain(tmp_path / "run", make_net, rows, rows, loss=labelled, subsets=subsets, training=TRAINING)
     assert not (tmp_path / "run").exists()
+
+
+def test_subsets_of_other_rows_are_refused_where_there_are_classes(tmp_path):
+    rows = [{"x": row["x"], "labels": row["y"]} for row in ROWS]
+
+    def labelled(params, example):
+        return F.cross_entropy(functional_call(NET, params, (example["x"],)), example["labels"])
+
+    subsets = torch.ones(3, 11, dtype=torch.bool)
+    with pytest.raises(InputError, match="of 11 rows"):
+        retrain(tmp_path / "run", make_net, rows, rows, loss=labelled, subsets=subsets, training=TRAINING)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("masks", ["cpu", "cuda"])
+def test_the_truth_of_classes_on_cuda_is_that_on_the_cpu(tmp_path, masks):
+    rows = [{"x": row["x"], "labels": row["y"]} for row in ROWS]
+
+    def on(device):
+        net = nn.Linear(4, 3).double().to(device)
+        start = {name: torch.full_like(value, 0.1) for name, value in net.named_parameters()}
+
+        def labelled(params, example):
+            return F.cross_entropy(functional_call(net, params, (example["x"],)), example["labels"])
+
+        return retrain(tmp_path / device, start, rows, rows[:5], loss=labelled, training=TRAINING,
+                       subsets=random_subsets(12, 3, leave_out=1).to(masks))  # fmt: skip
+
+    torch.testing.assert_close(on("cuda").losses, on("cpu").losses)

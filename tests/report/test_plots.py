@@ -1,12 +1,14 @@
+import math
 import struct
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
+from matplotlib.text import Text
 
 from gradfn.errors import InputError, StorageError
 from gradfn.evaluate.bootstrap import Estimate
 from gradfn.report import plots
-from gradfn.report.plots import Point, plot_lds, plot_runs, spread
+from gradfn.report.plots import Label, Point, apart, plot_lds, plot_runs
 
 POINTS = [Point(name, k, y + k / 4e4, y + k / 4e4 - 0.02, y + k / 4e4 + 0.03)
           for name, y in (("GraSS", 0.3), ("SJLT", 0.31)) for k in (512, 2048, 8192)]  # fmt: skip
@@ -68,11 +70,46 @@ def test_several_dampings_get_a_panel(tmp_path, dampings, ticks):
 
 
 def test_labels_are_kept_apart_in_their_order():
-    placed = spread([0.5, 0.1, 0.51, 0.52], 0.1)
-    assert placed[1] == pytest.approx(0.1)
-    assert [placed[0], placed[2], placed[3]] == pytest.approx([0.41, 0.51, 0.61])
-    chained = spread([0.0, 0.06, 0.2], 0.1)
-    assert [b - a >= 0.1 - 1e-9 for a, b in pairwise(chained)] == [True, True]
+    placed = apart([Label(0.0, 30.0, height) for height in (50.0, 10.0, 51.0, 52.0)], 10.0)
+    assert placed == pytest.approx([41, 10, 51, 61], abs=1e-6)
+    chained = apart([Label(9.0 * n, 9.0 * n + 10, height) for n, height in enumerate((0.0, 6.0, 5.0))], 10.0)
+    assert chained[1] - chained[0] >= 10 - 1e-6
+    assert chained[1] - chained[2] >= 10 - 1e-6
+    assert abs(chained[2] - chained[0]) < 5
+    many = apart([Label(0.0, 30.0, 0.0)] * 12, 10.0)
+    assert min(b - a for a, b in pairwise(many)) >= 10 - 1e-3
+
+
+def test_every_label_stands_at_one_distance_from_its_marker(tmp_path, monkeypatch):
+    """Twelve methods of a point each, some at one place, and two at one x."""
+    seen = {}
+
+    def kept(axis, ends, colours):
+        original(axis, ends, colours)
+        seen.update(axis=axis, ends=ends)
+
+    original = plots._end_labels
+    monkeypatch.setattr(plots, "_end_labels", kept)
+    xs = [1.0, 1.1, 1.2, 3.0, 3.0, 9.0, 20.0, 21.0, 40.0, 90.0, 91.0, 92.0]
+    points = [Point(f"method {n}", x, 0.3 + 0.01 * (n % 3), 0.2, 0.5) for n, x in enumerate(xs)]
+    plot_lds(points, tmp_path / "time.png", x_label="seconds")
+    axis, boxes = seen["axis"], []
+    axis.figure.draw_without_rendering()
+    for label in axis.texts:
+        box, marker = Text.get_window_extent(label), axis.transData.transform(seen["ends"][label.get_text()])
+        assert (box.x0 - marker[0]) * 72 / axis.figure.dpi == pytest.approx(6, abs=0.5)
+        boxes.append(box)
+    for a, b in combinations(boxes, 2):
+        assert not (a.x0 < b.x1 and b.x0 < a.x1 and a.y0 + 1 < b.y1 and b.y0 + 1 < a.y1)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_names_are_no_formulas(tmp_path, ending):
+    name = r"a$\foo$_$x"
+    estimate = RUNS["ekfac"]
+    runs = plot_runs({name: estimate}, tmp_path / f"runs.{ending}", dampings={name: {r"$\bar$": estimate}})
+    lines = plot_lds([Point(name, 2, 0.1, 0.0, 0.2)], tmp_path / f"lds.{ending}")
+    assert ending == "png" or (name in words_of(runs) and name in words_of(lines))
 
 
 def test_what_cannot_be_plotted_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -84,6 +121,9 @@ def test_what_cannot_be_plotted_is_refused_before_any_work(tmp_path, monkeypatch
         plot_lds([], tmp_path / "lds.png")
     with pytest.raises(InputError, match="need a positive x"):
         plot_lds([Point("one", 0, 0.1, 0.0, 0.2)], tmp_path / "lds.png")
+    for wrong in ((math.nan, 0.1), (math.inf, 0.1), (2, math.nan), (2, -math.inf)):
+        with pytest.raises(InputError, match=r"^Point\(name='one'.* has a number that is not finite"):
+            plot_lds([Point("one", *wrong, 0.0, 0.2)], tmp_path / "lds.png")
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(
         InputError, match=r"plots need matplotlib, which is not here: pip install 'gradfn\[plot\]'"
