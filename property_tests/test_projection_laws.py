@@ -131,7 +131,7 @@ def test_a_map_is_written_out_in_strips(seed, kind, p, more):
 
 def test_a_matrix_that_does_not_fit_is_refused():
     with (
-        mock.patch("gradfn.maps.free_memory", lambda: 1 << 20),
+        mock.patch("gradfn.maps.free_memory", return_value=1 << 20),
         pytest.raises(InputError, match="gaussian:512 for mlp takes 2 MiB and 1 are free: take sjlt"),
     ):
         random_map("gaussian", 0, "mlp", "flat", (512, 1024), dtype=torch.float32)
