@@ -247,7 +247,7 @@ def job_retrain(repeats: int) -> None:
 
     print("\n| batch | epochs | stacked, s | one by one, s | times | stacked and alone differ by |")
     print("|---|---|---|---|---|---|")
-    for batch, epochs in ((10, 5), (16, 8), (50, 20)):
+    for batch, epochs in ((10, 2), (16, 3), (50, 8)):
         training = Training(epochs, batch, 0.05, "sgd", momentum=0.9)
         sides: Sides = {
             "stacked": lambda t=training: train(mlp, loss, data, subsets, seeds, t),

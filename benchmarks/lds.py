@@ -200,6 +200,10 @@ CASES = {
         lambda: mlp(64, 128, 64, 10), digits, 100, Training(30, 50, 0.1, "sgd", momentum=0.9), 100, 5,
         (64, 256, 1024),
     ),
+    "digits-mlp-short": Case(
+        lambda: mlp(64, 128, 64, 10), digits, 100, Training(6, 50, 0.05, "sgd", momentum=0.9), 100, 5,
+        (64, 256, 1024),
+    ),
     "digits-logistic": Case(
         lambda: mlp(64, 10), digits, 100, Training(30, 50, 0.1, "sgd", momentum=0.9), 100, 5, (64, 256),
         exact=True,

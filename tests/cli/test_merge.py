@@ -101,8 +101,8 @@ def test_joined_scores_in_shards(ok, base, model, queries, tmp_path, more):
     ask = (*base, "--query", queries, *more)
     ok("score", tmp_path / "whole", *ask)
     in_shards(ok, 4, "score", tmp_path / "run", *ask)
-    said = " ".join(ok("merge", tmp_path / "run").split())
-    assert "checkpoint-1/scores.h5 [4 shards]" in said
+    said = "".join(ok("merge", tmp_path / "run").split())  # a path may be cut anywhere
+    assert "checkpoint-1/scores.h5[4shards]" in said
     same(tmp_path / "run", tmp_path / "whole", "scores", rtol=1e-3, atol=1e-3)
     checkpoints = len([*(tmp_path / "run").glob("checkpoint-*")])
     assert f"from {12 * checkpoints} rows that were there already" in ok("score", tmp_path / "run", *ask)
