@@ -34,6 +34,8 @@ SMALL_RUN, GATHERED = 1 << 13, 1 << 20
 """Numbers of an sjlt's run below which runs are gathered, and numbers a row gathered at a time."""
 STRIP = 64
 """Columns of a map that are written out at a time."""
+CACHED = 1 << 20
+"""Numbers that a Walsh-Hadamard transform works on at a time: about what a cache holds."""
 RADIX = 32
 """Size of the Hadamard matrices that a Walsh-Hadamard transform is made of: larger costs more time."""
 
@@ -166,10 +168,12 @@ class Hadamard(Map):
 
     def __call__(self, v: Tensor) -> Tensor:
         count, dim = prod(v.shape[:-1]), v.shape[-1]
-        flipped = v.reshape(count, dim) * self.signs.to(v)
-        padded = F.pad(flipped, (0, power_of_two(dim) - dim))
-        taken = walsh_hadamard(padded).index_select(1, self.index.to(v.device))
-        return (taken / sqrt(len(self.index))).view(*v.shape[:-1], len(self.index))
+        n, step = power_of_two(dim), max(1, CACHED // power_of_two(dim))
+        flips, index, taken = self.signs.to(v), self.index.to(v.device), []
+        for part in v.reshape(count, dim).split(step):
+            padded = F.pad(part * flips, (0, n - dim))
+            taken.append(walsh_hadamard(padded).index_select(1, index))
+        return (torch.cat(taken) / sqrt(len(index))).view(*v.shape[:-1], len(index))
 
 
 def power_of_two(n: int) -> int:

@@ -293,8 +293,9 @@ METHOD: Group = {
         _option(
             str | None,
             "--method",
-            "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
-            "relatif, trak, datainf, or FILE.py:NAME for your own. [default: grad_dot, or what other options say]",
+            "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, "
+            "tkfac, relatif, trak, datainf, or FILE.py:NAME for your own. [default: grad_dot, or what other "
+            "options say]",
         ),
         None,
     ),
