@@ -129,6 +129,14 @@ def test_a_map_is_written_out_in_strips(seed, kind, p, more):
     assert torch.equal(strips, side(torch.eye(p + more, dtype=torch.float64)).T)
 
 
+@given(seeds(), st.integers(1, 5), st.integers(1, 5), st.integers(1, 30))
+def test_an_fjlt_of_many_rows_is_that_of_each(seed, rows, p, more):
+    v = torch.randn(rows, p + more, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    side = random_map("fjlt", seed, "a", "flat", (p, p + more))
+    with mock.patch("gradfn.maps.CACHED", 8):
+        assert_blocks_close(applied(side, v), v @ dense(side).T, 1e-12)
+
+
 def test_a_matrix_that_does_not_fit_is_refused():
     with (
         mock.patch("gradfn.maps.free_memory", return_value=1 << 20),

@@ -160,7 +160,7 @@ app.add_typer(_mask, name="mask")
 
 
 @_mask.command("fit")
-@o.takes(o.KEEP, o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.QUERY, o.OPTIMIZER, o.LOSS, o.QUERY_LOSS,
+@o.takes(o.KEEP, o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.ASKED, o.OPTIMIZER, o.LOSS, o.QUERY_LOSS,
          o.LAYERS, o.OVERWRITE)  # fmt: skip
 def mask_fit(run: o.Run, **options: Any) -> None:
     """Choose the coordinates of gradients that keep their inner products with queries.

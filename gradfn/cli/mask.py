@@ -41,7 +41,7 @@ def run_mask_fit(**options: Any) -> None:
     """Load, fit, write, report."""
     inputs.check_run(options["run"])
     inputs.check_options(options)
-    options = {**options, "by": "example"}
+    options = {**options, "by": "example", "query_path": None}
     for name in ("model", "dataset"):
         if options[name] is None:
             raise InputError(f"no --{name}: a mask needs a model and a dataset")

@@ -13,6 +13,7 @@ from gradfn.cli.tell import check_top, ranks_needed, show_all
 from gradfn.errors import InputError
 from gradfn.masks import LOADERS
 from gradfn.runs import (
+    GRADIENTS,
     base_of,
     ends_in_unit_norm,
     open_gradients,
@@ -25,6 +26,7 @@ from gradfn.runs import (
 from gradfn.scoring import Method, extremes
 from gradfn.store import Store
 from gradfn.transforms import chain, unit_normalize
+from gradfn.transforms.joint import JOINT
 
 
 def _recorded_model(run: str, settings: inputs.Options) -> str:
@@ -113,6 +115,10 @@ def run_query(**options: Any) -> None:
     with open_gradients(options["store"]) as store:
         settings = store.settings
         by = _stored_by(options["store"], settings, options["by"])
+        if by in ("module", "head") and store.names(GRADIENTS) == [f"{GRADIENTS}{JOINT}"]:
+            raise InputError(
+                f"{options['store']} was built behind joint, one block of all: leave out --by {by}"
+            )
         path = options["model"] or _recorded_model(options["store"], settings)
         _check_losses(settings, options)
         _check_tail(settings, options)

@@ -63,6 +63,14 @@ def test_a_store_is_searched_with_the_projection_it_was_built_with(base, queries
     assert "sjlt:16" in command("info", tmp_path / "store").out
 
 
+def test_a_store_of_whole_gradients_is_not_told_apart_by_module(base, queries, command, tmp_path):
+    assert command("build", tmp_path / "store", *base, "--projection", "joint > sjlt:64").status == 0
+    assert command("query", tmp_path / "store", "--query", queries).status == 0
+    result = command("query", tmp_path / "store", "--query", queries, "--by", "module")
+    assert result.status == 2
+    assert "was built behind joint" in result.err
+
+
 def test_a_kind_goes_with_a_dimension(base, queries, command, tmp_path):
     bare = ("--projection", "gaussian", "--projection-dim", 4)
     assert command("score", tmp_path / "a", *base, "--query", queries, *bare).status == 0

@@ -8,13 +8,15 @@ from torch.func import functional_call
 from gradfn import InputError, collect, project
 from gradfn.curvature import ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.fold import fit
+from gradfn.maps import random_map
 from gradfn.methods import RECIPES, Problem, recipe_named
 from gradfn.methods.recipes import group_means
 from gradfn.probes import probe_engine
 from gradfn.scoring import Method, score
 from gradfn.spectrum import Damping
 from gradfn.stream import gather
-from gradfn.transforms import adam, chain
+from gradfn.transforms import adam, chain, compress
+from gradfn.transforms.joint import joint
 from gradfn.types import Rows
 
 
@@ -135,6 +137,15 @@ def test_trak_over_checkpoints():
         made.append(gather(probe_engine(p.model, p.loss, method.scorer(queries)), p.train))
     whole = torch.stack(expected).mean(0) * torch.stack(doubts).mean(0)[:, None]
     torch.testing.assert_close(RECIPES["trak"].combine(made, [0.5, 0.5]), whole.float(), check_dtype=False)
+
+
+def test_trak_with_a_projection_of_the_whole_gradient():
+    p = problem(projection=chain(joint(), compress(7, "sjlt")))
+    train, query = map(flat, sides(problem()))
+    name, width = "all", train.shape[1]
+    sketch = random_map("sjlt", 0, name, "flat", (7, width)).dense(torch.float64)
+    train, query = train @ sketch.T, query @ sketch.T
+    torch.testing.assert_close(scores("trak", p), train @ damped(second(train)) @ query.T)
 
 
 def test_less_normalises_training_rows_alone_and_takes_the_best_group():
