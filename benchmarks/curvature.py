@@ -18,12 +18,12 @@ the same files.
   (with unit norms, as the paper has it, which is not its default): whole processes, from text to scores on
   disk.
 * `sweep-trackstar`, `sweep-ekfac`: on the same documents ten dampings against one, of TrackStar (p = 16) and
-  of EK-FAC (full gradients), from the fit to the scores.
+  of EK-FAC (full gradients), from the fit to the scores. Both are our own, so they take turns in one process.
 
 kronfluence knows no Conv1D of transformers: it gets GPT-2 with these layers as nn.Linear, made before the
 clock starts. It keeps factors and scores on disk, and so does bergson; we return them.
 
-Every measurement is a fresh process, the sides alternate within each repeat, and the table gives medians.
+Every other measurement is a fresh process, the sides alternate within each repeat, and the table gives medians.
 `seconds` is the whole process from start to end, imports and loading of the model included; `job` is without
 these (of `trackstar` it is not told apart). The ratio is that of `job` where there is one. Peak memory is the
 process's high-water mark. The last column is the largest difference of a side's scores from the first side's,
@@ -340,24 +340,26 @@ def run_ours_trackstar(folder: Path) -> dict[str, Any]:
         return {"shape": list(store.shape("scores"))}
 
 
-def run_sweep(folder: Path, kind: str, dampings: tuple[float, ...]) -> dict[str, Any]:
-    """From the fit to the scores, for one damping or several."""
+def run_sweep(folder: Path, kind: str) -> dict[str, Any]:
+    """From the fit to the scores, for one damping and for several in turns: the seconds of each turn."""
     import gradfn as gf
     from gradfn.methods.recipes import recipe_named
 
     model, data = load(folder)
     size = size_of(folder)
     projection = gf.project(P if kind == "trackstar" else 0, seed=0)
-    problem = gf.Problem(
-        model, data, data[: size.queries], projection=projection,
-        damping=tuple(gf.Damping(value) for value in dampings), token_batch_size=size.batch * size.length,
-    )  # fmt: skip
-    report: dict[str, Any] = {}
-    with watched(report, "job"):
-        method = recipe_named(kind).method(problem)
-        with watched(report, "score"):
+    turns: dict[str, list[float]] = {"one": [], "ten": []}
+    for _ in range(int(os.environ["REPEATS"])):
+        for side, dampings in (("one", (0.1,)), ("ten", SWEEP)):
+            problem = gf.Problem(
+                model, data, data[: size.queries], projection=projection,
+                damping=tuple(map(gf.Damping, dampings)), token_batch_size=size.batch * size.length,
+            )  # fmt: skip
+            begin = time.perf_counter()
+            method = recipe_named(kind).method(problem)
             gf.score(model, data, problem.query, method=method, token_batch_size=problem.token_batch_size)
-    return report
+            turns[side].append(time.perf_counter() - begin)
+    return {"turns": turns}
 
 
 RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -366,10 +368,8 @@ RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "ekfac-bergson": run_bergson_ekfac,
     "trackstar-ours": run_ours_trackstar,
     "trackstar-bergson": run_bergson_trackstar,
-    "sweep-trackstar-one": lambda folder: run_sweep(folder, "trackstar", (0.1,)),
-    "sweep-trackstar-ten": lambda folder: run_sweep(folder, "trackstar", SWEEP),
-    "sweep-ekfac-one": lambda folder: run_sweep(folder, "ekfac", (0.1,)),
-    "sweep-ekfac-ten": lambda folder: run_sweep(folder, "ekfac", SWEEP),
+    "sweep-trackstar": lambda folder: run_sweep(folder, "trackstar"),
+    "sweep-ekfac": lambda folder: run_sweep(folder, "ekfac"),
 }
 
 
@@ -385,10 +385,13 @@ def worker(run: str, folder: Path) -> None:
 # --- the process that measures; it imports nothing heavy: a child's ru_maxrss starts at its parent's
 
 
-def start(python: str, arguments: list[str], threads: int, folder: Path) -> tuple[dict[str, Any], float]:
+def start(
+    python: str, arguments: list[str], threads: int, folder: Path, repeats: int = 1
+) -> tuple[dict[str, Any], float]:
     """Run a worker; give the JSON of its last line and its seconds from start to end."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
+        "REPEATS": str(repeats),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "hf"),
         "TOKENIZERS_PARALLELISM": "false",
@@ -421,6 +424,16 @@ def measure(job: str, side: str, python: str, options: argparse.Namespace, folde
     return report
 
 
+def measure_turns(job: str, options: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Both sides of a sweep, measured in turns in one process."""
+    report, _ = start(sys.executable, ["worker", job, str(folder)], options.threads, folder, options.repeats)
+    print(f"{job}: {report['turns']}", file=sys.stderr, flush=True)
+    return {
+        side: [{"seconds": one, "job": one, "peak": report["peak"]} for one in turns]
+        for side, turns in report["turns"].items()
+    }
+
+
 def compare(job: str, pythons: dict[str, str], options: argparse.Namespace) -> list[str]:
     """Measure every side of a job, alternating, and give the table's lines."""
     sides = {
@@ -436,7 +449,9 @@ def compare(job: str, pythons: dict[str, str], options: argparse.Namespace) -> l
             options.threads,
             folder,
         )
-        for _ in range(options.repeats):
+        if job.startswith("sweep"):
+            results = measure_turns(job, options, folder)
+        for _ in range(0 if job.startswith("sweep") else options.repeats):
             for side, python in sides.items():
                 results[side].append(measure(job, side, python, options, folder))
     check_shapes(job, results)

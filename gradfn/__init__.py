@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gradfn.heads import Heads
     from gradfn.hf.datasets import load_rows, text_query, tokenize
     from gradfn.hf.models import load_model, load_tokenizer
+    from gradfn.kept import Kept
     from gradfn.kron import Kron
     from gradfn.layers import View, blocks_of, find_sites, uncovered
     from gradfn.losses import advantages, causal_lm_loss, linear_cross_entropy, model_loss
@@ -83,7 +84,7 @@ _HOME = {
     "Problem": "methods", "Recipe": "methods", "influence": "methods", "relatif": "methods",
     "trackstar": "methods", "hessian": "runs", "load_curvature": "runs", "mix_runs": "runs",
     "Heads": "heads", "View": "layers",
-    "Kron": "kron", "blocks_of": "layers", "find_sites": "layers", "uncovered": "layers",
+    "Kept": "kept", "Kron": "kron", "blocks_of": "layers", "find_sites": "layers", "uncovered": "layers",
     "advantages": "losses", "causal_lm_loss": "losses", "linear_cross_entropy": "losses",
     "model_loss": "losses",
     "grad_cosine": "methods", "grad_dot": "methods",
@@ -101,7 +102,7 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
-    "Curvature", "Damping", "Documents", "Estimate", "Fold", "Heads", "InputError", "Kron", "Method",
+    "Curvature", "Damping", "Documents", "Estimate", "Fold", "Heads", "InputError", "Kept", "Kron", "Method",
     "Point", "Problem", "Recipe", "StorageError", "Training", "Truth", "View", "adafactor", "adam",
     "adam_moments", "advantages", "auroc", "average_precision", "best", "blocks_of", "build",
     "causal_lm_loss", "chain", "collate", "collect", "compress", "dot", "dots", "ekfac", "find_sites",

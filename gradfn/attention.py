@@ -17,7 +17,7 @@ from torch import Tensor
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BAND = 64
 """Queries a band."""
-BAND_ELEMENTS = 1 << 19
+BAND_ELEMENTS = 1 << 20
 """Attention weights of a band over the heads taken together: few enough for the CPU's cache."""
 
 
@@ -57,21 +57,26 @@ def _joined(v: Tensor, feature: Tensor) -> Tensor:
 def _banded_backward(q: Tensor, k: Tensor, v: Tensor, go: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Fill `dq, dk, dv [heads, tokens, dim]` of a few heads; the other four have one more feature."""
     tokens, dim = dq.shape[1:]
-    for start in reversed(range(0, tokens, BAND)):
-        stop = min(start + BAND, tokens)
-        rows, seen = slice(start, stop), slice(0, stop)
-        p = torch.bmm(q[:, rows], k[:, seen].mT).exp_()
-        p[:, :, rows].tril_()
-        dv_part = p.mT @ go[:, rows, :dim]
-        dz = p.mul_(torch.bmm(go[:, rows], v[:, seen].mT))
-        dq[:, rows] = dz @ k[:, seen, :dim]
-        dk_part = dz.mT @ q[:, rows, :dim]
+    # Views are made once, for making them in the loop takes a tenth of its time.
+    k_t, v_t, k_own = k.mT, v.mT, k[..., :dim]
+    sides = q, go, q[..., :dim], go[..., :dim], dq
+    bands = list(zip(range(0, tokens, BAND), *(side.split(BAND, 1) for side in sides), strict=True))
+    for start, q_band, go_band, q_own, go_own, dq_band in reversed(bands):
+        size = q_band.shape[1]
+        stop = start + size
+        p = torch.bmm(q_band, k_t.narrow(2, 0, stop)).exp_()
+        p.narrow(2, start, size).tril_()
+        p_t = p.mT
+        dv_part = torch.bmm(p_t, go_own)
+        p.mul_(torch.bmm(go_band, v_t.narrow(2, 0, stop)))  # from here on it is dz
+        dq_band.copy_(torch.bmm(p, k_own.narrow(1, 0, stop)))
+        dk_part = torch.bmm(p_t, q_own)
         if stop == tokens:  # the last band sees every key, so it fills what the others add to
             dv.copy_(dv_part)
             dk.copy_(dk_part)
         else:
-            dv[:, seen] += dv_part
-            dk[:, seen] += dk_part
+            dv.narrow(1, 0, stop).add_(dv_part)
+            dk.narrow(1, 0, stop).add_(dk_part)
 
 
 _stock = F.scaled_dot_product_attention

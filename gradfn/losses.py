@@ -176,7 +176,7 @@ class _Weighted:
         return losses * batch["weight"].to(losses.dtype) if "weight" in batch else losses
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class CausalLMLoss(_Weighted):
     """A loss of the next tokens of a decoder LM; see `causal_lm_loss`."""
 
@@ -241,7 +241,7 @@ class CausalLMLoss(_Weighted):
         return losses.sum(-1) / self._count(targets)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ModelLoss(_Weighted):
     """A loss of the logits of any HF model; see `model_loss`."""
 

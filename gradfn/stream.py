@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradfn.data import IGNORED, collate, offsets_of, plan_batches
 from gradfn.errors import InputError
+from gradfn.kept import Kept
 from gradfn.layers import View
 from gradfn.losses import causal_lm_loss
 from gradfn.memory import free_memory
@@ -147,6 +148,10 @@ def _compute(
     to_host: bool,
 ) -> Generator[_Computed]:
     """Run the engine over the batches, made ahead of it where that overlaps with its work."""
+    done = _copied if to_host else _left
+    if isinstance(data, Kept) and (recalled := data.recall(engine)):
+        yield from (done(numbers, recalled(numbers)) for numbers in plan)
+        return
 
     def make(numbers: np.ndarray) -> Batch:
         examples = [labelled(data, int(row)) for row in numbers]
@@ -156,12 +161,13 @@ def _compute(
             ]
         return move(collate(examples))
 
+    run = data.keeping(engine) if isinstance(data, Kept) else lambda numbers, batch: engine(batch)
     with closing(ahead(make, plan) if overlaps else (make(numbers) for numbers in plan)) as batches:
         for numbers, batch in zip(plan, batches, strict=True):
-            yield (_copied if to_host else _kept)(numbers, engine(batch))
+            yield done(numbers, run(numbers, batch))
 
 
-def _kept(numbers: np.ndarray, result: Rows) -> _Computed:
+def _left(numbers: np.ndarray, result: Rows) -> _Computed:
     """Results that stay where they are."""
     return _Computed(numbers, result, _all_finite(result))
 

@@ -37,6 +37,7 @@ from gradfn.data import Documents, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import locate_model
+from gradfn.kept import Kept
 from gradfn.methods.recipes import RECIPES, Keep, Problem, Recipe, times_doubt, weighted_sum
 from gradfn.probes import Engine, probe_engine
 from gradfn.runs import SHARES, Summary, hessian, merged, score_run, unprobed, write_scores
@@ -46,7 +47,7 @@ from gradfn.store import open_part, open_store
 from gradfn.stream import Progress, gather, stream_to_host
 from gradfn.transforms import Transform
 from gradfn.transforms.joint import joint
-from gradfn.types import Rows
+from gradfn.types import Data, Rows
 
 
 def run_score(**options: Any) -> None:
@@ -116,8 +117,8 @@ class Case:
         """Whether scores are told apart by block."""
         return str(self.options["by"]) in ("module", "head")
 
-    def prepare(self, subject: Subject, run: str | None) -> tuple[Queries, Method, dict[str, Any]]:
-        """The queries' gradients, the method, and what a run records of them, for one checkpoint.
+    def prepare(self, subject: Subject, run: str | None) -> tuple[Queries, Method, Data, dict[str, Any]]:
+        """The queries' gradients, the method, the rows, and what a run records of them, for one checkpoint.
 
         Args:
             run: the checkpoint's own run directory, which keeps the curvature that the method fits.
@@ -128,7 +129,8 @@ class Case:
         told = ("method", f"{self.name}, {gradients_line(stages.base)}")
         rows = [*subject_facts(subject, self.train), *shard_facts(self.train, self.shard)]
         console().print(facts([*rows, told, *self._unlike_less()]))
-        method = self._method(subject, stages, wanted, run)
+        train = Kept(self.train, stages.base)
+        method = self._method(subject, stages, wanted, train, run)
         if lines := self._unlike_trackstar(stages, method):
             console().print(facts(lines))
         if options["self_influence"]:
@@ -136,15 +138,17 @@ class Case:
         else:
             queries, method = load_queries(subject, self.query_rows, self.asked, options, method, wanted)
         known = {"recipe": self.name, **stages.settings, **queries.settings, **self._data()}
-        return queries, method, merged(subject.settings(), known)
+        return queries, method, train, merged(subject.settings(), known)
 
-    def _method(self, subject: Subject, stages: Stages, wanted: dict[str, Any], run: str | None) -> Method:
+    def _method(
+        self, subject: Subject, stages: Stages, wanted: dict[str, Any], train: Data, run: str | None
+    ) -> Method:
         """The recipe's method; what it will not go with is refused before a curvature is fitted."""
         fits = self.recipe.curvature and stages.curvature is None and self.name in RECIPES
         if fits and self.options["query_path"] is not None:
             check_stored(self.options["query_path"], wanted, self.name)
         with subject.multiplying():
-            method = self.recipe.method(self._problem(subject, stages, run))
+            method = self.recipe.method(self._problem(subject, stages, train, run))
         if stages.curvature is not None and method.curvature is not stages.curvature:
             raise InputError(
                 f"{self.name} takes no curvature that was fitted before: leave out --hessian-path"
@@ -172,14 +176,14 @@ class Case:
         note = ("note", f"{few} --target-downweight-components: the last counts")
         return [note] if directions < components else []
 
-    def _keep(self, subject: Subject, stages: Stages, run: str) -> Keep:
+    def _keep(self, subject: Subject, stages: Stages, train: Data, run: str) -> Keep:
         """What fits a curvature over the training rows as `gradfn hessian` would, and takes the one there."""
         options, view = self.options, replace(subject.view, tokens=False)
         settings = {**subject.settings(), **stages.settings, **self._data(), "layers": view.settings()}
 
         def keep(fold: Any, transform: Transform, progress: Progress | None) -> Curvature:
             return hessian(
-                run, subject.model, self.train, fold, transform, labels=options["labels"].value,
+                run, subject.model, train, fold, transform, labels=options["labels"].value,
                 seed=options["seed"], loss=subject.loss, view=view, partitions=options["partitions"],
                 token_batch_size=subject.token_batch_size, settings=settings,
                 overwrite=options["overwrite"], progress=progress,
@@ -187,14 +191,14 @@ class Case:
 
         return keep
 
-    def _problem(self, subject: Subject, stages: Stages, run: str | None) -> Problem:
+    def _problem(self, subject: Subject, stages: Stages, train: Data, run: str | None) -> Problem:
         options = self.options
         return Problem(
-            subject.model, self.train, [] if self.asked is None else self.asked, subject.loss,
+            subject.model, train, [] if self.asked is None else self.asked, subject.loss,
             subject.query_loss, stages.normalize, stages.projection, stages.curvature, stages.dampings,
             options["labels"].value, options["seed"], options["target_downweight_components"],
             replace(subject.view, tokens=False), options["partitions"], subject.token_batch_size,
-            progress_bar, None if run is None else self._keep(subject, stages, run),
+            progress_bar, None if run is None else self._keep(subject, stages, train, run),
         )  # fmt: skip
 
     def _data(self) -> dict[str, Any]:
@@ -282,16 +286,16 @@ def _joins(recipe: Recipe, weighted: Weighted) -> bool:
 def _one_checkpoint(case: Case, subject: Subject) -> tuple[Queries, Ranked | None]:
     """Score the rows, to a run directory if one is given, and rank them, but for a part of them."""
     run, by_block = case.options["run"], case.by_block
-    queries, method, settings = case.prepare(subject, run)
+    queries, method, train, settings = case.prepare(subject, run)
     shown = queries.with_dampings(damping_names(method))
     with subject.multiplying(), progress_bar("scores", tokens_of(case.train, case.shard)) as progress:
         if run is None:
             engine = _engine(subject, queries, method, by_block=False)
-            best = extremes_of(engine, case.train, ranks_needed(case.options),
+            best = extremes_of(engine, train, ranks_needed(case.options),
                                token_batch_size=subject.token_batch_size, progress=progress)  # fmt: skip
             lines = unprobed_facts(unprobed(engine))
         else:
-            summary = _write_scores(case, subject, run, queries, shown, method, settings, progress)
+            summary = _write_scores(case, subject, run, train, queries, shown, method, settings, progress)
             lines = [*_score_facts(summary, subject, shown), *_next(case)]
             best = None if case.shard else extremes(score_chunks(run), ranks_needed(case.options))
     if lines:
@@ -321,14 +325,14 @@ def _checkpoints(case: Case, subject: Subject, weighted: Weighted) -> tuple[Quer
     for number, (path, _) in enumerate(weighted, 1):
         one = subject if path is None else inputs.at_checkpoint(subject, path, case.options)
         part = None if run is None else str(Path(run) / f"checkpoint-{number}")
-        queries, method, settings = case.prepare(one, part)
+        queries, method, train, settings = case.prepare(one, part)
         shown = queries.with_dampings(damping_names(method))
         with one.multiplying(), progress_bar("scores", tokens_of(case.train, case.shard)) as progress:
             if part is None:
-                results.append(gather(_engine(one, queries, method, by_block=False), case.train,
+                results.append(gather(_engine(one, queries, method, by_block=False), train,
                                       token_batch_size=one.token_batch_size, progress=progress))  # fmt: skip
             else:
-                summary = _write_scores(case, one, part, queries, shown, method, settings, progress)
+                summary = _write_scores(case, one, part, train, queries, shown, method, settings, progress)
                 results.append(_read_scores(part, case.shard))
                 resumed.append(summary.resumed)
     scores = case.recipe.combine(results, [weight for _, weight in weighted])
@@ -376,11 +380,11 @@ def _settings_of(run: Path) -> dict[str, Any]:
 
 
 def _write_scores(
-    case: Case, subject: Subject, run: str, queries: Queries, shown: Queries, method: Method,
+    case: Case, subject: Subject, run: str, train: Data, queries: Queries, shown: Queries, method: Method,
     settings: dict[str, Any], progress: Progress,
 ) -> Summary:  # fmt: skip
     return score_run(
-        run, subject.model, case.train, None if case.options["self_influence"] else queries.gradients, method,
+        run, subject.model, train, None if case.options["self_influence"] else queries.gradients, method,
         by_block=case.by_block, settings=settings, overwrite=case.options["overwrite"], progress=progress,
         shard=case.shard,
         fixed={"queries/id": shown.ids, "queries/text": shown.texts}, **subject.engine_options(),

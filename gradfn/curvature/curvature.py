@@ -121,13 +121,15 @@ def dense_spectrum(matrix: torch.Tensor) -> Spectrum:
     return Spectrum(None, vectors, values[None])
 
 
-def product_spectrum(left: torch.Tensor, right: torch.Tensor, exponent: float = 1.0) -> Spectrum:
-    """The spectrum of `left^exponent ⊗ right^exponent`.
+def product_spectrum(
+    left: torch.Tensor, right: torch.Tensor, exponent: float = 1.0, solve: Callable[..., Any] = eigh
+) -> Spectrum:
+    """The spectrum of `left^exponent ⊗ right^exponent`; `solve` gives that of the right one.
 
     >>> product_spectrum(2 * torch.eye(1), 3 * torch.eye(2)).values
     tensor([[6., 6.]], dtype=torch.float64)
     """
-    (s, Q_l), (a, Q_r) = eigh(left), eigh(right)
+    (s, Q_l), (a, Q_r) = eigh(left), solve(right)
     s, a = s.pow(exponent), a.pow(exponent)
     return Spectrum(Q_l, Q_r, s[:, None] * a, (s, a))
 

@@ -1,6 +1,5 @@
 """K-FAC, its trace-restricted variant, and EK-FAC: curvatures from the factors of gradients."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from gradfn.curvature.curvature import Curvature, decomposed, product_spectrum
 from gradfn.errors import InputError
 from gradfn.fold import Additive, Sums, refuse_empty, square_sum
-from gradfn.spectrum import Spectrum
+from gradfn.spectrum import Solved, Spectrum
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.precondition import Rotate
 from gradfn.transforms.summed import FactorSummed, Summed
@@ -52,16 +51,16 @@ def kfac_factors(sums: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return S / positions, A / positions
 
 
-def _kfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int) -> Spectrum:
+def _kfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int, solve: Solved) -> Spectrum:
     """`F ~ (positions / rows) S ⊗ A`: an example's gradient is a sum over its positions."""
     S, A = kfac_factors(sums, shape)
-    return product_spectrum(S * (_parts(sums, shape)[2] / rows), A)
+    return product_spectrum(S * (_parts(sums, shape)[2] / rows), A, solve=solve)
 
 
-def _tkfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int) -> Spectrum:
+def _tkfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int, solve: Solved) -> Spectrum:
     left, right, both = _parts(sums, shape)
     scale = 1 / both if both > 0 else torch.zeros_like(both)
-    return product_spectrum(left * (scale / rows), right)
+    return product_spectrum(left * (scale / rows), right, solve=solve)
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,13 @@ class Factored(Additive[Curvature]):
     def finalize(self, state: Sums) -> Curvature:
         """Divide and decompose, block by block."""
         refuse_empty(state)
-        spectrum: Callable[[Tensor, tuple[int, ...], int], Spectrum] = (
-            _kfac_spectrum if self.kind == "kfac" else _tkfac_spectrum
-        )
+        spectrum, solve = (_kfac_spectrum if self.kind == "kfac" else _tkfac_spectrum), Solved()
         for name, sums in state.blocks.items():
             if not sums[-1] > 0:
                 raise InputError(f"no position of {name} is supervised: give examples with labels")
         spectra = {
-            n: decomposed(n, spectrum, sums, state.shapes[n], state.count) for n, sums in state.blocks.items()
+            n: decomposed(n, spectrum, sums, state.shapes[n], state.count, solve)
+            for n, sums in state.blocks.items()
         }
         return Curvature(self.kind, spectra, state.count)
 

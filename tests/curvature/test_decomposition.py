@@ -4,7 +4,7 @@ from torch import nn
 
 import gradfn as gf
 from gradfn import spectrum
-from gradfn.curvature import ekfac, kfac, second_moment, shampoo
+from gradfn.curvature import ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.errors import InputError
 from gradfn.fold import fit_sums, state_bytes
 from gradfn.probes import probe_engine
@@ -55,3 +55,23 @@ def test_a_joint_curvature_that_does_not_fit_is_refused(net, monkeypatch):
     data = [{"x": torch.ones(150)}]
     with pytest.raises(InputError, match=r"the sums of SecondMoment take \d+\.\d GiB and 0\.0 GiB are free"):
         gf.fit(second_moment(), wide, data, joint(), loss=loss_of(wide))
+
+
+@pytest.mark.parametrize("fold", [kfac, tkfac, ekfac])
+def test_layers_that_read_the_same_input_are_decomposed_once(monkeypatch, fold):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(4, out, dtype=torch.float64) for out in (3, 2, 2))
+
+        def forward(self, x):
+            return torch.cat([self.q(x), self.k(x), self.v(x)])
+
+    net, data, solved, eigh = Reads(), rows(), [], spectrum._eigh
+    monkeypatch.setattr(spectrum, "_eigh", lambda matrix: (solved.append(len(matrix)), eigh(matrix))[1])
+    H = gf.fit(fold(), net, data, loss=loss_of(net))
+    shared = fold is not tkfac  # whose A is weighted by the layer's own output gradient
+    assert solved.count(5) == (1 if shared else 3)
+    for name in ("q", "k", "v"):
+        alone = gf.fit(fold(), net, data, loss=loss_of(net), view=gf.View(include=[name]))
+        torch.testing.assert_close(H[name].dense(), alone[name].dense())
