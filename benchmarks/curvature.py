@@ -23,7 +23,7 @@ the same files.
 kronfluence knows no Conv1D of transformers: it gets GPT-2 with these layers as nn.Linear, made before the
 clock starts. It keeps factors and scores on disk, and so does bergson; we return them.
 
-Every other measurement is a fresh process, the sides alternate within each repeat, and the table gives medians.
+Every other measurement is a fresh process, the sides alternate within each repeat; the table gives medians.
 `seconds` is the whole process from start to end, imports and loading of the model included; `job` is without
 these (of `trackstar` it is not told apart). The ratio is that of `job` where there is one. Peak memory is the
 process's high-water mark. The last column is the largest difference of a side's scores from the first side's,
