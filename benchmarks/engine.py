@@ -7,7 +7,8 @@ layers x width 128, vocabularies 4,096 and 50,304), `gpt2` (GPT-2 small, 124M pa
 SmolLM2-135M), `resnet18` (the shape of ResNet-18, images of 64 x 64). Data: documents of 200 to 600 random
 tokens, written as text that a word-level tokenizer maps back to exactly these tokens (checked), so all sides
 read the same rows. Batches hold 2,048 tokens (GPT-2: 1,024), padding included, which is the most that bergson
-allows (the model's context); every side cuts its own batches under this same budget.
+allows (the model's context); every side cuts its own batches under this same budget. `--batch-tokens` gives all
+sides but bergson another one.
 
 Sides:
 
@@ -194,13 +195,14 @@ def load(folder: Path, attention: str = "sdpa"):
             pixels, labels = torch.from_numpy(stored["pixels"]), torch.from_numpy(stored["labels"])
         data = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, labels, strict=True)]
         return model.eval().requires_grad_(False), data, 16
+    budget = int(os.environ["BATCH_TOKENS"])
     options = {"dtype": torch.float32, "attn_implementation": attention}
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model", **options)
     with np.load(folder / "tokens.npz") as stored:
         ids, offsets = stored["ids"], stored["offsets"]
     names = [str(i) for i in range(len(offsets) - 1)]
     data = Documents(input_ids=ids, labels=ids.copy(), offsets=offsets, ids=names, texts=names)
-    return model.eval().requires_grad_(False), data, model.config.max_position_embeddings
+    return model.eval().requires_grad_(False), data, budget or model.config.max_position_embeddings
 
 
 def loss_of(model, data):
@@ -595,8 +597,12 @@ def main() -> None:
     parser.add_argument("--bergson-python", metavar="PATH", help="interpreter of an environment with bergson")
     parser.add_argument("--threads", type=int, default=2, help="threads of every side")
     parser.add_argument("--tokens", type=int, default=75_000, help="about how many tokens of documents")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=0, help="tokens a batch, of all sides but bergson; 0: the context"
+    )
     parser.add_argument("--start-up", action="store_true", help="measure help and import too")
     options = parser.parse_args()
+    os.environ["BATCH_TOKENS"] = str(options.batch_tokens)
 
     peer, peer_versions = find_peer(options.bergson_python)
     ours = find_ours()

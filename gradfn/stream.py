@@ -23,7 +23,7 @@ from gradfn.probes import Engine, probe_engine
 from gradfn.transforms import Transform
 from gradfn.types import Batch, Blocks, Data, Example, LossFn, Rows
 
-TOKEN_BATCH_SIZE = 8192
+TOKEN_BATCH_SIZE = 4096
 """Tokens a batch, padding included, unless told otherwise."""
 
 TRIAL_TOKENS = 4

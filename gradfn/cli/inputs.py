@@ -204,7 +204,7 @@ def load_subject(options: Options, *, path: str | None = None, settings: Options
     attention = options["attention"] or made.get("attention")
     model = _load(path, options, precision, attention, task=task_of(how))
     _check_model(path, model, task_of(how))
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, vocabulary=getattr(model.config, "vocab_size", None))
     asked = str(options.get("query_loss") or how["criterion"])
     where, reference = None, None
     if "kl" in ([asked] if recorded else [how["criterion"], asked]):
@@ -310,7 +310,7 @@ def _check_reference(
     """Refuse a reference of another vocabulary, or another than a store's."""
     theirs: Any = output_head(reference)
     if theirs.weight.shape[0] != head.weight.shape[0] or (
-        load_tokenizer(path).get_vocab() != tokenizer.get_vocab()
+        load_tokenizer(path, vocabulary=head.weight.shape[0]).get_vocab() != tokenizer.get_vocab()
     ):
         raise InputError(
             f"the reference {path} has another vocabulary than the model, and kl compares token by token: "

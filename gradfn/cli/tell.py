@@ -12,6 +12,7 @@ from gradfn.cli.show import NAME_WIDTH, clean, count, export, facts, ranking
 from gradfn.data import Documents, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.answers import Answer, answers
+from gradfn.hf.models import writes_numbers
 from gradfn.lexical import NOT_FOUND, bm25_ranks
 from gradfn.losses import CausalLMLoss
 from gradfn.runs import layer_summary
@@ -39,6 +40,8 @@ def subject_facts(subject: Subject, train: Documents | Pairs) -> list[tuple[str,
         ("model", f"{subject.name} ({layer_summary(subject.model, subject.view)}{head})"),
         ("train", size),
     ]
+    if writes_numbers(subject.tokenizer):
+        lines.append(("note", "the model has no tokenizer: tokens are written as their numbers"))
     if unsupervised := int((train.supervised == 0).sum()):
         rows = count(unsupervised, "row")
         lines.append(("note", f"{rows} with nothing to supervise: zero gradient, zero scores"))

@@ -14,6 +14,7 @@ from jaxtyping import Int64
 from gradfn.data import IGNORED, Documents, Pairs, check_lengths, make_documents, offsets_of
 from gradfn.errors import InputError
 from gradfn.hf.hub import hub_answers, is_hub_name, offline, quiet, summary
+from gradfn.hf.models import probe_word
 from gradfn.losses import advantages
 
 if TYPE_CHECKING:
@@ -531,7 +532,8 @@ def _join_pairs(tokenizer: Any, prompts: list[str], completions: list[str], ids:
 
 def _special_tail(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer adds at the end of a text."""
-    plain, whole = _encode(tokenizer, ["a"], special=False)[0], _encode(tokenizer, ["a"])[0]
+    word = probe_word(tokenizer)
+    plain, whole = _encode(tokenizer, [word], special=False)[0], _encode(tokenizer, [word])[0]
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[start + len(plain) :] if plain else []
@@ -544,8 +546,8 @@ def _encode_continuations(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     Some tokenizers put a space before every text. It does not belong inside a document, so a text is there
     tokenised behind a line break, whose tokens are then taken away.
     """
-    anchor = "\n"
-    first, lone, behind = _encode(tokenizer, [anchor, "a", anchor + "a"], special=False)
+    anchor, word = "\n", probe_word(tokenizer)
+    first, lone, behind = _encode(tokenizer, [anchor, word, anchor + word], special=False)
     plain = _encode(tokenizer, texts, special=False)
     if behind == first + lone:
         return plain

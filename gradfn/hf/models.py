@@ -102,18 +102,24 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, vocabulary: int | None = None
+) -> Any:
     """The tokenizer of a model: from its folder, from inside its GGUF file, or from the hub.
 
     Args:
         path: as for `load_model`.
         trust_remote_code: run Python code that comes with the tokenizer.
+        vocabulary: how many tokens the model has, to take `number_tokenizer` for a folder without a
+            tokenizer; None refuses it.
 
     Raises:
         InputError: there is no tokenizer, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
+    if vocabulary is not None and _has_no_tokenizer(path):
+        return number_tokenizer(vocabulary)
     source, options = _locate_tokenizer(path)
     tokenizer = _load(
         "tokenizer", path, AutoTokenizer, source, trust_remote_code=trust_remote_code, **options
@@ -123,6 +129,60 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             f"the tokenizer of {path} has no tokens: save it there with tokenizer.save_pretrained"
         )
     return tokenizer
+
+
+NUMBERS = "numbers"
+"""The name of a tokenizer that writes tokens as their numbers."""
+
+
+def number_tokenizer(vocabulary: int) -> Any:
+    """A tokenizer for models that have none, of music or molecules, say: tokens are written as their numbers.
+
+    Raises:
+        InputError: when called, for a word that is not the number of a token.
+
+    >>> number_tokenizer(100)("60 64 67")["input_ids"], number_tokenizer(100).decode([60, 64])
+    ([60, 64, 67], '60 64')
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {str(token): token for token in range(vocabulary)}
+
+    class Numbers(PreTrainedTokenizerFast):
+        def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
+            both = (side for side in (text, options.get("text_target")) if side is not None)
+            texts = [one for side in both for one in ([side] if isinstance(side, str) else side)]
+            for word in (word for one in texts for word in one.split()):
+                if word not in known:
+                    raise InputError(
+                        f"{word!r} is not among the {vocabulary:,} tokens of the model, which has no "
+                        "tokenizer: write texts as numbers of tokens, '12 7 30', say, or save its tokenizer "
+                        "beside it"
+                    )
+            return super().__call__(text, *args, **options)
+
+    words = Tokenizer(models.WordLevel(known))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return Numbers(tokenizer_object=words, name_or_path=NUMBERS)
+
+
+def probe_word(tokenizer: Any) -> str:
+    """A word that a tokenizer knows, to see what it adds to one."""
+    return "0" if writes_numbers(tokenizer) else "a"
+
+
+def writes_numbers(tokenizer: Any) -> bool:
+    """Whether it is `number_tokenizer`'s."""
+    return getattr(tokenizer, "name_or_path", None) == NUMBERS
+
+
+def _has_no_tokenizer(path: str | Path) -> bool:
+    """Whether a path is the folder of a model in which no tokenizer lies."""
+    place = Path(path).expanduser()
+    if not place.is_dir() or (place / _ADAPTER).is_file() or next(place.glob("*.gguf"), None):
+        return False
+    return not any((place / name).exists() for name in _TOKENIZER)
 
 
 def model_fingerprint(model: nn.Module) -> str:
