@@ -7,8 +7,8 @@ layers x width 128, vocabularies 4,096 and 50,304), `gpt2` (GPT-2 small, 124M pa
 SmolLM2-135M), `resnet18` (the shape of ResNet-18, images of 64 x 64). Data: documents of 200 to 600 random
 tokens, written as text that a word-level tokenizer maps back to exactly these tokens (checked), so all sides
 read the same rows. Batches hold 2,048 tokens (GPT-2: 1,024), padding included, which is the most that bergson
-allows (the model's context); every side cuts its own batches under this same budget. `--batch-tokens` gives all
-sides but bergson another one.
+allows (the model's context); every side cuts its own batches under this same budget. `--batch-tokens` gives
+all sides but bergson another one.
 
 Sides:
 
