@@ -6,12 +6,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gradfn.cli import inputs
-from gradfn.cli.queries import query_documents, query_rows_of
+from gradfn.cli.queries import load_all
 from gradfn.cli.show import clean, console, count, facts
 from gradfn.cli.stages import normalizer
 from gradfn.cli.tell import subject_facts
 from gradfn.errors import InputError
-from gradfn.hf.datasets import load_rows
 from gradfn.layers import find_sites
 from gradfn.masks import Mask, Reports, mask_run
 from gradfn.runs import describe, merged
@@ -50,12 +49,7 @@ def run_mask_fit(**options: Any) -> None:
     if options["rows"] < 3:
         raise InputError(f"--rows must be 3 or more, not {options['rows']}: correlations over them are kept")
     dims = dims_of(options["keep"])
-    query_rows = query_rows_of(options)
-    rows = load_rows(options["dataset"], options["split"])
-    subject = inputs.load_subject(options)
-    train = inputs.load_documents(subject, rows, options)
-    query = query_documents(subject, query_rows, options)
-    assert query is not None
+    subject, train, query = load_all(options)
     state = options["optimizer_state"]
     before = chain() if state is None else normalizer(state, subject)
     console().print(facts(subject_facts(subject, train)))

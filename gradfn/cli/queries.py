@@ -13,6 +13,7 @@ from gradfn.cli.inputs import (
     anchored,
     columns_of,
     load_documents,
+    load_subject,
 )
 from gradfn.cli.show import progress_bar
 from gradfn.data import Documents, Pairs
@@ -115,6 +116,17 @@ def query_documents(subject: Subject, rows: Any | None, options: Options) -> Doc
             f"query {empty[0]} has nothing to predict (it needs two tokens, or a completion): make it longer"
         )
     return documents
+
+
+def load_all(options: Options) -> tuple[Subject, Documents | Pairs, Documents | Pairs]:
+    """The model, the training rows and the queries' tokens; paths are looked at before a model is loaded."""
+    query_rows = query_rows_of(options)
+    rows = load_rows(options["dataset"], options["split"])
+    subject = load_subject(options)
+    train = load_documents(subject, rows, options)
+    asked = query_documents(subject, query_rows, options)
+    assert asked is not None
+    return subject, train, asked
 
 
 def load_queries(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gradfn.cli import inputs
 from gradfn.cli.inputs import Options, Subject, anchored
 from gradfn.cli.merge import next_facts
-from gradfn.cli.queries import query_documents, query_rows_of
+from gradfn.cli.queries import load_all
 from gradfn.cli.show import console, count, facts, progress_bar
 from gradfn.data import Documents, Pairs
 from gradfn.errors import InputError
@@ -18,7 +18,6 @@ from gradfn.evaluate.brittleness import brittleness_subsets
 from gradfn.evaluate.scored import open_scored, refuse_other_data
 from gradfn.evaluate.subsets import FEWEST, check_fraction, leave_one_out, random_subsets
 from gradfn.evaluate.truth import Truth, retrain
-from gradfn.hf.datasets import load_rows
 from gradfn.per_example import params_of
 from gradfn.random import words
 from gradfn.shards import parse_shard, shard_run
@@ -43,12 +42,7 @@ def run_retrain(**options: Any) -> None:
     _check_precision(options["precision"])
     shard, training = parse_shard(options["shard"]), training_of(options)
     ks = removed_of(options)
-    query_rows = query_rows_of(options)
-    rows = load_rows(options["dataset"], options["split"])
-    subject = inputs.load_subject(options)
-    train = inputs.load_documents(subject, rows, options)
-    asked = query_documents(subject, query_rows, options)
-    assert asked is not None
+    subject, train, asked = load_all(options)
     subsets, how = _subsets(options, ks, train, asked)
     console().print(facts(_subject_facts(subject, train, asked, subsets, options)))
     start = start_of(subject, options)
