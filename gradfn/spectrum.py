@@ -79,14 +79,13 @@ def _parse_one(text: str) -> Damping:
 def eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     """Eigenvalues (float64, rounding set to 0) and eigenvectors of a symmetric positive semidefinite matrix.
 
-    The problem is solved in float64, and eigenvalues below `n` epsilon of the largest are its rounding: their
-    inverses would be of any size. The vectors come back in the matrix's own dtype.
+    The problem is solved in float64, of the lower triangle. Eigenvalues below `n` epsilon of the largest are
+    its rounding: their inverses would be of any size. The vectors come back in the matrix's own dtype.
 
     >>> eigh(torch.diag(torch.tensor([2.0, 1.0])))[0]
     tensor([1., 2.], dtype=torch.float64)
     """
-    wide = matrix.double()
-    values, vectors = _eigh((wide + wide.mT) / 2)
+    values, vectors = _eigh(matrix.double())
     rounding = len(values) * torch.finfo(values.dtype).eps * values.amax()
     return torch.where(values > rounding, values, 0.0), vectors.to(matrix.dtype).contiguous()
 

@@ -122,15 +122,24 @@ def dense_spectrum(matrix: torch.Tensor) -> Spectrum:
 
 
 def product_spectrum(
-    left: torch.Tensor, right: torch.Tensor, exponent: float = 1.0, solve: Callable[..., Any] = eigh
+    left: torch.Tensor,
+    right: torch.Tensor,
+    exponent: float = 1.0,
+    *,
+    scales: tuple[float | torch.Tensor, float | torch.Tensor] = (1.0, 1.0),
+    solve: Callable[..., Any] = eigh,
 ) -> Spectrum:
-    """The spectrum of `left^exponent ⊗ right^exponent`; `solve` gives that of the right one.
+    """The spectrum of `(c_l left)^exponent ⊗ (c_r right)^exponent`.
 
-    >>> product_spectrum(2 * torch.eye(1), 3 * torch.eye(2)).values
-    tensor([[6., 6.]], dtype=torch.float64)
+    Args:
+        scales: `c_l` and `c_r`; eigenvalues are scaled rather than matrices, of which no copy is made.
+        solve: what gives the spectrum of the right one.
+
+    >>> product_spectrum(2 * torch.eye(1), 3 * torch.eye(2), scales=(0.5, 1.0)).values
+    tensor([[3., 3.]], dtype=torch.float64)
     """
     (s, Q_l), (a, Q_r) = eigh(left), solve(right)
-    s, a = s.pow(exponent), a.pow(exponent)
+    s, a = (s * scales[0]).pow(exponent), (a * scales[1]).pow(exponent)
     return Spectrum(Q_l, Q_r, s[:, None] * a, (s, a))
 
 

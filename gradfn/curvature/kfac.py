@@ -53,14 +53,14 @@ def kfac_factors(sums: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def _kfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int, solve: Solved) -> Spectrum:
     """`F ~ (positions / rows) S ⊗ A`: an example's gradient is a sum over its positions."""
-    S, A = kfac_factors(sums, shape)
-    return product_spectrum(S * (_parts(sums, shape)[2] / rows), A, solve=solve)
+    S, A, positions = _parts(sums, shape)
+    return product_spectrum(S, A, scales=(1 / rows, 1 / positions), solve=solve)
 
 
 def _tkfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int, solve: Solved) -> Spectrum:
     left, right, both = _parts(sums, shape)
     scale = 1 / both if both > 0 else torch.zeros_like(both)
-    return product_spectrum(left * (scale / rows), right, solve=solve)
+    return product_spectrum(left, right, scales=(scale / rows, 1.0), solve=solve)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Shampoo's curvature, from the rows and columns of every example's gradient."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,10 +35,9 @@ class Shampoo(Additive[Curvature]):
         spectra = {}
         for name, sums in state.blocks.items():
             out, into = state.shapes[name][-2:]
-            left, right = (sums / state.count).split([out * out, into * into])
-            spectra[name] = decomposed(
-                name, product_spectrum, left.view(out, out), right.view(into, into), 0.5
-            )
+            left, right = sums.split([out * out, into * into])
+            whole = partial(product_spectrum, exponent=0.5, scales=(1 / state.count, 1 / state.count))
+            spectra[name] = decomposed(name, whole, left.view(out, out), right.view(into, into))
         return Curvature("shampoo", spectra, state.count)
 
 
