@@ -293,7 +293,7 @@ def whole_gradient(setting: Setting, kind: str, k: int) -> Any:
     # Chosen on one model: 4k coordinates spread over the layers by their size, then hashed to k.
     model, (loss, _) = setting.at(setting.whole, 0), setting.case.losses(setting.model)
     sizes = {name: G.shape[1] * G.shape[2] for name, G in gf.collect(
-        model, setting.train[:1], loss=loss, token_batch_size=setting.batch).items()}  # fmt: skip
+        model, [setting.train[0]], loss=loss, token_batch_size=setting.batch).items()}  # fmt: skip
     keep = min(4 * k, sum(sizes.values()) - 1)
     part = max(1, keep // len(sizes))
     mask, _ = selective_mask(model, setting.train, setting.query, part, rows=200, loss=loss,
