@@ -335,15 +335,16 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
         spelled = isinstance(entry.projection, str)
         projection = lenient(projection_named(entry.projection)) if spelled else entry.projection
         projection = reseeded(projection, number)
+        rows = gf.Kept(setting.train, projection)
         problem = Problem(
-            model, setting.train, setting.query, loss, projection=projection, damping=entry.dampings,
+            model, rows, setting.query, loss, projection=projection, damping=entry.dampings,
             token_batch_size=setting.batch,
         )  # fmt: skip
         method = recipe.method(problem)
         queries = gf.collect(model, setting.query, method.query, loss=loss, token_batch_size=setting.batch)
         numbers = sum(int(np.prod(G.shape[1:])) for G in queries.values())
         engine = gf.probe_engine(model, loss, method.scorer(queries))
-        results.append(gather(engine, setting.train, token_batch_size=setting.batch))
+        results.append(gather(engine, rows, token_batch_size=setting.batch))
     weights = [1 / len(results)] * len(results)
     joined = (times_doubt if recipe.combine is times_doubt else weighted_sum)(results, weights)
     return joined.unflatten(1, (len(entry.dampings), -1)).movedim(1, 0), numbers
