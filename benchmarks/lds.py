@@ -212,7 +212,7 @@ CASES = {
         lambda: mlp(784, 128, 64, 10), mnist, 500, Training(20, 64, 0.05, "sgd", momentum=0.9), 50, 4,
         (512, 2048), scored=200, slow=("gaussian", "rademacher", "fjlt"),
     ),
-    "fashion-resnet": Case(resnet, fashion, 60, Training(12, 50, 3e-3, "adam"), 40, 3, (256, 1024)),
+    "fashion-resnet": Case(resnet, fashion, 60, Training(12, 50, 3e-3, "adam"), 50, 6, (256, 1024)),
     "verses-gpt": Case(
         gpt, verses, 50, Training(10, 25, 3e-3, "adamw", weight_decay=0.01, schedule="cosine"), 40, 3,
         (256, 1024), language=True,
