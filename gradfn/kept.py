@@ -27,12 +27,13 @@ class Kept:
     """Data that keeps the transformed gradients of its rows when a statistic is fitted over them.
 
     A pass of the same model, loss and view whose chain begins with the same transform then starts from what
-    was kept, without the model. It changes no result beyond rounding. Kept are only rows of a transform
-    (never the untransformed gradients), in the CPU's memory, and only where they take at most `KEPT_BYTES`
-    and a quarter of what is free; everything else runs as it does over the data itself.
+    was kept, without the model; a model whose weights were written to since is another one. It changes no
+    result beyond rounding. Kept are only rows of a transform (never the untransformed gradients), in the
+    CPU's memory, and only where they take at most `KEPT_BYTES` and a quarter of what is free; everything else
+    runs as it does over the data itself.
 
     Args:
-        data: any examples. The model must not be trained on while its rows are kept.
+        data: any examples.
         transform: what both passes begin with, the method's normalisation and projection.
 
     >>> from torch import nn
@@ -113,7 +114,8 @@ class Kept:
         return Chain(stages[len(first) :])
 
     def _maker(self, engine: Engine) -> tuple[Any, ...]:
-        return engine.model, engine.loss, engine.view, {site.block for site in engine.sites}
+        weights = [(weight.data_ptr(), weight._version) for weight in engine.model.parameters()]
+        return engine.model, weights, engine.loss, engine.view, {site.block for site in engine.sites}
 
     def _bytes(self, base: Engine) -> int:
         plans = base.lowered().plans.items()

@@ -81,6 +81,18 @@ def test_other_transforms_losses_models_and_tokens_are_made_again(watched: Watch
             torch.testing.assert_close(made, plain)
 
 
+def test_a_model_that_was_trained_on_is_another_one(watched: Watched):
+    net, data, loss, _ = watched
+    projection = gf.project(2)
+    rows = Kept(data, projection)
+    gf.fit(gf.second_moment(), net, rows, projection, loss=loss)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    loss(dict(net.named_parameters()), data[0]).backward()
+    optimizer.step()
+    made, plain = (collect(net, d, projection, loss=loss) for d in (rows, data))
+    torch.testing.assert_close(made, plain)
+
+
 def test_rows_that_take_too_much_are_not_kept(watched: Watched, monkeypatch: pytest.MonkeyPatch):
     net, data, loss, _ = watched
     projection = gf.project(2)
