@@ -5,6 +5,9 @@ import torch
 from tiny import write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gradfn.errors import InputError
+from gradfn.hf.models import number_tokenizer
+
 TUNES = [[60, 64, 67, 72], [62, 65, 69, 74], [60, 63, 67, 72, 67], [55, 59, 62, 67]] * 3
 
 
@@ -50,3 +53,17 @@ def test_what_is_no_token_is_refused(command, music, text):
     assert result.status == 2
     words = " ".join(result.err.split())
     assert "is not among the 128 tokens" in words
+
+
+def test_a_reference_without_a_tokenizer_has_the_same_numbers(ok, music):
+    result = ok("score", "--model", music / "model", "--dataset", music / "tunes.jsonl", "--loss", "kl",
+                "--reference", music / "model", "--query", "60 64 67", "--query-loss", "cross_entropy",
+                "--projection-dim", 4)  # fmt: skip
+    assert "60 64 67 72" in result  # equal models: all scores are 0, and rows stand in order
+
+
+def test_targets_are_numbers_too():
+    tokenizer = number_tokenizer(10)
+    assert tokenizer(text_target=["1 2"])["input_ids"] == [[1, 2]]
+    with pytest.raises(InputError, match="'11' is not among the 10 tokens of the model"):
+        tokenizer(text_target=["1 11"])
