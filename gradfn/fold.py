@@ -132,7 +132,7 @@ class Mean(Additive[Blocks]):
 
     def stage(self) -> Transform:
         """The plain sum."""
-        return Summed(_row_sum)
+        return Summed(_row_sum, linear=True)
 
     def finalize(self, state: Sums) -> Blocks:
         """One row of float32 blocks, `{block: [1, ...]}`."""

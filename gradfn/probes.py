@@ -105,6 +105,8 @@ class _Factors:
         """`inside(L (sum_t g_t x_tᵀ) Rᵀ)` for every example, or for every token."""
         plan, g = self.plan, g.to(self.plan.dtype)
         kept = kept.to(plan.dtype) if kept.is_floating_point() else kept
+        if plan.merged and self.tokens is None and isinstance(self.layer, Linear | Conv):
+            kept, g = kept[None], g[None]  # the rows' sum is the gradient of one row with all their positions
         if self.rotates:
             if self._block_is_cheaper(kept):
                 return self._rotated(kept, g)

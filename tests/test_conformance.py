@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradfn.data import collate
+from gradfn.fold import total
 from gradfn.kron import Kron
 from gradfn.layers import View, find_sites
 from gradfn.per_example import call
@@ -215,6 +216,9 @@ def transforms(blocks):
         "fjlt of the whole": chain(joint(), Compress(3, "fjlt"), unit_normalize()),
         "adam, projected, unit": chain(adam(moments), project(2, "gaussian"), unit_normalize()),
         "adafactor, dot": chain(adafactor(moments), dot({n: G[:2].clone() for n, G in blocks.items()})),
+        "sum": total().stage(),
+        "sum, adam and projected": chain(adam(moments), project(2), total().stage()),
+        "sum of unit rows": chain(unit_normalize(), total().stage()),
         "cosine": chain(unit_normalize(), dot({n: G[:2].clone() for n, G in blocks.items()})),
     }
 

@@ -12,6 +12,7 @@ from gradfn.kron import Kron, Side
 from gradfn.maps import Select
 from gradfn.transforms.chain import BlockFn, Blockwise, Kronecker, digest
 from gradfn.transforms.precondition import digest_of, spectrum_of
+from gradfn.transforms.projection import quoted
 from gradfn.types import BlockSpec
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Principal(Kronecker):
     path: str = ""
 
     def __str__(self) -> str:
-        return f"pca:{self.dims[0]}x{self.dims[1]}:{self.path or digest_of(self.spectra)}"
+        return f"pca:{self.dims[0]}x{self.dims[1]}:{quoted(self.path) or digest_of(self.spectra)}"
 
     strict: ClassVar[bool] = True
 
@@ -112,7 +113,7 @@ class _Selected:
         )
 
     def __str__(self) -> str:
-        return f"selective:{self.path or self._digest()}"
+        return f"selective:{quoted(self.path) or self._digest()}"
 
     def settings(self) -> dict[str, object]:
         """The projection as it is spelled, and the coordinates by their digest."""

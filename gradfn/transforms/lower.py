@@ -59,6 +59,7 @@ class BlockPlan:
         share: the share of a final dot product, where that is all that runs inside: it may be had from the
             factors, without the dense block.
         total: whether the backward sums over the rows and delivers one.
+        merged: whether it may do so first, all that runs inside being linear: no row's dense block is made.
         of_factors: what is made of the factors instead of the dense block, where a statistic is of them.
     """
 
@@ -71,6 +72,7 @@ class BlockPlan:
     device: torch.device
     share: Share | None = None
     total: bool = False
+    merged: bool = False
     of_factors: FactorSummed | None = None
 
     def with_matrices(self) -> "BlockPlan":
@@ -123,6 +125,10 @@ class _Total(Blockwise):
     """The sum over rows of one block, as one row."""
 
     summed: Summed
+
+    @property
+    def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.summed.linear
 
     def block(self, name: str, G: Tensor) -> Tensor:
         return self.summed.of(name, G)[None]
@@ -209,7 +215,7 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: li
     """The plan of one block; `acts` notes which stages change its shape."""
     if stages and isinstance(stages[-1], FactorSummed):
         return _factor_plan(stages[:-1], stages[-1], spec, acts)
-    kron, inside, behind = Kron(), [], []
+    kron, inside, behind, is_linear = Kron(), [], [], True
     # An empty batch tells every stage's output shape without any work.
     G = torch.empty(0, *spec.shape, dtype=spec.dtype, device=spec.device)
     dense = shape = spec.shape
@@ -217,6 +223,7 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: li
         function, linear = _bind(stage, spec.name, G)
         before, G = G.shape, function(G)
         acts[number] |= G.shape != before
+        is_linear &= linear
         if linear and isinstance(function, Kron) and not inside and not behind:
             kron, dense = function @ kron, tuple(G.shape[1:])
         elif behind or (shared and not linear):
@@ -229,7 +236,10 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: li
     if isinstance(last, _Partial) and len(inside) == 1 and not behind and last.dot.weights is None:
         share = _share(last.dot, spec, dense)
     total = isinstance(last, _Total) and not behind
-    return BlockPlan(kron, tuple(inside), tuple(behind), dense, shape, spec.dtype, spec.device, share, total)
+    return BlockPlan(
+        kron, tuple(inside), tuple(behind), dense, shape, spec.dtype, spec.device, share, total,
+        merged=total and is_linear,
+    )  # fmt: skip
 
 
 def _share(last: Dot | SelfDot, spec: BlockSpec, dense: tuple[int, ...]) -> Share:

@@ -13,9 +13,11 @@
 | `logra:AxB` | `gaussian:AxB` |
 | `grass:K`, `factgrass:K` | `mask:4K > sjlt:K`; `mask:DxD > sjlt:K`, where D is the root of 4K |
 
-KIND is rademacher, gaussian, orthonormal, mask, sjlt or fjlt; ` > ` separates stages.
+KIND is rademacher, gaussian, orthonormal, mask, sjlt or fjlt; ` > ` separates stages. A RUN with a `>` or a
+`"` in it stands in double quotes, in which a `"` is written twice: `selective:"my>run"`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
@@ -31,6 +33,8 @@ FACTOR = 4
 
 Loaders = Mapping[str, Callable[[str], Transform]]
 """Stages that were fitted, by their first word: functions of what follows it."""
+BETWEEN = re.compile(r'>(?=(?:[^"]*"[^"]*")*[^"]*$)')
+"""A `>` outside of quotes: one with an even number of them behind it."""
 
 
 def parse_projection(text: str, seed: int = 0, loaders: Loaders | None = None) -> Chain:
@@ -51,8 +55,24 @@ def parse_projection(text: str, seed: int = 0, loaders: Loaders | None = None) -
     """
     if text.strip() == "none":
         return chain()
-    stages = [_stage(part.strip(), seed, loaders or {}) for part in text.split(">")]
+    if text.count('"') % 2:
+        raise InputError(f"""{text!r} has a quote that is not closed: write selective:"my>run", say""")
+    stages = [_stage(part.strip(), seed, loaders or {}) for part in BETWEEN.split(text)]
     return chain(*stages)
+
+
+def quoted(path: str) -> str:
+    """A path as a spelling has it: in quotes where it would be read otherwise.
+
+    >>> quoted("my>run"), quoted("runs/mask")
+    ('"my>run"', 'runs/mask')
+    """
+    plain = path == path.strip() and not {*path} & {*'">'}
+    return path if plain else '"' + path.replace('"', '""') + '"'
+
+
+def _unquoted(text: str) -> str:
+    return re.sub(r'"((?:[^"]|"")*)"', lambda found: found[1].replace('""', '"'), text)
 
 
 def _stage(text: str, seed: int, loaders: Loaders) -> Transform:
@@ -60,7 +80,7 @@ def _stage(text: str, seed: int, loaders: Loaders) -> Transform:
     if text == "joint":
         return joint()
     if word in loaders:
-        return loaders[word](rest)
+        return loaders[word](_unquoted(rest))
     if word in SHORT:
         return SHORT[word](_numbers(text, rest, pair=word == "logra")[0], seed)
     if word not in get_args(Kind):

@@ -15,6 +15,7 @@ class Summed(Rowwise):
 
     Args:
         of: `f(block, G [rows, ...]) -> [...]`, the sum over the rows given; of no rows it is zeros.
+        linear: whether `f` is linear, so that the sum of the rows may be given it as one row.
 
     >>> import torch
     >>> squares = Summed(lambda name, G: G.square().sum(0))
@@ -23,6 +24,7 @@ class Summed(Rowwise):
     """
 
     of: Callable[[str, Tensor], Tensor]
+    linear: bool = False
 
     def __call__(self, blocks: Blocks) -> Blocks:
         return {name: self.of(name, G) for name, G in blocks.items()}
