@@ -85,7 +85,7 @@ def eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tenso
     >>> eigh(torch.diag(torch.tensor([2.0, 1.0])))[0]
     tensor([1., 2.], dtype=torch.float64)
     """
-    values, vectors = _eigh(matrix.double())
+    values, vectors = _eigh(matrix)
     rounding = len(values) * torch.finfo(values.dtype).eps * values.amax()
     return torch.where(values > rounding, values, 0.0), vectors.to(matrix.dtype).contiguous()
 
@@ -110,17 +110,28 @@ class Solved:
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.eigh`; coordinates that are zero throughout, on which it may fail, are taken apart."""
-    live = (matrix != 0).any(0)
+    """`_lapack`; coordinates that are zero throughout, on which it may fail, are taken apart."""
+    live = matrix.any(0)
     if bool(live.all()):
-        return torch.linalg.eigh(matrix)
+        return _lapack(matrix)
     dead = int((~live).sum())
-    values, vectors = matrix.new_zeros(len(matrix)), torch.zeros_like(matrix)
+    values, vectors = (
+        matrix.new_zeros(*size, dtype=torch.float64) for size in (matrix.shape[:1], matrix.shape)
+    )
     vectors[(~live).nonzero().squeeze(1), torch.arange(dead, device=live.device)] = 1.0
     if dead < len(matrix):
-        values[dead:], part = torch.linalg.eigh(matrix[live][:, live])
+        values[dead:], part = _lapack(matrix[live][:, live])
         vectors[live, dead:] = part
     return values, vectors
+
+
+def _lapack(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh` in float64, the vectors in the memory of the one copy that is made.
+
+    LAPACK reads by columns and overwrites what it reads, so a transposed view of the copy saves the second.
+    """
+    own = matrix.to(torch.float64, copy=True, memory_format=torch.contiguous_format).mT
+    return torch.linalg.eigh(own, "U", out=(own.new_empty(0), own))
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,3 +75,17 @@ def test_layers_that_read_the_same_input_are_decomposed_once(monkeypatch, fold):
     for name in ("q", "k", "v"):
         alone = gf.fit(fold(), net, data, loss=loss_of(net), view=gf.View(include=[name]))
         torch.testing.assert_close(H[name].dense(), alone[name].dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_lower_triangle_is_read_and_the_matrix_left_alone(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(20, 12, dtype=dtype)
+    whole = x.T @ x
+    given = whole.tril() + torch.randn(12, 12, dtype=dtype).triu(1)
+    for matrix in (given, given.mT.contiguous().mT):  # by rows and by columns in memory
+        before = matrix.clone()
+        values, vectors = spectrum.eigh(matrix)
+        assert torch.equal(matrix, before)
+        made = vectors.double() @ torch.diag(values) @ vectors.double().T
+        torch.testing.assert_close(made, whole.tril().double() + whole.tril(-1).T.double(), rtol=0, atol=2e-5)
