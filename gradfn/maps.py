@@ -32,6 +32,8 @@ DRAW_ELEMENTS = 1 << 22
 """Numbers of a dense matrix drawn at a time; a multiple of these has a key for each part."""
 SMALL_RUN, GATHERED = 1 << 13, 1 << 20
 """Numbers of an sjlt's run below which runs are gathered, and numbers a row gathered at a time."""
+SHORT_RUN = 1 << 16
+"""Numbers of an sjlt's run, of all rows, up to which runs are added two at a time."""
 STRIP = 64
 """Columns of a map that are written out at a time."""
 CACHED = 1 << 20
@@ -128,12 +130,24 @@ def _sum_of_runs(flat: Tensor, weights: Tensor, shifts: Tensor, m: int) -> Tenso
     """The sum of all runs of `flat * weights`, shifted, `[rows, m]`."""
     if len(shifts) > 1 and len(flat) * m < SMALL_RUN:
         return _sum_of_small_runs(flat, weights, shifts, m)
-    unfolded = flat.new_zeros(len(flat), 2 * m)  # no run goes round the end
+    width, starts = 2 * m, shifts.tolist()  # no run goes round the end
+    # vmap has no rule for a multiplication with its addition, nor for strides of one's own.
     mapped = torch._C._functorch.is_batchedtensor(flat)  # pyright: ignore
-    for run, flips, shift in zip(flat.split(m, 1), weights.split(m), shifts.tolist(), strict=True):
-        into = unfolded.narrow(1, shift, len(flips))
-        # vmap has no rule for a multiplication with its addition.
-        into.add_(run * flips) if mapped else into.addcmul_(run, flips)
+    # Of shorter runs two a call, for calls cost as much as sums do: two starts are always a stride apart.
+    pairs_up = not mapped and len(flat) * m <= SHORT_RUN
+    paired = flat.shape[1] // width * width if pairs_up else 0
+    into = flat.new_zeros(len(flat), 2 if pairs_up else 1, width)
+    pairs = flat[:, :paired].unflatten(1, (-1, 2, m)).unbind(1) if paired else ()
+    for pair, flips, start, other in zip(
+        pairs, weights.split(width), starts[::2], starts[1::2], strict=False
+    ):
+        strides = (2 * width, width + other - start, 1)
+        into.as_strided(pair.shape, strides, start).addcmul_(pair, flips.view(2, m))
+    left = zip(flat[:, paired:].split(m, 1), weights[paired:].split(m), starts[paired // m :], strict=False)
+    for run, flips, start in left:
+        one = into[:, 0, start : start + run.shape[1]]
+        one.add_(run * flips) if mapped else one.addcmul_(run, flips)
+    unfolded = into.sum(1)
     return unfolded[:, :m] + unfolded[:, m:]
 
 
