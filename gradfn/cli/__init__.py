@@ -1,5 +1,7 @@
 """The command line: each command parses, builds values, calls one public function, and shows the result."""
 
+import atexit
+import gc
 import sys
 from io import TextIOWrapper
 
@@ -10,6 +12,7 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; errors are one sentence, with `--debug` a traceback too."""
+    atexit.register(gc.freeze)  # looking for cycles among all that torch imports takes a second at the end
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     for stream in (sys.stdout, sys.stderr):
