@@ -6,6 +6,7 @@ from gradfn.testing.layers import check_layer
 from gradfn.testing.models import convnets, encoders, language_models, mlps, seeds
 from gradfn.testing.naive import (
     assert_blocks_close,
+    chain_difference,
     difference,
     naive_blocks,
     naive_causal_lm_loss,
@@ -33,6 +34,7 @@ __all__ = [
     "Problem",
     "assert_blocks_close",
     "blocks",
+    "chain_difference",
     "chains",
     "check_estimator",
     "check_fold",

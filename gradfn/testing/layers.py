@@ -14,7 +14,7 @@ from gradfn.layers import View, blocks_of, find_sites
 from gradfn.per_example import call, definition, params_of
 from gradfn.probes import probe_engine
 from gradfn.testing.models import Draw, randomize, seeds
-from gradfn.testing.naive import difference, naive_blocks
+from gradfn.testing.naive import chain_difference, difference, naive_blocks
 from gradfn.testing.search import first, refute
 from gradfn.testing.strategies import chains, shapes_of
 from gradfn.transforms import Transform, chain, dot, project
@@ -107,11 +107,10 @@ def _definition(tolerance: float, case: Layered) -> str:
 
 def _engine(tolerance: float, case: Layered) -> str:
     dense = naive_blocks(WeightedOutput(case.module), case.module, case.rows, EVERYTHING)
-    want = case.chain(dense)
     for form in (WeightedOutput, BatchedOutput):
         loss = form(case.module)
         got = probe_engine(case.module, loss, case.chain, view=EVERYTHING)(collate(case.rows)).values
-        if wrong := difference(got, want, tolerance):
+        if wrong := chain_difference(got, case.chain, dense, tolerance):
             what = "under vmap" if form is WeightedOutput else "in one forward"
             return f"the probe, {what}, does not give the naive gradient: {wrong}"
     return ""

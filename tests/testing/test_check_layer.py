@@ -5,7 +5,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from gradfn.testing import BrokenLawError, check_layer
+from gradfn.testing import BrokenLawError, chain_difference, check_layer, difference
+from gradfn.transforms import project
 
 IDS = st.lists(st.integers(0, 5), min_size=4, max_size=4).map(torch.tensor)
 
@@ -44,3 +45,13 @@ def test_a_broken_layer_is_refused(make):
         check_layer(make, (3,), max_examples=5)
     assert "module: Linear(3, 2)" in str(e.value)
     assert "rows 1:" in str(e.value)
+
+
+def test_what_cancels_is_rounding_and_what_does_not_is_compared():
+    dense = {"a": torch.tensor([[[1e3], [-1e3]]], dtype=torch.float64)}
+    seed = next(s for s in range(99) if not project((1, 1), seed=s)(dense)["a"].any())  # both signs alike
+    off = {"a": torch.full((1, 1, 1), 1e-11, dtype=torch.float64)}
+    assert difference(off, project((1, 1), seed=seed)(dense))
+    assert not chain_difference(off, project((1, 1), seed=seed), dense)
+    other = next(s for s in range(99) if project((1, 1), seed=s)(dense)["a"].any())
+    assert "off by 2e+03" in chain_difference(off, project((1, 1), seed=other), dense)
