@@ -1,7 +1,7 @@
-"""Tokenised documents, flat in memory, and how rows become batches."""
+"""Tokenised documents, flat in memory; images, read when asked for; and how rows become batches."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -15,8 +15,8 @@ from torch import Tensor
 from gradfn.errors import InputError
 
 __all__ = [
-    "IGNORED", "Documents", "Pairs", "check_lengths", "collate", "make_documents", "offsets_of",
-    "plan_batches",
+    "IGNORED", "Corpus", "Documents", "Images", "Pairs", "check_lengths", "collate", "make_documents",
+    "offsets_of", "plan_batches",
 ]  # fmt: skip
 
 IGNORED = -100
@@ -38,6 +38,8 @@ class Documents:
         texts: what to show of each row.
         extras: one number a row by name: "weight", which multiplies a row's loss; "labels", a class or a
             number, which stands in for the token labels and brings an attention mask with it.
+        masked: whether labels are of masked tokens: any position may be supervised, the first too, and an
+            attention mask says what is padding.
 
     Raises:
         InputError: the fields do not describe the same rows.
@@ -57,6 +59,7 @@ class Documents:
     ids: list[str]
     texts: list[str]
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    masked: bool = False
 
     def __post_init__(self) -> None:
         rows, tokens = len(self.offsets) - 1, len(self.input_ids)
@@ -87,7 +90,7 @@ class Documents:
             "input_ids": torch.from_numpy(self.input_ids[span].astype(np.int64)),
             "labels": torch.from_numpy(self.labels[span].astype(np.int64)),
         }
-        if "labels" in self.extras:
+        if self.masked or "labels" in self.extras:
             example["attention_mask"] = torch.ones_like(example["input_ids"])
         return {**example, **{name: torch.as_tensor(values[row]) for name, values in self.extras.items()}}
 
@@ -98,7 +101,8 @@ class Documents:
 
     @cached_property
     def supervised(self) -> Int64[np.ndarray, " rows"]:
-        """Supervised positions of each row: label not -100, position not 0; one where the row has a label."""
+        """Supervised positions of each row: label not -100, and position not 0 unless tokens are masked; one
+        where the row has a label."""
         if "labels" in self.extras:
             return np.ones(len(self), np.int64)
         counts = np.zeros(len(self), np.int64)
@@ -106,7 +110,8 @@ class Documents:
         if filled.any():
             starts = self.offsets[:-1][filled]
             mask = self.labels != IGNORED
-            mask[starts] = False
+            if not self.masked:
+                mask[starts] = False
             counts[filled] = np.add.reduceat(mask, starts, dtype=np.int64)
         return counts
 
@@ -122,17 +127,17 @@ class Documents:
         tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
         ids, texts = [self.ids[row] for row in chosen], [self.texts[row] for row in chosen]
         extras = {name: values[chosen] for name, values in self.extras.items()}
-        return Documents(self.input_ids[tokens], self.labels[tokens], offsets, ids, texts, extras)
+        return Documents(
+            self.input_ids[tokens], self.labels[tokens], offsets, ids, texts, extras, self.masked
+        )
 
     def fingerprint(self) -> str:
         """16 hex digits of token ids, labels, offsets and extras, which are what is computed on."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"masked" if self.masked else b"")
         for array, kind in ((self.input_ids, "<i4"), (self.labels, "<i4"), (self.offsets, "<i8")):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(array, kind).data)
-        for name, values in sorted(self.extras.items()):
-            digest.update(f"{name} {values.dtype.str} ".encode())
-            digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
+        _digest_extras(digest, self.extras)
         return digest.hexdigest()[:16]
 
 
@@ -203,6 +208,91 @@ class Pairs:
         """16 hex digits of inputs and outputs."""
         both = self.inputs.fingerprint() + self.outputs.fingerprint()
         return hashlib.sha256(both.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Rows of images, each with a class; the pixels of a row are made when it is asked for.
+
+    Args:
+        pixels: of an image by its number, float `[channels, height, width]`, the same numbers every time.
+        digests: what the pixels of each image are made from, told apart by a text.
+        numbers: the image of each row, int64 `[rows]`.
+        tokens: what a row counts as in a batch, the same for all: its patches, say.
+        ids: the name of each row.
+        texts: what to show of each row.
+        extras: one number a row by name: "labels", the class; "weight", which multiplies a row's loss.
+
+    Raises:
+        InputError: the fields do not describe the same rows.
+
+    >>> two = [torch.zeros(1, 2, 2), torch.ones(1, 2, 2)]
+    >>> extras = {"labels": np.array([4, 5])}
+    >>> images = Images(two.__getitem__, ["a", "b"], np.arange(2), 1, ["0", "1"], ["", ""], extras)
+    >>> images.select([1])[0]
+    {'pixel_values': tensor([[[1., 1.],
+             [1., 1.]]]), 'labels': tensor(5)}
+    """
+
+    pixels: Callable[[int], Tensor]
+    digests: Sequence[str]
+    numbers: Int64[np.ndarray, " rows"]
+    tokens: int
+    ids: list[str]
+    texts: list[str]
+    extras: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        rows = len(self.numbers)
+        sizes = {len(self.ids), len(self.texts), *(len(values) for values in self.extras.values())}
+        if sizes != {rows} or "labels" not in self.extras:
+            raise InputError(f"images need an id, a text and a label for each of the {rows} rows")
+
+    def __repr__(self) -> str:
+        return f"Images({len(self)} rows, {self.tokens} tokens each)"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        row = range(len(self))[row]
+        pixels = self.pixels(int(self.numbers[row]))
+        extras = {name: torch.as_tensor(values[row]) for name, values in self.extras.items()}
+        return {"pixel_values": pixels, **extras}
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " rows"]:
+        """What each row counts as in a batch."""
+        return np.full(len(self), self.tokens, np.int64)
+
+    @property
+    def supervised(self) -> Int64[np.ndarray, " rows"]:
+        """One class a row."""
+        return np.ones(len(self), np.int64)
+
+    def select(self, rows: Any) -> "Images":
+        """The given rows in the given order; see `Documents.select`."""
+        chosen = np.arange(len(self))[np.asarray(rows, np.int64) if _is_empty(rows) else rows]
+        ids, texts = [self.ids[row] for row in chosen], [self.texts[row] for row in chosen]
+        extras = {name: values[chosen] for name, values in self.extras.items()}
+        return Images(self.pixels, self.digests, self.numbers[chosen], self.tokens, ids, texts, extras)
+
+    def fingerprint(self) -> str:
+        """16 hex digits of what the pixels are made from, and of the extras."""
+        digest = hashlib.sha256("\0".join(self.digests[number] for number in map(int, self.numbers)).encode())
+        _digest_extras(digest, self.extras)
+        return digest.hexdigest()[:16]
+
+
+Corpus = Documents | Pairs | Images
+"""Rows with names, something to show, lengths and a fingerprint."""
+
+
+def _digest_extras(digest: Any, extras: Mapping[str, np.ndarray]) -> None:
+    """Add the numbers of rows, by name, to a digest."""
+    for name, values in sorted(extras.items()):
+        digest.update(f"{name} {values.dtype.str} ".encode())
+        digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
 
 
 def make_documents(

@@ -17,8 +17,8 @@ from gradfn.per_example import call
 from gradfn.types import Batch, Example, Params
 
 Reduction = Literal["mean", "sum"]
-Criterion = Literal["cross_entropy", "log_odds", "kl"]
-Task = Literal["masked_lm", "seq2seq_lm", "classification", "regression"]
+Criterion = Literal["cross_entropy", "log_odds", "margin", "kl"]
+Task = Literal["masked_lm", "seq2seq_lm", "classification", "image_classification", "regression"]
 READS_ENCODER = re.compile(r"(EncDecAttention|encoder_attn|cross_?att\w*)\.(.*\.)?(k|v|key|value)(_proj)?$")
 """Paths in a decoder whose input is what the encoder gives."""
 
@@ -121,6 +121,7 @@ def token_losses(
     * cross_entropy: `-log p_y`; with label smoothing e, `(1 - e) (-log p_y) + e mean_v (-log p_v)`.
     * log_odds: `-(z_y - logsumexp_{v != y} z_v)`, minus the log of the odds `p_y / (1 - p_y)`.
       Source: TRAK, arXiv:2303.14186, section 3.
+    * margin: `max_{v != y} z_v - z_y`, below 0 where y is predicted.
 
     >>> token_losses(torch.zeros(2, 4), torch.tensor([1, -100])).exp()
     tensor([4., 1.])
@@ -130,8 +131,9 @@ def token_losses(
     logits = logits.to(_wide(logits.dtype))
     at = targets.clamp_min(0)[..., None]
     picked = logits.gather(-1, at).squeeze(-1)
-    if criterion == "log_odds":
-        losses = logits.scatter(-1, at, -torch.inf).logsumexp(-1) - picked
+    if criterion in ("log_odds", "margin"):
+        others = logits.scatter(-1, at, -torch.inf)
+        losses = (others.logsumexp(-1) if criterion == "log_odds" else others.amax(-1)) - picked
     else:
         total = logits.logsumexp(-1)
         losses = total - picked
@@ -282,7 +284,12 @@ class ModelLoss(_Weighted):
         return batch["attention_mask"].bool() if "attention_mask" in batch else None
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", "weight")}
+        like = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        inputs = {
+            key: value.to(like) if value.is_floating_point() else value  # pixels come in float32
+            for key, value in batch.items()
+            if key not in ("labels", "weight")
+        }
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         if pad and "input_ids" in inputs and "attention_mask" in inputs:
             # A decoder that classifies finds the end of a text by its padding token.
@@ -362,7 +369,8 @@ def causal_lm_loss(
     Args:
         model: a causal LM with HF's interface (`input_ids -> .logits`), in eval mode.
         reduction: "mean" or "sum" over an example's supervised positions, in nats.
-        criterion: "cross_entropy", "log_odds" (see `token_losses`), or "kl" (see `token_divergences`).
+        criterion: "cross_entropy", "log_odds", "margin" (see `token_losses`), or "kl" (see
+            `token_divergences`).
         label_smoothing: the share of the target that is spread over all tokens.
         reference: the model that "kl" compares with, of the same tokens.
 
@@ -389,8 +397,9 @@ def model_loss(
     Args:
         model: maps keyword inputs to an output with `.logits`.
         task: "masked_lm" (labels [tokens], -100 where not asked), "seq2seq_lm" (the decoder's labels),
-            "classification" (label a class; of a sequence or an image), "regression" (label numbers; the loss
-            is the squared error).
+            "classification" (label a class; of a sequence or an image), "image_classification" (the same,
+            where what is recorded of it shall say that images are read), "regression" (label numbers; the
+            loss is the squared error).
         reduction: "mean" or "sum" over supervised positions, or over the numbers of a regression.
         criterion, label_smoothing: see `causal_lm_loss`.
 

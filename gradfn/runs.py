@@ -652,8 +652,9 @@ def base_of(settings: Settings) -> dict[str, Any]:
 def refuse_mismatch(stored: Settings, wanted: Settings, what: str) -> None:
     """Refuse to compare gradients that were made differently.
 
-    Compared: the model, the tokenizer (where both record one), the layers and the transform. A curvature and
-    a final unit norm may be added to what is stored; a unit norm cannot be taken away.
+    Compared: the model, the layers and the transform, and, where both record one, the tokenizer, the image
+    processor and what tokens are masked by. A curvature and a final unit norm may be added to what is stored;
+    a unit norm cannot be taken away.
 
     Raises:
         InputError: naming what differs, with both values.
@@ -681,8 +682,11 @@ def _compared(settings: Settings, other: Settings) -> dict[str, Any]:
         "layers": settings["layers"],
         "transform": _without_paths(base_of(settings)),
     }
-    prints = [side.get("tokenizer", {}).get("fingerprint") for side in (settings, other)]
-    return compared if None in prints else {**compared, "tokenizer": prints[0]}
+    for key in ("tokenizer", "processor"):
+        prints = [side.get(key, {}).get("fingerprint") for side in (settings, other)]
+        compared |= {} if None in prints else {key: prints[0]}
+    both = "masking" in settings and "masking" in other
+    return {**compared, "masking": settings["masking"]} if both else compared
 
 
 def _without_paths(transform: dict[str, Any]) -> dict[str, Any]:

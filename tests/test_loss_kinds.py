@@ -36,6 +36,11 @@ def log_odds(logits, targets, _):
     return -torch.log(p / (1 - p))
 
 
+def margin(logits, targets, _):
+    rivals = [max(z for v, z in enumerate(row) if v != y) for row, y in zip(logits, targets, strict=True)]
+    return torch.stack([*rivals, logits.new_zeros(())])[:-1] - logits.gather(1, targets[:, None])[:, 0]
+
+
 def divergence(logits, targets, ids):
     theirs = REFERENCE(input_ids=ids[None], use_cache=False).logits[0][: len(ids) - 1]
     kept = theirs[-len(targets) :] if len(targets) else theirs[:0]
@@ -46,6 +51,7 @@ KINDS = {
     "cross_entropy": (cross_entropy, {}),
     "label smoothing": (smoothed, {"label_smoothing": 0.2}),
     "log_odds": (log_odds, {"criterion": "log_odds"}),
+    "margin": (margin, {"criterion": "margin"}),
     "kl": (divergence, {"criterion": "kl", "reference": REFERENCE}),
 }
 
@@ -146,7 +152,7 @@ def test_log_odds_of_the_certain_and_the_impossible_are_finite_in_float32():
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: _check("median", "cross_entropy", 0.0, None), "no reduction 'median': choose mean, sum"),
-    (lambda: _check("mean", "hinge", 0.0, None), "no loss 'hinge': choose cross_entropy, log_odds, kl"),
+    (lambda: _check("mean", "hinge", 0.0, None), "'hinge': choose cross_entropy, log_odds, margin, kl"),
     (lambda: causal_lm_loss(MODEL, label_smoothing=1.0), "must be at least 0 and below 1, not 1.0"),
     (lambda: causal_lm_loss(MODEL, criterion="log_odds", label_smoothing=0.1), "is for cross_entropy"),
     (lambda: causal_lm_loss(MODEL, criterion="kl"), "needs a reference model"),

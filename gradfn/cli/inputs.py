@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradfn import example
-from gradfn.data import Documents, Pairs
+from gradfn.data import Corpus, Documents, Images, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.datasets import (
     tokenize,
@@ -20,12 +20,16 @@ from gradfn.hf.datasets import (
     with_labels,
     with_weights,
 )
+from gradfn.hf.images import load_images
+from gradfn.hf.masking import mask_tokens, masking_of
 from gradfn.hf.models import (
     check_device,
     context_length,
     load_model,
+    load_processor,
     load_tokenizer,
     model_fingerprint,
+    processor_fingerprint,
     tokenizer_fingerprint,
 )
 from gradfn.layers import View, output_head
@@ -42,7 +46,11 @@ DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"}
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """The model that is attributed, with all that its gradients depend on but data and transform."""
+    """The model that is attributed, with all that its gradients depend on but data and transform.
+
+    A model reads texts by its tokenizer or images by its processor, and the other is None; `masking` is what
+    decides which tokens are masked, where the task is to tell them.
+    """
 
     path: str
     model: nn.Module
@@ -54,6 +62,8 @@ class Subject:
     token_batch_size: int
     precision: str
     products: Products
+    processor: Any = None
+    masking: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -87,6 +97,7 @@ class Subject:
     def settings(self) -> dict[str, Any]:
         """What a run records of it."""
         rounded = {} if self.products == "ieee" else {"products": self.products}
+        masking = {} if self.masking is None else {"masking": self.masking}
         return {
             "model": {
                 "path": anchored(self.path),
@@ -95,10 +106,17 @@ class Subject:
                 "attention": self.attention,
                 "fingerprint": model_fingerprint(self.model),
             },
-            "tokenizer": {"fingerprint": tokenizer_fingerprint(self.tokenizer)},
+            **self._reads(),
             "layers": self.view.settings(),
             "loss": self.loss_settings(self.loss),
+            **masking,
         }
+
+    def _reads(self) -> dict[str, Any]:
+        """What makes tokens or pixels of rows."""
+        if self.processor is not None:
+            return {"processor": {"fingerprint": processor_fingerprint(self.processor)}}
+        return {"tokenizer": {"fingerprint": tokenizer_fingerprint(self.tokenizer)}}
 
     def loss_settings(self, loss: CausalLMLoss | ModelLoss) -> dict[str, Any]:
         """What a run records of a loss, and where its reference is."""
@@ -147,8 +165,30 @@ def check_losses(
         raise InputError("--reference is for kl, and no loss is: give --loss kl, or leave it out")
 
 
+IMAGES = "image_classification"
+"""The task whose rows are images."""
+
+
+def _check_image_columns(options: Options, task: str) -> None:
+    """Refuse what goes with images and not with the task, or with texts and not with images."""
+    if task != IMAGES:
+        if options["image_column"] is not None:
+            raise InputError(f"--image-column is for image-classification, not for {task}: give --task too")
+        return
+    columns = ("prompt_column", "completion_column", "messages_column", "reward_column")
+    if given := [key for key in columns if options.get(key) is not None]:
+        raise InputError(f"images are no texts: leave out --{given[0].replace('_', '-')}")
+    if options["truncation"]:
+        raise InputError("images are not cut, but made of one size: leave out --truncation")
+    if options.get("by") == "token":
+        raise InputError("images have no tokens of a row: use --by example, module or head")
+
+
 def check_columns(options: Options, task: str) -> None:
     """Refuse columns that do not go together, or not with the task, before anything is loaded."""
+    _check_image_columns(options, task)
+    if task == IMAGES:
+        return
     labelled = task in ("classification", "regression")
     if labelled != (options["label_column"] is not None):
         raise InputError(
@@ -202,9 +242,12 @@ def load_subject(options: Options, *, path: str | None = None, settings: Options
     products = _products(precision, options["device"])
     _say_once("bitsandbytes.autograd._functions")
     attention = options["attention"] or made.get("attention")
+    processor = load_processor(path) if task_of(how) == IMAGES else None
     model = _load(path, options, precision, attention, task=task_of(how))
     _check_model(path, model, task_of(how))
-    tokenizer = load_tokenizer(path, vocabulary=getattr(model.config, "vocab_size", None))
+    vocabulary = getattr(model.config, "vocab_size", None)
+    tokenizer = load_tokenizer(path, vocabulary=vocabulary) if processor is None else None
+    masking = _masking(path, tokenizer, options, recorded) if task_of(how) == "masked_lm" else None
     asked = str(options.get("query_loss") or how["criterion"])
     where, reference = None, None
     if "kl" in ([asked] if recorded else [how["criterion"], asked]):
@@ -217,8 +260,22 @@ def load_subject(options: Options, *, path: str | None = None, settings: Options
     loss = query_loss if same else _make_loss(model, how, reference)
     return Subject(
         path, model, tokenizer, loss, query_loss, where, _view(options, recorded),
-        options["token_batch_size"], precision, products,
+        options["token_batch_size"], precision, products, processor, masking,
     )  # fmt: skip
+
+
+def _masking(path: str, tokenizer: Any, options: Options, recorded: Options) -> dict[str, Any]:
+    """What decides which tokens are masked: the store's seed, or that of the options."""
+    if tokenizer.mask_token_id is None:
+        raise InputError(
+            f"the tokenizer of {path} has no mask token, which masked-lm puts in the place of tokens: use "
+            "another task, or a model that was trained with one"
+        )
+    if recorded and "masking" not in recorded:
+        raise InputError(
+            f"the store of {path} does not say how its tokens were masked: make it again with gradfn build"
+        )
+    return masking_of(tokenizer, recorded["masking"]["seed"] if recorded else options["seed"])
 
 
 def at_checkpoint(subject: Subject, path: str, options: Options) -> Subject:
@@ -339,33 +396,56 @@ def columns_of(names: list[str], options: Options, *, query: bool) -> dict[str, 
     return given
 
 
-def load_documents(
-    subject: Subject, rows: Any, options: Options, *, query: bool = False
-) -> Documents | Pairs:
-    """Tokenise the rows of a dataset; of training rows, with the weights that the options name."""
+def load_documents(subject: Subject, rows: Any, options: Options, *, query: bool = False) -> Corpus:
+    """Read the rows of a dataset; of training rows, with the weights that the options name."""
     pairs = subject.task == "seq2seq_lm"
     columns: Any = columns_of(list(rows.column_names), options, query=query or pairs)
-    fit = {"max_length": context_length(subject.model), "truncation": options["truncation"]}
-    if pairs:
-        both = [columns.get(key) for key in ("prompt_column", "completion_column")]
-        if None in both:
-            raise InputError(
-                "seq2seq-lm maps prompts to completions: give --prompt-column and --completion-column"
-            )
-        docs = tokenize_pairs(
-            rows, subject.tokenizer, prompt_column=both[0], completion_column=both[1], **fit
-        )
+    if subject.processor is None:
+        docs = _tokenized(subject, rows, columns, options)
     else:
-        docs = tokenize(rows, subject.tokenizer, **columns, **fit)
-    if isinstance(docs, Documents) and options["label_column"] is not None:
-        config: Any = subject.model.config
-        classes = config.label2id if subject.task == "classification" else None
-        docs = with_labels(docs, rows, options["label_column"], classes)
+        docs = _images(subject, rows, options, options["query"] if query else options["dataset"])
     given = {key: options.get(key) for key in ("reward_column", "advantage_column")}
     if query or not any(given.values()):
         return docs
     prompts = columns.get("prompt_column") if given["reward_column"] else None
     return with_weights(docs, rows, prompt_column=prompts, **given)
+
+
+def _images(subject: Subject, rows: Any, options: Options, path: str) -> Images:
+    """The images of a dataset at a path, which their own paths are relative to."""
+    place = Path(path).expanduser()
+    return load_images(
+        rows, subject.processor, subject.model, image_column=options["image_column"],
+        label_column=options["label_column"] or "label", folder=place if place.is_dir() else place.parent,
+    )  # fmt: skip
+
+
+def masked(subject: Subject, docs: Documents) -> Documents:
+    """The documents with masked tokens, where the model is to tell these."""
+    if subject.masking is None:
+        return docs
+    special = list(subject.tokenizer.all_special_ids)
+    return mask_tokens(docs, subject.masking["token"], special, subject.masking["seed"])
+
+
+def _tokenized(subject: Subject, rows: Any, columns: Any, options: Options) -> Documents | Pairs:
+    """The tokens of a dataset's texts, with what the model is to make of them."""
+    fit = {"max_length": context_length(subject.model), "truncation": options["truncation"]}
+    if subject.task == "seq2seq_lm":
+        both = [columns.get(key) for key in ("prompt_column", "completion_column")]
+        if None in both:
+            raise InputError(
+                "seq2seq-lm maps prompts to completions: give --prompt-column and --completion-column"
+            )
+        return tokenize_pairs(
+            rows, subject.tokenizer, prompt_column=both[0], completion_column=both[1], **fit
+        )
+    docs = masked(subject, tokenize(rows, subject.tokenizer, **columns, **fit))
+    if options["label_column"] is None:
+        return docs
+    config: Any = subject.model.config
+    classes = config.label2id if subject.task == "classification" else None
+    return with_labels(docs, rows, options["label_column"], classes)
 
 
 def example_options(options: Options) -> dict[str, Any]:

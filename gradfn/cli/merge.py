@@ -2,7 +2,7 @@
 
 from gradfn.cli import inputs
 from gradfn.cli.show import console, count, facts
-from gradfn.data import Documents, Pairs
+from gradfn.data import Corpus
 from gradfn.merging import Joined, merge_run
 from gradfn.shards import Shard, shard_rows
 
@@ -22,13 +22,13 @@ def _lines(one: Joined) -> list[tuple[str, str]]:
     return [told, ("next", AGAIN)] if one.kind == "basis" else [told]
 
 
-def tokens_of(train: Documents | Pairs, shard: Shard | None) -> int:
+def tokens_of(train: Corpus, shard: Shard | None) -> int:
     """Tokens of the training rows, or of a part of them; refuses more parts than rows."""
     rows = range(len(train)) if shard is None else shard_rows(train.lengths, shard)
     return int(train.lengths[rows.start : rows.stop].sum())
 
 
-def shard_facts(train: Documents | Pairs, shard: Shard | None) -> list[tuple[str, str]]:
+def shard_facts(train: Corpus, shard: Shard | None) -> list[tuple[str, str]]:
     """Which rows a part does."""
     if shard is None:
         return []

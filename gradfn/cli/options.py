@@ -68,7 +68,9 @@ class TaskName(StrEnum):
     causal_lm = "causal_lm"
     seq2seq_lm = "seq2seq_lm"
     classification = "classification"
+    image_classification = "image_classification"
     regression = "regression"
+    masked_lm = "masked_lm"
 
 
 class LossName(StrEnum):
@@ -189,7 +191,11 @@ MODEL: Group = {
     ),
     "device": (_option(str, "--device", "cpu, cuda, cuda:1, ..."), "cpu"),
     "token_batch_size": (
-        _option(int, "--token-batch-size", "Tokens a batch, padding included; changes no result."),
+        _option(
+            int,
+            "--token-batch-size",
+            "Tokens a batch, padding included, or patches of images; changes no result.",
+        ),
         4096,
     ),
 }
@@ -210,7 +216,8 @@ DATASET: Group = {
         _option(
             str | None,
             "--dataset",
-            "Training rows: .jsonl .json .csv .parquet .arrow .txt, a save_to_disk folder, or a hub name.",
+            "Training rows: .jsonl .json .csv .parquet .arrow .txt, a save_to_disk folder, a folder of "
+            "images (a folder a class), or a hub name.",
         ),
         None,
     ),
@@ -224,6 +231,15 @@ QUERY_SPLIT: Group = {
 }
 COLUMNS: Group = {
     "text_column": (_option(str, "--text-column", "Column with the text."), "text"),
+    "image_column": (
+        _option(
+            str | None,
+            "--image-column",
+            "Column with images, or with their paths, relative to the dataset's. [default: the only column "
+            "of images, or image]",
+        ),
+        None,
+    ),
     "prompt_column": (
         _option(str | None, "--prompt-column", "Column with prompts, which are not supervised."),
         None,
@@ -245,7 +261,8 @@ COLUMNS: Group = {
         _option(
             str | None,
             "--label-column",
-            "Column with what a text is to be mapped to: class numbers or names, or (regression) numbers.",
+            "Column with what a row is to be mapped to: class numbers or names, or (regression) numbers. "
+            "[default, of images: label]",
         ),
         None,
     ),
@@ -336,7 +353,7 @@ KEEP: Group = {
         "128x128",
     ),
     "rows": (_option(int, "--rows", "Training rows, and queries at most, to look at."), 512),
-    "seed": (_option(int, "--seed", "Which rows, and the noise of the start."), 0),
+    "seed": (_option(int, "--seed", "Which rows, the noise of the start, and what masked-lm masks."), 0),
 }
 OPTIMIZER: Group = {
     "optimizer_state": (
@@ -396,7 +413,7 @@ PROJECTION: Group = {
         ),
         None,
     ),
-    "seed": (_option(int, "--seed", "Key of the projection."), 0),
+    "seed": (_option(int, "--seed", "Key of the projection, and what masked-lm masks."), 0),
 }
 _METHODS = "[default: the curvature's, or else the method's, rademacher:16x16 or none]"
 SCORE_PROJECTION: Group = {
@@ -506,7 +523,7 @@ RETRAINING: Group = {
         _option(Init, "--init", "Start from the weights of --model, or from new ones of its architecture."),
         Init.given,
     ),
-    "seed": (_option(int, "--seed", "Of subsets, data orders and new weights."), 0),
+    "seed": (_option(int, "--seed", "Of subsets, data orders, new weights, and what masked-lm masks."), 0),
 }
 AGGREGATION: Group = {
     "aggregation": (_option(Aggregated, "--aggregation", "Of the rows' gradients."), Aggregated.mean),
@@ -560,5 +577,20 @@ KNOWN: Group = {
     "top": (_option(int, "--top", "Rows among which a source counts as found."), 5),
 }
 AGREEMENT: Group = {"top": (_option(int, "--top", "Proponents that are compared."), 10)}
+MASKED: Group = {
+    **MODEL, **DATASET, **COLUMNS, **WEIGHTS, **ASKED, **OPTIMIZER, **LOSS, **QUERY_LOSS, **LAYERS,
+}  # fmt: skip
+"""Of a mask that is fitted to a model's gradients; stored ones have all of this behind them."""
+STORES: Group = {
+    "store": (
+        _option(
+            str | None,
+            "--store",
+            "Instead of a model and a dataset: the rows' whole gradients, which build wrote.",
+        ),
+        None,
+    ),
+    "query_path": QUERY["query_path"],
+}
 GRADIENTS: Group = {**OPTIMIZER, **PROJECTION, **CURVATURE, **UNIT, **LOSS, **LAYERS, **STORED_BY}
 """Of commands that write gradients."""

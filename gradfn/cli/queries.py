@@ -14,9 +14,10 @@ from gradfn.cli.inputs import (
     columns_of,
     load_documents,
     load_subject,
+    masked,
 )
 from gradfn.cli.show import progress_bar
-from gradfn.data import Documents, Pairs
+from gradfn.data import Corpus, Images, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows, text_pair, text_query
 from gradfn.hf.models import context_length
@@ -55,7 +56,7 @@ class Queries:
     ids: list[str]
     texts: list[str]
     shown: list[str]
-    documents: Documents | Pairs | None = None
+    documents: Corpus | None = None
     sources: list[str | None] = field(default_factory=list)
     dampings: tuple[str, ...] = ("",)
 
@@ -105,7 +106,7 @@ def query_rows_of(options: Options, split: str = "train") -> Any | None:
     return load_rows(query, split) if is_dataset(query) else None
 
 
-def query_documents(subject: Subject, rows: Any | None, options: Options) -> Documents | Pairs | None:
+def query_documents(subject: Subject, rows: Any | None, options: Options) -> Corpus | None:
     """The queries' tokens; None where their gradients are stored, or rows are scored against themselves."""
     if options["query"] is None:
         return None
@@ -118,7 +119,7 @@ def query_documents(subject: Subject, rows: Any | None, options: Options) -> Doc
     return documents
 
 
-def load_all(options: Options) -> tuple[Subject, Documents | Pairs, Documents | Pairs]:
+def load_all(options: Options) -> tuple[Subject, Corpus, Corpus]:
     """The model, the training rows and the queries' tokens; paths are looked at before a model is loaded."""
     query_rows = query_rows_of(options)
     rows = load_rows(options["dataset"], options["split"])
@@ -132,7 +133,7 @@ def load_all(options: Options) -> tuple[Subject, Documents | Pairs, Documents | 
 def load_queries(
     subject: Subject,
     rows: Any | None,
-    documents: Documents | Pairs | None,
+    documents: Corpus | None,
     options: Options,
     method: Method,
     wanted: dict[str, Any],
@@ -187,14 +188,15 @@ def self_query() -> Queries:
     return Queries({}, {"query": "self"}, ["self-influence"], [text], [text])
 
 
-def _query_documents(subject: Subject, rows: Any | None, options: Options) -> Documents | Pairs:
+def _query_documents(subject: Subject, rows: Any | None, options: Options) -> Corpus:
     try:
         if rows is not None:
             return load_documents(subject, rows, options, query=True)
         fit: Any = {"max_length": context_length(subject.model), "truncation": options["truncation"]}
         match subject.task:
-            case "causal_lm":
-                return text_query(subject.tokenizer, options["query"], options["completion"], **fit)
+            case "causal_lm" | "masked_lm":
+                docs = text_query(subject.tokenizer, options["query"], options["completion"], **fit)
+                return masked(subject, docs)
             case "seq2seq_lm" if options["completion"] is not None:
                 return text_pair(subject.tokenizer, options["query"], options["completion"], **fit)
             case "seq2seq_lm":
@@ -212,9 +214,9 @@ def _query_gradients(subject: Subject, documents: Any, transform: Transform, pro
         raise InputError(f"in --query: {error}") from error
 
 
-def _shown(documents: Documents | Pairs, rows: Any | None, options: Options) -> list[str]:
+def _shown(documents: Corpus, rows: Any | None, options: Options) -> list[str]:
     """Queries as a person reads them: what is asked, and after an arrow what is supervised."""
-    if isinstance(documents, Pairs):
+    if isinstance(documents, Pairs | Images):
         return documents.texts
     if rows is None:
         prompts, completions = [options["query"]], [options["completion"]]

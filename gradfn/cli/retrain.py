@@ -12,7 +12,7 @@ from gradfn.cli.inputs import Options, Subject, anchored
 from gradfn.cli.merge import next_facts
 from gradfn.cli.queries import load_all
 from gradfn.cli.show import console, count, facts, progress_bar
-from gradfn.data import Documents, Pairs
+from gradfn.data import Corpus
 from gradfn.errors import InputError
 from gradfn.evaluate.brittleness import brittleness_subsets
 from gradfn.evaluate.scored import open_scored, refuse_other_data
@@ -93,9 +93,7 @@ def removed_of(options: Options) -> list[int]:
         raise InputError(f"--remove-top {text} are not whole numbers: give 10,20, say") from None
 
 
-def _subsets(
-    options: Options, ks: list[int], train: Documents | Pairs, asked: Documents | Pairs
-) -> tuple[Tensor, dict[str, Any]]:
+def _subsets(options: Options, ks: list[int], train: Corpus, asked: Corpus) -> tuple[Tensor, dict[str, Any]]:
     """The subsets, and how they were made."""
     rows, number, seed = len(train), options["subsets"], options["seed"]
     if ks:
@@ -112,7 +110,7 @@ def _subsets(
     return random_subsets(rows, number, fraction, seed=seed), {"fraction": fraction, "seed": seed}
 
 
-def _answer_tokens(asked: Documents | Pairs) -> int:
+def _answer_tokens(asked: Corpus) -> int:
     """Of the longest answer; a class is one."""
     return 1 if "labels" in getattr(asked, "extras", {}) else int(asked.supervised.max())
 
@@ -128,9 +126,7 @@ def _without_one(rows: int, number: int | None, seed: int) -> Tensor:
     return leave_one_out(rows)[order[:number]]
 
 
-def _without_best(
-    run: str, ks: list[int], train: Documents | Pairs, asked: Documents | Pairs, seed: int
-) -> Tensor:
+def _without_best(run: str, ks: list[int], train: Corpus, asked: Corpus, seed: int) -> Tensor:
     """All rows, those without the best of each query by scores of these rows and queries, and controls."""
     scored = open_scored(run)
     fingerprints = {
@@ -175,7 +171,7 @@ def _settings(subject: Subject, options: Options, how: dict[str, Any]) -> dict[s
 
 
 def _subject_facts(
-    subject: Subject, train: Documents | Pairs, asked: Documents | Pairs, subsets: Tensor, options: Options
+    subject: Subject, train: Corpus, asked: Corpus, subsets: Tensor, options: Options
 ) -> list[tuple[str, str]]:
     sizes = sorted({*subsets.sum(1).tolist()})
     of = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"

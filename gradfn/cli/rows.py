@@ -6,7 +6,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from gradfn.data import Documents, Pairs
+from gradfn.data import Corpus, Documents
 from gradfn.scoring import TopK
 from gradfn.store import Store
 
@@ -110,7 +110,7 @@ class StoredTexts(Sequence[str]):
             yield from arrays[self.name]
 
 
-def loaded_rows(documents: Documents | Pairs, tokenizer: Any, by: str) -> ShownRows:
+def loaded_rows(documents: Corpus, tokenizer: Any, by: str) -> ShownRows:
     """What is known of documents at hand, or of their tokens."""
     if by != "token":
         return DocumentRows(documents.ids, documents.texts)

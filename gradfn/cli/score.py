@@ -33,7 +33,7 @@ from gradfn.cli.tell import (
     unprobed_facts,
 )
 from gradfn.curvature import Curvature
-from gradfn.data import Documents, Pairs
+from gradfn.data import Corpus
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import locate_model
@@ -107,8 +107,8 @@ class Case:
     options: Options
     name: str
     recipe: Recipe
-    train: Documents | Pairs
-    asked: Documents | Pairs | None
+    train: Corpus
+    asked: Corpus | None
     query_rows: Any | None
     shard: Shard | None = None
 

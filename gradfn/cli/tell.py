@@ -9,7 +9,7 @@ from gradfn.cli.inputs import Options, Subject
 from gradfn.cli.queries import Queries
 from gradfn.cli.rows import DocumentRows, Ranked, ShownRows, top_shares
 from gradfn.cli.show import NAME_WIDTH, clean, count, export, facts, ranking
-from gradfn.data import Documents, Pairs
+from gradfn.data import Corpus, Documents
 from gradfn.errors import InputError
 from gradfn.hf.answers import Answer, answers
 from gradfn.hf.models import writes_numbers
@@ -29,7 +29,7 @@ def check_top(top: int) -> None:
         raise InputError(f"--top must be 1 or more, not {top}")
 
 
-def subject_facts(subject: Subject, train: Documents | Pairs) -> list[tuple[str, str]]:
+def subject_facts(subject: Subject, train: Corpus) -> list[tuple[str, str]]:
     """What is attributed, in two lines; what is unusual about the data in a third."""
     loss = subject.loss
     simple = isinstance(loss, CausalLMLoss) and loss.criterion == "cross_entropy" and not loss.label_smoothing
@@ -78,7 +78,7 @@ def show_all(
     told = None
     if isinstance(queries.documents, Documents) and subject.task == "causal_lm":
         told = answers(subject.model, subject.tokenizer, queries.documents)
-    lexical = _lexical(known, queries, options["top"])
+    lexical = _lexical(known, queries, options["top"]) if subject.processor is None else None
     table = []
     for number, query_id in enumerate(queries.ids):
         rows = _lines(ranked, known, number, query_id, options["top"])
@@ -89,7 +89,7 @@ def show_all(
         if lexical is not None:
             found = [clean(name, NAME_WIDTH) for name in lexical[number][: options["top"]]]
             out.print(facts([("BM25 finds", ", ".join(found) or "no row that shares a word")]))
-    if lexical is not None and isinstance(known, DocumentRows):
+    if any(queries.sources) and isinstance(known, DocumentRows):
         out.print()
         out.print(facts(_recall(queries, ranked, known.ids, lexical)))
     paths = {f"{kind}_path": options[kind] for kind in ("csv", "jsonl", "parquet")}
@@ -132,9 +132,9 @@ def _query_facts(queries: Queries, number: int, answer: Answer | None) -> list[t
 
 
 def _recall(
-    queries: Queries, ranked: Ranked, ids: Sequence[str], lexical: list[list[str]]
+    queries: Queries, ranked: Ranked, ids: Sequence[str], lexical: list[list[str]] | None
 ) -> list[tuple[str, str]]:
-    """How often the known source of a query is ranked first and among the first five, beside BM25."""
+    """How often the known source of a query is ranked first and in the first five, of texts beside BM25."""
     there = set(ids)
     named = [(number, source) for number, source in enumerate(queries.sources) if source]
     asked = [(number, source) for number, source in named if source in there]
@@ -142,7 +142,9 @@ def _recall(
     each, lines = len(queries.ids) // len(queries.dampings), []
     parts = [("gradients", f"damping {name}: " if name else "", gradients, number)
              for number, name in enumerate(queries.dampings)]  # fmt: skip
-    for told, which, found, number in [*parts, ("BM25", "", lexical, 0)] if asked else []:
+    if lexical is not None:
+        parts.append(("BM25", "", lexical, 0))
+    for told, which, found, number in parts if asked else []:
         mine = [(query, source) for query, source in asked if query // each == number]
         first, five = (_hits(mine, found, k) for k in (1, KNOWN_RANKS))
         of = f"{first} of {count(len(mine), 'query')}, in the top {KNOWN_RANKS} for {five}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from jaxtyping import Int64
 
-from gradfn.data import IGNORED, Documents, Pairs, check_lengths, make_documents, offsets_of
+from gradfn.data import IGNORED, Corpus, Documents, Pairs, check_lengths, make_documents, offsets_of
 from gradfn.errors import InputError
 from gradfn.hf.hub import hub_answers, is_hub_name, offline, quiet, summary
 from gradfn.hf.models import probe_word
@@ -42,7 +42,7 @@ _EXCERPT = 128
 """Tokens decoded to show a row that came without its text."""
 
 _Encode = Callable[["pyarrow.Table", list[str]], Documents]
-Weighed = TypeVar("Weighed", bound=Documents | Pairs)
+Weighed = TypeVar("Weighed", bound=Corpus)
 
 
 def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
@@ -209,14 +209,14 @@ def with_labels(
     Raises:
         InputError: there is no such column, or a row's label is none.
     """
-    values = _column(rows, column, "--label-column")
+    values = column_values(rows, column, "--label-column")
     if (docs.lengths == 0).any():
         row = int(np.argmin(docs.lengths))
         raise InputError(f"row {row} (id {docs.ids[row]!r}) has no tokens to read: leave it out")
     if classes is None:
         labels = _numbers(values, column)
     else:
-        labels = np.array([_class(value, row, classes) for row, value in enumerate(values)], np.int64)
+        labels = np.array([class_number(value, row, classes) for row, value in enumerate(values)], np.int64)
     return dataclasses.replace(docs, extras={**docs.extras, "labels": labels})
 
 
@@ -244,13 +244,13 @@ def with_weights(
     if (advantage_column is None) == (reward_column is None):
         raise InputError("weights come of rewards or are given as advantages: name one of the two columns")
     if advantage_column is not None:
-        weights = _numbers(_column(rows, advantage_column, "--advantage-column"), advantage_column)
+        weights = _numbers(column_values(rows, advantage_column, "--advantage-column"), advantage_column)
     else:
         assert reward_column is not None
         if prompt_column is None:
             raise InputError("a reward is compared with others of its prompt: name the --prompt-column too")
-        rewards = _numbers(_column(rows, reward_column, "--reward-column"), reward_column)
-        prompts = _column(rows, prompt_column, "--prompt-column")
+        rewards = _numbers(column_values(rows, reward_column, "--reward-column"), reward_column)
+        prompts = column_values(rows, prompt_column, "--prompt-column")
         weights = np.array(advantages(rewards.tolist(), prompts), np.float64)
     if isinstance(docs, Pairs):
         inputs = dataclasses.replace(docs.inputs, extras={**docs.extras, "weight": weights})
@@ -258,7 +258,8 @@ def with_weights(
     return dataclasses.replace(docs, extras={**docs.extras, "weight": weights})
 
 
-def _column(rows: "datasets.Dataset", column: str, option: str) -> list[Any]:
+def column_values(rows: "datasets.Dataset", column: str, option: str) -> list[Any]:
+    """A column; one that is not there is refused, with the option that names it."""
     if column not in rows.column_names:
         raise InputError(
             f"no column {column!r} in the dataset, which has {', '.join(rows.column_names)}: "
@@ -274,7 +275,8 @@ def _numbers(values: list[Any], column: str) -> np.ndarray:
     return np.array(values, np.float64)
 
 
-def _class(value: Any, row: int, classes: Mapping[str, int]) -> int:
+def class_number(value: Any, row: int, classes: Mapping[str, int]) -> int:
+    """The number of a class that is given by its name or its number; `classes` are the numbers by name."""
     if isinstance(value, str) and value in classes:
         return int(classes[value])
     if isinstance(value, int) and 0 <= value < len(classes):

@@ -1,8 +1,9 @@
-"""Language models and their tokenizers, from a folder, a GGUF file or the hub."""
+"""Models, their tokenizers and image processors, from a folder, a GGUF file or the hub."""
 
 import hashlib
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ __all__ = [
     "check_device",
     "context_length",
     "load_model",
+    "load_processor",
     "load_tokenizer",
     "model_fingerprint",
+    "processor_fingerprint",
     "tokenizer_fingerprint",
 ]
 
@@ -31,11 +34,13 @@ MODEL_CLASSES = {
     "masked_lm": "AutoModelForMaskedLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
     "classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
     "regression": "AutoModelForSequenceClassification",
 }
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTER = "adapter_config.json"
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -60,7 +65,7 @@ def load_model(
     Args:
         path: a folder, a .gguf file, a folder with one .gguf file and no other weights, or a hub name.
         task: what its head is for: "causal_lm", "masked_lm", "seq2seq_lm", "classification" or "regression"
-            (of sequences, both).
+            (of sequences, both), or "image_classification".
         precision: "fp32", "bf16", "fp16" or "fp64"; quantised GGUF weights are expanded to it, other
             quantised weights stay what they are.
         device: where the parameters shall be.
@@ -183,6 +188,43 @@ def _has_no_tokenizer(path: str | Path) -> bool:
     if not place.is_dir() or (place / _ADAPTER).is_file() or next(place.glob("*.gguf"), None):
         return False
     return not any((place / name).exists() for name in _TOKENIZER)
+
+
+def load_processor(path: str | Path) -> Any:
+    """The image processor of a model, which makes pixels of images with Pillow, on every machine alike.
+
+    Args:
+        path: as for `load_model`.
+
+    Raises:
+        InputError: Pillow is not here, or there is no image processor, or it cannot be loaded.
+    """
+    if find_spec("PIL") is None:
+        raise InputError("images are read with Pillow, which is not here: pip install 'gradfn[images]'")
+    from transformers import AutoImageProcessor
+
+    source, options = _locate_processor(path)
+    return _load("image processor", path, AutoImageProcessor, source, backend="pil", **options)
+
+
+def _locate_processor(path: str | Path) -> tuple[str, dict[str, Any]]:
+    place = Path(path).expanduser()
+    if not place.exists():
+        return _locate_hub("image processor", path)
+    if any((place / name).is_file() for name in _PROCESSOR):
+        return str(place), {}
+    if (place / _ADAPTER).is_file() and (base := _base_of(place)):
+        return _locate_processor(base)
+    raise InputError(
+        f"{path} holds no image processor ({_PROCESSOR[0]}), which makes pixels of images: save the model's "
+        "there with processor.save_pretrained"
+    )
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """16 hex digits of all that decides which pixels an image becomes."""
+    settings = [type(processor).__name__, processor.to_dict()]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -131,10 +131,10 @@ SCORED = COMMON | {"method": "grad_cosine", "query": "The capital of Nepal", "co
                    "query_loss": "log_odds", "by": "token"}  # fmt: skip
 ELSEWHERE = {  # options that change no number, or need other data, each with a test of its own
     "run", "model", "dataset", "device", "token_batch_size", "truncation", "query_path", "top", "csv",
-    "jsonl", "parquet", "overwrite", "task", "reference", "label_column", "messages_column",
-    "reward_column", "advantage_column", "attention", "optimizer_state", "hessian_path", "damping",
-    "self_influence", "group_column", "checkpoints", "checkpoint_weights", "target_downweight_components",
-    "labels", "partitions", "shard",
+    "jsonl", "parquet", "overwrite", "task", "reference", "label_column", "image_column",
+    "messages_column", "reward_column", "advantage_column", "attention", "optimizer_state", "hessian_path",
+    "damping", "self_influence", "group_column", "checkpoints", "checkpoint_weights",
+    "target_downweight_components", "labels", "partitions", "shard",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 
