@@ -6,19 +6,107 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.runs import load_curvature, open_curvature, refuse_mismatch
-from gradfn.selective import MaskReport
-from gradfn.store import Store, open_store, open_writer
+from gradfn.runs import GRADIENTS, load_curvature, open_curvature, refuse_mismatch
+from gradfn.selective import Dims, MaskReport, drawn_rows, fit_by_parts
+from gradfn.store import Store, differing, open_store, open_writer
 from gradfn.transforms import Chain, Transform, chain
 from gradfn.transforms.fitted import Principal, SelectedFlat, SelectedSides, principal, selected
 from gradfn.transforms.projection import Loaders, parse_projection
+from gradfn.types import Blocks
 
 Mask = SelectedSides | SelectedFlat
-
-
 Reports = Mapping[str, MaskReport]
+FEWEST = 3
+"""Rows to correlate over."""
+OPTIMIZERS = ("Adam", "Adafactor")
+"""Stages behind which gradients are whole."""
+
+
+def check_stores(train: Store, query: Store) -> None:
+    """Refuse stores of gradients to which no mask can be fitted.
+
+    Raises:
+        InputError: gradients that are not whole, or of tokens; fewer than three rows; another model, layers,
+            loss or optimizer of the queries than of the rows.
+    """
+    for store in (train, query):
+        _check_whole(store)
+    if train.rows < FEWEST:
+        raise InputError(
+            f"{train.path} has {train.rows} rows, and a mask keeps correlations over them: build a store of "
+            f"{FEWEST} or more"
+        )
+    what = f"the query gradients in {query.path}"
+    refuse_mismatch(query.settings, train.settings, what)
+    for key, (there, here) in differing(_loss(query), _loss(train)).items():
+        raise InputError(
+            f"{what} are of another loss than those in {train.path} ({key} is {there} there and {here} "
+            "here): build both with the same"
+        )
+
+
+def _check_whole(store: Store) -> None:
+    """Refuse gradients of tokens, and those to which more was done than an optimizer does."""
+    for stage in store.settings["transform"]["chain"]:
+        if (name := stage["transform"]) not in OPTIMIZERS:
+            raise InputError(
+                f"the gradients in {store.path} are behind {stage.get('projection', name)}, and a mask is "
+                "fitted to whole ones: build them with --projection none, and without --unit-normalize and "
+                "--hessian-path"
+            )
+    if store.settings["layers"]["tokens"]:
+        raise InputError(
+            f"the gradients in {store.path} are of tokens, and a mask is fitted to those of rows: build them "
+            "--by example"
+        )
+
+
+def _loss(store: Store) -> dict[str, Any]:
+    """The loss that gradients are of; where its reference lies is no part of it."""
+    loss = store.settings["loss"]
+    return {**loss, "reference": (loss.get("reference") or {}).get("fingerprint")}
+
+
+def stored_mask(
+    train: Store, query: Store, dims: Dims, *, rows: int = 512, seed: int = 0
+) -> tuple[Mask, dict[str, MaskReport]]:
+    """Fit a selective mask to stored gradients: `selective_mask` without the model.
+
+    Of the same rows and queries it is the same mask, but for what rounding decides.
+
+    Args:
+        train, query: what `build` wrote of whole gradients; of queries, `reduce` too.
+        dims, rows, seed: see `selective_mask`.
+
+    Raises:
+        InputError: see `check_stores` and `fit_by_parts`.
+    """
+    check_stores(train, query)
+    pairs = ((train, "rows"), (query, "queries"))
+    sides = [(store, drawn_rows(store.rows, rows, seed, name)) for store, name in pairs]
+
+    def gradients(names: list[str]) -> list[Blocks]:
+        return [{name: _read_rows(store, name, drawn) for name in names} for store, drawn in sides]
+
+    count = sum(len(drawn) for _, drawn in sides)
+    return fit_by_parts(block_shapes(train), count, gradients, dims, seed=seed)
+
+
+def block_shapes(store: Store) -> dict[str, tuple[int, ...]]:
+    """The shapes `(out, in)` of stored blocks."""
+    return {name.removeprefix(GRADIENTS): store.shape(name)[1:] for name in store.names(GRADIENTS)}
+
+
+def _read_rows(store: Store, block: str, rows: list[int]) -> Float[Tensor, "rows out in"]:
+    """Rows of a stored block in the order given; neighbours are read together."""
+    known, places = np.unique(rows, return_inverse=True)
+    runs = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
+    parts = [store.read(GRADIENTS + block, int(run[0]), int(run[-1]) + 1) for run in runs]
+    return torch.from_numpy(np.concatenate(parts)[places])
 
 
 def mask_run(

@@ -187,30 +187,69 @@ def selective_mask(
         InputError: see `fit_mask`; a layer whose gradients of so many rows do not fit in memory.
     """
     sizes = {site.block: site.spec.shape for site in find_sites(model, view)}
-    some = [_some(data, rows, seed, name) for data, name in ((train, "rows"), (query, "queries"))]
+    some = [
+        [data[row] for row in drawn_rows(len(data), rows, seed, name)]
+        for data, name in ((train, "rows"), (query, "queries"))
+    ]
     losses = loss, query_loss or loss
-    chosen: dict[str, tuple[Tensor, ...]] = {}
-    reports: dict[str, MaskReport] = {}
-    check_dims(list(sizes.values()), dims)
-    for names in list(_groups(sizes, sum(map(len, some)))):
-        only = chain(before or chain(), _Only(frozenset(names)))
-        sides: list[Blocks] = []
+
+    def gradients(names: list[str]) -> list[Blocks]:
+        only, sides = chain(before or chain(), _Only(frozenset(names))), []
         for data, one in zip(some, losses, strict=True):
             made = collect(model, data, only, loss=one, view=view, token_batch_size=token_batch_size)
             assert isinstance(made, dict)
             sides.append({name: made[name] for name in names})
-        mask, report = fit_mask(sides[0], sides[1], dims, seed=seed, watch=watch, whole=True)
+        return sides
+
+    return fit_by_parts(sizes, sum(map(len, some)), gradients, dims, seed=seed, watch=watch)
+
+
+def fit_by_parts(
+    sizes: Mapping[str, tuple[int, ...]],
+    rows: int,
+    gradients: Callable[[list[str]], Sequence[Blocks]],
+    dims: Dims,
+    *,
+    seed: int = 0,
+    watch: Callable[[str, MaskReport], None] | None = None,
+) -> tuple[SelectedSides | SelectedFlat, dict[str, MaskReport]]:
+    """`fit_mask`, as many blocks at a time as memory holds.
+
+    Args:
+        sizes: the shapes `(out, in)` of all blocks.
+        rows: how many there are, queries among them.
+        gradients: gives those of the named blocks, of rows and of queries.
+        dims, seed, watch: see `fit_mask`.
+
+    Raises:
+        InputError: see `fit_mask`; a block whose gradients of so many rows do not fit in memory.
+
+    >>> G = {"a": torch.eye(6).view(6, 2, 3), "b": torch.eye(6).view(6, 1, 6)}
+    >>> mask, _ = fit_by_parts({"a": (2, 3), "b": (1, 6)}, 12, lambda names: [G, G], 2)
+    >>> [len(mask.chosen[name][0]) for name in mask.chosen]
+    [2, 2]
+    """
+    check_dims(list(sizes.values()), dims)
+    chosen: dict[str, tuple[Tensor, ...]] = {}
+    reports: dict[str, MaskReport] = {}
+    for names in list(_groups(sizes, rows)):
+        train, query = gradients(names)
+        mask, report = fit_mask(train, query, dims, seed=seed, watch=watch, whole=True)
         chosen |= mask.chosen
         reports |= report
     return selected(chosen, sizes), reports
 
 
-def _some(data: Data, count: int, seed: int, name: str) -> Sequence[Mapping[str, Tensor]]:
-    count = min(count, len(data))
-    return [data[int(row)] for row in choice(count, len(data), seed, "selective", name)]
+def drawn_rows(rows: int, count: int, seed: int, name: str) -> list[int]:
+    """The numbers of the rows (or queries) to look at: so many at most, drawn with the seed.
+
+    >>> sorted(drawn_rows(3, 512, 0, "rows"))
+    [0, 1, 2]
+    """
+    return choice(min(count, rows), rows, seed, "selective", name).tolist()
 
 
-def _groups(sizes: Mapping[str, tuple[int, int]], rows: int) -> Iterator[list[str]]:
+def _groups(sizes: Mapping[str, tuple[int, ...]], rows: int) -> Iterator[list[str]]:
     """Blocks whose gradients of all rows fit in a quarter of the free memory together."""
     budget, group, held = free_memory(torch.device("cpu")) // 4, [], 0
     for name, shape in sizes.items():

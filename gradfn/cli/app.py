@@ -160,12 +160,12 @@ app.add_typer(_mask, name="mask")
 
 
 @_mask.command("fit")
-@o.takes(o.KEEP, o.MODEL, o.DATASET, o.COLUMNS, o.WEIGHTS, o.ASKED, o.OPTIMIZER, o.LOSS, o.QUERY_LOSS,
-         o.LAYERS, o.OVERWRITE)  # fmt: skip
+@o.takes(o.KEEP, o.MASKED, o.STORES, o.OVERWRITE)
 def mask_fit(run: o.Run, **options: Any) -> None:
     """Choose the coordinates of gradients that keep their inner products with queries.
 
-    Other commands take the mask as --projection 'selective:RUN', alone or with more behind it.
+    The gradients are those of a model, or stored ones. Other commands take the mask as --projection
+    'selective:RUN', alone or with more behind it.
     """
     from gradfn.cli.mask import run_mask_fit
 
@@ -209,7 +209,8 @@ def loo(truth: o.Truth, runs: o.Scores, **options: Any) -> None:
 def brittleness(truth: o.Truth, **options: Any) -> None:
     """Show what removing each query's best rows does.
 
-    Beside removing as many random ones. The truth is that of `gradfn retrain --remove-top K --scores RUN`.
+    Beside removing as many random ones: how far losses rise, and how many predictions of classes flip. The
+    truth is that of `gradfn retrain --remove-top K --scores RUN`.
     """
     from gradfn.cli.evaluate import run_brittleness
 
@@ -258,8 +259,8 @@ def overlap(run: o.OneScores, other: o.OtherScores, **options: Any) -> None:
 def retrain(truth: o.TruthRun, **options: Any) -> None:
     """Retrain models on subsets: the ground truth of attribution.
 
-    Many models train at once. What is stored is the loss of every query under every model, which `gradfn
-    evaluate` compares with scores. All parameters are trained, without dropout.
+    Many models train at once. What is stored is the loss (of classes, the margin too) of every query under
+    every model, which `gradfn evaluate` compares with scores. All parameters are trained, without dropout.
     """
     from gradfn.cli.retrain import run_retrain
 

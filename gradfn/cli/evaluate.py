@@ -15,7 +15,7 @@ from gradfn.cli.inputs import Options
 from gradfn.cli.show import check_exports, clean, console, count, export_table, facts
 from gradfn.errors import InputError
 from gradfn.evaluate.bootstrap import Estimate, mean_estimate
-from gradfn.evaluate.brittleness import Brittleness, Removal, brittleness, removals
+from gradfn.evaluate.brittleness import Brittleness, Flips, Removal, brittleness, flips, removals
 from gradfn.evaluate.ceiling import noise_ceiling_estimate
 from gradfn.evaluate.comparison import Compared, Comparison, compare, damping_curve
 from gradfn.evaluate.correlation import correlation
@@ -57,11 +57,13 @@ def run_brittleness(**options: Any) -> None:
             "lower --learning-rate"
         )
     full, parts = removals(subsets, losses)
-    told = [(part, brittleness(full, part, probabilities=_of_answers(truth))) for part in parts]
-    console().print(facts(_removal_facts(truth, full, parts, options["truth"])))
-    shown = [_removal_line(part.k, one) for part, one in told]
+    told = [brittleness(full, part, probabilities=_of_answers(truth)) for part in parts]
+    flipped = _flips(truth, subsets, len(parts))
+    console().print(facts(_removal_facts(truth, full, parts, flipped[0], options["truth"])))
+    given = [*zip([part.k for part in parts], told, flipped, strict=True)]
+    shown = [_removal_line(*one) for one in given]
     console().print(_table(shown, tuple(shown[0])))
-    table = [_removal_row(part.k, one) for part, one in told]
+    table = [_removal_row(*one) for one in given]
     _export(table, tuple(table[0]), options)
 
 
@@ -165,7 +167,7 @@ def _leaving_one_out(truth: Truth) -> Truth:
             f"correlation needs {FEWEST} or more such subsets: make them with gradfn retrain --leave-out 1"
         )
     arrays = {name: getattr(truth, name)[alone] for name in PER_MODEL}
-    return replace(truth, **arrays)
+    return replace(truth, **arrays, margins=None if truth.margins is None else truth.margins[alone])
 
 
 def _ceiling(truth: Truth, queries: Tensor, seed: int) -> Estimate | None:
@@ -250,14 +252,27 @@ def _comparison_row(
 # --- brittleness
 
 
+def _flips(truth: Truth, subsets: Tensor, sizes: int) -> list[Flips | None]:
+    """What becomes of predictions, for each number of rows removed; None where there are no classes."""
+    margins = truth.mean_margins()
+    if margins is None:
+        return [None] * sizes
+    full, parts = removals(subsets, margins)
+    return [flips(full, part) for part in parts]
+
+
 def _of_answers(truth: Truth) -> bool:
-    """Whether a query's loss is minus the log-probability of its whole answer."""
+    """Whether a query's loss is minus the log-probability of its whole answer, which is no class."""
+    if truth.margins is not None:
+        return False
     loss, subsets = truth.settings.get("query_loss", {}), truth.settings.get("subsets", {})
     whole = loss.get("reduction") == "sum" or subsets.get("answer_tokens") == 1
     return loss.get("criterion") == "cross_entropy" and not loss.get("label_smoothing") and whole
 
 
-def _removal_facts(truth: Truth, full: Tensor, parts: Sequence[Removal], path: str) -> list[tuple[str, str]]:
+def _removal_facts(
+    truth: Truth, full: Tensor, parts: Sequence[Removal], flipped: Flips | None, path: str
+) -> list[tuple[str, str]]:
     queries, controls = (
         count(len(full), "query"),
         count(min(len(part.random) for part in parts), "random removal"),
@@ -267,20 +282,27 @@ def _removal_facts(truth: Truth, full: Tensor, parts: Sequence[Removal], path: s
         ("models", f"{queries} x {count(len(parts), 'size')}, {controls} of each size, {_seeds(truth)}"),
         ("full model", f"mean loss {float(full.mean()):.3f}"),
     ]
+    if flipped is not None:
+        lines.append(("predictions", f"{flipped.right:,} of {queries} right, which are those that can flip"))
     return [*lines, *_diverged(truth)]
 
 
-def _removal_line(k: int, one: Brittleness) -> dict[str, str]:
+def _removal_line(k: int, one: Brittleness, flipped: Flips | None) -> dict[str, str]:
     rises = {"removed": f"{k:,}", "loss rises by": _signed(one.rise), "by chance": _signed(one.by_chance),
              "above chance": f"{one.above_chance.value:.0%}"}  # fmt: skip
+    if flipped is not None and flipped.flipped is not None and flipped.flipped_by_chance is not None:
+        by_chance = f"{flipped.flipped_by_chance.value:.0%} by chance"
+        return {**rises, "predictions flip": f"{flipped.flipped.value:.0%}, {by_chance}"}
     if one.lost is None or one.lost_by_chance is None:
         return rises
     return {**rises, "answers lost": f"{one.lost.value:.0%}, {one.lost_by_chance.value:.0%} by chance"}
 
 
-def _removal_row(k: int, one: Brittleness) -> dict[str, Any]:
-    row: dict[str, Any] = {"k": k}
-    for name, estimate in one._asdict().items():
+def _removal_row(k: int, one: Brittleness, flipped: Flips | None) -> dict[str, Any]:
+    nothing = dict.fromkeys(Flips._fields)
+    more = nothing if flipped is None else flipped._asdict()
+    row: dict[str, Any] = {"k": k, "right": more.pop("right")}
+    for name, estimate in {**one._asdict(), **more}.items():
         row |= _columns(name, estimate)
     return row
 

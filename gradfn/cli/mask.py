@@ -1,21 +1,25 @@
 """`gradfn mask fit`: which coordinates of gradients to keep."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
+import gradfn
 from gradfn.cli import inputs
+from gradfn.cli import options as o
 from gradfn.cli.queries import load_all
 from gradfn.cli.show import clean, console, count, facts
 from gradfn.cli.stages import normalizer
 from gradfn.cli.tell import subject_facts
 from gradfn.errors import InputError
 from gradfn.layers import find_sites
-from gradfn.masks import Mask, Reports, mask_run
-from gradfn.runs import describe, merged
+from gradfn.masks import FEWEST, Mask, Reports, block_shapes, check_stores, mask_run, stored_mask
+from gradfn.runs import describe, merged, open_gradients
 from gradfn.selective import Dims, check_dims, selective_mask
 from gradfn.transforms import chain
+from gradfn.transforms.projection import quoted
 
 
 def dims_of(text: str) -> Dims:
@@ -37,24 +41,51 @@ def dims_of(text: str) -> Dims:
 
 
 def run_mask_fit(**options: Any) -> None:
-    """Load, fit, write, report."""
+    """Load or open, fit, write, report."""
     inputs.check_run(options["run"])
+    dims = dims_of(options["keep"])
+    if options["rows"] < FEWEST:
+        raise InputError(
+            f"--rows must be {FEWEST} or more, not {options['rows']}: correlations over them are kept"
+        )
+    given = _of_model(options, dims) if options["store"] is None else _of_stores(options, dims)
+    check_dims(list(given.shapes.values()), dims)
+    _, reports = mask_run(
+        options["run"], given.fit, blocks=len(given.shapes), settings=given.settings,
+        overwrite=options["overwrite"],
+    )  # fmt: skip
+    out = console()
+    out.print(_table(reports))
+    kept = sum(one.kept for one in reports.values()) / len(reports)
+    told = f"correlation {kept:.3f} kept on average over {count(len(reports), 'block')}"
+    then = f"selective:{quoted(options['run'])} > sjlt:1024"
+    out.print(facts([("mask", f"{options['run']}/mask.h5 [{options['keep']}, {told}]"),
+                     ("next", f"--projection '{then}', say")]))  # fmt: skip
+
+
+class _Given(NamedTuple):
+    """What a mask is fitted to: the blocks' shapes, what their gradients depend on, and the fit itself."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    settings: dict[str, Any]
+    fit: Callable[[], tuple[Mask, Reports]]
+
+
+def _of_model(options: inputs.Options, dims: Dims) -> _Given:
+    """Gradients that a model makes of a dataset and of queries."""
+    if options["query_path"] is not None:
+        raise InputError("--query-path goes with --store: give both, or the queries themselves with --query")
+    options = {**options, "by": "example"}
     inputs.check_options(options)
-    options = {**options, "by": "example", "query_path": None}
     for name in ("model", "dataset"):
         if options[name] is None:
-            raise InputError(f"no --{name}: a mask needs a model and a dataset")
+            raise InputError(f"no --{name}: a mask needs a model and a dataset, or gradients with --store")
     if options["query"] is None:
         raise InputError("no --query: a mask keeps the inner products with queries, so give some")
-    if options["rows"] < 3:
-        raise InputError(f"--rows must be 3 or more, not {options['rows']}: correlations over them are kept")
-    dims = dims_of(options["keep"])
     subject, train, query = load_all(options)
     state = options["optimizer_state"]
     before = chain() if state is None else normalizer(state, subject)
     console().print(facts(subject_facts(subject, train)))
-    known = merged(describe(subject.model, train, before, loss=subject.loss, view=subject.view),
-                   {**subject.settings(), "mask": _settings(options, query)})  # fmt: skip
 
     def fit() -> tuple[Mask, Reports]:
         with subject.multiplying():
@@ -63,24 +94,37 @@ def run_mask_fit(**options: Any) -> None:
                 query_loss=subject.query_loss, **subject.engine_options(),
             )  # fmt: skip
 
+    how = {"query": query.fingerprint(), "data": inputs.anchored(options["dataset"])}
+    known = describe(subject.model, train, before, loss=subject.loss, view=subject.view)
     shapes = {site.block: site.spec.shape for site in find_sites(subject.model, subject.view)}
-    check_dims(list(shapes.values()), dims)
-    _, reports = mask_run(
-        options["run"], fit, blocks=len(shapes), settings=known, overwrite=options["overwrite"]
-    )
-    out = console()
-    out.print(_table(reports))
-    kept = sum(one.kept for one in reports.values()) / len(reports)
-    told = f"correlation {kept:.3f} kept on average over {count(len(reports), 'block')}"
-    out.print(facts([("mask", f"{options['run']}/mask.h5 [{options['keep']}, {told}]"),
-                     ("next", f"--projection 'selective:{options['run']} > sjlt:1024', say")]))  # fmt: skip
+    return _Given(shapes, merged(known, {**subject.settings(), "mask": {**_settings(options), **how}}), fit)
 
 
-def _settings(options: inputs.Options, query: Any) -> dict[str, Any]:
-    return {
-        "keep": options["keep"], "rows": options["rows"], "seed": options["seed"],
-        "query": query.fingerprint(), "data": inputs.anchored(options["dataset"]),
-    }  # fmt: skip
+def _of_stores(options: inputs.Options, dims: Dims) -> _Given:
+    """Gradients that are stored, and what was recorded of them."""
+    for name, (_, default) in o.MASKED.items():
+        if (options[name] or None) != (default or None):
+            raise InputError(
+                f"the gradients of --store are made already: leave out --{name.replace('_', '-')}"
+            )
+    if options["query_path"] is None:
+        raise InputError("--store has the rows' gradients: give the queries' with --query-path")
+    train, query = open_gradients(options["store"]), open_gradients(options["query_path"])
+    check_stores(train, query)
+    console().print(facts([("store", f"{train.path} [{count(train.rows, 'row')}]"),
+                           ("queries", f"{query.path} [{count(query.rows, 'row')}]")]))  # fmt: skip
+    asked = {key: query.settings[key] for key in ("data", "aggregation") if key in query.settings}
+    how = {**_settings(options), "query": asked}
+    known = {**train.settings, "gradfn": gradfn.__version__, "mask": how}
+
+    def fit() -> tuple[Mask, Reports]:
+        return stored_mask(train, query, dims, rows=options["rows"], seed=options["seed"])
+
+    return _Given(block_shapes(train), known, fit)
+
+
+def _settings(options: inputs.Options) -> dict[str, Any]:
+    return {key: options[key] for key in ("keep", "rows", "seed")}
 
 
 def _table(reports: Reports) -> Table:

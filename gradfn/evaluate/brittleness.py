@@ -110,8 +110,7 @@ def brittleness(
         full: the queries' losses of the model of all rows.
         removal: their losses without k rows.
         probabilities: the loss is minus the log-probability of the whole answer (a sum over its tokens, or
-            of one token, without label smoothing), so that answers can be lost:
-            between two classes a prediction that flips, among more a necessary part of it.
+            of one token, without label smoothing), so that answers can be lost; see `flips` for classes.
 
     Raises:
         InputError: no random removals to compare with.
@@ -122,11 +121,7 @@ def brittleness(
 
     Source: Ilyas et al., Datamodels, arXiv:2202.00622, section 4.
     """
-    if not len(removal.random):
-        raise InputError(
-            f"no model was trained without {removal.k} random rows, to compare with: make some with gradfn "
-            "retrain --remove-top"
-        )
+    _check_controls(removal)
     full, top, random = full.double(), removal.top.double(), removal.random.double()
     lost, by_chance = None, None
     sure = full <= _HALF
@@ -137,3 +132,52 @@ def brittleness(
         mean_estimate(top - full), mean_estimate(random.mean(0) - full),
         mean_estimate((top[None] > random).double().mean(0)), lost, by_chance,
     )  # fmt: skip
+
+
+def _check_controls(removal: Removal) -> None:
+    if not len(removal.random):
+        raise InputError(
+            f"no model was trained without {removal.k} random rows, to compare with: make some with gradfn "
+            "retrain --remove-top"
+        )
+
+
+class Flips(NamedTuple):
+    """Of the queries that the full model gets right, the shares that it gets wrong without k rows.
+
+    Args:
+        right: how many there are.
+        flipped: without the best rows; None where no query is right.
+        flipped_by_chance: without random ones, the mean over controls.
+    """
+
+    right: int
+    flipped: Estimate | None
+    flipped_by_chance: Estimate | None
+
+
+def flips(full: Float[Tensor, " queries"], removal: Removal) -> Flips:
+    """How often a prediction turns wrong without the query's best proponents, and without random rows.
+
+    It is right where the margin `z_y - max_{v != y} z_v`, in the mean over a subset's seeds, is above 0.
+
+    Args:
+        full: the queries' margins of the model of all rows.
+        removal: their margins without k rows; see `removals`, which takes margins too.
+
+    Raises:
+        InputError: no random removals to compare with.
+
+    >>> told = flips(torch.tensor([2.0, 1.0, -1.0]), Removal(2, torch.tensor([-1.0, 1.0, -2.0]),
+    ...                                                      torch.tensor([[1.0, 1.0, 1.0]])))
+    >>> told.right, told.flipped.value, told.flipped_by_chance.value
+    (2, 0.5, 0.0)
+
+    Source: Ilyas et al., Datamodels, arXiv:2202.00622, section 4.
+    """
+    _check_controls(removal)
+    right = full > 0
+    if not right.any():
+        return Flips(0, None, None)
+    wrong, by_chance = removal.top[right] <= 0, removal.random[:, right] <= 0
+    return Flips(int(right.sum()), mean_estimate(wrong.double()), mean_estimate(by_chance.double().mean(0)))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 import gradfn
 from gradfn.errors import InputError
 from gradfn.evaluate.subsets import check_subsets
+from gradfn.losses import ModelLoss
 from gradfn.runs import loss_settings, merged, storable
 from gradfn.shards import Shard, shard_rows, shard_run
 from gradfn.store import Store, open_part, open_store, open_writer
@@ -34,6 +35,8 @@ from gradfn.types import Data, LossFn, Params
 KIND = "truth"
 MOST_SEEDS = 1000
 """What the seeds of models have room for."""
+CLASSES = ("classification", "image_classification")
+"""Tasks whose predictions are right or wrong."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,8 @@ class Truth:
         row_ids, query_ids: the names of training rows and of queries.
         settings: what all of this depends on.
         looped: why the models were trained one by one, or empty where they stacked.
+        margins: where there are classes, how far each query's right one is above the best of the others,
+            `[models, queries]`; a prediction is right where that is above 0.
 
     >>> truth = Truth(torch.tensor([[True, False], [True, False], [False, True]]), torch.tensor([0, 0, 1]),
     ...     torch.tensor([0, 1, 2]), torch.tensor([[1.0], [3.0], [5.0]]).double(), torch.zeros(3).double(),
@@ -70,18 +75,26 @@ class Truth:
     query_ids: list[str]
     settings: dict[str, Any]
     looped: str = ""
+    margins: Float64[Tensor, "models queries"] | None = None
 
     def targets(self) -> tuple[Bool[Tensor, "subsets rows"], Float64[Tensor, "subsets queries"]]:
         """The subsets, and the mean loss of each query over a subset's seeds, without diverged models.
 
         A subset all of whose models diverged is left out.
         """
+        known = self.numbers[~self.diverged].unique()
+        firsts = [int((self.numbers == number).nonzero()[0]) for number in known]
+        return self.subsets[firsts], self._means(self.losses)
+
+    def mean_margins(self) -> Float64[Tensor, "subsets queries"] | None:
+        """The same means of the margins, where there are classes."""
+        return None if self.margins is None else self._means(self.margins)
+
+    def _means(self, values: Tensor) -> Tensor:
         kept = ~self.diverged
         known, of, counts = self.numbers[kept].unique(return_inverse=True, return_counts=True)
-        sums = self.losses.new_zeros(len(known), self.losses.shape[1])
-        sums.index_add_(0, of, self.losses[kept])
-        firsts = [int((self.numbers == number).nonzero()[0]) for number in known]
-        return self.subsets[firsts], sums / counts[:, None]
+        sums = values.new_zeros(len(known), values.shape[1]).index_add_(0, of, values[kept])
+        return sums / counts[:, None]
 
 
 def model_seed(seed: int, replicate: int) -> int:
@@ -104,6 +117,7 @@ def retrain(
     *,
     loss: LossFn,
     query_loss: LossFn | None = None,
+    margin_loss: LossFn | None = None,
     subsets: Bool[Tensor, "subsets rows"],
     training: Training,
     seeds: int = 1,
@@ -124,6 +138,8 @@ def retrain(
         start: what makes a model (called once a model, seeded), or the parameters that all start from.
         train, query: the rows, and the queries.
         loss, query_loss: of a row in training, and of a query where that is another one.
+        margin_loss: minus the margin of a query's right class, to be kept besides; None: that of a
+            `model_loss` of classification, and of other losses there is none.
         subsets: which rows to train on, see `random_subsets`.
         training: optimizer, schedule, batches.
         seeds: models of each subset.
@@ -148,8 +164,12 @@ def retrain(
     trainer.check(subsets, models.seeds[::seeds].tolist())
     check_subsets(subsets, _classes(trainer.table))
     size = trainer.at_once(chunk)
-    queries = _queries(trainer, query_loss or loss, query)
-    known = {**_describe(trainer, train, query, query_loss or loss, subsets), "seeds": seeds, "seed": seed}
+    query_loss = query_loss or loss
+    margin_loss = margin_loss or _margin_of(query_loss)
+    queries = _queries(trainer, {"losses": query_loss, "margins": margin_loss}, query)
+    known = {**_describe(trainer, train, query, query_loss, subsets), "seeds": seeds, "seed": seed}
+    if margin_loss is not None:
+        known["margin_loss"] = loss_settings(margin_loss)
     own = (
         range(len(models.seeds)) if shard is None else shard_rows(np.ones(len(models.seeds), np.int64), shard)
     )
@@ -203,23 +223,45 @@ def _names(data: Data) -> list[str]:
     return [str(row) for row in range(len(data))] if ids is None else list(ids)
 
 
-def _queries(trainer: Trainer, loss: LossFn, query: Data) -> tuple[Losses, Table]:
-    """The losses of many models on queries, and the queries."""
-    params = initial_params(trainer.start, 0)
-    table = table_of(query, next(iter(params.values())).device)
-    return stacked_losses(loss, params, table.take(torch.tensor([0, len(table) - 1])))[0], table
+def _margin_of(loss: LossFn) -> LossFn | None:
+    """Minus the margin of a loss of classes."""
+    if not isinstance(loss, ModelLoss) or loss.task not in CLASSES:
+        return None
+    return replace(loss, criterion="margin", label_smoothing=0.0)
+
+
+_Queries = Mapping[str, tuple[Losses, Table]]
+"""What is asked of many models at the queries, by what it is called."""
+
+
+def _queries(trainer: Trainer, losses: Mapping[str, LossFn | None], query: Data) -> _Queries:
+    """The losses of many models on queries, and the queries; of margins without their weights."""
+    params, made = initial_params(trainer.start, 0), {}
+    whole = table_of(query, next(iter(params.values())).device)
+    plain = replace(whole, columns={key: v for key, v in whole.columns.items() if key != "weight"})
+    for name, loss in losses.items():
+        if loss is not None:
+            table = plain if name == "margins" else whole
+            two = table.take(torch.tensor([0, len(table) - 1]))
+            made[name] = stacked_losses(loss, params, two)[0], table
+    return made
 
 
 def _losses(
-    trainer: Trainer, queries: tuple[Losses, Table], models: _Models, progress: Progress | None
+    trainer: Trainer, queries: _Queries, models: _Models, progress: Progress | None
 ) -> dict[str, Tensor]:
-    """Train a chunk of models; their losses, NaN where they diverged."""
+    """Train a chunk of models; their losses and margins, NaN where they diverged."""
     seeds = models.seeds.tolist()
     trained = trainer.train(models.subsets, seeds, chunk=len(seeds), progress=progress)
-    losses = query_losses(trained.params, *queries, trainer.training.batch_size)
-    diverged = trained.diverged | ~losses.isfinite().all(1)
-    return {"losses": torch.where(diverged[:, None], torch.nan, losses), "train_losses": trained.losses,
-            "diverged": diverged}  # fmt: skip
+    made = {
+        name: query_losses(trained.params, *asked, trainer.training.batch_size)
+        for name, asked in queries.items()
+    }
+    diverged = trained.diverged | ~torch.stack([values.isfinite().all(1) for values in made.values()]).all(0)
+    kept = {name: torch.where(diverged[:, None], torch.nan, values) for name, values in made.items()}
+    if "margins" in kept:
+        kept["margins"] = -kept["margins"]
+    return {**kept, "train_losses": trained.losses, "diverged": diverged}
 
 
 def query_losses(

@@ -37,12 +37,14 @@ def write_scores(run, scores, *, dampings=("",), rows=None, queries=None, settin
     return run
 
 
-def write_truth(run, subsets, losses, numbers, *, diverged=(), rows=None, settings=None):
+def write_truth(run, subsets, losses, numbers, *, diverged=(), rows=None, settings=None,
+                margins=None):  # fmt: skip
     """What `gradfn retrain` writes."""
     lost = torch.isin(torch.arange(len(numbers)), torch.tensor(diverged, dtype=torch.int64))
     arrays = {"subsets": subsets[numbers], "numbers": numbers, "seeds": torch.arange(len(numbers)),
               "losses": torch.where(lost[:, None], torch.nan, losses),
-              "train_losses": torch.zeros(len(numbers)).double(), "diverged": lost}  # fmt: skip
+              "train_losses": torch.zeros(len(numbers)).double(), "diverged": lost,
+              **({} if margins is None else {"margins": margins})}  # fmt: skip
     settings = {"data": {"fingerprint": "d"}, "query": {"fingerprint": "q"}, **(settings or {})}
     with open_writer(run, "truth", settings, len(numbers)) as writer:
         writer.write(0, len(numbers), {name: value.numpy() for name, value in arrays.items()})
@@ -220,6 +222,42 @@ def test_answers_are_lost_where_the_loss_is_that_of_an_answer(ok, world, tmp_pat
     row = json.loads((tmp_path / "t.jsonl").read_text())
     assert (row["lost"], row["lost_by_chance"]) == (2 / 8, 0.0)
     assert "answers lost" in out
+
+
+def test_predictions_flip_where_there_are_classes(ok, world, tmp_path):
+    subsets = brittleness_subsets(world.near, [2, 4], controls=3)
+    numbers = torch.arange(len(subsets)).repeat_interleave(2)
+    margins = torch.randn(len(numbers), QUERIES, generator=torch.Generator().manual_seed(5)).double()
+    margins[:2, :6], margins[:2, 6:] = 1.0, -1.0
+    loss = {"query_loss": {"criterion": "cross_entropy", "reduction": "sum", "label_smoothing": 0.0}}
+    truth = write_truth(tmp_path / "truth", subsets, torch.rand(len(numbers), QUERIES).double(), numbers,
+                        margins=margins, settings=loss)  # fmt: skip
+    out = ok("evaluate", "brittleness", truth, "--jsonl", tmp_path / "t.jsonl")
+    means = [(margins[2 * n] + margins[2 * n + 1]) / 2 for n in range(len(subsets))]
+    for place, line in enumerate((tmp_path / "t.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        best = [bool(means[1 + 2 * query + place][query] <= 0) for query in range(6)]
+        first = 1 + 2 * QUERIES + 3 * place
+        chance = [bool(means[c][query] <= 0) for query in range(6) for c in range(first, first + 3)]
+        assert row["right"] == 6
+        assert row["flipped"] == pytest.approx(sum(best) / 6)
+        assert row["flipped_by_chance"] == pytest.approx(sum(chance) / 18)
+        assert row["lost"] is None
+        assert f"{sum(best) / 6:.0%}, {sum(chance) / 18:.0%} by chance" in out
+    assert "6 of 8 queries right, which are those that can flip" in " ".join(out.split())
+    assert "answers lost" not in out
+
+
+def test_nothing_flips_where_nothing_is_right_or_there_are_no_classes(ok, world, tmp_path):
+    subsets = brittleness_subsets(world.near, [2], controls=3)
+    numbers, losses = torch.arange(len(subsets)), torch.rand(len(subsets), QUERIES).double()
+    for margins, right in ((-torch.ones(len(subsets), QUERIES).double(), 0), (None, None)):
+        truth = write_truth(tmp_path / str(right), subsets, losses, numbers, margins=margins)
+        out = ok("evaluate", "brittleness", truth, "--jsonl", tmp_path / f"{right}.jsonl")
+        row = json.loads((tmp_path / f"{right}.jsonl").read_text())
+        assert (row["right"], row["flipped"], row["flipped_by_chance"]) == (right, None, None)
+        assert "predictions flip" not in out
+        assert ("0 of 8 queries right" in " ".join(out.split())) == (right == 0)
 
 
 def test_mislabel_takes_self_influence_and_a_column(ok, tmp_path):

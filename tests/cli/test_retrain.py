@@ -1,6 +1,10 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
-from tiny import make_model, make_tokenizer, save
+from tiny import DOCUMENTS, make_model, make_tokenizer, save, write_jsonl
+from transformers import BertConfig, BertForSequenceClassification
 
 import gradfn as gf
 from gradfn.evaluate.subsets import random_subsets
@@ -76,6 +80,37 @@ def test_the_best_rows_of_each_query_are_removed(ok, folder, base, model, querie
     with gf.open_store(folder / "scored", "scores") as store:
         best = store.read("scores").argmax(0)
     assert (~truth.subsets[1:7:2]).nonzero()[:, 1].tolist() == best.tolist()
+
+
+def test_margins_of_classes_are_kept_and_of_tokens_there_are_none(ok, folder, told, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    net = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2, num_labels=3)).eval()
+    path = save(folder / "classes", net, make_tokenizer())
+    rows = [{"text": document["text"], "kind": number % 3} for number, document in enumerate(DOCUMENTS)]
+    data = write_jsonl(folder / "classes.jsonl", rows)
+    base = ("--model", path, "--dataset", data, "--query", data, "--task", "classification",
+            "--label-column", "kind")  # fmt: skip
+    ok("score", tmp_path / "scored", *base)
+    ok("retrain", tmp_path / "truth", *base, *SMALL[2:], "--remove-top", 2, "--scores", tmp_path / "scored",
+       "--learning-rate", 0.01, "--label-smoothing", 0.1)  # fmt: skip
+    truth = open_truth(tmp_path / "truth")
+    documents = gf.tokenize(gf.load_rows(data), gf.load_tokenizer(path))
+    documents = replace(documents, extras={"labels": np.arange(12) % 3})
+    loss = gf.model_loss(net, "classification", label_smoothing=0.1)
+    trained = train(
+        params_of(net), loss, documents, truth.subsets[3:4], [model_seed(0, 1)], Training(1, 3, 0.01)
+    )
+    net.load_state_dict({name: value[0] for name, value in trained.params.items()})
+    for number in range(12):
+        z = net(input_ids=documents[number]["input_ids"][None]).logits[0].tolist()
+        margin = z[number % 3] - max(other for v, other in enumerate(z) if v != number % 3)
+        assert truth.margins[3, number].item() == pytest.approx(margin, rel=1e-3, abs=1e-4)
+    shown = " ".join(ok("evaluate", "brittleness", tmp_path / "truth").split())
+    right = int((truth.margins[:2].mean(0) > 0).sum())
+    assert f"predictions {right} of 12 queries right" in shown
+    assert "predictions flip" in shown
+    assert open_truth(folder / "truth").margins is None
 
 
 def test_models_that_diverge_are_told(ok, folder, base):

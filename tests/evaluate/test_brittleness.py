@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
-from gradfn.evaluate.brittleness import Removal, brittleness, brittleness_subsets, removals
+from gradfn.evaluate.brittleness import (
+    Removal,
+    brittleness,
+    brittleness_subsets,
+    flips,
+    removals,
+)
 from gradfn.evaluate.lds import predicted
 
 ROWS, QUERIES = 9, 4
@@ -49,6 +55,29 @@ def test_an_answer_is_lost_where_its_probability_falls_below_a_half():
     assert unsure.lost is None
 
 
+def test_predictions_flip_as_a_loop_counts_them(influence):
+    subsets = brittleness_subsets(influence, [2, 3], controls=4)
+    margins = torch.randn(len(subsets), QUERIES, generator=torch.Generator().manual_seed(3)).double()
+    margins[0] = torch.tensor([2.0, -1.0, 0.1, 1.0])
+    full, parts = removals(subsets, margins)
+    for place, (part, first) in enumerate(zip(parts, (9, 13), strict=True)):
+        told = flips(full, part)
+        lost, chance = [], []
+        for query in range(QUERIES):
+            if margins[0, query] > 0:
+                lost.append(margins[1 + 2 * query + place, query] <= 0)
+                chance += [margins[control, query] <= 0 for control in range(first, first + 4)]
+        assert 1 < told.right == len(lost) < QUERIES
+        assert told.flipped.value == pytest.approx(sum(lost) / len(lost))
+        assert told.flipped_by_chance.value == pytest.approx(sum(chance) / len(chance))
+
+
+def test_a_tie_of_classes_is_no_right_prediction():
+    tied = flips(torch.tensor([0.0, 1.0]), Removal(1, torch.tensor([-1.0, 0.0]), torch.ones(3, 2)))
+    assert (tied.right, tied.flipped.value) == (1, 1.0)
+    assert flips(torch.zeros(2), Removal(1, torch.ones(2), torch.ones(3, 2))) == (0, None, None)
+
+
 def test_other_subsets_are_refused(influence):
     subsets = brittleness_subsets(influence, [2, 3], controls=4)
     for wrong in (subsets[1:], subsets.flip(0), subsets[:7], torch.ones(3, ROWS).bool()):
@@ -63,3 +92,5 @@ def test_what_cannot_be_compared_is_refused(influence):
         brittleness_subsets(influence, [9])
     with pytest.raises(InputError, match="no model was trained without 2 random rows"):
         brittleness(torch.zeros(2), Removal(2, torch.ones(2), torch.zeros(0, 2)))
+    with pytest.raises(InputError, match="no model was trained without 2 random rows"):
+        flips(torch.ones(2), Removal(2, torch.ones(2), torch.zeros(0, 2)))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from gradfn.errors import InputError
 from gradfn.evaluate import truth as module
 from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import model_seed, open_truth, retrain
+from gradfn.losses import model_loss
 from gradfn.shards import Shard, join_shards
 from gradfn.training import Trainer, Training, initial_params, train
 
@@ -67,6 +70,62 @@ def test_the_truth_is_the_query_loss_of_each_retrained_model(tmp_path):
     chosen, targets = result.targets()
     assert torch.equal(chosen, masks)
     torch.testing.assert_close(targets, result.losses.reshape(4, 2, 5).mean(1))
+
+
+def rival(params, example):
+    """Minus the margin: the best logit of the other classes, less that of the right one."""
+    logits = functional_call(NET, params, (example["x"],))
+    others = torch.where(torch.arange(3) == example["y"], -torch.inf, logits)
+    return others.max() - logits[example["y"]]
+
+
+def test_margins_are_those_of_each_retrained_model_and_their_means(tmp_path):
+    result = made(tmp_path, margin_loss=rival)
+    expected = torch.zeros(8, 5).double()
+    for m in range(8):
+        seed = model_seed(3, m % 2)
+        one = train(make_net, loss, ROWS, random_subsets(12, 4)[m // 2 : m // 2 + 1], [seed], TRAINING)
+        for number, query in enumerate(QUERIES):
+            z = (one.params["weight"][0] @ query["x"] + one.params["bias"][0]).tolist()
+            y = int(query["y"])
+            expected[m, number] = z[y] - max(other for v, other in enumerate(z) if v != y)
+    torch.testing.assert_close(result.margins, expected)
+    torch.testing.assert_close(result.mean_margins(), expected.reshape(4, 2, 5).mean(1))
+    torch.testing.assert_close(open_truth(tmp_path).margins, expected)
+    plain = made(tmp_path / "plain")
+    assert (plain.margins, plain.mean_margins()) == (None, None)
+    assert torch.equal(plain.losses, result.losses)
+
+
+class Classifier(nn.Module):
+    """What `model_loss` takes: a model whose output has logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return SimpleNamespace(logits=self.layer(x))
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"criterion": "log_odds"}, {"label_smoothing": 0.1}, {"task": "image_classification"},
+])  # fmt: skip
+def test_a_classifier_has_margins_whatever_its_loss_and_weights(tmp_path, how):
+    net = Classifier().double()
+    given = model_loss(net, **{"task": "classification", **how})
+    rows = [{"x": row["x"], "labels": row["y"]} for row in ROWS]
+    asked = [{**row, "weight": torch.tensor(-2.0).double()} for row in rows[:5]]
+    start = {name: p.detach() for name, p in net.named_parameters()}
+    result = retrain(tmp_path, start, rows, asked, loss=given, training=TRAINING,
+                     subsets=random_subsets(12, 3, leave_out=1))  # fmt: skip
+    trained = train(start, given, rows, random_subsets(12, 3, leave_out=1), [0, 0, 0], TRAINING)
+    for m in range(3):
+        net.load_state_dict({name: value[m] for name, value in trained.params.items()})
+        for number, row in enumerate(rows[:5]):
+            z, y = net(row["x"]).logits.detach().tolist(), int(row["labels"])
+            margin = z[y] - max(other for v, other in enumerate(z) if v != y)
+            assert result.margins[m, number].item() == pytest.approx(margin)
 
 
 def test_it_is_read_as_it_was_written(tmp_path):
@@ -129,14 +188,16 @@ def test_models_that_diverge_are_counted_and_left_out_of_means(tmp_path):
         return (params["w"] * example["x"] - 1).square().sum()
 
     result = retrain(
-        tmp_path, {"w": torch.ones(1)}, data, data[:2], loss=square, subsets=subsets,
+        tmp_path, {"w": torch.ones(1)}, data, data[:2], loss=square, margin_loss=square, subsets=subsets,
         training=Training(2, 2, 0.1, "sgd"),
     )  # fmt: skip
     assert result.diverged.tolist() == [False, True, False]
-    assert result.losses.isnan().all(1).tolist() == [False, True, False]
+    for values in (result.losses, result.margins):
+        assert values.isnan().all(1).tolist() == [False, True, False]
     chosen, targets = result.targets()
     assert torch.equal(chosen, subsets[[0, 2]])
     assert targets.isfinite().all()
+    assert torch.equal(result.mean_margins(), -targets)
     assert result.settings["init"]["kind"] == "given"
 
 
