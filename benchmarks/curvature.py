@@ -16,7 +16,8 @@ the same files.
 * `trackstar`: 1,000 documents of 64 tokens and 8 queries, GPT-NeoX of 6 layers and width 128, vocabulary
   4,096, p = 16, second moments of both mixed. `gradfn score --method trackstar` against `bergson trackstar`
   (with unit norms, as the paper has it, which is not its default): whole processes, from text to scores on
-  disk.
+  disk, each with batches of its own default, 4,096 and 2,048 tokens (the context, which bergson's cannot
+  exceed).
 * `sweep-trackstar`, `sweep-ekfac`: on the same documents ten dampings against one, of TrackStar (p = 16) and
   of EK-FAC (full gradients), from the fit to the scores. Both are our own, so they take turns in one process.
 
@@ -328,12 +329,11 @@ def run_ours_trackstar(folder: Path) -> dict[str, Any]:
     import gradfn as gf
     from gradfn.cli import main
 
-    run, size = folder / f"ours-{os.getpid()}", size_of(folder)
+    run = folder / f"ours-{os.getpid()}"
     sys.argv = [
         "gradfn", "score", str(run), "--model", str(folder / "model"),
         "--dataset", str(folder / "documents.jsonl"), "--query", str(folder / "queries.jsonl"),
-        "--method", "trackstar", "--projection-dim", str(P),
-        "--token-batch-size", str(size.batch * size.length), "--truncation",
+        "--method", "trackstar", "--projection-dim", str(P), "--truncation",
     ]  # fmt: skip
     main()
     with gf.open_store(run, "scores") as store:

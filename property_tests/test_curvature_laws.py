@@ -19,7 +19,15 @@ from gradfn.probes import probe_engine
 from gradfn.scoring import Method, score
 from gradfn.spectrum import Damping, DampingKind
 from gradfn.stream import collect
-from gradfn.testing import assert_blocks_close, chains, dampings, naive_blocks, problems, spectra
+from gradfn.testing import (
+    assert_blocks_close,
+    chain_difference,
+    chains,
+    dampings,
+    naive_blocks,
+    problems,
+    spectra,
+)
 from gradfn.testing.strategies import shapes_of
 from gradfn.transforms import Adam, chain, precondition, project, unit_normalize
 
@@ -85,7 +93,8 @@ def powered(one, power, damping):
     if power == -1:
         return matrix
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    real = values > 1e-7 * values.amax()  # the root of a rounded zero is not small
+    return vectors @ torch.diag(torch.where(real, values, 0.0).sqrt()) @ vectors.T
 
 
 def multiplied(H, blocks, power, damping):
@@ -232,16 +241,20 @@ def test_chains_with_curvatures_are_lowered_to_the_same(data, problem, budget, s
     power, damping = data.draw(powers), data.draw(dampings())
     last = data.draw(st.sampled_from([chain(), project(2, seed=5), unit_normalize()]))
     made = chain(first, precondition(H, power, damping), last)
-    want = last(multiplied(H, first(plain), power, damping))
     common = {"loss": problem.loss, "token_batch_size": budget}
     if scored:
         got = score(
             problem.model, problem.rows, problem.rows[:1], method=Method(made, made), by_block=True, **common
         )
-        want = {name: G.flatten(1) @ G[:1].flatten(1).T for name, G in want.items()}
     else:
         got = collect(problem.model, problem.rows, made, **common)
-    assert_blocks_close(got, want, 1e-6)
+
+    def dense(blocks):
+        want = last(multiplied(H, first(blocks), power, damping))
+        return {name: G.flatten(1) @ G[:1].flatten(1).T for name, G in want.items()} if scored else want
+
+    # Nearly singular curvatures make rounding of any size: it is told from what is wrong by noise.
+    assert not (wrong := chain_difference(got, dense, plain, 1e-6)), wrong
 
 
 @given(st.data(), fitting(), st.sampled_from(["none", "cosine", "relative"]))

@@ -10,7 +10,6 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradfn.layers import View, blocks_of, find_sites
-from gradfn.transforms import Transform
 from gradfn.types import Blocks, Example, Params
 
 
@@ -151,7 +150,10 @@ def difference(got: Blocks | Tensor, want: Blocks | Tensor, tolerance: float = 1
 
 
 def chain_difference(
-    got: Blocks | Tensor, transform: Transform, dense: Blocks, tolerance: float = 1e-9
+    got: Blocks | Tensor,
+    transform: Callable[[Blocks], Blocks | Tensor],
+    dense: Blocks,
+    tolerance: float = 1e-9,
 ) -> str:
     """What is different between a statistic and a chain applied to gradients, or "" if rounding decides it.
 
@@ -160,7 +162,7 @@ def chain_difference(
 
     Args:
         got: what should be `transform(dense)`.
-        transform, dense: a chain and the gradients `{block: [rows, out, in]}`.
+        transform, dense: a chain (or any function of them) and the gradients `{block: [rows, out, in]}`.
         tolerance: see `difference`.
 
     >>> from gradfn.transforms import project

@@ -19,7 +19,7 @@ def load_profile() -> str:
     common = {"deadline": None, "suppress_health_check": SLOW_TO_DRAW}
     quick = {"max_examples": 10, "phases": (Phase.explicit, Phase.generate)}  # shrinking takes minutes
     settings.register_profile("default", derandomize=True, database=None, **quick, **common)
-    settings.register_profile("nightly", max_examples=400, derandomize=False, print_blob=True, **common)
+    settings.register_profile("nightly", max_examples=200, derandomize=False, print_blob=True, **common)
     name = os.environ.get("HYPOTHESIS_PROFILE", "default")
     settings.load_profile(name)
     return name
