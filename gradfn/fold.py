@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradfn.errors import InputError
 from gradfn.layers import Site, View
 from gradfn.losses import causal_lm_loss
-from gradfn.memory import free_memory
+from gradfn.memory import free_memory, release_memory
 from gradfn.probes import Engine, probe_engine
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of, stream
 from gradfn.transforms import Adam, Dot, Rowwise, Transform, adam, chain
@@ -356,6 +356,7 @@ def fit_sums(
         one = Engine(model, engine.loss, whole, sites, engine.view)
         sums, _ = sums_of(fold, one, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
         state = Sums(sums.count, state.blocks | sums.blocks, state.shapes | sums.shapes)
+    release_memory()  # sums are decomposed in large pieces
     return state
 
 
@@ -408,11 +409,10 @@ def fit(
         raise TypeError("a fold needs blocks: the transform must not end in scores")
 
     def run(fold: Additive[Any]) -> Any:
-        sums = fit_sums(
+        return fold.finalize(fit_sums(
             fold, model, data, transform, loss=loss, view=view, partitions=partitions,
             token_batch_size=token_batch_size, progress=progress,
-        )  # fmt: skip
-        return fold.finalize(sums)
+        ))  # fmt: skip
 
     if isinstance(fold, Additive):
         return run(fold)

@@ -147,7 +147,7 @@ def _sum_of_runs(flat: Tensor, weights: Tensor, shifts: Tensor, m: int) -> Tenso
     for run, flips, start in left:
         one = into[:, 0, start : start + run.shape[1]]
         one.add_(run * flips) if mapped else one.addcmul_(run, flips)
-    unfolded = into.sum(1)
+    unfolded = into.sum(1) if pairs_up else into[:, 0]
     return unfolded[:, :m] + unfolded[:, m:]
 
 

@@ -105,6 +105,7 @@ class Solved:
 
     def __call__(self, matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
         if self._last is None or not torch.equal(self._last[0], matrix):
+            self._last = None  # large, and of no use from here on
             self._last = matrix, eigh(matrix)
         return self._last[1]
 

@@ -81,14 +81,15 @@ class Factored(Additive[Curvature]):
         """Divide and decompose, block by block."""
         refuse_empty(state)
         spectrum, solve = (_kfac_spectrum if self.kind == "kfac" else _tkfac_spectrum), Solved()
-        for name, sums in state.blocks.items():
-            if not sums[-1] > 0:
-                raise InputError(f"no position of {name} is supervised: give examples with labels")
+        if idle := [name for name, sums in state.blocks.items() if not sums[-1] > 0]:
+            raise InputError(f"no position of {idle[0]} is supervised: give examples with labels")
+        count, shapes, blocks = state.count, state.shapes, dict(state.blocks)
+        del state  # sums that nobody else holds are let go one by one
         spectra = {
-            n: decomposed(n, spectrum, sums, state.shapes[n], state.count, solve)
-            for n, sums in state.blocks.items()
+            name: decomposed(name, spectrum, blocks.pop(name), shapes[name], count, solve)
+            for name in list(blocks)
         }
-        return Curvature(self.kind, spectra, state.count)
+        return Curvature(self.kind, spectra, count)
 
 
 def kfac() -> Factored:
