@@ -73,19 +73,30 @@ class Layer:
     has_factors: ClassVar[bool] = False
     """Whether the block is a sum of outer products of `factors`."""
 
-    def factors(self, kept: Tensor, g: Tensor, kron: Kron) -> tuple[Tensor, Tensor]:
+    def factors(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool = False) -> tuple[Tensor, Tensor]:
         """`R x [batch, positions, q]`, bias column included, and `L g [batch, positions, p]`."""
         raise NotImplementedError
 
-    def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
+    def positions(self, g: Tensor, tokens: bool) -> int:
+        """How many outer products an example's (or a token's) block is the sum of."""
+        raise NotImplementedError
+
+    def prefers_factors(self, g: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
         """Whether inner products cost less from the factors than from the dense block."""
-        return False
+        if not self.has_factors or _is_matrix(kron.left) or _is_matrix(kron.right):
+            return False
+        size, positions = self.out_features * self.in_features, self.positions(g, tokens)
+        ghost = positions * (self.out_features + self.in_features) if unit else 0
+        return queries * positions * size + positions * ghost < (positions + queries) * size
 
     def score(
         self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool
     ) -> Float[Tensor, "*rows k"]:
         """Inner products with `queries [n, out, in]`, and the squared norm if `unit`, from the factors."""
-        raise NotImplementedError
+        right, left = self.factors(kept, g, kron, tokens)
+        dots = [((left @ query) * right).sum((-2, -1)) for query in queries]
+        norms = [((left @ left.mT) * (right @ right.mT)).sum((-2, -1))] if unit else []
+        return torch.stack(dots + norms, -1)
 
 
 def _is_matrix(side: Side) -> bool:
@@ -144,6 +155,9 @@ class Linear(Layer):
 
     has_factors = True
 
+    def positions(self, g: Tensor, tokens: bool) -> int:
+        return prod(g.shape[2 if tokens else 1 : -1])
+
     def factors(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool = False) -> tuple[Tensor, Tensor]:
         left = _positions(apply_side(kron.left, g if self.rows is None else g[..., self.rows]), tokens)
         right = _positions(kept, tokens)
@@ -159,19 +173,6 @@ class Linear(Layer):
         if self.bias:
             G = torch.cat([G, _positions(left, tokens).sum(-2)[..., None]], -1)
         return apply_side(kron.right, G)
-
-    def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
-        if _is_matrix(kron.left) or _is_matrix(kron.right):
-            return False
-        size, positions = self.out_features * self.in_features, prod(kept.shape[2 if tokens else 1 : -1])
-        ghost = positions * (self.out_features + self.in_features) if unit else 0
-        return queries * positions * size + positions * ghost < (positions + queries) * size
-
-    def score(self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool) -> Tensor:
-        right, left = self.factors(kept, g, kron, tokens)
-        dots = [((left @ query) * right).sum((-2, -1)) for query in queries]
-        norms = [((left @ left.mT) * (right @ right.mT)).sum((-2, -1))] if unit else []
-        return torch.stack(dots + norms, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +259,10 @@ class Conv(Layer):
             x = x if right is None else x * _diagonal(right)[:, None]
         return x, g.reshape(size, -1, groups, self.out_features // groups, prod(g.shape[-self._axes :]))
 
-    def factors(self, kept: Tensor, g: Tensor, kron: Kron) -> tuple[Tensor, Tensor]:
+    def positions(self, g: Tensor, tokens: bool) -> int:
+        return g[0].numel() // self.module.out_channels
+
+    def factors(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool = False) -> tuple[Tensor, Tensor]:
         right, left = (v.squeeze(2).movedim(-1, 2).flatten(1, 2) for v in self._grouped(kept, g, kron.right))
         return right, apply_side(kron.left, left)
 
@@ -304,7 +308,7 @@ class Embedding(Layer):
         G.index_add_(0, flat.flatten(), right.flatten(0, -2))
         return G.view(*lead, self.out_features, -1)
 
-    def prefers_factors(self, kept: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
+    def prefers_factors(self, g: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
         return not (_is_matrix(kron.left) or _is_matrix(kron.right))
 
     def score(self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool) -> Tensor:

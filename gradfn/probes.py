@@ -121,7 +121,7 @@ class _Factors:
         if self.tokens is not None:
             kept, g = _by_token(kept, self.tokens, self.path), _by_token(g, self.tokens, self.path)
         share = plan.share
-        if share and self.layer.prefers_factors(kept, plan.kron, len(share.queries), share.unit, tokens):
+        if share and self.layer.prefers_factors(g, plan.kron, len(share.queries), share.unit, tokens):
             return self.layer.score(kept, g, plan.kron, share.queries, share.unit, tokens)
         if tokens:
             return self._by_tokens(kept, g)
