@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
     from gradfn.evaluate.subsets import leave_one_out, random_subsets
     from gradfn.evaluate.truth import Truth, open_truth, retrain
-    from gradfn.fold import Fold, adam_moments, fit, mean, total
+    from gradfn.fold import Fold, adafactor_moments, adam_moments, fit, mean, total
     from gradfn.heads import Heads
     from gradfn.hf.datasets import load_rows, text_query, tokenize
     from gradfn.hf.models import load_model, load_tokenizer
@@ -75,7 +75,8 @@ _HOME = {
     "precision_at": "evaluate.mislabel", "top_overlap": "evaluate.overlap",
     "recall_at": "evaluate.retrieval", "reciprocal_rank": "evaluate.retrieval",
     "Point": "report.plots", "plot_lds": "report.plots",
-    "Fold": "fold", "adam_moments": "fold", "fit": "fold", "mean": "fold", "total": "fold",
+    "Fold": "fold", "adafactor_moments": "fold", "adam_moments": "fold", "fit": "fold", "mean": "fold",
+    "total": "fold",
     "load_rows": "hf.datasets", "text_query": "hf.datasets", "tokenize": "hf.datasets",
     "load_model": "hf.models", "load_tokenizer": "hf.models",
     "Curvature": "curvature", "ekfac": "curvature", "kfac": "curvature", "mix": "curvature",
@@ -102,19 +103,20 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
-    "Curvature", "Damping", "Documents", "Estimate", "Fold", "Heads", "InputError", "Kept", "Kron", "Method",
-    "Point", "Problem", "Recipe", "StorageError", "Training", "Truth", "View", "adafactor", "adam",
-    "adam_moments", "advantages", "auroc", "average_precision", "best", "blocks_of", "build",
-    "causal_lm_loss", "chain", "collate", "collect", "compress", "dot", "dots", "ekfac", "find_sites",
-    "fit", "fit_mask", "grad_cosine", "grad_dot", "hessian", "influence", "joint", "kfac", "lds",
-    "lds_estimate", "leave_one_out", "linear_cross_entropy", "load_curvature", "load_mask", "load_model",
-    "load_rows", "load_tokenizer", "make_documents", "mean", "mix", "mix_runs", "mixing_coefficient",
-    "model_loss", "noise_ceiling", "noise_ceiling_estimate", "open_store", "open_truth", "open_writer",
-    "params_of", "parse_projection", "per_example_grads", "plot_lds", "precision_at", "precondition",
-    "principal", "probe_engine", "project", "projection_named", "random_subsets", "recall_at",
-    "reciprocal_rank", "reduce", "relatif", "retrain", "sample_labels", "score", "score_run",
-    "second_moment", "selected", "selective_mask", "shampoo", "text_query", "tkfac", "tokenize", "top_k",
-    "top_overlap", "total", "trackstar", "train", "uncovered", "unit_normalize",
+    "Curvature", "Damping", "Documents", "Estimate", "Fold", "Heads", "InputError", "Kept", "Kron",
+    "Method", "Point", "Problem", "Recipe", "StorageError", "Training", "Truth", "View", "adafactor",
+    "adafactor_moments", "adam", "adam_moments", "advantages", "auroc", "average_precision", "best",
+    "blocks_of", "build", "causal_lm_loss", "chain", "collate", "collect", "compress", "dot", "dots",
+    "ekfac", "find_sites", "fit", "fit_mask", "grad_cosine", "grad_dot", "hessian", "influence", "joint",
+    "kfac", "lds", "lds_estimate", "leave_one_out", "linear_cross_entropy", "load_curvature",
+    "load_mask", "load_model", "load_rows", "load_tokenizer", "make_documents", "mean", "mix",
+    "mix_runs", "mixing_coefficient", "model_loss", "noise_ceiling", "noise_ceiling_estimate",
+    "open_store", "open_truth", "open_writer", "params_of", "parse_projection", "per_example_grads",
+    "plot_lds", "precision_at", "precondition", "principal", "probe_engine", "project",
+    "projection_named", "random_subsets", "recall_at", "reciprocal_rank", "reduce", "relatif", "retrain",
+    "sample_labels", "score", "score_run", "second_moment", "selected", "selective_mask", "shampoo",
+    "text_query", "tkfac", "tokenize", "top_k", "top_overlap", "total", "trackstar", "train",
+    "uncovered", "unit_normalize",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from gradfn.losses import causal_lm_loss
 from gradfn.memory import free_memory, release_memory
 from gradfn.probes import Engine, probe_engine
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of, stream
-from gradfn.transforms import Adam, Dot, Rowwise, Transform, adam, chain
+from gradfn.transforms import Adafactor, Adam, Dot, Rowwise, Transform, adafactor, adam, chain
 from gradfn.transforms.summed import Summed
 from gradfn.types import Blocks, Data, LossFn
 
@@ -195,6 +195,50 @@ def adam_moments(eps: float = 1e-8) -> AdamMoments:
     {'a': tensor([[5.]])}
     """
     return AdamMoments(eps)
+
+
+def _side_sums(name: str, G: Tensor) -> Tensor:
+    """The sums of `sum_b G_b²` along rows, `[out]`, and along columns, `[in]`, one after the other."""
+    squares = square_sum(name, G)
+    return torch.cat([squares.sum(1), squares.sum(0)])
+
+
+@dataclass(frozen=True)
+class AdafactorMoments(Additive[Adafactor]):
+    """The row and column means of the second moment; see `adafactor_moments`."""
+
+    eps: float = 1e-30
+
+    def stage(self) -> Transform:
+        """The sums of squares along rows and columns."""
+        return Summed(_side_sums)
+
+    def finalize(self, state: Sums) -> Adafactor:
+        """The transform that divides by the root of their product."""
+        refuse_empty(state)
+        means = {}
+        for name, sums in state.blocks.items():
+            out, into = state.shapes[name][-2:]
+            r, c = (sums / state.count).cpu().split([out, into])
+            means[name] = r / into, c / out
+        return adafactor(means, self.eps)
+
+
+def adafactor_moments(eps: float = 1e-30) -> AdafactorMoments:
+    """Fit Adafactor's moments over data, the row and column means of `v = mean_b G_b²`.
+
+    Of a block `[out, in]` they are `out + in` numbers; the result is the transform that divides by them,
+    `adafactor({block: (r, c)}, eps)`.
+
+    >>> import torch
+    >>> fold = adafactor_moments()
+    >>> state = fold.update(fold.init(), {"a": torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])})
+    >>> fold.finalize(state).rows["a"], fold.finalize(state).columns["a"]
+    (tensor([7.5000], dtype=torch.float64), tensor([ 5., 10.], dtype=torch.float64))
+
+    Source: Adafactor, arXiv:1804.04235, section 3.
+    """
+    return AdafactorMoments(eps)
 
 
 @runtime_checkable

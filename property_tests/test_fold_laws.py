@@ -8,16 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradfn.curvature import Curvature, second_moment, shampoo
-from gradfn.fold import adam_moments, fit, mean, total
+from gradfn.fold import adafactor_moments, adam_moments, fit, mean, total
 from gradfn.testing import assert_blocks_close, naive_blocks, problems, seeds
-from gradfn.transforms import Adam, project
+from gradfn.transforms import Adafactor, Adam, project
 
-folds = st.sampled_from([mean(), total(), adam_moments(), adam_moments(0.5), second_moment(), shampoo()])
+folds = st.sampled_from(
+    [mean(), total(), adam_moments(), adam_moments(0.5), adafactor_moments(), second_moment(), shampoo()]
+)
 
 
 def as_blocks(value):
     if isinstance(value, Curvature):
         return {name: one.dense() for name, one in value.items()}
+    if isinstance(value, Adafactor):
+        return {f"{side} {n}": v for side in ("rows", "columns") for n, v in getattr(value, side).items()}
     return value.moments if isinstance(value, Adam) else value
 
 
@@ -85,6 +89,12 @@ def test_the_statistics_are_what_they_are_called(seed, rows):
         mean(): {name: G.mean(0, keepdim=True) for name, G in blocks.items()},
         total(): {name: G.sum(0, keepdim=True) for name, G in blocks.items()},
         adam_moments(): {name: (G**2).sum(0) / rows for name, G in blocks.items()},
+        adafactor_moments(): {
+            "rows a": (blocks["a"] ** 2).mean((0, 2)),
+            "rows b": (blocks["b"] ** 2).mean((0, 2)),
+            "columns a": (blocks["a"] ** 2).mean((0, 1)),
+            "columns b": (blocks["b"] ** 2).mean((0, 1)),
+        },
     }
     for fold, statistic in expected.items():
         assert_blocks_close(result(fold, fold.update(fold.init(), blocks)), statistic, 1e-6)
