@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from tiny import language_model
 from torch import nn
-from torch.func import hessian, jacrev
+from torch.func import jacrev
 from transformers.pytorch_utils import Conv1D
 
 import gradfn as gf
@@ -75,7 +75,10 @@ def dense_fisher(loss, model, rows):
 
 
 def dense_hessian(loss, params, rows):
-    return hessian(lambda w: sum(loss(one(w, params), row) for row in rows) / len(rows))(flat_params(params))
+    def mean(w):
+        return sum(loss(one(w, params), row) for row in rows) / len(rows)
+
+    return jacrev(jacrev(mean))(flat_params(params))
 
 
 def outputs(params, example):
