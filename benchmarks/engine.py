@@ -326,7 +326,7 @@ def run_stock(folder: Path, full: bool) -> dict:
 
 def attributed(model) -> list:
     """The weights of the layers that have a block."""
-    from gradfn.layers import find_sites
+    from gradfn.sites import find_sites
 
     return [p for site in find_sites(model) for p in (site.weight, site.own_bias) if p is not None]
 
@@ -367,7 +367,7 @@ def run_ghost(folder: Path, p: int) -> dict:
     """Squared norms of every example from the inputs and output gradients of linear layers."""
     import torch
 
-    from gradfn.layers import find_sites
+    from gradfn.sites import find_sites
 
     model, data, budget = load(folder)
     batches = padded_batches(data, budget)

@@ -32,21 +32,22 @@ if TYPE_CHECKING:
     from gradfn.evaluate.truth import Truth, open_truth, retrain
     from gradfn.fold import Fold, adafactor_moments, adam_moments, fit, mean, total
     from gradfn.heads import Heads
+    from gradfn.hessians import hessian, load_curvature, mix_runs
     from gradfn.hf.datasets import load_rows, text_query, tokenize
     from gradfn.hf.models import load_model, load_tokenizer
     from gradfn.kept import Kept
     from gradfn.kron import Kron
-    from gradfn.layers import View, blocks_of, find_sites, uncovered
     from gradfn.losses import advantages, causal_lm_loss, linear_cross_entropy, model_loss
     from gradfn.masks import load_mask, projection_named
     from gradfn.methods import Problem, Recipe, grad_cosine, grad_dot, influence, relatif, trackstar
     from gradfn.per_example import params_of, per_example_grads
     from gradfn.probes import probe_engine
     from gradfn.report.plots import Point, plot_lds
-    from gradfn.runs import build, hessian, load_curvature, mix_runs, reduce, score_run
+    from gradfn.runs import build, reduce, score_run
     from gradfn.sampling import sample_labels
     from gradfn.scoring import Method, best, dots, score, top_k
     from gradfn.selective import fit_mask, selective_mask
+    from gradfn.sites import View, blocks_of, find_sites, uncovered
     from gradfn.spectrum import Damping
     from gradfn.store import open_store, open_writer
     from gradfn.stream import collect
@@ -83,9 +84,9 @@ _HOME = {
     "mixing_coefficient": "curvature", "second_moment": "curvature", "shampoo": "curvature",
     "tkfac": "curvature", "Damping": "spectrum", "sample_labels": "sampling", "precondition": "transforms",
     "Problem": "methods", "Recipe": "methods", "influence": "methods", "relatif": "methods",
-    "trackstar": "methods", "hessian": "runs", "load_curvature": "runs", "mix_runs": "runs",
-    "Heads": "heads", "View": "layers",
-    "Kept": "kept", "Kron": "kron", "blocks_of": "layers", "find_sites": "layers", "uncovered": "layers",
+    "trackstar": "methods", "hessian": "hessians", "load_curvature": "hessians", "mix_runs": "hessians",
+    "Heads": "heads", "View": "sites",
+    "Kept": "kept", "Kron": "kron", "blocks_of": "sites", "find_sites": "sites", "uncovered": "sites",
     "advantages": "losses", "causal_lm_loss": "losses", "linear_cross_entropy": "losses",
     "model_loss": "losses",
     "grad_cosine": "methods", "grad_dot": "methods",

@@ -16,20 +16,10 @@ from torch import Tensor, nn
 
 from gradfn.data import collate
 from gradfn.errors import InputError
-from gradfn.layers import (
-    Conv,
-    Embedding,
-    Experts,
-    Linear,
-    Scale,
-    Site,
-    View,
-    all_sites,
-    find_sites,
-    output_head,
-)
+from gradfn.layers import Conv, Embedding, Experts, Linear, Scale
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import Engine
+from gradfn.sites import Site, View, all_sites, find_sites, output_head
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect
 from gradfn.testing.naive import naive_blocks
 from gradfn.transforms import Transform, project

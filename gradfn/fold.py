@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
-from gradfn.layers import Site, View
 from gradfn.losses import causal_lm_loss
 from gradfn.memory import free_memory, release_memory
 from gradfn.probes import Engine, probe_engine
+from gradfn.sites import Site, View
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of, stream
 from gradfn.transforms import Adafactor, Adam, Dot, Rowwise, Transform, adafactor, adam, chain
 from gradfn.transforms.summed import Summed

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gradfn.data import IGNORED
 from gradfn.errors import InputError
-from gradfn.layers import output_head
 from gradfn.per_example import call
+from gradfn.sites import output_head
 from gradfn.types import Batch, Example, Params
 
 Reduction = Literal["mean", "sum"]

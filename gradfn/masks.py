@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.runs import GRADIENTS, load_curvature, open_curvature, refuse_mismatch
+from gradfn.hessians import load_curvature, open_curvature
+from gradfn.runs import GRADIENTS, refuse_mismatch
 from gradfn.selective import Dims, MaskReport, drawn_rows, fit_by_parts
 from gradfn.store import Store, differing, open_store, open_writer
 from gradfn.transforms import Chain, Transform, chain

@@ -13,9 +13,9 @@ from torch import nn
 from gradfn.curvature import Curvature, ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.errors import InputError
 from gradfn.fold import Additive, Sums, TwoPass, check_fit, fit_sums
-from gradfn.layers import View
+from gradfn.hessians import Labels, fit_settings, load_curvature, write_curvature
 from gradfn.losses import causal_lm_loss
-from gradfn.runs import Labels, Settings, fit_settings, load_curvature, write_curvature
+from gradfn.runs import Settings
 from gradfn.sampling import check_drawn, sample_labels
 from gradfn.shards import (
     Shard,
@@ -27,6 +27,7 @@ from gradfn.shards import (
     shard_run,
     shards_of,
 )
+from gradfn.sites import View
 from gradfn.store import Store, Writer, differing, open_store, open_writer, remove_kind
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
 from gradfn.transforms import Transform

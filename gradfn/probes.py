@@ -24,21 +24,9 @@ from torch.func import vmap
 from gradfn.attention import fast_attention
 from gradfn.errors import InputError
 from gradfn.kron import Kron
-from gradfn.layers import (
-    AttentionInput,
-    Conv,
-    Experts,
-    Layer,
-    Linear,
-    Site,
-    Tap,
-    View,
-    Where,
-    blocks_of,
-    find_sites,
-    output_head,
-)
+from gradfn.layers import AttentionInput, Conv, Experts, Layer, Linear, Where
 from gradfn.per_example import definition, params_of
+from gradfn.sites import Site, Tap, View, blocks_of, find_sites, output_head
 from gradfn.transforms import Chain, Transform, chain, lower
 from gradfn.transforms.lower import BlockPlan, Lowered
 from gradfn.transforms.summed import FactorSummed, Summed

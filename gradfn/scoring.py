@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gradfn.data import offsets_of
 from gradfn.errors import InputError
-from gradfn.layers import View
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import Engine, probe_engine
+from gradfn.sites import View
 from gradfn.spectrum import Damping, Spectrum
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect, result_numbers, results_per_row, stream_to_host
 from gradfn.transforms import Dot, SelfDot, Transform, chain, dot, unit_normalize

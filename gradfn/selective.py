@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from gradfn.errors import InputError
 from gradfn.kron import Kron
-from gradfn.layers import View, find_sites
 from gradfn.maps import Select
 from gradfn.memory import free_memory
 from gradfn.random import choice, normals
+from gradfn.sites import View, find_sites
 from gradfn.stream import TOKEN_BATCH_SIZE, collect
 from gradfn.transforms import Kronecker, Transform, chain
 from gradfn.transforms.fitted import SelectedFlat, SelectedSides, selected

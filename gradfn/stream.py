@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from gradfn.data import IGNORED, collate, offsets_of, plan_batches
 from gradfn.errors import InputError
 from gradfn.kept import Kept
-from gradfn.layers import View
 from gradfn.losses import causal_lm_loss
 from gradfn.memory import free_memory
 from gradfn.probes import Engine, probe_engine
+from gradfn.sites import View
 from gradfn.transforms import Transform
 from gradfn.types import Batch, Blocks, Data, Example, LossFn, Rows
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradfn.layers import find_sites
 from gradfn.probes import Engine, probe_engine
+from gradfn.sites import find_sites
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, chains, mlps, naive_blocks, seeds, vector_rows
 from gradfn.testing.strategies import shapes_of, squared_error

@@ -13,10 +13,10 @@ from gradfn.curvature.kfac import Corrected
 from gradfn.data import IGNORED
 from gradfn.errors import InputError
 from gradfn.fold import adam_moments, fit, mean, sums_of, total
-from gradfn.layers import View, find_sites
 from gradfn.losses import CausalLMLoss
 from gradfn.probes import probe_engine
 from gradfn.scoring import Method, score
+from gradfn.sites import View, find_sites
 from gradfn.spectrum import Damping, DampingKind
 from gradfn.stream import collect
 from gradfn.testing import (

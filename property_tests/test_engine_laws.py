@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from gradfn.data import collate
 from gradfn.errors import InputError
-from gradfn.layers import blocks_of, find_sites
 from gradfn.losses import CausalLMLoss, head_is_plain
 from gradfn.per_example import params_of, per_example_grads
 from gradfn.probes import probe_engine
+from gradfn.sites import blocks_of, find_sites
 from gradfn.stream import collect
 from gradfn.testing import (
     Problem,

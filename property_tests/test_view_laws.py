@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradfn.data import collate, offsets_of
-from gradfn.layers import View, find_sites
 from gradfn.probes import probe_engine
+from gradfn.sites import View, find_sites
 from gradfn.stream import collect
 from gradfn.testing import (
     assert_blocks_close,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import language_model
 
-from gradfn.layers import View, find_sites
 from gradfn.losses import causal_lm_loss
+from gradfn.sites import View, find_sites
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
 from gradfn.transforms import chain, project, unit_normalize

@@ -10,9 +10,10 @@ from transformers.pytorch_utils import Conv1D
 from gradfn.data import collate
 from gradfn.fold import total
 from gradfn.kron import Kron
-from gradfn.layers import Layer, View, find_sites
+from gradfn.layers import Layer
 from gradfn.per_example import call
 from gradfn.probes import probe_engine
+from gradfn.sites import View, find_sites
 from gradfn.testing import assert_blocks_close, naive_blocks
 from gradfn.testing.strategies import randomize
 from gradfn.transforms import Compress, Project, adafactor, adam, chain, dot, project, unit_normalize

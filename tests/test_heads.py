@@ -5,8 +5,8 @@ from torch import nn
 
 from gradfn.errors import InputError
 from gradfn.heads import Heads, heads_of
-from gradfn.layers import View, find_sites
 from gradfn.losses import causal_lm_loss
+from gradfn.sites import View, find_sites
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
 from gradfn.testing.naive import naive_grads

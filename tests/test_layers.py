@@ -4,7 +4,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradfn.errors import InputError
-from gradfn.layers import View, blocks_of, find_sites, output_head, uncovered
+from gradfn.sites import View, blocks_of, find_sites, output_head, uncovered
 
 
 class TinyLM(nn.Module):

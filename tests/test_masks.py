@@ -9,8 +9,8 @@ from torch.func import functional_call
 import gradfn as gf
 from gradfn.curvature import kfac
 from gradfn.errors import InputError
+from gradfn.hessians import hessian
 from gradfn.masks import load_mask, mask_run, projection_named, stored_mask
-from gradfn.runs import hessian
 from gradfn.selective import drawn_rows, selective_mask
 from gradfn.store import open_store
 from gradfn.transforms.projection import spell

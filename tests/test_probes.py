@@ -5,10 +5,10 @@ from torch.func import functional_call
 
 from gradfn.data import collate
 from gradfn.errors import InputError
-from gradfn.layers import View, blocks_of, find_sites
 from gradfn.losses import CausalLMLoss
 from gradfn.per_example import params_of, per_example_grads
 from gradfn.probes import probe_engine
+from gradfn.sites import View, blocks_of, find_sites
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
 from gradfn.testing.strategies import VOCAB, randomize, squared_error

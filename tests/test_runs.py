@@ -8,9 +8,9 @@ from torch import nn
 
 import gradfn as gf
 from gradfn import runs
-from gradfn.curvature import ekfac, kfac, mixing_coefficient, second_moment
+from gradfn.curvature import ekfac
 from gradfn.errors import InputError
-from gradfn.layers import View
+from gradfn.sites import View
 from gradfn.spectrum import Damping
 
 TRANSFORMS = {
@@ -351,58 +351,8 @@ def test_layers_that_no_probe_sees_are_named(tmp_path):
     assert gf.build(tmp_path / "b", net, data, loss=loss, view=View(["*"])).unprobed == ("scale",)
 
 
-KINDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_curvature_comes_back_as_it_was_fitted(llama, documents, tmp_path, kind):
-    transform = gf.project(3)
-    fitted = runs.hessian(tmp_path, llama, documents, KINDS[kind](), transform)
-    loaded = runs.load_curvature(tmp_path)
-    assert (loaded.kind, loaded.rows, loaded.digest) == (kind, 8, fitted.digest)
-    for name, one in fitted.items():
-        torch.testing.assert_close(loaded[name].dense(), one.dense())
-        assert (loaded[name].sides is None) == (one.sides is None)
-
-
-def test_a_curvature_that_is_there_is_not_fitted_again(llama, documents, tmp_path, monkeypatch):
-    first = runs.hessian(tmp_path, llama, documents, second_moment(), gf.project(3))
-    with pytest.raises(InputError, match="transform"):
-        runs.hessian(tmp_path, llama, documents, second_moment(), gf.project(4))
-    monkeypatch.setattr(runs, "fit", None)
-    again = runs.hessian(tmp_path, llama, documents, second_moment(), gf.project(3))
-    assert again.digest == first.digest
-
-
-def test_labels_of_the_model_make_another_curvature(llama, documents, tmp_path):
-    made = [
-        runs.hessian(
-            tmp_path / str(i), llama, documents, second_moment(), gf.project(3), labels=labels, seed=seed
-        )
-        for i, (labels, seed) in enumerate([("data", 0), ("model", 0), ("model", 0), ("model", 1)])
-    ]
-    assert made[1].digest == made[2].digest
-    assert len({one.digest for one in made}) == 3
-
-
-def test_mixed_runs(llama, documents, tmp_path):
-    for name, part in (("q", documents.select([0, 1])), ("t", documents.select([2, 4, 5]))):
-        runs.hessian(tmp_path / name, llama, part, second_moment(), gf.project(3))
-    mixed, weight = runs.mix_runs(tmp_path / "m", tmp_path / "q", tmp_path / "t", components=5)
-    q, t = (runs.load_curvature(tmp_path / name) for name in "qt")
-    assert weight == mixing_coefficient(q, t, 5)
-    for name, one in runs.load_curvature(tmp_path / "m").items():
-        expected = weight * q[name].dense() + (1 - weight) * t[name].dense()
-        torch.testing.assert_close(one.dense(), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
-    fixed, _ = runs.mix_runs(tmp_path / "half", tmp_path / "q", tmp_path / "t", coefficient=0.5)
-    assert fixed.digest != mixed.digest
-    runs.hessian(tmp_path / "other", llama, documents, second_moment(), gf.project(2))
-    with pytest.raises(InputError, match="made differently"):
-        runs.mix_runs(tmp_path / "no", tmp_path / "q", tmp_path / "other")
-
-
 def test_scores_with_a_curvature_on_disk(llama, documents, tmp_path):
-    H = runs.hessian(tmp_path, llama, documents, ekfac())
+    H = gf.hessian(tmp_path, llama, documents, ekfac())
     method = gf.influence(H, damping=(Damping(0.1), Damping(1.0)))
     queries = gf.collect(llama, documents.select([1]))
     summary = gf.score_run(tmp_path, llama, documents, queries, method)

@@ -7,8 +7,8 @@ from torch import nn
 
 from gradfn import InputError, causal_lm_loss, fit, model_loss
 from gradfn.curvature import second_moment
-from gradfn.layers import View
 from gradfn.sampling import sample_labels
+from gradfn.sites import View
 
 
 def documents(rows=5, vocabulary=11):

@@ -6,9 +6,9 @@ from gradfn.curvature import ekfac, kfac, second_moment
 from gradfn.data import make_documents
 from gradfn.errors import InputError
 from gradfn.fold import fit
-from gradfn.layers import View
 from gradfn.methods import grad_cosine, grad_dot
 from gradfn.scoring import Method, best, dots, extremes, score, top_k
+from gradfn.sites import View
 from gradfn.spectrum import Damping
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close

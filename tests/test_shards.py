@@ -11,9 +11,9 @@ import gradfn as gf
 from gradfn import fold, runs, store
 from gradfn.curvature import ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.errors import InputError
-from gradfn.layers import View
 from gradfn.merging import hessian_shard, merge_run
 from gradfn.shards import Shard, complete_shards, join_shards, parse_shard, shard_rows, shard_run, shards_of
+from gradfn.sites import View
 from gradfn.store import open_part, open_store, open_writer
 
 SIZES = (5, 3, 8, 1, 4, 7, 2, 6, 1, 3, 5)
@@ -497,24 +497,24 @@ def fit_in_shards(run, model, documents, one, transform, count, **how):
 def test_a_curvature_fitted_in_shards_is_the_curvature(model, documents, tmp_path, kind, count):
     how = {"partitions": 1 + count % 2, "token_batch_size": 8}
     transform = gf.project(3)
-    expected = runs.hessian(tmp_path / "whole", model, documents, FOLDS[kind](), transform, **how)
+    expected = gf.hessian(tmp_path / "whole", model, documents, FOLDS[kind](), transform, **how)
     joined = fit_in_shards(tmp_path / "run", model, documents, FOLDS[kind](), transform, count, **how)
     assert (joined.kind, joined.shards) == ("hessian", count)
-    found = runs.load_curvature(tmp_path / "run")
+    found = gf.load_curvature(tmp_path / "run")
     assert (found.kind, found.rows, list(found)) == (kind, len(documents), list(expected))
     for name, one in found.items():
         torch.testing.assert_close(one.dense(), expected[name].dense(), rtol=1e-9, atol=1e-12)
     with open_store(tmp_path / "run", "hessian") as a, open_store(tmp_path / "whole", "hessian") as b:
         assert a.settings == b.settings
-    again = runs.hessian(tmp_path / "run", model, documents, FOLDS[kind](), transform, **how)
+    again = gf.hessian(tmp_path / "run", model, documents, FOLDS[kind](), transform, **how)
     assert again.digest == found.digest
 
 
 def test_labels_drawn_in_shards_are_those_drawn_in_one(model, documents, tmp_path):
     how = {"labels": "model", "seed": 3}
-    expected = runs.hessian(tmp_path / "whole", model, documents, kfac(), **how)
+    expected = gf.hessian(tmp_path / "whole", model, documents, kfac(), **how)
     fit_in_shards(tmp_path / "run", model, documents, kfac(), None, 3, **how)
-    for name, one in runs.load_curvature(tmp_path / "run").items():
+    for name, one in gf.load_curvature(tmp_path / "run").items():
         torch.testing.assert_close(one.dense(), expected[name].dense(), rtol=1e-9, atol=1e-12)
     drawn = gf.sample_labels(gf.causal_lm_loss(model), documents, 3)
     part = gf.sample_labels(gf.causal_lm_loss(model), documents, 3, rows=range(4, 7))
@@ -559,8 +559,8 @@ def test_a_second_pass_of_another_first_one_is_refused(model, documents, tmp_pat
     for shard in all_of(2):
         assert hessian_shard(tmp_path, model, documents, ekfac(), gf.project(2), shard=shard) == 2
     assert merge_run(tmp_path, overwrite=True)[0].kind == "hessian"
-    expected = runs.hessian(tmp_path / "whole", model, documents, ekfac(), gf.project(2))
-    for name, one in runs.load_curvature(tmp_path).items():
+    expected = gf.hessian(tmp_path / "whole", model, documents, ekfac(), gf.project(2))
+    for name, one in gf.load_curvature(tmp_path).items():
         torch.testing.assert_close(one.dense(), expected[name].dense(), rtol=1e-9, atol=1e-12)
 
 
@@ -593,7 +593,7 @@ def test_sums_that_were_made_again_replace_a_curvature_only_when_told(model, doc
     for shard in all_of(2):
         hessian_shard(tmp_path, model, documents, kfac(), gf.project(3), shard=shard)
     merge_run(tmp_path)
-    before = runs.load_curvature(tmp_path).digest
+    before = gf.load_curvature(tmp_path).digest
     part = open_part(shard_run(tmp_path, Shard(1, 2)), "sums")
     sums = {name: part.read(name, *part.span) for name in part.names()}
     sums = {name: 2 * array if name.startswith("sums/") else array for name, array in sums.items()}
@@ -605,11 +605,11 @@ def test_sums_that_were_made_again_replace_a_curvature_only_when_told(model, doc
         tmp_path, "^the hessian in .* is not of the sums of its shards, which were made again: add --over"
     )
     merge_run(tmp_path, overwrite=True)
-    assert runs.load_curvature(tmp_path).digest != before
+    assert gf.load_curvature(tmp_path).digest != before
 
 
 def test_a_curvature_fitted_without_shards_is_replaced_only_when_told(model, documents, tmp_path):
-    runs.hessian(tmp_path, model, documents, kfac(), gf.project(3))
+    gf.hessian(tmp_path, model, documents, kfac(), gf.project(3))
     for shard in all_of(2):
         hessian_shard(tmp_path, model, documents, kfac(), gf.project(3), shard=shard)
     refused(tmp_path, "^the curvature in .* is of a run without --shard: add --overwrite to take that of the")

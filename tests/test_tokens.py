@@ -9,9 +9,10 @@ from torch import nn
 
 from gradfn.data import collate, make_documents, offsets_of
 from gradfn.errors import InputError
-from gradfn.layers import Embedding, Linear, View
+from gradfn.layers import Embedding, Linear
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import probe_engine
+from gradfn.sites import View
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close
 from gradfn.transforms import Compress, chain, dot, project, unit_normalize

@@ -12,9 +12,9 @@ from gradfn.cli.tell import gradients_line, subject_facts
 from gradfn.curvature import Curvature
 from gradfn.errors import InputError
 from gradfn.fold import passes
+from gradfn.hessians import hessian, mix_runs
 from gradfn.hf.datasets import load_rows
 from gradfn.merging import hessian_shard
-from gradfn.runs import hessian, mix_runs
 from gradfn.shards import Shard, parse_shard, shard_run
 
 NONE_OF_THESE = {"hessian_path": None, "damping": None}

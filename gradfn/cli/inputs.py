@@ -32,13 +32,10 @@ from gradfn.hf.models import (
     processor_fingerprint,
     tokenizer_fingerprint,
 )
-from gradfn.layers import View, output_head
 from gradfn.losses import CausalLMLoss, ModelLoss, causal_lm_loss, model_loss
 from gradfn.precision import Products, multiplying, products_of
-from gradfn.runs import (
-    loss_settings,
-    merged,
-)
+from gradfn.runs import loss_settings, merged
+from gradfn.sites import View, output_head
 
 Options = Mapping[str, Any]
 DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"}

@@ -14,10 +14,10 @@ from gradfn.cli.show import clean, console, count, facts
 from gradfn.cli.stages import normalizer
 from gradfn.cli.tell import subject_facts
 from gradfn.errors import InputError
-from gradfn.layers import find_sites
 from gradfn.masks import FEWEST, Mask, Reports, block_shapes, check_stores, mask_run, stored_mask
 from gradfn.runs import describe, merged, open_gradients
 from gradfn.selective import Dims, check_dims, selective_mask
+from gradfn.sites import find_sites
 from gradfn.transforms import chain
 from gradfn.transforms.projection import quoted
 

@@ -4,9 +4,10 @@ from typing import Any, get_args
 
 from gradfn.cli.inputs import Options
 from gradfn.errors import InputError
+from gradfn.hessians import open_curvature
 from gradfn.maps import Kind
 from gradfn.masks import LOADERS, projection_named
-from gradfn.runs import open_curvature, transform_of
+from gradfn.runs import transform_of
 from gradfn.transforms import Chain, chain
 from gradfn.transforms.projection import lenient
 

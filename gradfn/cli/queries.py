@@ -22,14 +22,7 @@ from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows, text_pair, text_query
 from gradfn.hf.models import context_length
 from gradfn.methods.recipes import group_means
-from gradfn.runs import (
-    base_of,
-    ends_in_unit_norm,
-    open_gradients,
-    read_gradients,
-    refuse_mismatch,
-    tail_of,
-)
+from gradfn.runs import base_of, ends_in_unit_norm, open_gradients, read_gradients, refuse_mismatch, tail_of
 from gradfn.scoring import Method
 from gradfn.stream import collect
 from gradfn.transforms import Transform, chain, precondition, unit_normalize

@@ -35,12 +35,13 @@ from gradfn.cli.tell import (
 from gradfn.curvature import Curvature
 from gradfn.data import Corpus
 from gradfn.errors import InputError
+from gradfn.hessians import hessian
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import locate_model
 from gradfn.kept import Kept
 from gradfn.methods.recipes import RECIPES, Keep, Problem, Recipe, times_doubt, weighted_sum
 from gradfn.probes import Engine, probe_engine
-from gradfn.runs import SHARES, Summary, hessian, merged, score_run, unprobed, write_scores
+from gradfn.runs import SHARES, Summary, merged, score_run, unprobed, write_scores
 from gradfn.scoring import Method, extremes, extremes_of, on_device_of
 from gradfn.shards import Shard, parse_shard, shard_run
 from gradfn.store import open_part, open_store

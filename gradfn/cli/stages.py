@@ -7,10 +7,11 @@ from typing import Any
 from gradfn.cli.inputs import Options, Subject, anchored
 from gradfn.curvature import Curvature
 from gradfn.errors import InputError
+from gradfn.hessians import load_curvature, open_curvature
 from gradfn.hf.optimizer_state import load_optimizer_state
 from gradfn.masks import refuse_foreign
 from gradfn.methods import RECIPES, Problem, Recipe, influence, recipe_named
-from gradfn.runs import load_curvature, open_curvature, refuse_mismatch
+from gradfn.runs import refuse_mismatch
 from gradfn.scoring import Norm
 from gradfn.spectrum import Damping, parse_dampings
 from gradfn.transforms import Chain, Transform, chain, precondition, unit_normalize

@@ -25,9 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradfn.data import IGNORED, collate, plan_batches
 from gradfn.errors import InputError
-from gradfn.layers import Layer, Linear, Site
+from gradfn.layers import Layer, Linear
 from gradfn.losses import CausalLMLoss, shifted_labels, token_losses
 from gradfn.per_example import call
+from gradfn.sites import Site
 from gradfn.stream import TOKEN_BATCH_SIZE, labelled, lengths_of
 from gradfn.types import Batch, Blocks, Data, Example, LossFn, Params
 
@@ -640,7 +641,7 @@ def params_of_blocks(sites: Sequence[Site], blocks: Blocks) -> Params:
         InputError: a site whose block is a part of a parameter (a head, a part of nn.MultiheadAttention, a
             mixture's experts), or that has no block here; it is named.
 
-    >>> from gradfn.layers import blocks_of, find_sites
+    >>> from gradfn.sites import blocks_of, find_sites
     >>> sites = find_sites(torch.nn.Linear(3, 2))
     >>> v = {"weight": torch.ones(5, 2, 3), "bias": torch.zeros(5, 2)}
     >>> {name: value.shape for name, value in params_of_blocks(sites, blocks_of(sites, v)).items()}

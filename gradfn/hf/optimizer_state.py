@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from gradfn.errors import InputError
 from gradfn.hf.hub import listing, quiet, summary
-from gradfn.layers import AttentionInput, Bare, Embedding, Linear, Site, View, blocks_of, find_sites
+from gradfn.layers import AttentionInput, Bare, Embedding, Linear
+from gradfn.sites import Site, View, blocks_of, find_sites
 from gradfn.transforms import Transform, adafactor, adam
 from gradfn.types import Blocks
 

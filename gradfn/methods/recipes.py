@@ -28,7 +28,6 @@ from gradfn.curvature import (
 )
 from gradfn.errors import InputError
 from gradfn.fold import fit, passes
-from gradfn.layers import View
 from gradfn.losses import causal_lm_loss
 from gradfn.methods.datainf import DataInf
 from gradfn.methods.grad_cosine import grad_cosine
@@ -36,6 +35,7 @@ from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
 from gradfn.sampling import sample_labels
 from gradfn.scoring import Method, Norm
+from gradfn.sites import View
 from gradfn.spectrum import Damping
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
 from gradfn.transforms import Transform, chain

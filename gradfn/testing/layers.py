@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradfn.data import collate
-from gradfn.layers import View, blocks_of, find_sites
 from gradfn.per_example import call, definition, params_of
 from gradfn.probes import probe_engine
+from gradfn.sites import View, blocks_of, find_sites
 from gradfn.testing.models import Draw, randomize, seeds
 from gradfn.testing.naive import chain_difference, difference, naive_blocks
 from gradfn.testing.search import first, refute

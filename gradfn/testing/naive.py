@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradfn.layers import View, blocks_of, find_sites
+from gradfn.sites import View, blocks_of, find_sites
 from gradfn.types import Blocks, Example, Params
 
 

@@ -12,10 +12,10 @@ from torch.func import functional_call
 
 from gradfn.curvature.curvature import dense_spectrum, product_spectrum
 from gradfn.data import IGNORED
-from gradfn.layers import View
 from gradfn.losses import CausalLMLoss, model_loss
 from gradfn.maps import Kind
 from gradfn.per_example import call
+from gradfn.sites import View
 from gradfn.spectrum import Damping, Spectrum
 from gradfn.testing.models import (
     VOCAB,

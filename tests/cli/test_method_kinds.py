@@ -87,7 +87,7 @@ def test_a_run_keeps_the_curvature_that_its_method_fits(ok, base, tmp_path, monk
     (tmp_path / "run" / "scores.h5").unlink()
     for path in (tmp_path / "run" / "segments").glob("scores-*"):
         path.unlink()
-    monkeypatch.setattr("gradfn.runs.fit", never)
+    monkeypatch.setattr("gradfn.hessians.fit", never)
     ok(*ask)
     np.testing.assert_array_equal(scores_of(tmp_path / "run"), before)
 

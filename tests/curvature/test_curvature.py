@@ -9,8 +9,8 @@ from torch.func import functional_call
 from gradfn import InputError, View, chain, collect, fit, params_of, project
 from gradfn.curvature import ekfac, kfac, mix, mixing_coefficient, second_moment, shampoo, tkfac
 from gradfn.curvature.curvature import Curvature, dense_spectrum, product_spectrum
-from gradfn.layers import blocks_of, find_sites
 from gradfn.losses import causal_lm_loss
+from gradfn.sites import blocks_of, find_sites
 from gradfn.spectrum import Damping
 from gradfn.transforms import adam
 from gradfn.transforms.precondition import precondition

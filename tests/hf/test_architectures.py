@@ -7,10 +7,10 @@ import torch
 import transformers as hf
 
 from gradfn.data import collate
-from gradfn.layers import View
 from gradfn.losses import causal_lm_loss, model_loss
 from gradfn.per_example import call
 from gradfn.probes import probe_engine
+from gradfn.sites import View
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
 from gradfn.testing.strategies import randomize
