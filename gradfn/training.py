@@ -29,8 +29,9 @@ from gradfn.stream import labelled, row_name
 from gradfn.types import Batch, Data, Example, LossFn, Params
 
 __all__ = [
-    "State", "Step", "Table", "Trained", "Trainer", "Training", "first_state", "initial_params", "losses_of",
-    "make_step", "make_trainer", "stacked_losses", "table_of", "train", "update",
+    "State", "Step", "Table", "Trained", "Trainer", "Training", "first_state", "initial_params",
+    "learning_rate", "losses_of", "make_step", "make_trainer", "stacked_losses", "table_of", "train",
+    "update",
 ]  # fmt: skip
 
 Optimizer = Literal["sgd", "adam", "adamw"]
@@ -155,8 +156,12 @@ def first_state(params: Params, training: Training, total: Tensor) -> State:
     return State(params, zeros, torch.zeros_like(total), total)
 
 
-def _rate(training: Training, count: Tensor, total: Tensor) -> Float64[Tensor, "*models"]:
-    """The learning rate of the step after `count` steps."""
+def learning_rate(training: Training, count: Tensor, total: Tensor) -> Float64[Tensor, "*models"]:
+    """The learning rate of the step after `count` of `total` steps, warmup and schedule included.
+
+    >>> learning_rate(Training(1, 1, 0.1, schedule="linear"), torch.tensor(5), torch.tensor(10))
+    tensor(0.0500, dtype=torch.float64)
+    """
     t = count.double()
     left = ((total - t) / (total - training.warmup).clamp_min(1)).clamp(0, 1)
     match training.schedule:
@@ -196,7 +201,7 @@ def update(training: Training, state: State, grads: Params, active: Tensor | Non
     >>> update(Training(1, 1, 0.5, "sgd"), state, {"w": torch.ones(1)}).params["w"]
     tensor([0.5000])
     """
-    lr, one = _rate(training, state.taken, state.total), state.taken + 1
+    lr, one = learning_rate(training, state.taken, state.total), state.taken + 1
     made = {}
     for name, p in state.params.items():
         moments = [moment[name] for moment in state.moments]
@@ -258,7 +263,7 @@ Update = Callable[[Training, State, Params, Tensor | None], State]
 def _update_in_place(training: Training, state: State, grads: Params, active: Tensor | None = None) -> State:
     """`update` of stacked models that all take the same step, in one pass over a state that it changes."""
     assert active is None
-    lr = float(_rate(training, state.taken[0].cpu(), state.total[0].cpu()))
+    lr = float(learning_rate(training, state.taken[0].cpu(), state.total[0].cpu()))
     along = [_dense(grad) for grad in grads.values()]
     params, *moments = (
         [_laid_out(part[name], like) for name, like in zip(grads, along, strict=True)]
@@ -570,7 +575,7 @@ def _orders(subsets: np.ndarray, seeds: Sequence[int], epoch: int) -> np.ndarray
     """
     drawn = {seed: words(subsets.shape[1], "order", seed, epoch) >> np.uint64(1) for seed in {*seeds}}
     keys = np.stack([drawn[seed] for seed in seeds])
-    return np.where(subsets, keys, np.iinfo(np.uint64).max).argsort(axis=1, kind="stable")
+    return np.where(subsets, keys, np.iinfo(np.uint64).max).argsort(axis=1)
 
 
 def _batches(
@@ -769,7 +774,10 @@ def initial_params(start: Start, seed: int) -> Params:
 def _made(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A new model, a function of the seed."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        # torch.manual_seed keeps a traceback at every call for devices that are not there yet.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
         return make()
 
 
