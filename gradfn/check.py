@@ -20,7 +20,7 @@ from gradfn.layers import Conv, Embedding, Experts, Linear, Scale
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import Engine
 from gradfn.sites import Site, View, all_sites, find_sites, output_head
-from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect
+from gradfn.stream import TOKEN_BATCH_SIZE, Progress, collect, labelled
 from gradfn.testing.naive import naive_blocks
 from gradfn.transforms import Transform, project
 from gradfn.types import Blocks, Data, Example, LossFn
@@ -174,6 +174,7 @@ def equality(engine: Engine, rows: Sequence[Example]) -> tuple[BlockError, ...]:
         raise InputError(
             f"{fixed} is quantised, so autograd has no gradient of it: check the model unquantised"
         )
+    rows = [labelled(rows, row) for row in range(len(rows))]
     got = engine(collate(rows)).values
     parts = [engine.transform(naive_blocks(engine.loss, engine.model, [row], engine.view)) for row in rows]
     if not isinstance(got, dict):

@@ -394,6 +394,7 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack examples into a batch; sequences of unequal length are padded on the right.
 
     `labels` are padded with -100 and everything else with 0; a batch of empty sequences is one position long.
+    Where `input_ids` are padded and nothing says so, an `attention_mask` does.
 
     Args:
         examples: mappings with the same keys; tensors of one key differ in shape only if they have one axis.
@@ -402,7 +403,7 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         One tensor a key, with a leading batch axis.
 
     Raises:
-        InputError: no examples, different keys, or shapes that cannot be padded.
+        InputError: no examples, different keys, values that are no tensors, or shapes that cannot be padded.
 
     >>> short, long = make_documents([[5], [6, 7]])
     >>> collate([short, long])["labels"]
@@ -417,10 +418,19 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             raise InputError(
                 f"examples of a batch need the same keys, got {sorted(keys)} and {sorted(example.keys())}"
             )
-    return {key: _stack(key, [example[key] for example in examples]) for key in keys}
+    batch = {key: _stack(key, [example[key] for example in examples]) for key in keys}
+    if "input_ids" in keys and "attention_mask" not in keys and examples[0]["input_ids"].ndim == 1:
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        if int(lengths.min()) < batch["input_ids"].shape[1]:
+            mask = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+            batch["attention_mask"] = mask.to(batch["input_ids"])
+    return batch
 
 
 def _stack(key: str, tensors: list[Tensor]) -> Tensor:
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        kind = next(type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor))
+        raise InputError(f"{key!r} is a {kind}, not a tensor: make it one, with torch.tensor, say")
     shapes = {tensor.shape for tensor in tensors}
     if len(shapes) == 1 and tensors[0].shape != (0,):
         return torch.stack(tensors)

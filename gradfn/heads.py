@@ -80,12 +80,20 @@ _KEY_VALUE = (
     "SelfAttention.v", "EncDecAttention.k", "EncDecAttention.v", "k_lin", "v_lin",
 )  # fmt: skip
 _OUTPUT = (
-    "o_proj", "attn.out_proj", "attention.out_proj", "attention.output.dense", "attention.dense",
+    "o_proj", "attn.out_proj", "self_attn.out_proj", "encoder_attn.out_proj", "attention.out_proj",
+    "attention.output.dense", "attention.dense",
     "self_attn.dense", "attn.c_proj", "SelfAttention.o", "EncDecAttention.o", "attention.out_lin",
     "self_attention.dense",
 )  # fmt: skip
-_CONSECUTIVE = ("attn.c_attn",)
-_INTERLEAVED = {"gpt_neox": "attention.query_key_value", "bloom": "self_attention.query_key_value"}
+_FUSED = {
+    "gpt2": ("attn.c_attn", "(qkv h d)"), "imagegpt": ("attn.c_attn", "(qkv h d)"),
+    "decision_transformer": ("attn.c_attn", "(qkv h d)"),
+    "gpt_neox": ("attention.query_key_value", "(h qkv d)"),
+    "bloom": ("self_attention.query_key_value", "(h qkv d)"),
+}  # fmt: skip
+"""The fused projection of a model type, and how its rows are laid out, which the name alone does not say."""
+_GROUPED = ("phi3", "phi4_multimodal")
+"""The model types whose `qkv_proj` has all queries, then all keys, then all values."""
 
 
 def _ends(path: str, names: tuple[str, ...]) -> bool:
@@ -107,6 +115,8 @@ def heads_of(model: nn.Module, path: str) -> Heads | None:
     if count is None:
         return None
     path = f".{path}"
+    if ".decoder." in path and isinstance(own := getattr(config, "decoder_attention_heads", None), int):
+        count = own
     grouped = getattr(config, "num_key_value_heads", None) or count
     if _ends(path, _QUERY):
         return Heads("rows", "(h d)", h=count)
@@ -114,13 +124,15 @@ def heads_of(model: nn.Module, path: str) -> Heads | None:
         return Heads("rows", "(h d)", h=grouped)
     if _ends(path, _OUTPUT):
         return Heads("columns", "(h d)", h=count)
-    if _ends(path, _CONSECUTIVE):
-        return Heads("rows", "(qkv h d)", h=count, qkv=3)
-    if _ends(path, ("query_key_value",)):
-        if not _ends(path, (_INTERLEAVED.get(getattr(config, "model_type", ""), "?"),)):
+    kind = getattr(config, "model_type", "")
+    if _ends(path, ("c_attn", "query_key_value")):
+        name, pattern = _FUSED.get(kind, ("?", ""))
+        if not _ends(path, (name,)):
             raise InputError(f"how {path[1:]} splits into heads is not known: declare it with heads={{...}}")
-        return Heads("rows", "(h qkv d)", h=count, qkv=3)
+        return Heads("rows", pattern, h=count, qkv=3)
     if _ends(path, ("qkv_proj",)):
+        if kind not in _GROUPED:
+            raise InputError(f"how {path[1:]} splits into heads is not known: declare it with heads={{...}}")
         width = getattr(config, "head_dim", None) or config.hidden_size // count
         return Heads("rows", "(h1 d) + (h2 d) + (h3 d)", h1=count, h2=grouped, h3=grouped, d=width)
     return None

@@ -52,8 +52,9 @@ class Layer:
 
     def block(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Lay the gradient of the parameters, `[rows, *parameter]`, out as the block."""
+        weight = weight.to_dense() if weight.is_sparse else weight
         G = weight.reshape(len(weight), self.out_features, self.in_features)
-        return G if bias is None else torch.cat([G, bias[..., None]], -1)
+        return G if bias is None else torch.cat([G, bias.flatten(1)[..., None]], -1)
 
     def keep(self, x: Tensor, right: Side) -> Tensor:
         """What the backward needs of the input: its projection where there is one, else itself."""

@@ -75,9 +75,10 @@ def definition(loss: LossFn, params: Params, batch: Batch) -> Params:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # it is the definition, not fast
             return per_example_grads(loss, params, batch)
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        pass  # what is wrong with the loss itself is raised below
     size = len(next(iter(batch.values())))
     rows = [grad(loss)(params, {key: value[row] for key, value in batch.items()}) for row in range(size)]
     return {name: torch.stack([row[name] for row in rows]) for name in params}

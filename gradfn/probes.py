@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from math import prod
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ from gradfn.kron import Kron
 from gradfn.layers import AttentionInput, Conv, Experts, Layer, Linear, Where
 from gradfn.per_example import definition, params_of
 from gradfn.sites import Site, Tap, View, blocks_of, find_sites, output_head
-from gradfn.transforms import Chain, Transform, chain, lower
+from gradfn.transforms import Chain, Transform, chain, lower, project
 from gradfn.transforms.lower import BlockPlan, Lowered
 from gradfn.transforms.summed import FactorSummed, Summed
 from gradfn.types import Batch, Blocks, Example, LossFn, Params, Rows
@@ -175,26 +175,67 @@ def _by_token(v: Tensor, tokens: int, path: str) -> Tensor:
     return v
 
 
-class _Watch:
-    """Instead of factors: notes whether one example's loss has a gradient at another example's rows."""
+class _Alone:
+    """The sketched gradients of one example by plain autograd, and the norms of what was sketched.
 
-    def __init__(self, size: int, where: Where | None):
-        self.size, self.where = size, where
-        self.example, self.mixed = 0, False
+    A gradient is sketched as soon as it is made, so that no more than one or two are held at a time.
+    """
 
-    def keep(self, x: Tensor) -> Tensor:
-        """The input as it is."""
-        return x
+    def __init__(self, sites: Sequence[Site], params: Params, sketch: Transform):
+        self.sketch, self.by_block = sketch, dict[str, list[Site]]()
+        for site in sites:
+            self.by_block.setdefault(site.block, []).append(site)
+        self.names = {block: {n for s in some for n in s.names} for block, some in self.by_block.items()}
+        self.leaves = {n: params[n].detach().requires_grad_() for names in self.names.values() for n in names}
+        self.values, self.norms = dict[str, Tensor](), dict[str, float]()
+        self._made: dict[str, Tensor] = {}
+        for name, leaf in self.leaves.items():
+            leaf.register_post_accumulate_grad_hook(partial(self._take, name))
 
-    def pullback(self, kept: Tensor, g: Tensor) -> Tensor:
-        """Nothing; what is wanted was noted."""
-        owners = torch.arange(self.size, device=g.device) if self.where is None else self.where.examples
-        self.mixed |= bool((g[owners != self.example] != 0).any())
-        return g.new_zeros(self.size, dtype=torch.float32)
+    def run(self, loss: LossFn, params: Params, example: Example) -> None:
+        """Take the gradient of the loss of an example."""
+        value = loss({**params, **self.leaves}, example)
+        if value.requires_grad:
+            value.backward()
+        for block in self.by_block.keys() - self.values.keys():  # the loss does not depend on all of it
+            self._finish(block)
+
+    def _take(self, name: str, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        self._made[name], leaf.grad = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad, None
+        for block, names in self.names.items():
+            if name in names and names <= self._made.keys():
+                self._finish(block)
+
+    def _finish(self, block: str) -> None:
+        names, sites = self.names[block], self.by_block[block]
+        grads = {n: self._made.get(n, torch.zeros_like(self.leaves[n])).detach()[None] for n in names}
+        G = blocks_of(sites, grads)[block].to(sites[0].spec.dtype)
+        self.norms[block] = float(G.norm())
+        sketched: Any = self.sketch({block: G})
+        self.values[block] = sketched[block][0]
+        needed = {n for other in self.by_block if other not in self.values for n in self.names[other]}
+        for name in names - needed:
+            self._made.pop(name, None)
+
+
+def _tolerance(weights: Collection[torch.dtype]) -> tuple[float, float]:
+    """How far rounding may move a gradient: of its own norm, and of the largest of the example."""
+    bits = min(torch.finfo(weight).bits for weight in weights)
+    if bits != 32:
+        return (0.5, 1e-2) if bits < 32 else (1e-6, 1e-10)
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore
+    rounded = any(getattr(backend, "fp32_precision", "none") not in ("none", "ieee") for backend in backends)
+    return (0.1, 1e-3) if rounded else (2e-3, 1e-5)
 
 
 Result = TypeVar("Result")
-MakeFactors = Callable[[Site, Layer, Where | None], "_Factors | _Watch"]
+Pullback = Callable[[Tensor, Tensor], Tensor]
+SKETCH = 8
+"""Gradients are compared by so many numbers of each side of a block."""
+LOOKS = 3
+"""How often an engine looks for rows that have a gradient."""
+MakeFactors = Callable[[Site, Layer, Where | None], _Factors]
 
 
 class _RepeatedCallError(Exception):
@@ -254,7 +295,11 @@ class Engine:
     view: View = field(default_factory=View)
     _shared: set[str] = field(default_factory=set)
     _looked: int = 0
+    _looks: int = 0
+    _looking: bool = False
+    _singly: bool = False
     _copies: bool = False
+    _calls: dict[str, set["_Call"]] = field(default_factory=dict)
     _lowered: Lowered | None = None
 
     def __post_init__(self):
@@ -299,11 +344,18 @@ class Engine:
                 self._lowered = None
             except _MixedError as mixed:
                 self._unprobe({mixed.path})
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 # What a probe returns is a view, which the model may not write to; a copy it may.
-                if self._copies or "modified inplace" not in str(error):
+                spread = {path for path, calls in self._calls.items() if any(not one.rows for one in calls)}
+                spread &= {site.path for site in self.sites if site.probed}
+                if not self._copies and "modified inplace" in str(error):
+                    self._copies = True
+                elif spread and not self._looked:  # one row in all, which is not for all examples
+                    self._unprobe(spread)
+                else:
                     raise
-                self._copies = True
 
     def _unprobe(self, paths: Collection[str]) -> None:
         """Take weights from the probes, with all uses of the same weight."""
@@ -311,6 +363,23 @@ class Engine:
         self.sites = [replace(s, probed=s.probed and s.block not in blocks) for s in self.sites]
 
     def _differentiate(self, batch: Batch) -> Rows:
+        lowered = self.lowered()
+        blocks, losses = self._probed_blocks(batch)
+        if blocks and not losses.requires_grad:
+            raise InputError(
+                "the loss does not depend on any attributed layer: check the loss, --include and --exclude"
+            )
+        blocks = blocks | self._unprobed_blocks(batch)
+        blocks = {name: blocks[name] for name in lowered.plans}
+        if self.view.tokens:
+            ones = torch.ones_like(batch["input_ids"])
+            real = batch.get("attention_mask", ones).bool()
+            plans = lowered.plans
+            blocks = {n: value if plans[n].total else value[real] for n, value in blocks.items()}
+        return Rows(lowered.finish(blocks), losses.detach())
+
+    def _probed_blocks(self, batch: Batch) -> tuple[Blocks, Tensor]:
+        """The blocks of the weights that are probed, behind what acts inside them, and the losses."""
         lowered, size = self.lowered(), _size(batch)
         probed = {site.block for site in self.sites if site.probed}
         tokens = (batch["input_ids"].shape[1],) if self.view.tokens else ()
@@ -337,36 +406,43 @@ class Engine:
             )
 
         losses = self._losses(batch, slots, factors)
-        if slots and not losses.requires_grad:
-            raise InputError(
-                "the loss does not depend on any attributed layer: check the loss, --include and --exclude"
-            )
-        grads = (
-            torch.autograd.grad(losses.sum(), list(slots.values()), materialize_grads=True) if slots else ()
-        )
-        blocks = dict(zip(slots, grads, strict=True)) | self._unprobed_blocks(batch)
-        blocks = {name: blocks[name] for name in lowered.plans}
-        if self.view.tokens:
-            real = batch["attention_mask"].bool() if "attention_mask" in batch else ...
-            plans = lowered.plans
-            blocks = {n: value if plans[n].total else value[real] for n, value in blocks.items()}
-        return Rows(lowered.finish(blocks), losses.detach())
+        if not slots or not losses.requires_grad:
+            return {name: torch.zeros_like(slot) for name, slot in slots.items()}, losses
+        grads = torch.autograd.grad(losses.sum(), list(slots.values()), materialize_grads=True)
+        return dict(zip(slots, grads, strict=True)), losses
 
     def _losses(self, batch: Batch, slots: Blocks, factors: MakeFactors) -> Float[Tensor, " batch"]:
         """The losses of the batch, in one forward with a probe behind every attributed layer."""
         batched: Callable[[Batch], Tensor] | None = getattr(self.loss, "batched", None)
         if batched is not None:
-            with self._probes(slots, factors, size=_size(batch)), fast_attention():
+            with self._probes(slots, factors, batch), fast_attention():
                 return batched(batch)
         params = params_of(self.model)
 
         def one(slots: Blocks, example: Batch) -> Tensor:
-            with self._probes(slots, factors, size=None, mark=next(iter(example.values()))):
+            with self._probes(slots, factors, mark=next(iter(example.values()))):
                 return self.loss(params, example)
 
         # A slot of one row for a batch of several is for a sum over them.
-        shared = {name: None if len(slot) != _size(batch) else 0 for name, slot in slots.items()}
-        return vmap(one, in_dims=(shared, 0))(slots, dict(batch))
+        size = _size(batch)
+        shared = {name: None if len(slot) != size else 0 for name, slot in slots.items()}
+        if not self._singly:
+            try:
+                return vmap(one, in_dims=(shared, 0))(slots, dict(batch))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if "modified inplace" in str(error) and not self._copies:
+                    raise
+                self._singly = True  # the model's code cannot be mapped over
+        losses = []
+        for row in range(size):
+            own = {
+                name: slot if shared[name] is None else slot[row : row + 1] for name, slot in slots.items()
+            }
+            with self._probes(own, factors):
+                losses.append(self.loss(params, _example(batch, row)))
+        return torch.stack(losses)
 
     def _unprobed_blocks(self, batch: Batch) -> Blocks:
         """Blocks of the weights that no probe sees: `vmap(grad)` with respect to these parameters alone."""
@@ -390,60 +466,97 @@ class Engine:
         }
 
     def look(self, batch: Batch) -> None:
-        """Once, on two examples: is every weight seen by a probe, do examples stay apart?
+        """Once, on two examples: do probes see what plain autograd sees of each example alone?
 
-        A weight that the loss uses past its module, or whose rows cannot be told apart by example, is taken
-        from the probes and goes through `vmap(grad)`. `engine(batch)` looks by itself; looking at short
-        examples first costs less.
+        A weight of which they do not, because the loss uses it past its module too, because its module is not
+        what its class says, or because its rows cannot be told apart by example, is taken from the probes and
+        goes through `vmap(grad)`. `engine(batch)` looks by itself; looking at short examples costs less.
         """
         with self._ready():
             self._retry(self._look, batch)
 
     def _look(self, batch: Batch) -> None:
         size = min(2, _size(batch))
-        if self._looked >= size:
+        probes = [site for site in self.sites if site.probed]
+        if self._looked >= size or not probes:
             return
+        sketch = replace(project((SKETCH, SKETCH), "gaussian"), strict=False)
         pair = {key: value[:size] for key, value in batch.items()}
-        watched: dict[str, _Watch] = {}
+        self._calls.clear()
+        probed = replace(self, transform=sketch, sites=probes, view=View(), _lowered=None, _looking=True)
+        found, _ = probed._probed_blocks(pair)
+        self._singly, lost, told = probed._singly, set(), 0
+        params = {n: p for n, p in params_of(self.model).items() if p.is_floating_point()}
+        sites = [site for site in probes if {*site.names} <= params.keys()]  # the quantised have no gradient
+        if not sites:
+            self._looked = size
+            return
+        relative, floor = _tolerance({site.weight.dtype for site in sites})
+        for row in range(size):
+            alone = _Alone(sites, params, sketch)
+            alone.run(self.loss, params, _example(pair, row))
+            largest = max(alone.norms.values())
+            told += largest > 0
+            for name, value in alone.values.items():
+                error = float((found[name][row] - value).norm())
+                if error > relative * alone.norms[name] + floor * largest:
+                    lost.add(name)
+        self._unprobe({site.path for site in sites if site.block in lost})
+        self._looks += 1
+        self._looked = told if self._looks < LOOKS else size  # rows without a gradient tell nothing
 
-        def watch(site: Site, layer: Layer, where: Where | None) -> _Watch:
-            return watched.setdefault(site.path, _Watch(size, where))
+    def _probed(
+        self, site: Site, factors: _Factors, x: Tensor, y: Tensor, slot: Tensor, batch: Batch | None,
+        mark: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """`y` with a probe behind it."""
+        keep, pullback = factors.keep, factors.pullback
+        if self._looking:
+            keep, pullback = (partial(_or_mixed, site.path, run) for run in (keep, pullback))
+        kept = keep(x.detach())
+        if batch is None and mark is None:
+            probed: Any = _Probe.apply(y[None], slot, kept[None], pullback, self._copies, None)
+            return probed[0]
+        if batch is None or factors.where is not None:
+            return _Probe.apply(y, slot, kept, pullback, self._copies, mark)  # pyright: ignore
+        return self._by_example(site, pullback, kept, y, slot, batch)
 
-        slots = {
-            site.block: torch.zeros(size, device=site.weight.device, requires_grad=True)
-            for site in self.sites
-            if site.probed
-        }
-        losses = self._losses(pair, slots, watch)
-        if getattr(self.loss, "batched", None) and size > 1 and losses.requires_grad:
-            example = int(losses.detach().abs().argmax())  # not one without a loss
-            for one in watched.values():
-                one.example = example
-            torch.autograd.grad(losses[example], list(slots.values()), allow_unused=True)
-        lost = self._unseen(pair, watched) | {path for path, one in watched.items() if one.mixed}
-        self._unprobe(lost)
-        self._looked = size
-
-    def _unseen(self, batch: Batch, watched: Collection[str]) -> set[str]:
-        """The weights that no probe saw although the loss depends on them."""
-        seen = {id(s.weight) for s in self.sites if s.path in watched}
-        silent = {s.path: s.names[0] for s in self.sites if s.probed and id(s.weight) not in seen}
-        if not silent:
-            return set()
-        params = params_of(self.model)
-        weights = [params[name].requires_grad_() for name in silent.values()]
-        losses = [self.loss(params, _example(batch, b)) for b in range(_size(batch))]
-        total = torch.stack(losses).sum()
-        if not total.requires_grad:
-            return set()
-        grads = torch.autograd.grad(total, weights, allow_unused=True)
-        return {path for path, grad in zip(silent, grads, strict=True) if grad is not None}
+    def _by_example(
+        self, site: Site, pullback: Pullback, kept: Tensor, y: Tensor, slot: Tensor, batch: Batch
+    ) -> Tensor:
+        """One probe behind `y` of a batch; whatever is in front of it is split by example."""
+        size = _size(batch)
+        if y.ndim < 2 or len(y) != len(kept) or (len(kept) % size and len(kept) != 1):
+            raise _MixedError(site.path)
+        rows, lengths = len(kept) // size, {k: v.shape[1] for k, v in batch.items() if v.ndim in (2, 3)}
+        if rows > 1 and lengths and all(rows % length for length in lengths.values()):
+            raise _MixedError(site.path)  # some of the tokens, who knows whose
+        call = _Call(rows, tuple(lengths.items()))
+        if self._looking:
+            self._calls.setdefault(site.path, set()).add(call)
+        elif size > 1 and not any(seen.covers(call) for seen in self._calls.get(site.path, ())):
+            raise _MixedError(site.path)  # not called like this before, when gradients were compared
+        if rows == 1:
+            return _Probe.apply(y, slot, kept, pullback, self._copies, None)  # pyright: ignore
+        if not rows:  # the same for all examples: positions, say
+            kept, y = kept.expand(size, *kept.shape[1:]), y.expand(size, *y.shape[1:])
+            return _Probe.apply(y, slot, kept, pullback, self._copies, None)  # pyright: ignore
+        kept, y = kept.unflatten(0, (size, -1)), y.unflatten(0, (size, -1))
+        probed: Any = _Probe.apply(y, slot, kept, pullback, self._copies, None)
+        return probed.flatten(0, 1)
 
     @contextmanager
     def _probes(
-        self, slots: Blocks, factors: MakeFactors, size: int | None, mark: Tensor | None = None
+        self, slots: Blocks, factors: MakeFactors, batch: Batch | None = None, mark: Tensor | None = None
     ) -> Iterator[None]:
-        """Every probed weight's module calls a tap, which puts the weight's probes behind its output."""
+        """Every probed weight's module calls a tap, which puts the weight's probes behind its output.
+
+        Args:
+            slots, factors: of the weights.
+            batch: what goes through the model at once; None: one example.
+            mark: where one example is a name for all of them, under vmap, a number that differs by example.
+        """
+        size = None if batch is None else _size(batch)
         calls: Counter[str] = Counter()
         by_module: dict[int, list[Site]] = {}
         for site in self.sites:
@@ -453,11 +566,11 @@ class Engine:
         def make_tap(sites: Sequence[Site]) -> Tap:
             def tap(
                 name: str,
-                x: Tensor,
-                y: Tensor,
+                x: Any,
+                y: Any,
                 rows: tuple[int, int] | None = None,
                 ragged: tuple[Tensor, Tensor, int] | None = None,
-            ) -> Tensor:
+            ) -> Any:
                 for site in sites:
                     layer = site.layer
                     if rows is not None and isinstance(layer, AttentionInput):
@@ -467,10 +580,10 @@ class Engine:
                     calls[site.block] += 1
                     if calls[site.block] > 1 and site.block not in self._shared:
                         raise _RepeatedCallError(site.block)
+                    if not isinstance(y, Tensor) or not isinstance(x, Tensor):
+                        raise _MixedError(site.path)
                     where = _where(ragged, size) if ragged else None
-                    made = factors(site, layer, where)
-                    one = size if where is None else None
-                    y = _put(site, made, x.detach(), y, slots[site.block], one, self._copies, mark)
+                    y = self._probed(site, factors(site, layer, where), x, y, slots[site.block], batch, mark)
                 return y
 
             return tap
@@ -481,27 +594,28 @@ class Engine:
             yield
 
 
-def _put(
-    site: Site,
-    factors: "_Factors | _Watch",
-    x: Tensor,
-    y: Tensor,
-    slot: Tensor,
-    size: int | None,
-    copy: bool,
-    mark: Tensor | None,
-) -> Tensor:
-    """Put one probe behind `y`; with a batch of `size` examples, whatever is in front is split by example."""
-    kept = factors.keep(x)
-    if size is None or len(kept) == size:
-        return _Probe.apply(y, slot, kept, factors.pullback, copy, mark)  # pyright: ignore[reportReturnType]
-    if len(kept) == 1:  # the same for all examples: positions, say
-        kept, y = kept.expand(size, *kept.shape[1:]), y.expand(size, *y.shape[1:])
-        return _Probe.apply(y, slot, kept, factors.pullback, copy, mark)  # pyright: ignore[reportReturnType]
-    if len(kept) % size:
-        raise _MixedError(site.path)
-    kept, y = kept.unflatten(0, (size, -1)), y.unflatten(0, (size, -1))
-    return _Probe.apply(y, slot, kept, factors.pullback, copy, mark).flatten(0, 1)  # pyright: ignore
+def _or_mixed(path: str, run: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """Run what takes the module for what its class says; where it is not, it is not to be probed."""
+    try:
+        return run(*given)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise _MixedError(path) from error
+
+
+class _Call(NamedTuple):
+    """How the rows of a module's input belong to the examples of a batch: so many to each; 0: one to all."""
+
+    rows: int
+    lengths: tuple[tuple[str, int], ...]
+
+    def covers(self, other: "_Call") -> bool:
+        """Whether another call is of this kind: as many rows an example, or as many a token."""
+        if self.rows == other.rows:
+            return True
+        lengths = dict(other.lengths)
+        return any(self.rows * lengths.get(key, 0) == other.rows * length for key, length in self.lengths)
 
 
 def _where(ragged: tuple[Tensor, Tensor, int], size: int | None) -> Where:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from inspect import signature
 from math import prod
 from operator import attrgetter
 from typing import Any
@@ -27,7 +28,7 @@ Attach = Callable[[nn.Module, Tap], Callable[[], None]]
 def attach_hook(module: nn.Module, tap: Tap) -> Callable[[], None]:
     """Tap a module whose output is its weight's: by a forward hook."""
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor) -> Tensor:
+    def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Any) -> Any:
         return tap("weight", args[0] if args else next(iter(named.values())), y)
 
     return module.register_forward_hook(hook, with_kwargs=True).remove
@@ -158,8 +159,13 @@ def _runs(experts: Tensor, x: Tensor) -> tuple[list[int], Sequence[Tensor]]:
     return present.tolist(), x.split(counts.tolist())
 
 
+def _owns_weight(module: nn.Module) -> bool:
+    """Whether its weight is a parameter, not made of others as weight_norm makes it."""
+    return module._parameters.get("weight") is not None
+
+
 def _linear(path: str, module: nn.Module) -> list[Site]:
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) or not _owns_weight(module):
         return []
     layer = Linear(module.out_features, module.in_features, module.bias is not None)
     return [Site(path, path, module, layer)]
@@ -174,7 +180,7 @@ def _hf_conv1d(path: str, module: nn.Module) -> list[Site]:
 
 
 def _conv(path: str, module: nn.Module) -> list[Site]:
-    if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not _owns_weight(module):
         return []
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     fan_in = module.in_channels // module.groups * prod(module.kernel_size)
@@ -185,7 +191,7 @@ def _embedding(path: str, module: nn.Module) -> list[Site]:
     if not isinstance(module, nn.Embedding) or module.max_norm is not None or module.scale_grad_by_freq:
         return []
     scaled = type(module).__name__.endswith("ScaledWordEmbedding")
-    if type(module).forward is not nn.Embedding.forward and not scaled:
+    if (type(module).forward is not nn.Embedding.forward and not scaled) or not _owns_weight(module):
         return []
     scale: Any = getattr(module, "embed_scale", 1.0) if scaled else 1.0
     layer = Embedding(module.num_embeddings, module.embedding_dim, False, module.padding_idx, scale)
@@ -229,7 +235,8 @@ def _experts(path: str, module: nn.Module) -> list[Site]:
     own = dict(module.named_parameters(recurse=False))
     weights = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in own]
     fused = "down_proj" in weights and len(weights) == 2 and hasattr(module, "num_experts")
-    if not fused or any(own[name].ndim != 3 for name in weights):
+    routed = "top_k_index" in signature(type(module).forward).parameters
+    if not fused or not routed or any(own[name].ndim != 3 for name in weights):
         return []
     transposed, sites = getattr(module, "is_transposed", False), []
     for name in weights:

@@ -257,7 +257,14 @@ def labelled(data: Data, row: int) -> Example:
             f"{row_name(data, row)} is padded on the left (its attention_mask starts with 0): "
             "give it without padding"
         )
-    if "input_ids" not in example or "labels" in example:
+    labels = example.get("labels")
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+    if whole and bool(((labels < 0) & (labels != IGNORED)).any()):  # pyright: ignore[reportOptionalOperand]
+        raise InputError(
+            f"{row_name(data, row)} has a label below 0, which is none: give classes or tokens, and "
+            f"{IGNORED} for what is not to be learned"
+        )
+    if "input_ids" not in example or labels is not None:
         return example
     ids = example["input_ids"]
     return {**example, "labels": ids if mask is None else torch.where(mask.bool(), ids, IGNORED)}

@@ -23,4 +23,7 @@ def inputs(shape):
 def test_every_kind_of_layer_holds_the_laws_of_layers(case):
     chosen = CASES[case]
     many = settings.default.max_examples // 2
-    check_layer(chosen.make, inputs(chosen.shape), max_examples=many, tolerance=max(1e-8, chosen.tolerance))
+    check_layer(
+        chosen.make, inputs(chosen.shape), probed=chosen.probed, max_examples=many,
+        tolerance=max(1e-8, chosen.tolerance),
+    )  # fmt: skip

@@ -146,10 +146,10 @@ def test_dense_blocks_of_tokens_are_made_a_few_at_a_time(end, monkeypatch):
         return contract(layer, kept, g, kron, tokens)
 
     monkeypatch.setattr(import_module("gradfn.transforms.lower"), "DENSE_ELEMENTS", 8 * 9 * 3)
+    engine, batch = probe_engine(model, causal_lm_loss(model), transform, view=TOKENS), collate([*DOCUMENTS])
+    engine.look(batch)
     monkeypatch.setattr(Linear, "contract", noting)
-    parts = probe_engine(model, causal_lm_loss(model), transform, view=TOKENS)(
-        collate(list(DOCUMENTS))
-    ).values
+    parts = engine(batch).values
     assert max(made) == 1
     for name, G in whole.items():
         assert_blocks_close(parts[name], G, 1e-12)

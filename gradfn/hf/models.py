@@ -104,6 +104,8 @@ def load_model(
         _forget_quantization(model)
     elif getattr(model, "is_quantized", False):
         _cast_unquantised(model, PRECISIONS[precision])
+    if precision == "fp64" and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped products of experts know no float64
     return model.to(device).eval().requires_grad_(False)
 
 

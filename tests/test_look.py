@@ -1,0 +1,315 @@
+"""What the engine looks at before it believes that a probe sees a weight."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import language_model
+from torch import nn
+from torch.func import functional_call
+from transformers import T5Config, T5ForConditionalGeneration
+
+from gradfn.check import equality
+from gradfn.data import collate
+from gradfn.errors import InputError
+from gradfn.losses import causal_lm_loss, model_loss
+from gradfn.per_example import call
+from gradfn.probes import probe_engine
+from gradfn.sites import View
+from gradfn.stream import collect
+from gradfn.testing import assert_blocks_close, naive_blocks
+from gradfn.testing.strategies import randomize
+
+EVERYTHING = View(include=["*"])
+
+
+class Squares:
+    """`sum c f(x)²` of one example, of a batch, or with a term of the weights alone."""
+
+    def __init__(self, model, decay=0.0):
+        self.model, self.decay = model, decay
+
+    def value(self, y):
+        return (y.square() * torch.linspace(-1, 2, y.shape[-1], dtype=y.dtype)).flatten(1).sum(1)
+
+    def __call__(self, params, example):
+        penalty = self.decay * sum(p.square().sum() for p in params.values()) if self.decay else 0.0
+        return self.value(call(self.model, params, example["x"][None]))[0] + penalty
+
+
+class Batched(Squares):
+    """With the batched form."""
+
+    def batched(self, batch):
+        return self.value(self.model(batch["x"]))
+
+
+class HandTied(nn.Module):
+    """An embedding whose weight is used once more, by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.inner = nn.Embedding(7, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(self.ids(x)).tanh() @ self.ids.weight.T
+
+
+class Tripled(nn.Linear):
+    """Not what its class says."""
+
+    def forward(self, input):
+        return F.linear(input, 3 * self.weight, self.bias)
+
+
+class Pair(nn.Linear):
+    """Not of one output."""
+
+    def forward(self, input):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(input), None
+
+
+class First(nn.Module):
+    """The first output of a module."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    """A norm over axis 1."""
+
+    def forward(self, input):
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+class Activated(nn.BatchNorm2d):
+    """A norm and an activation."""
+
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+class OnAVector(nn.Module):
+    """A layer that sees no example at all."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.start, self.shift, self.last = (
+            nn.Parameter(torch.ones(size)),
+            nn.Linear(size, 4),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x):
+        return self.last((x + self.shift(self.start)).tanh())
+
+
+def shared_bias():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].bias = model[0].bias
+    return model
+
+
+def weight_normed():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+
+
+def lstm():
+    return First(nn.LSTM(4, 3, batch_first=True))
+
+
+IMAGE, ROW, IDS = (2, 4, 4), (4,), "ids"
+MODULES = {
+    "tied by hand": (HandTied, IDS, {"ids"}),
+    "a subclass of another product": (lambda: nn.Sequential(Tripled(4, 3), nn.Linear(3, 2)), ROW, {"0"}),
+    "a tuple": (lambda: nn.Sequential(First(Pair(4, 3)), nn.Linear(3, 2)), ROW, {"0.inner"}),
+    "weight norm": (
+        weight_normed,
+        ROW,
+        {f"0.parametrizations.weight.original{i}" for i in (0, 1)} | {"0.bias"},
+    ),
+    "channels first": (lambda: nn.Sequential(nn.Conv2d(2, 3, 1), ChannelsFirstLayerNorm(3)), IMAGE, {"1"}),
+    "an activation inside": (lambda: nn.Sequential(nn.Conv2d(2, 3, 1), Activated(3)), IMAGE, {"1"}),
+    "bias shared alone": (shared_bias, ROW, {"0", "2"}),
+    "on a vector of two": (lambda: OnAVector(2), ROW, {"shift", "start"}),
+    "on a vector of four": (lambda: OnAVector(4), ROW, {"shift", "start"}),
+    "recurrent": (lstm, (3, 4), {f"inner.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}),
+    "norm over two axes": (lambda: nn.LayerNorm((3, 4)), (3, 4), set()),
+    "norm of unbatched images": (lambda: nn.InstanceNorm2d(2, affine=True), IMAGE, set()),
+    "sparse": (lambda: nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 2)), IDS, set()),
+}
+
+
+def rows_for(shape, count=3):
+    generator = torch.Generator().manual_seed(0)
+    if shape == IDS:
+        return [{"x": torch.randint(0, 6, (5,), generator=generator)} for _ in range(count)]
+    return [{"x": torch.randn(shape, generator=generator, dtype=torch.float64)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("make_loss", [Squares, Batched])
+@pytest.mark.parametrize("case", MODULES)
+def test_what_a_probe_does_not_see_right_goes_through_vmap_grad(case, make_loss):
+    make, shape, unseen = MODULES[case]
+    model, rows = randomize(make(), 0), rows_for(shape)
+    engine = probe_engine(model, make_loss(model), view=EVERYTHING)
+    assert_blocks_close(engine(collate(rows)).values, naive_blocks(Squares(model), model, rows, EVERYTHING))
+    found = {site.path for site in engine.sites if not site.probed}
+    assert found == unseen or (make_loss is Squares and found <= unseen)
+
+
+def test_a_penalty_on_the_weights_is_a_second_use_of_them():
+    model, rows = randomize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), 0), rows_for(ROW)
+    engine = probe_engine(model, Squares(model, decay=0.1))
+    assert_blocks_close(engine(collate(rows)).values, naive_blocks(engine.loss, model, rows))
+    assert not any(site.probed for site in engine.sites)
+
+
+def test_a_norm_that_sees_no_batch_axis_is_not_taken_for_one_that_does():
+    model = randomize(nn.Sequential(nn.Conv2d(2, 2, 1), nn.InstanceNorm2d(2, affine=True), nn.Tanh()), 0)
+    weights = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4)
+
+    def loss(params, example):
+        return (functional_call(model, params, example["x"]) * weights).sum()
+
+    rows = rows_for(IMAGE)
+    engine = probe_engine(model, loss, view=EVERYTHING)
+    assert_blocks_close(engine(collate(rows)).values, naive_blocks(loss, model, rows, EVERYTHING))
+
+
+def test_a_loss_that_looks_at_its_values_is_taken_one_example_at_a_time():
+    model, rows = randomize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), 0), rows_for(ROW)
+
+    def loss(params, example):
+        y = functional_call(model, params, example["x"]).sum()
+        return y.square() if example["x"].sum() > 0 else y
+
+    engine = probe_engine(model, loss)
+    assert_blocks_close(engine(collate(rows)).values, naive_blocks(loss, model, rows))
+    assert all(site.probed for site in engine.sites)
+
+
+class NextToken:
+    """Cross-entropy of the next token of a model of ids."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def value(self, logits, labels):
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(-1)
+
+    def __call__(self, params, example):
+        logits = call(self.model, params, example["input_ids"][None])
+        return self.value(logits, example["labels"][None])[0]
+
+    def batched(self, batch):
+        return self.value(self.model(batch["input_ids"]), batch["labels"])
+
+
+class Placed(nn.Module):
+    """Positions are looked up once, for all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.places = nn.Embedding(13, 6), nn.Embedding(16, 6)
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 13)
+
+    def forward(self, ids):
+        h = self.ids(ids) + self.places(torch.arange(ids.shape[-1]))
+        return self.head(self.inner(h).tanh().cumsum(-2))
+
+
+class Routed(nn.Module):
+    """Every token goes to one of three layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.head = nn.Embedding(13, 6), nn.Linear(6, 13)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, ids):
+        h = self.ids(ids)
+        flat, out = h.reshape(-1, 6), torch.zeros(ids.numel(), 6, dtype=h.dtype)
+        for number, expert in enumerate(self.experts):
+            mine = (ids.flatten() % 3 == number).nonzero()[:, 0]
+            out = out.index_add(0, mine, expert(flat[mine]))
+        return self.head(out.tanh().view(h.shape) + h)
+
+
+def document(*ids, supervised=None):
+    ids = torch.tensor(ids)
+    labels = ids.clone()
+    labels[supervised or len(ids) :] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_positions_of_all_examples_are_nobodys():
+    model, view = randomize(Placed(), 0), View(include=["places"])
+    rows = [document(*range(4)), document(*range(8), supervised=2)]
+    rows += [document(*range(i, i + 8)) for i in range(5)]
+    got = collect(model, rows, loss=NextToken(model), view=view, token_batch_size=24)
+    assert_blocks_close(got, naive_blocks(NextToken(model), model, rows, view))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [document(0, 3, 6, 1, 2, 5), document(1, 4, 7, 0, 8, 2)],  # three and one, one and three, two and two
+        [document(0, 1, 1, 2, 2, 2), document(4, 4, 1, 2, 2, 2)],  # an expert has one token in all
+        [document(1, 1, 1, 2, 2, 2), document(4, 4, 1, 2, 2, 2)],  # an expert has none
+    ],
+)
+def test_experts_that_are_modules_of_their_own(rows):
+    model = randomize(Routed(), 0)
+    engine = probe_engine(model, NextToken(model))
+    engine(collate([document(0, 3, 1, 4, 2, 5), document(6, 1, 9, 7, 5, 8)]))  # two tokens each for everyone
+    for one in (engine, probe_engine(model, NextToken(model))):
+        assert_blocks_close(one(collate(rows)).values, naive_blocks(NextToken(model), model, rows))
+
+
+@pytest.mark.parametrize("lengths", [((4, 6), (8, 2)), ((3, 4), (8, 4)), ((4, 4), (4, 4)), ((2, 4), (8, 8))])
+def test_biases_of_distances_are_of_all_examples(lengths):
+    config = T5Config(
+        vocab_size=13, d_model=8, d_kv=4, d_ff=9, num_layers=1, num_decoder_layers=1, num_heads=2,
+        relative_attention_num_buckets=6, decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = randomize(T5ForConditionalGeneration(config), 0)
+    loss, generator = model_loss(model, "seq2seq_lm", "sum"), torch.Generator().manual_seed(0)
+    rows = [
+        {"input_ids": torch.randint(1, 13, (n,), generator=generator), "attention_mask": torch.ones(n).long(),
+         "labels": torch.randint(1, 13, (m,), generator=generator)}
+        for n, m in lengths
+    ]  # fmt: skip
+    engine = probe_engine(model, loss, view=EVERYTHING)
+    assert_blocks_close(engine(collate(rows)).values, naive_blocks(loss, model, rows, EVERYTHING), 1e-8)
+
+
+def test_rows_without_a_gradient_tell_nothing_so_the_engine_looks_again():
+    model = randomize(Placed(), 0)
+    view = View(include=["places"])
+    engine = probe_engine(model, NextToken(model), view=view)
+    silent = [{**document(*range(4)), "labels": torch.full((4,), -100)} for _ in range(2)]
+    engine(collate(silent))
+    rows = [document(*range(4)), document(*range(4, 8))]
+    assert_blocks_close(engine(collate(rows)).values, naive_blocks(engine.loss, model, rows, view))
+
+
+def test_padded_tokens_without_a_mask_get_one():
+    rows = [{"input_ids": torch.tensor([3])}, {"input_ids": torch.tensor([7, 8])}]
+    assert collate(rows)["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert "attention_mask" not in collate([rows[1], rows[1]])
+    model = language_model("gpt_neox")
+    errors = equality(probe_engine(model, causal_lm_loss(model)), rows)
+    assert max(error.error for error in errors) < 1e-9
+
+
+def test_labels_below_zero_are_refused():
+    model = language_model("gpt_neox")
+    row = {"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, -1, 3])}
+    with pytest.raises(InputError, match="label below 0"):
+        collect(model, [row], loss=causal_lm_loss(model))
