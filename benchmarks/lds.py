@@ -459,8 +459,10 @@ def run_case(name: str, folder: Path, out: Path, plots: Path | None, only: Seque
         beside.append((entry, numbers, seconds))
         print(f"  {entry.name}: {seconds:.1f} s", flush=True)
     told = compare(runs, subsets, losses)
-    kept = ~truth.diverged
-    ceiling = noise_ceiling_estimate(truth.losses[kept][:, told.queries], truth.numbers[kept])
+    kept = truth.kept()
+    ceiling = noise_ceiling_estimate(
+        truth.losses[kept][:, told.queries], truth.numbers[kept], seeds=truth.seeds[kept]
+    )
     print(table(name, case, told.runs, beside, ceiling, len(told.queries)))
     if only:
         return

@@ -21,7 +21,7 @@ from gradfn.evaluate.comparison import Compared, Comparison, compare, damping_cu
 from gradfn.evaluate.correlation import correlation
 from gradfn.evaluate.mislabel import auroc, average_precision, check_k, precision_at
 from gradfn.evaluate.overlap import jaccard, top_overlap
-from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
+from gradfn.evaluate.retrieval import recall_at, reciprocal_rank, source_name
 from gradfn.evaluate.scored import Scored, in_words, open_scored, refuse_other_data
 from gradfn.evaluate.subsets import FEWEST
 from gradfn.evaluate.truth import Truth, open_truth
@@ -29,7 +29,6 @@ from gradfn.hf.datasets import load_rows
 from gradfn.report.plots import check_plot, plot_runs
 
 Row = Mapping[str, Any]
-PER_MODEL = ("subsets", "numbers", "seeds", "losses", "train_losses", "diverged")
 
 
 def run_lds(**options: Any) -> None:
@@ -50,16 +49,12 @@ def run_brittleness(**options: Any) -> None:
     """What removing each query's best proponents does, beside removing random rows."""
     _check(options)
     truth = _opened_truth(options["truth"])
-    subsets, losses = truth.targets()
-    if len(subsets) < len(truth.numbers.unique()):
-        raise InputError(
-            f"all models of a subset diverged in {options['truth']}, so a removal is missing: retrain with a "
-            "lower --learning-rate"
-        )
+    kept = _whole_seeds(truth, options["truth"])
+    subsets, losses = kept.targets()
     full, parts = removals(subsets, losses)
-    told = [brittleness(full, part, probabilities=_of_answers(truth)) for part in parts]
-    flipped = _flips(truth, subsets, len(parts))
-    console().print(facts(_removal_facts(truth, full, parts, flipped[0], options["truth"])))
+    told = [brittleness(full, part, probabilities=_of_answers(kept)) for part in parts]
+    flipped = _flips(kept, subsets, len(parts))
+    console().print(facts(_removal_facts(truth, kept, full, parts, flipped[0], options["truth"])))
     given = [*zip([part.k for part in parts], told, flipped, strict=True)]
     shown = [_removal_line(*one) for one in given]
     console().print(_table(shown, tuple(shown[0])))
@@ -71,10 +66,10 @@ def run_mislabel(**options: Any) -> None:
     """Compare self-influence with the rows that are known to be wrong."""
     _check(options)
     run = open_scored(options["run"])
-    if run.scores.shape[2] != 1:
+    if run.made.get("query") != "self":
         raise InputError(
-            f"{options['run']} has scores for {run.scores.shape[2]} queries, expected one of every row with "
-            "itself: make it with gradfn score --self"
+            f"{options['run']} has scores for {count(run.scores.shape[2], 'query')}, expected those of every "
+            "row with itself: make them with gradfn score --self"
         )
     wrong = _marked(run, options)
     k = int(wrong.sum()) if options["top"] is None else options["top"]
@@ -166,25 +161,25 @@ def _leaving_one_out(truth: Truth) -> Truth:
             f"{int(alone.sum())} of the {len(alone)} retrained models leave out one row each, and a "
             f"correlation needs {FEWEST} or more such subsets: make them with gradfn retrain --leave-out 1"
         )
-    arrays = {name: getattr(truth, name)[alone] for name in PER_MODEL}
-    return replace(truth, **arrays, margins=None if truth.margins is None else truth.margins[alone])
+    return truth.of_models(alone)
 
 
 def _ceiling(truth: Truth, queries: Tensor, seed: int) -> Estimate | None:
-    """The noise ceiling of the queries reported; None where too few subsets have two seeds."""
-    kept = ~truth.diverged
-    counts = truth.numbers[kept].unique(return_counts=True)[1]
-    if int((counts > 1).sum()) < FEWEST:
+    """The noise ceiling of the queries reported; None where one seed is left of each subset."""
+    kept = truth.kept()
+    if len(truth.seeds[kept].unique()) == 1:
         return None
-    return noise_ceiling_estimate(truth.losses[kept][:, queries], truth.numbers[kept], seed=seed)
+    losses, numbers, seeds = truth.losses[kept][:, queries], truth.numbers[kept], truth.seeds[kept]
+    return noise_ceiling_estimate(losses, numbers, seeds=seeds, seed=seed)
 
 
 def _truth_facts(
     truth: Truth, told: Comparison, ceiling: Estimate | None, subsets: int, path: str
 ) -> list[tuple[str, str]]:
     rows = count(len(truth.row_ids), "row")
-    made = f"{count(subsets, 'subset')} x {_seeds(truth)}, of {rows}"
-    lines = [("truth", path), ("models", made), *_diverged(truth)]
+    kept = truth.of_models(truth.kept())
+    made = f"{count(subsets, 'subset')} x {_seeds(kept)}, of {rows}"
+    lines = [("truth", path), ("models", made), *_diverged(truth, kept)]
     whole, reported = len(truth.query_ids), len(told.queries)
     if reported < whole:
         lines.append(
@@ -202,24 +197,27 @@ def _truth_facts(
 
 
 def _why_unknown(truth: Truth) -> str:
-    if int(truth.numbers.unique(return_counts=True)[1].max()) == 1:
+    if len(truth.seeds.unique()) == 1:
         return "unknown, with one seed a subset: gradfn retrain --seeds 2 tells it"
-    counts = truth.numbers[~truth.diverged].unique(return_counts=True)[1]
-    several = count(int((counts > 1).sum()), "subset")
-    return f"unknown, with two models that did not diverge of {several} only, and {FEWEST} are needed"
+    return "unknown, with one seed left of each subset: retrain with a lower --learning-rate"
 
 
-def _diverged(truth: Truth) -> list[tuple[str, str]]:
+def _diverged(truth: Truth, kept: Truth) -> list[tuple[str, str]]:
+    """How many models diverged, and what is left out with them."""
     if not (diverged := int(truth.diverged.sum())):
         return []
-    return [("diverged", f"{diverged:,} of {count(len(truth.diverged), 'model')}, which are left out")]
+    lost = {
+        noun: len(getattr(truth, name).unique()) - len(getattr(kept, name).unique())
+        for noun, name in (("subset", "numbers"), ("seed", "seeds"))
+    }
+    left_out = " and ".join(count(number, noun) for noun, number in lost.items() if number)
+    models = f"{diverged:,} of {count(len(truth.diverged), 'model')}"
+    return [("diverged", f"{models}; left out for the means to be over the same seeds: {left_out}")]
 
 
-def _seeds(truth: Truth) -> str:
-    """How many seeds a subset has, of the models that did not diverge."""
-    counts = truth.numbers[~truth.diverged].unique(return_counts=True)[1]
-    low, high = int(counts.min()), int(counts.max())
-    return count(high, "seed") if low == high else f"{low} to {high} seeds"
+def _seeds(kept: Truth) -> str:
+    """How many seeds every subset has."""
+    return count(len(kept.seeds.unique()), "seed")
 
 
 def _comparison_table(told: Comparison, ceiling: Estimate | None) -> Table:
@@ -252,6 +250,17 @@ def _comparison_row(
 # --- brittleness
 
 
+def _whole_seeds(truth: Truth, path: str) -> Truth:
+    """The models of the seeds of which none diverged: each removal is compared, so all must be there."""
+    kept = ~torch.isin(truth.seeds, truth.seeds[truth.diverged])
+    if not bool(kept.any()):
+        raise InputError(
+            f"of every seed of {path} a model diverged, so a removal is missing: retrain with a lower "
+            "--learning-rate"
+        )
+    return truth.of_models(kept)
+
+
 def _flips(truth: Truth, subsets: Tensor, sizes: int) -> list[Flips | None]:
     """What becomes of predictions, for each number of rows removed; None where there are no classes."""
     margins = truth.mean_margins()
@@ -271,7 +280,7 @@ def _of_answers(truth: Truth) -> bool:
 
 
 def _removal_facts(
-    truth: Truth, full: Tensor, parts: Sequence[Removal], flipped: Flips | None, path: str
+    truth: Truth, kept: Truth, full: Tensor, parts: Sequence[Removal], flipped: Flips | None, path: str
 ) -> list[tuple[str, str]]:
     queries, controls = (
         count(len(full), "query"),
@@ -279,12 +288,12 @@ def _removal_facts(
     )
     lines = [
         ("truth", path),
-        ("models", f"{queries} x {count(len(parts), 'size')}, {controls} of each size, {_seeds(truth)}"),
+        ("models", f"{queries} x {count(len(parts), 'size')}, {controls} of each size, {_seeds(kept)}"),
         ("full model", f"mean loss {float(full.mean()):.3f}"),
     ]
     if flipped is not None:
         lines.append(("predictions", f"{flipped.right:,} of {queries} right, which are those that can flip"))
-    return [*lines, *_diverged(truth)]
+    return [*lines, *_diverged(truth, kept)]
 
 
 def _removal_line(k: int, one: Brittleness, flipped: Flips | None) -> dict[str, str]:
@@ -366,7 +375,10 @@ def _sources(run: Scored, options: Options) -> tuple[Tensor, list[int]]:
     numbers: dict[str, list[int]] = {}
     for number, name in enumerate(run.row_ids):  # pieces of a document share its id
         numbers.setdefault(name, []).append(number)
-    known = [(query, numbers[str(name)]) for query, name in enumerate(rows["source"]) if str(name) in numbers]
+    named = [source_name(value) for value in rows["source"]]
+    known = [
+        (query, numbers[name]) for query, name in enumerate(named) if name is not None and name in numbers
+    ]
     if not known:
         raise InputError(f"none of the sources in {path} is among the rows scored: score the rows they name")
     sources = torch.zeros(len(run.row_ids), len(known), dtype=torch.bool)
@@ -408,6 +420,9 @@ def _recall_rows(run: Scored, sources: Tensor, k: int) -> list[dict[str, Any]]:
 
 def _check(options: Options) -> None:
     """Refuse, before any work, what could not be written."""
+    seed = options.get("seed", 0)
+    if abs(seed) >= 1 << 63:
+        raise InputError(f"the seed {seed} is too large for random numbers: give one below 2^63")
     files = [options["csv"], options["jsonl"], options["parquet"], options.get("plot")]
     if options.get("plot") is not None:
         check_plot(options["plot"])

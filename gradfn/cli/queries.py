@@ -19,6 +19,7 @@ from gradfn.cli.inputs import (
 from gradfn.cli.show import progress_bar
 from gradfn.data import Corpus, Images, Pairs
 from gradfn.errors import InputError
+from gradfn.evaluate.retrieval import source_name
 from gradfn.hf.datasets import load_rows, text_pair, text_query
 from gradfn.hf.models import context_length
 from gradfn.methods.recipes import group_means
@@ -229,7 +230,7 @@ def _shown(documents: Corpus, rows: Any | None, options: Options) -> list[str]:
 def _sources(rows: Any | None) -> list[str | None]:
     if rows is None or "source" not in rows.column_names:
         return []
-    return [None if source in (None, "") else str(source) for source in rows["source"]]
+    return [source_name(source) for source in rows["source"]]
 
 
 def check_stored(path: str, wanted: dict[str, Any], name: str) -> None:

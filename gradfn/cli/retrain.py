@@ -17,7 +17,7 @@ from gradfn.errors import InputError
 from gradfn.evaluate.brittleness import brittleness_subsets
 from gradfn.evaluate.scored import open_scored, refuse_other_data
 from gradfn.evaluate.subsets import FEWEST, check_fraction, leave_one_out, random_subsets
-from gradfn.evaluate.truth import Truth, retrain
+from gradfn.evaluate.truth import Truth, retrain, subsets_of_models
 from gradfn.per_example import params_of
 from gradfn.random import words
 from gradfn.shards import parse_shard, shard_run
@@ -46,7 +46,8 @@ def run_retrain(**options: Any) -> None:
     subsets, how = _subsets(options, ks, train, asked)
     console().print(facts(_subject_facts(subject, train, asked, subsets, options)))
     start = start_of(subject, options)
-    total = training.epochs * options["seeds"] * int(subsets.sum())
+    own = subsets_of_models(len(subsets), options["seeds"], shard)
+    total = training.epochs * int(subsets.sum(1)[own].sum())
     with subject.multiplying(), progress_bar("retraining", total, "examples") as progress:
         truth = retrain(
             options["run"], start, train, asked, loss=subject.loss, query_loss=subject.query_loss,

@@ -49,6 +49,31 @@ def mean_estimate(values: Float[Tensor, " queries"], *, draws: int = DRAWS, seed
     return Estimate(float(values.mean()), *_ends(values @ counts / len(values)))
 
 
+def grid_estimate(values: Float[Tensor, "rows queries"], *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """The mean of a table, with its interval over draws of its rows and its columns.
+
+    A draw takes both anew, with replacement: what all queries share in a row does not average out over them.
+
+    Args:
+        values: a number a row and query; a single query has no interval.
+        draws: how many draws.
+        seed: of the draws.
+
+    >>> grid_estimate(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    Estimate(value=0.5, low=0.0, high=1.0)
+
+    Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1 (2007), section 3.
+    """
+    values = values.double()
+    rows, queries = values.shape
+    if queries == 1:
+        return Estimate(float(values.mean()), nan, nan)
+    generator = torch.Generator().manual_seed(seed)
+    columns = counts_of_draws(queries, draws, generator).double() / queries
+    lines = counts_of_draws(rows, draws, generator).double() / rows
+    return Estimate(float(values.mean()), *_ends(((values @ columns) * lines).sum(0)))
+
+
 def correlation_estimate(
     a: Float[Tensor, "subsets queries"],
     b: Float[Tensor, "subsets queries"],

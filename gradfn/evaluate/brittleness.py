@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.evaluate.bootstrap import Estimate, mean_estimate
+from gradfn.evaluate.bootstrap import Estimate, grid_estimate, mean_estimate
 from gradfn.evaluate.subsets import random_subsets, without_top
 
 CONTROLS = 5
@@ -90,6 +90,9 @@ class Brittleness(NamedTuple):
     """Means over queries: the rise of the loss, that by chance, and the share of controls that it is above.
 
     `lost` and `lost_by_chance` are the shares of answers of probability 1/2 or more that fall below it.
+
+    Intervals are over queries, those by chance and above it over queries and random removals. The trained
+    models are given: what the one full model and its seeds do to all rises alike is in no interval.
     """
 
     rise: Estimate
@@ -127,10 +130,10 @@ def brittleness(
     sure = full <= _HALF
     if probabilities and sure.any():
         lost = mean_estimate((top > _HALF)[sure].double())
-        by_chance = mean_estimate((random > _HALF).double().mean(0)[sure])
+        by_chance = grid_estimate((random > _HALF)[:, sure].double())
     return Brittleness(
-        mean_estimate(top - full), mean_estimate(random.mean(0) - full),
-        mean_estimate((top[None] > random).double().mean(0)), lost, by_chance,
+        mean_estimate(top - full), grid_estimate(random - full), grid_estimate((top > random).double()),
+        lost, by_chance,
     )  # fmt: skip
 
 
@@ -144,6 +147,8 @@ def _check_controls(removal: Removal) -> None:
 
 class Flips(NamedTuple):
     """Of the queries that the full model gets right, the shares that it gets wrong without k rows.
+
+    Intervals are those of `Brittleness`.
 
     Args:
         right: how many there are.
@@ -180,4 +185,4 @@ def flips(full: Float[Tensor, " queries"], removal: Removal) -> Flips:
     if not right.any():
         return Flips(0, None, None)
     wrong, by_chance = removal.top[right] <= 0, removal.random[:, right] <= 0
-    return Flips(int(right.sum()), mean_estimate(wrong.double()), mean_estimate(by_chance.double().mean(0)))
+    return Flips(int(right.sum()), mean_estimate(wrong.double()), grid_estimate(by_chance.double()))

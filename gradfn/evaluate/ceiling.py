@@ -18,6 +18,7 @@ def noise_ceiling(
     losses: Float[Tensor, "models queries"],
     numbers: Int[Tensor, " models"],
     *,
+    seeds: Int[Tensor, " models"] | None = None,
     correlate: Correlation = "spearman",
     splits: int = SPLITS,
     seed: int = 0,
@@ -34,9 +35,14 @@ def noise_ceiling(
     the reliability, which is the mean's correlation with its own expectation. Queries are averaged before the
     root: it is concave, so over few subsets the mean of the queries' own roots is too low.
 
+    Models of `retrain` share their seeds: a loss is `f(subset) + g(seed) + noise`, and `g`, the same for all
+    subsets, is no noise of their mean. With `seeds`, one split of the seeds serves all subsets, and so `g` is
+    none of the halves' either. Without, subsets are split each on its own, as models that share nothing are.
+
     Args:
         losses: of every query, of every model that did not diverge.
         numbers: which subset each model was trained on.
+        seeds: of the models, each once in every subset, see `Truth.kept`; None: no two models share theirs.
         correlate: "spearman" or "pearson", as the score that is compared with it.
         splits: how many random splits.
         seed: of the splits.
@@ -45,15 +51,19 @@ def noise_ceiling(
         From 0 to 1; 0 where the halves do not agree at all.
 
     Raises:
-        InputError: fewer than three subsets have two seeds or more; losses that are not finite.
+        InputError: fewer than three subsets have two seeds or more; losses that are not finite; `seeds` that
+            are not the same in every subset.
 
     >>> losses = torch.tensor([[1.0], [1.1], [2.0], [2.1], [3.0], [3.1]])
     >>> noise_ceiling(losses, torch.tensor([0, 0, 1, 1, 2, 2]))
     1.0
+    >>> by_seed = torch.tensor([0.0, 9.0]).repeat(3)[:, None]
+    >>> noise_ceiling(losses + by_seed, torch.tensor([0, 0, 1, 1, 2, 2]), seeds=torch.tensor([0, 1] * 3))
+    1.0
 
     Source: Spearman and Brown's formula, both 1910; the attenuation by noise, Spearman (1904).
     """
-    groups = _Groups(losses, numbers)
+    groups = _Groups(losses, numbers, seeds)
     generator = torch.Generator().manual_seed(seed)
     r = sum(correlation(*groups.halves(generator), correlate).mean() for _ in range(splits)) / splits
     return float(_ceiling(torch.as_tensor(r), groups.lengthening))
@@ -63,6 +73,7 @@ def noise_ceiling_estimate(
     losses: Float[Tensor, "models queries"],
     numbers: Int[Tensor, " models"],
     *,
+    seeds: Int[Tensor, " models"] | None = None,
     correlate: Correlation = "spearman",
     splits: int = SPLITS,
     draws: int = DRAWS,
@@ -71,15 +82,15 @@ def noise_ceiling_estimate(
     """The noise ceiling with its 95 % bootstrap interval over subsets and queries, which is within 0 and 1.
 
     Args:
-        losses, numbers, correlate, splits, seed: see `noise_ceiling`.
+        losses, numbers, seeds, correlate, splits, seed: see `noise_ceiling`.
         draws: of the bootstrap, see `correlation_estimate`.
 
     >>> losses = torch.tensor([[1.0], [1.1], [2.0], [2.1], [3.0], [3.1]])
     >>> noise_ceiling_estimate(losses, torch.tensor([0, 0, 1, 1, 2, 2]), draws=10).value
     1.0
     """
-    value = noise_ceiling(losses, numbers, correlate=correlate, splits=splits, seed=seed)
-    groups, generator = _Groups(losses, numbers), torch.Generator().manual_seed(seed)
+    value = noise_ceiling(losses, numbers, seeds=seeds, correlate=correlate, splits=splits, seed=seed)
+    groups, generator = _Groups(losses, numbers, seeds), torch.Generator().manual_seed(seed)
     subsets = counts_of_draws(groups.subsets, draws, generator)
     queries = counts_of_draws(losses.shape[1], draws, generator).double() / losses.shape[1]
     halves = [groups.halves(generator) for _ in range(DRAWN_SPLITS)]
@@ -100,30 +111,52 @@ def _ceiling(r: Tensor, lengthening: float) -> Tensor:
 class _Groups:
     """Models by the subset that they were trained on, and their random halves."""
 
-    def __init__(self, losses: Tensor, numbers: Tensor):
+    def __init__(self, losses: Tensor, numbers: Tensor, seeds: Tensor | None):
         check_finite("losses", losses)
-        seeds = torch.unique(numbers, return_counts=True)[1]
-        if int((seeds > 1).sum()) < FEWEST:
+        counts = torch.unique(numbers, return_counts=True)[1]
+        if int((counts > 1).sum()) < FEWEST:
             raise InputError(
                 f"a noise ceiling needs {FEWEST} subsets or more with two seeds or more, and "
-                f"{int((seeds > 1).sum())} have them: retrain with more seeds"
+                f"{int((counts > 1).sum())} have them: retrain with more seeds"
             )
+        self.shared = seeds is not None
+        if seeds is not None:
+            order = _by_seed(numbers, seeds)
+            losses, numbers = losses[order], numbers[order]
         subset = torch.unique(numbers, return_inverse=True)[1]
-        repeated = (seeds > 1)[subset]
+        repeated = (counts > 1)[subset]
         self.losses = losses[repeated].double()
         self.subset = torch.unique(subset[repeated], return_inverse=True)[1]
-        self.subsets = int((seeds > 1).sum())
-        self.half = int(seeds[seeds > 1].min()) // 2
+        self.subsets = int((counts > 1).sum())
+        self.half = int(counts[counts > 1].min()) // 2
         # Noise of a mean goes with 1 / seeds, so it is the harmonic mean that counts.
-        self.lengthening = float(len(seeds) / (1 / seeds.double()).sum()) / self.half
+        self.lengthening = float(len(counts) / (1 / counts.double()).sum()) / self.half
 
     def halves(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Means over two disjoint random halves of the seeds of every subset, both `[subsets, queries]`."""
+        models = self._shuffled(generator)
+        a, b = (self.losses[part].mean(1) for part in models.split(self.half, 1))
+        return a, b
+
+    def _shuffled(self, generator: torch.Generator) -> Tensor:
+        """Models of each subset in a random order, as many as two halves, `[subsets, 2 * half]`."""
+        if self.shared:
+            seeds = len(self.subset) // self.subsets
+            order = torch.randperm(seeds, generator=generator)[: 2 * self.half]
+            return torch.arange(self.subsets)[:, None] * seeds + order
         shuffled = torch.randperm(len(self.subset), generator=generator)
         order = shuffled[self.subset[shuffled].argsort(stable=True)]
         first = torch.searchsorted(self.subset[order], torch.arange(self.subsets))
-        a, b = (
-            self.losses[order[first[:, None] + offset + torch.arange(self.half)]].mean(1)
-            for offset in (0, self.half)
+        return order[first[:, None] + torch.arange(2 * self.half)]
+
+
+def _by_seed(numbers: Tensor, seeds: Tensor) -> Tensor:
+    """The order of models by subset and, in each, by seed; refuses subsets of other seeds."""
+    subset, each = (torch.unique(of, return_inverse=True)[1] for of in (numbers, seeds))
+    place = subset * (int(each.max()) + 1) + each
+    if not torch.equal(place.sort().values, torch.arange((int(subset.max()) + 1) * (int(each.max()) + 1))):
+        raise InputError(
+            "the seeds are not the same in every subset, each once: leave out the models that "
+            "`Truth.kept` leaves out, or give no seeds where subsets share none"
         )
-        return a, b
+    return place.argsort()

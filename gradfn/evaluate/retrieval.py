@@ -1,5 +1,7 @@
 """Whether known sources are found: recall at k, and the mean reciprocal rank."""
 
+from math import isnan
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -7,6 +9,19 @@ from torch import Tensor
 from gradfn.errors import InputError
 from gradfn.evaluate.correlation import check_finite
 from gradfn.evaluate.mislabel import check_k
+
+
+def source_name(value: object) -> str | None:
+    """The id that a cell of a column `source` holds, None where it is empty.
+
+    A column of whole numbers with an empty cell is one of floats, and of NaN where it is empty.
+
+    >>> [source_name(value) for value in ("r1", 7, 7.0, 0.5, "", None, float("nan"))]
+    ['r1', '7', '7', '0.5', None, None, None]
+    """
+    if value is None or value == "" or (isinstance(value, float) and isnan(value)):
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def source_ranks(

@@ -130,7 +130,8 @@ def check_subsets(
         )
     for label in classes.unique().tolist():
         for number in (~subsets[:, classes == label].any(1)).nonzero()[:1, 0].tolist():
+            fewer = "leave out fewer rows (a smaller K, a larger fraction), or "
             raise InputError(
-                f"subset {number} leaves class {label} out, so its model cannot know it: take larger "
-                "subsets, or another seed"
+                f"subset {number} leaves class {label} out, so its model cannot know it: "
+                f"{fewer if int((~subsets[number]).sum()) > 1 else ''}give the class more rows"
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gradfn
 from gradfn.errors import InputError
-from gradfn.evaluate.subsets import check_subsets
+from gradfn.evaluate.subsets import FEWEST, check_subsets
 from gradfn.losses import ModelLoss
 from gradfn.runs import loss_settings, merged, storable
 from gradfn.shards import Shard, shard_rows, shard_run
@@ -78,20 +78,48 @@ class Truth:
     margins: Float64[Tensor, "models queries"] | None = None
 
     def targets(self) -> tuple[Bool[Tensor, "subsets rows"], Float64[Tensor, "subsets queries"]]:
-        """The subsets, and the mean loss of each query over a subset's seeds, without diverged models.
-
-        A subset all of whose models diverged is left out.
-        """
-        known = self.numbers[~self.diverged].unique()
+        """The subsets, and the mean loss of each query over a subset's seeds, of the models `kept`."""
+        known = self.numbers[self.kept()].unique()
         firsts = [int((self.numbers == number).nonzero()[0]) for number in known]
         return self.subsets[firsts], self._means(self.losses)
+
+    def kept(self) -> Bool[Tensor, " models"]:
+        """Which models to average: as many as leave each subset the same seeds.
+
+        A seed changes the losses of all subsets alike, so a mean that lacks one differs by that. Left out are
+        the subsets that lost a model; or those that lost all, and the seeds that any other lost, where this
+        keeps more models, or the first fewer than three subsets.
+
+        >>> truth = Truth(torch.eye(4).bool().repeat_interleave(2, 0), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
+        ...     torch.tensor([0, 1] * 4), torch.zeros(8, 1).double(), torch.zeros(8).double(),
+        ...     torch.arange(8) == 1, ["a", "b", "c", "d"], ["q"], {})
+        >>> truth.kept().int()
+        tensor([0, 0, 1, 1, 1, 1, 1, 1], dtype=torch.int32)
+        """
+        alive = torch.isin(self.numbers, self.numbers[~self.diverged])
+        whole = ~torch.isin(self.numbers, self.numbers[self.diverged])
+        common = alive & ~torch.isin(self.seeds, self.seeds[alive & self.diverged])
+
+        def worth(models: Tensor) -> tuple[bool, int]:
+            return len(self.numbers[models].unique()) >= FEWEST, int(models.sum())
+
+        return max(whole, common, key=worth)
+
+    def of_models(self, models: Bool[Tensor, " models"]) -> "Truth":
+        """The same of some models only."""
+        return replace(
+            self, subsets=self.subsets[models], numbers=self.numbers[models], seeds=self.seeds[models],
+            losses=self.losses[models], train_losses=self.train_losses[models],
+            diverged=self.diverged[models],
+            margins=None if self.margins is None else self.margins[models],
+        )  # fmt: skip
 
     def mean_margins(self) -> Float64[Tensor, "subsets queries"] | None:
         """The same means of the margins, where there are classes."""
         return None if self.margins is None else self._means(self.margins)
 
     def _means(self, values: Tensor) -> Tensor:
-        kept = ~self.diverged
+        kept = self.kept()
         known, of, counts = self.numbers[kept].unique(return_inverse=True, return_counts=True)
         sums = values.new_zeros(len(known), values.shape[1]).index_add_(0, of, values[kept])
         return sums / counts[:, None]
@@ -131,7 +159,7 @@ def retrain(
     """Retrain models on subsets of the rows and write what they lose on the queries to `RUN/truth.h5`.
 
     A row of the store is a model, those of a subset side by side. A run that was killed resumes behind the
-    last models that are complete. Models that diverge are counted, and kept apart from all means.
+    last models that are complete. Models that diverge are counted, and in no mean, see `Truth.kept`.
 
     Args:
         run: the directory to write.
@@ -170,9 +198,7 @@ def retrain(
     known = {**_describe(trainer, train, query, query_loss, subsets), "seeds": seeds, "seed": seed}
     if margin_loss is not None:
         known["margin_loss"] = loss_settings(margin_loss)
-    own = (
-        range(len(models.seeds)) if shard is None else shard_rows(np.ones(len(models.seeds), np.int64), shard)
-    )
+    own = _own(len(models.seeds), shard)
     part = None if shard is None else (own.start, own.stop)
     slices = [(at, min(at + size, own.stop)) for at in range(own.start, own.stop, size)]
     target, rows = shard_run(run, shard), len(models.seeds)
@@ -193,6 +219,25 @@ def retrain(
         return _read(store)
 
 
+def subsets_of_models(subsets: int, seeds: int, shard: Shard | None = None) -> Int64[Tensor, " models"]:
+    """Which subset each model is trained on, those of one side by side; of a shard, each of its models.
+
+    Raises:
+        InputError: no seeds, or more than there is room for; more shards than models.
+
+    >>> subsets_of_models(3, 2), subsets_of_models(3, 2, Shard(2, 2))
+    (tensor([0, 0, 1, 1, 2, 2]), tensor([1, 2, 2]))
+    """
+    if not 1 <= seeds < MOST_SEEDS:
+        raise InputError(f"there can be 1 to {MOST_SEEDS - 1} seeds a subset, not {seeds}: ask for others")
+    own = _own(subsets * seeds, shard)
+    return torch.arange(subsets).repeat_interleave(seeds)[own.start : own.stop]
+
+
+def _own(models: int, shard: Shard | None) -> range:
+    return range(models) if shard is None else shard_rows(np.ones(models, np.int64), shard)
+
+
 class _Models(NamedTuple):
     """What models are trained on, and how they are seeded; see `Truth`."""
 
@@ -203,11 +248,9 @@ class _Models(NamedTuple):
 
 def _numbered(subsets: Tensor, seeds: int, seed: int) -> _Models:
     """The models of all subsets, those of one side by side."""
-    if not 1 <= seeds < MOST_SEEDS:
-        raise InputError(f"there can be 1 to {MOST_SEEDS - 1} seeds a subset, not {seeds}: ask for others")
+    numbers = subsets_of_models(len(subsets), seeds)
     if abs(seed) >= 1 << 53:
         raise InputError(f"the seed {seed} is too large for seeds of models: give one below 2^53")
-    numbers = torch.arange(len(subsets)).repeat_interleave(seeds)
     keys = [model_seed(seed, replicate) for _ in range(len(subsets)) for replicate in range(seeds)]
     return _Models(subsets[numbers], numbers, torch.tensor(keys))
 

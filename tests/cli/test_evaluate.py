@@ -41,7 +41,8 @@ def write_truth(run, subsets, losses, numbers, *, diverged=(), rows=None, settin
                 margins=None):  # fmt: skip
     """What `gradfn retrain` writes."""
     lost = torch.isin(torch.arange(len(numbers)), torch.tensor(diverged, dtype=torch.int64))
-    arrays = {"subsets": subsets[numbers], "numbers": numbers, "seeds": torch.arange(len(numbers)),
+    arrays = {"subsets": subsets[numbers], "numbers": numbers,
+              "seeds": torch.arange(len(numbers)) % int(numbers.bincount().max()),
               "losses": torch.where(lost[:, None], torch.nan, losses),
               "train_losses": torch.zeros(len(numbers)).double(), "diverged": lost,
               **({} if margins is None else {"margins": margins})}  # fmt: skip
@@ -98,7 +99,7 @@ def test_lds_shows_what_the_library_says(ok, world, tmp_path):
              "--jsonl", tmp_path / "t.jsonl", "--parquet", tmp_path / "t.parquet")  # fmt: skip
     (row,) = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     expected = lds(world.near, world.subsets, world.means()).mean().item()
-    ceiling = noise_ceiling(world.losses, world.numbers)
+    ceiling = noise_ceiling(world.losses, world.numbers, seeds=torch.arange(SEEDS).repeat(SUBSETS))
     assert row["lds"] == pytest.approx(expected)
     assert row["ceiling"] == pytest.approx(ceiling)
     assert row["share_of_ceiling"] == pytest.approx(expected / ceiling)
@@ -146,12 +147,16 @@ def test_diverged_models_are_left_out_and_counted(ok, world, tmp_path):
     truth = write_truth(tmp_path / "truth", world.subsets, world.losses, world.numbers, diverged=(0, 1, 4))
     out = ok("evaluate", "lds", truth, world.close, "--jsonl", tmp_path / "t.jsonl")
     row = json.loads((tmp_path / "t.jsonl").read_text())
-    means = world.means()
-    means[2] = world.losses[5]
-    assert row["lds"] == pytest.approx(lds(world.near, world.subsets[1:], means[1:]).mean().item())
-    assert (row["subsets"], row["models"], row["diverged"]) == (19, 40, 3)
-    assert "3 of 40 models, which are left out" in out
-    assert "19 subsets x 1 to 2 seeds, of 10 rows" in out
+    kept = torch.tensor([1, *range(3, SUBSETS)])
+    expected = lds(world.near, world.subsets[kept], world.means()[kept]).mean().item()
+    assert row["lds"] == pytest.approx(expected)
+    whole = torch.isin(world.numbers, kept)
+    seeds = torch.arange(SEEDS).repeat(18)
+    assert row["ceiling"] == noise_ceiling(world.losses[whole], world.numbers[whole], seeds=seeds)
+    assert (row["subsets"], row["models"], row["diverged"]) == (18, 40, 3)
+    shown = " ".join(out.split())
+    assert "3 of 40 models; left out for the means to be over the same seeds: 2 subsets" in shown
+    assert "18 subsets x 2 seeds, of 10 rows" in out
 
 
 def test_one_seed_has_no_ceiling_and_says_so(ok, world, tmp_path):
@@ -201,6 +206,22 @@ def test_brittleness_compares_with_random_removals(ok, command, world, tmp_path)
     assert "are not all rows, each query's best ones removed" in refused(command, "brittleness", world.truth)
     lost = write_truth(tmp_path / "lost", subsets, losses, torch.arange(len(subsets)), diverged=(2,))
     assert "so a removal is missing: retrain with a lower" in refused(command, "brittleness", lost)
+
+
+def test_brittleness_compares_models_of_the_same_seeds(ok, world, tmp_path):
+    """The second seed adds 9 to every loss, and the full model of it diverged."""
+    subsets = brittleness_subsets(world.near, [2], controls=3)
+    numbers = torch.arange(len(subsets)).repeat_interleave(2)
+    losses = (4 - predicted(world.influence, subsets))[numbers] + 9 * (torch.arange(len(numbers)) % 2)[
+        :, None
+    ]
+    truth = write_truth(tmp_path / "removed", subsets, losses, numbers, diverged=(1,))
+    out = ok("evaluate", "brittleness", truth, "--jsonl", tmp_path / "t.jsonl")
+    row = json.loads((tmp_path / "t.jsonl").read_text())
+    best = world.near.argsort(dim=0, descending=True)[:2]
+    assert row["rise"] == pytest.approx(world.influence.gather(0, best).sum(0).mean().item())
+    assert f"1 of {len(numbers)} models; left out" in out
+    assert "3 random removals of each size, 1 seed" in out
 
 
 def test_answers_are_lost_where_the_loss_is_that_of_an_answer(ok, world, tmp_path):
@@ -393,6 +414,30 @@ def test_a_column_that_is_not_0_or_1_is_refused(command, tmp_path):
     assert "no dataset is known" in refused(command, "mislabel", run)
 
 
+def test_scores_of_one_query_are_no_self_influence(command, tmp_path):
+    run = write_scores(tmp_path / "one", torch.zeros(1, ROWS, 1), queries=["q0"])
+    err = refused(command, "mislabel", run)
+    assert "has scores for 1 query, expected those of every row with itself: make them with gradfn" in err
+
+
+def test_sources_may_be_numbers_of_which_some_are_missing(ok, tmp_path):
+    run = write_scores(tmp_path / "run", torch.eye(ROWS)[None, :, :QUERIES], rows=[*map(str, range(ROWS))])
+    cells = ["0", "", "2", "3", "", "5", "6", "7"]
+    lines = [f"{name},a,{cell}" for name, cell in zip(QUERY_IDS, cells, strict=True)]
+    asked = tmp_path / "q.csv"
+    asked.write_text("\n".join(["id,prompt,source", *lines]) + "\n")
+    ok("evaluate", "recall", run, "--query", asked, "--top", 1, "--jsonl", tmp_path / "t.jsonl")
+    row = json.loads((tmp_path / "t.jsonl").read_text())
+    assert (row["recall_at_1"], row["queries"]) == (1.0, 6)
+
+
+@pytest.mark.parametrize("seed", [99999999999999999999, -(1 << 63)])
+@pytest.mark.parametrize("name", ["lds", "loo"])
+def test_a_seed_that_is_too_large_is_refused(command, world, name, seed):
+    err = refused(command, name, world.truth, world.close, "--seed", seed)
+    assert f"the seed {seed} is too large for random numbers: give one below 2^63" in err
+
+
 def test_known_sources_must_be_known(command, world, tmp_path):
     assert "no dataset of queries is known for close: give" in refused(command, "recall", world.close)
     rows = [{"id": name, "text": "a"} for name in QUERY_IDS]
@@ -413,7 +458,7 @@ def test_files_that_cannot_be_written_are_refused_before_any_work(command, world
 def test_dampings_of_scores_cannot_overlap(command, world):
     err = refused(command, "overlap", world.close, world.sweep)
     assert "has scores for 2 dampings, and an overlap is of two scores: score with one --damping" in err
-    assert "expected one of every row with itself: make it with gradfn score --self" in refused(
+    assert "expected those of every row with itself: make them with gradfn score --self" in refused(
         command, "mislabel", world.close
     )
 
@@ -438,7 +483,7 @@ def test_a_truth_of_models_that_all_diverged_is_told(command, world, tmp_path):
         assert f"all 40 models of {truth} diverged: retrain with a lower --learning-rate" in said
 
 
-def test_a_ceiling_that_lacks_models_says_which(ok, world, tmp_path):
+def test_a_seed_that_diverged_is_left_out_of_all_subsets(ok, world, tmp_path):
     truth = write_truth(
         tmp_path / "t",
         world.subsets,
@@ -447,7 +492,9 @@ def test_a_ceiling_that_lacks_models_says_which(ok, world, tmp_path):
         diverged=[*range(4, len(world.numbers), 2)],
     )
     out = " ".join(ok("evaluate", "lds", truth, world.close).split())
-    assert "unknown, with two models that did not diverge of 2 subsets only, and 3 are needed" in out
+    assert "unknown, with one seed left of each subset: retrain with a lower --learning-rate" in out
+    assert "18 of 40 models; left out for the means to be over the same seeds: 1 seed" in out
+    assert "20 subsets x 1 seed" in out
 
 
 def test_a_run_is_one_however_it_is_spelled(command, world):

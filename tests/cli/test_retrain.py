@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ from tiny import DOCUMENTS, make_model, make_tokenizer, save, write_jsonl
 from transformers import BertConfig, BertForSequenceClassification
 
 import gradfn as gf
+from gradfn.cli import retrain as module
 from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import model_seed, open_truth
 from gradfn.per_example import params_of
@@ -128,6 +130,20 @@ def test_shards_are_joined(ok, folder, base, told):
     torch.testing.assert_close(
         open_truth(folder / "parts").losses, open_truth(folder / "truth").losses, rtol=1e-4, atol=1e-4
     )
+
+
+def test_the_progress_of_a_shard_is_over_its_own_models(ok, folder, base, monkeypatch):
+    """3 subsets of 6 rows, 2 seeds and 2 epochs: 6 models, of which the second of 3 parts has 2."""
+    totals, done = [], []
+
+    @contextmanager
+    def bar(label, total, unit):
+        totals.append(total)
+        yield done.append
+
+    monkeypatch.setattr(module, "progress_bar", bar)
+    ok("retrain", folder / "part", *base, *SMALL, "--epochs", 2, "--shard", "2/3")
+    assert totals == [sum(done)] == [2 * 6 * 2]
 
 
 def test_models_that_do_not_stack_are_told(ok, folder, base, monkeypatch):

@@ -3,7 +3,7 @@ from math import isnan
 import pytest
 import torch
 
-from gradfn.evaluate.bootstrap import correlation_estimate, counts_of_draws, mean_estimate
+from gradfn.evaluate.bootstrap import correlation_estimate, counts_of_draws, grid_estimate, mean_estimate
 from gradfn.evaluate.correlation import correlation
 
 
@@ -70,3 +70,20 @@ def test_the_seed_decides_the_draws():
     a, b = correlated(20, 5, 3)
     assert correlation_estimate(a, b, seed=1) == correlation_estimate(a, b, seed=1)
     assert correlation_estimate(a, b, seed=1) != correlation_estimate(a, b, seed=2)
+
+
+def test_the_interval_of_a_table_takes_rows_and_queries_anew():
+    """By a plain loop over draws; rows that differ in all queries alike widen it."""
+    made = torch.Generator().manual_seed(0)
+    table = torch.randn(5, 30, generator=made).double() + torch.randn(5, 1, generator=made).double()
+    generator, means = torch.Generator().manual_seed(99), []
+    for _ in range(2000):
+        rows = torch.randint(5, (5,), generator=generator)
+        means.append(table[rows][:, torch.randint(30, (30,), generator=generator)].mean())
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    one = grid_estimate(table)
+    assert one.value == pytest.approx(table.mean().item())
+    assert one.high - one.low == pytest.approx(high - low, rel=0.12)
+    of_queries = mean_estimate(table.mean(0))
+    assert one.high - one.low > 1.5 * (of_queries.high - of_queries.low)
+    assert isnan(grid_estimate(table[:, :1]).low)

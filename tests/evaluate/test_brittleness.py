@@ -94,3 +94,14 @@ def test_what_cannot_be_compared_is_refused(influence):
         brittleness(torch.zeros(2), Removal(2, torch.ones(2), torch.zeros(0, 2)))
     with pytest.raises(InputError, match="no model was trained without 2 random rows"):
         flips(torch.ones(2), Removal(2, torch.ones(2), torch.zeros(0, 2)))
+
+
+def test_intervals_by_chance_are_over_the_random_removals_too():
+    """Controls that differ in all queries alike: over queries alone there would be no interval."""
+    shift = torch.tensor([[-1.0], [0.0], [0.0], [2.0]])
+    removal = Removal(2, torch.full((6,), 0.5), shift.expand(4, 6))
+    told = brittleness(torch.full((6,), 0.1), removal, probabilities=True)
+    turned = flips(torch.ones(6), Removal(2, torch.ones(6), shift.expand(4, 6)))
+    for one in (told.by_chance, told.above_chance, told.lost_by_chance, turned.flipped_by_chance):
+        assert one.low < one.value < one.high
+    assert told.rise.low == told.rise.high

@@ -98,6 +98,41 @@ def test_the_interval_holds_what_is_reached():
     assert held >= 17
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 4])
+def test_what_all_subsets_have_of_a_seed_is_no_noise(seeds):
+    """The mean over seeds has it in every subset; halves that are drawn a subset each do not."""
+    expected, models, numbers = retrained(600, seeds, 6, noise=0.5)
+    of = torch.arange(seeds).repeat(600)
+    shared = 3 * torch.randn(seeds, 6, generator=torch.Generator().manual_seed(5)).double()
+    losses = models + shared[of]
+    reached = correlation(expected, losses.reshape(600, seeds, 6).mean(1)).mean().item()
+    order = torch.randperm(len(of), generator=torch.Generator().manual_seed(6))
+    ceiling = noise_ceiling(losses[order], numbers[order], seeds=of[order] + 7000, splits=20)
+    assert ceiling == pytest.approx(reached, abs=0.012)
+    assert noise_ceiling(losses, numbers, splits=20) < reached - 0.2
+
+
+def test_the_interval_holds_the_ceiling_of_seeds_that_are_shared():
+    of = torch.arange(2).repeat(30)
+    for key in range(5):
+        expected, models, numbers = retrained(30, 2, 10, noise=0.5, key=key)
+        shared = 3 * torch.randn(2, 10, generator=torch.Generator().manual_seed(key)).double()
+        one = noise_ceiling_estimate(models + shared[of], numbers, seeds=of, splits=4, draws=200)
+        reached = correlation(expected, models.reshape(30, 2, 10).mean(1)).mean().item()
+        assert one.low <= reached <= one.high
+        assert one.high - one.low < 0.2
+
+
+@pytest.mark.parametrize("seeds", [[0, 1, 0, 1, 0, 2], [0, 1, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]])
+def test_seeds_that_differ_from_subset_to_subset_are_refused(seeds):
+    _, models, numbers = retrained(3, 2, 2, noise=1.0)
+    for call in (noise_ceiling, noise_ceiling_estimate):
+        with pytest.raises(
+            InputError, match=r"not the same in every subset, each once: leave out the models"
+        ):
+            call(models, numbers, seeds=torch.tensor(seeds))
+
+
 def test_one_seed_a_subset_is_refused():
     _, models, numbers = retrained(10, 1, 2, noise=1.0)
     for call in (noise_ceiling, noise_ceiling_estimate):

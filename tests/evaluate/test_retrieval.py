@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
-from gradfn.evaluate.retrieval import recall_at, reciprocal_rank, source_ranks
+from gradfn.evaluate.retrieval import recall_at, reciprocal_rank, source_name, source_ranks
 
 
 def case(tied=False):
@@ -58,3 +58,8 @@ def test_scores_that_are_not_finite_find_nothing():
     for call in (lambda: recall_at(scores, sources, 1), lambda: reciprocal_rank(scores, sources)):
         with pytest.raises(InputError, match=r"^1 of the scores are not finite numbers: leave"):
             call()
+
+
+def test_a_source_is_named_as_its_row_whatever_the_table_made_of_it():
+    given = ["a", "", None, float("nan"), 3, 3.0, 2.5, "3.0"]
+    assert [source_name(value) for value in given] == ["a", None, None, None, "3", "3", "2.5", "3.0"]

@@ -42,7 +42,10 @@ def test_leave_one_out_leaves_each_row_out_once():
     (lambda: without_top(torch.zeros(4, 1), []), "at least 1"),
     (lambda: without_top(torch.tensor([[0.0], [torch.nan]]), [1]), "NaN"),
     (lambda: check_subsets(torch.tensor([[True], [False]])), "subset 1 leaves everything out"),
-    (lambda: check_subsets(torch.tensor([[True, True, False]]), [0, 1, 2]), "subset 0 leaves class 2 out"),
+    (lambda: check_subsets(torch.tensor([[True, True, False]]), [0, 1, 2]), 
+     "subset 0 leaves class 2 out.*: give the class more"),
+    (lambda: check_subsets(torch.tensor([[True, False, False]]), [0, 1, 1]),
+     r"class 1 out.*: leave out fewer rows \(a smaller K, a larger fraction\), or give the class more rows"),
     (lambda: check_subsets(torch.tensor([[True, True, False]]), [0, 1]), r"\[2\] came for subsets of 3 rows"),
 ])  # fmt: skip
 def test_subsets_that_say_nothing_are_refused(make, says):

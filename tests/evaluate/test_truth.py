@@ -9,7 +9,7 @@ from torch.func import functional_call
 from gradfn.errors import InputError
 from gradfn.evaluate import truth as module
 from gradfn.evaluate.subsets import random_subsets
-from gradfn.evaluate.truth import model_seed, open_truth, retrain
+from gradfn.evaluate.truth import Truth, model_seed, open_truth, retrain
 from gradfn.losses import model_loss
 from gradfn.shards import Shard, join_shards
 from gradfn.training import Trainer, Training, initial_params, train
@@ -199,6 +199,44 @@ def test_models_that_diverge_are_counted_and_left_out_of_means(tmp_path):
     assert targets.isfinite().all()
     assert torch.equal(result.mean_margins(), -targets)
     assert result.settings["init"]["kind"] == "given"
+
+
+def truth_of(diverged, subsets=4, seeds=3, key=0):
+    """Losses `f(subset) + g(seed)`, of which some models diverged."""
+    generator = torch.Generator().manual_seed(key)
+    numbers, replicates = torch.arange(subsets).repeat_interleave(seeds), torch.arange(seeds).repeat(subsets)
+    of_subset, of_seed = (torch.randn(n, 2, generator=generator).double() for n in (subsets, seeds))
+    lost = torch.isin(torch.arange(len(numbers)), torch.tensor(diverged, dtype=torch.int64))
+    losses = torch.where(lost[:, None], torch.nan, of_subset[numbers] + 5 * of_seed[replicates])
+    truth = Truth(torch.eye(subsets).bool()[numbers], numbers, replicates + 7000, losses,
+                  torch.zeros(len(numbers)).double(), lost, [], [], {}, margins=-losses)  # fmt: skip
+    return truth, of_subset
+
+
+@pytest.mark.parametrize(("diverged", "subsets", "seeds"), [
+    ([], [0, 1, 2, 3], [0, 1, 2]),
+    ([4], [0, 2, 3], [0, 1, 2]),  # a subset less keeps 9 models, a seed less 8
+    ([1, 4], [0, 1, 2, 3], [0, 2]),  # two subsets less are too few
+    ([0, 1, 2, 4], [1, 2, 3], [0, 2]),  # nothing is left of the first
+    ([0, 1, 2], [1, 2, 3], [0, 1, 2]),
+])  # fmt: skip
+def test_means_are_over_the_same_seeds_in_every_subset(diverged, subsets, seeds):
+    truth, of_subset = truth_of(diverged)
+    kept = truth.of_models(truth.kept())
+    assert kept.numbers.tolist() == [n for n in subsets for _ in seeds]
+    assert kept.seeds.tolist() == [7000 + seed for seed in seeds] * len(subsets)
+    chosen, targets = truth.targets()
+    assert torch.equal(chosen, torch.eye(4).bool()[subsets])
+    # What the seeds add is one number a query.
+    added = targets - of_subset[subsets]
+    torch.testing.assert_close(added, added[:1].expand_as(added))
+    assert torch.equal(truth.mean_margins(), -targets)
+
+
+def test_a_seed_that_diverges_often_is_left_out_of_all_subsets():
+    truth, _ = truth_of([*range(1, 40, 2)][:14], subsets=20, seeds=2)
+    kept = truth.of_models(truth.kept())
+    assert (len(kept.numbers), kept.seeds.unique().tolist()) == (20, [7000])
 
 
 def test_losses_of_many_queries_are_those_of_each(tmp_path, monkeypatch):
