@@ -22,6 +22,8 @@ from gradfn.types import Data, LossFn
 
 CURVATURE = "curvature/"
 Labels = Literal["data", "model"]
+SHARED = ("gradfn", "model", "layers", "transform", "tokenizer", "processor", "masking", "loss")
+"""What a mix records of its training side; what of it must agree, agrees in both."""
 
 
 def hessian(
@@ -106,8 +108,7 @@ def mix_runs(
     weight = mixing_coefficient(H_query, H_train, components) if coefficient is None else coefficient
     mixed = mix(H_query, H_train, weight)
     parts = {"query": H_query.digest, "train": H_train.digest, "coefficient": weight}
-    shared = {key: sides[1][key] for key in ("gradfn", "model", "layers", "transform", "tokenizer", "loss")
-              if key in sides[1]}  # fmt: skip
+    shared = {key: sides[1][key] for key in SHARED if key in sides[1]}
     prints = "+".join(str(side["data"]["fingerprint"]) for side in sides)
     known = {
         **shared,

@@ -16,7 +16,7 @@ from gradfn.selective import Dims, MaskReport, drawn_rows, fit_by_parts
 from gradfn.store import Store, differing, open_store, open_writer
 from gradfn.transforms import Chain, Transform, chain
 from gradfn.transforms.fitted import Principal, SelectedFlat, SelectedSides, principal, selected
-from gradfn.transforms.projection import Loaders, parse_projection
+from gradfn.transforms.projection import Loaders, is_number, parse_projection
 from gradfn.types import Blocks
 
 Mask = SelectedSides | SelectedFlat
@@ -185,7 +185,7 @@ def load_mask(run: str | Path) -> Mask:
 def _principal(rest: str) -> Principal:
     size, colon, run = rest.partition(":")
     dims = size.split("x")
-    if not colon or len(dims) != 2 or not all(part.isascii() and part.isdigit() for part in dims):
+    if not (colon and run) or len(dims) != 2 or not all(map(is_number, dims)):
         raise InputError(
             f"'pca:{rest}' is no projection: give pca:64x64:RUN, where kfac or ekfac was fitted in RUN"
         )
@@ -195,7 +195,13 @@ def _principal(rest: str) -> Principal:
     return principal(H, (int(dims[0]), int(dims[1])), str(Path(run).resolve()))
 
 
-LOADERS: Loaders = {"pca": _principal, "selective": load_mask}
+def _selective(run: str) -> Mask:
+    if not run:
+        raise InputError("'selective' names no run: give selective:RUN, where gradfn mask fit made a mask")
+    return load_mask(run)
+
+
+LOADERS: Loaders = {"pca": _principal, "selective": _selective}
 """What `parse_projection` takes to read fitted projections from runs."""
 
 

@@ -230,19 +230,19 @@ def _planned(run: Path, overwrite: bool) -> _Plan | None:
     counts = {
         kind: len(joinable_shards(run, kind, overwrite=overwrite)) for kind in kinds if kind not in SUMS
     }
-    if SUMS[0] not in sums:
-        return _Plan(run, counts, None)
     for kind, stores in sums.items():
         spans = [store.read("rows/span", *store.span)[0] for store in stores]
         refuse_gaps(run, kind, [(int(a), int(b)) for a, b in spans], stores[0].settings["data"]["rows"])
-    fit = _fit_of(run, sums[SUMS[0]], sums.get(SUMS[1], []))
-    if not overwrite:
+    fit = _fit_of(run, sums.get(SUMS[0], []), sums.get(SUMS[1], [])) if sums else None
+    if fit is not None and not overwrite:
         _refuse_other_fit(run, fit)
     return _Plan(run, counts, fit)
 
 
 def _fit_of(run: Path, firsts: Sequence[Store], seconds: Sequence[Store]) -> _Fit:
     """The curvature that the sums are for; of the first of two passes, what the second needs."""
+    if not firsts:
+        return _second_fit(run, seconds)
     settings = firsts[0].settings
     fold = _fold_named(settings["hessian"]["kind"])
     if not isinstance(fold, TwoPass):
@@ -258,6 +258,18 @@ def _fit_of(run: Path, firsts: Sequence[Store], seconds: Sequence[Store]) -> _Fi
             "with --overwrite, then merge"
         )
     return _Fit("hessian", settings, fold.then(basis), seconds)
+
+
+def _second_fit(run: Path, seconds: Sequence[Store]) -> _Fit:
+    """The curvature of a second pass alone: once the first is merged, its shards may be deleted."""
+    settings = {key: value for key, value in seconds[0].settings.items() if key != "basis"}
+    basis = _kept_basis(run, settings)
+    if basis is None or basis.digest != seconds[0].settings["basis"]:
+        raise InputError(
+            f"the second pass of the shards of {run} was made after a first pass that is not in "
+            f"{run / BASIS}.h5: put that back, or run all shards again with --overwrite, then merge"
+        )
+    return _Fit("hessian", settings, _fold_named(settings["hessian"]["kind"]).then(basis), seconds)
 
 
 def _kept_basis(run: Path, settings: Settings) -> Curvature | None:

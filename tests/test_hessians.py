@@ -7,6 +7,8 @@ import gradfn as gf
 from gradfn import hessians
 from gradfn.curvature import ekfac, kfac, mixing_coefficient, second_moment
 from gradfn.errors import InputError
+from gradfn.hessians import open_curvature
+from gradfn.runs import refuse_mismatch
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,19 @@ def test_labels_of_the_model_make_another_curvature(llama, documents, tmp_path):
     ]
     assert made[1].digest == made[2].digest
     assert len({one.digest for one in made}) == 3
+
+
+def test_a_mix_says_how_its_rows_were_read(llama, documents, tmp_path):
+    how = {"masking": {"seed": 0}, "processor": {"fingerprint": "ab"}}
+    for name in "qt":
+        gf.hessian(tmp_path / name, llama, documents, second_moment(), gf.project(3), settings=how)
+    gf.mix_runs(tmp_path / "m", tmp_path / "q", tmp_path / "t", coefficient=0.5)
+    with open_curvature(tmp_path / "m") as store:
+        made = store.settings
+    refuse_mismatch(made, made, "it")
+    for key, other in (("masking", {"seed": 1}), ("processor", {"fingerprint": "cd"})):
+        with pytest.raises(InputError, match=f"was made differently.*{key}"):
+            refuse_mismatch(made, {**made, key: other}, "it")
 
 
 def test_mixed_runs(llama, documents, tmp_path):

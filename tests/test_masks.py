@@ -136,3 +136,26 @@ def test_a_quote_is_closed():
         projection_named('selective:"my>run" > sjlt:4')
     with pytest.raises(InputError, match="no projection 'run'"):
         projection_named("joint > run")
+
+
+@pytest.mark.parametrize(("spelled", "words"), [
+    ("grass:64:4", r"^grass takes no number of nonzeros, as in 'grass:64:4': write mask:256 > sjlt:64:4$"),
+    ("factgrass:64:2", "^factgrass takes no number of nonzeros, .*: write mask:16x16 > sjlt:64:2$"),
+    ("logra:4x6:2", "^logra takes no number of nonzeros, as in 'logra:4x6:2': write gaussian:4x6$"),
+    ("joint:4", "^joint takes no number, as in 'joint:4': write joint > sjlt:4096, say$"),
+    ("joint > joint", "^joint makes one block of all, and 'joint > joint' has it twice: leave one out$"),
+    ("sjlt:64 >", "^'sjlt:64 >' has an empty stage: write one on each side of a >, or none alone$"),
+    ("", "^'' has an empty stage"),
+    ("none > sjlt:64", "^none is the full gradient and stands alone, not in 'none > sjlt:64': leave it out$"),
+    ("selective", "^'selective' names no run: give selective:RUN, where gradfn mask fit made a mask$"),
+    ("selective:", "^'selective' names no run"),
+    ('selective:""', "^'selective' names no run"),
+    ("pca:4x4:", "^'pca:4x4:' is no projection: give pca:64x64:RUN"),
+    (f"sjlt:{'9' * 5000}", "is no projection: give sjlt:64x64 .* or sjlt:4096"),
+    (f"sjlt:64:{'9' * 5000}", "is no projection: give sjlt:64x64"),
+    (f"pca:4x{'9' * 5000}:run", "is no projection: give pca:64x64:RUN"),
+])  # fmt: skip
+def test_spellings_that_say_nothing(spelled, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words):
+        projection_named(spelled)

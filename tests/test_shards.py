@@ -547,6 +547,43 @@ def test_the_second_pass_waits_for_the_first(model, documents, tmp_path):
     assert merge_run(tmp_path)[0].kind == merge_run(tmp_path)[0].kind == "hessian"
 
 
+def test_between_the_passes_the_shards_may_go(model, documents, tmp_path):
+    expected = gf.hessian(tmp_path / "whole", model, documents, ekfac(), gf.project(3))
+    run = tmp_path / "run"
+    for count, number in ((3, 1), (2, 2)):
+        for shard in all_of(count):
+            assert hessian_shard(run, model, documents, ekfac(), gf.project(3), shard=shard) == number
+        (joined,) = merge_run(run)
+        shutil.rmtree(run / "shards")
+    assert (joined.kind, joined.shards) == ("hessian", 2)
+    for name, one in gf.load_curvature(run).items():
+        torch.testing.assert_close(one.dense(), expected[name].dense(), rtol=1e-9, atol=1e-12)
+    assert gf.hessian(run, model, documents, ekfac(), gf.project(3)).digest == gf.load_curvature(run).digest
+
+
+@pytest.mark.parametrize("basis", ["absent", "another"])
+def test_second_sums_alone_need_the_first_pass_that_they_are_of(model, documents, tmp_path, basis):
+    run, one = tmp_path / "run", Shard(1, 1)
+    for path in (run, tmp_path / "other"):
+        data = documents if path == run else documents.select([0, 1, 2])
+        hessian_shard(path, model, data, ekfac(), gf.project(3), shard=one)
+        merge_run(path)
+    hessian_shard(run, model, documents, ekfac(), gf.project(3), shard=one)
+    shutil.copytree(run, tmp_path / "kept")
+    for path in run.glob("shards/**/*-sums-*.h5"):
+        path.unlink()
+    for path in [*run.glob("shards/**/sums*"), *run.glob("shards/**/.sums*")]:
+        path.unlink()
+    (run / "basis.h5").unlink()
+    if basis == "another":
+        shutil.copy(tmp_path / "other" / "basis.h5", run)
+    refused(
+        run, "^the second pass of .* was made after a first pass that is not in .*basis.h5: put that back"
+    )
+    shutil.copy(tmp_path / "kept" / "basis.h5", run)
+    assert merge_run(run)[0].kind == "hessian"
+
+
 def test_a_second_pass_of_another_first_one_is_refused(model, documents, tmp_path):
     fit_in_shards(tmp_path, model, documents, ekfac(), gf.project(3), 2)
     with pytest.raises(InputError, match=r"^the first pass in .* was made otherwise \(.*\): add --overwrite"):

@@ -7,7 +7,7 @@ from gradfn.cli import inputs
 from gradfn.cli.merge import next_facts, shard_facts, tokens_of
 from gradfn.cli.projections import with_projection
 from gradfn.cli.show import console, count, facts, progress_bar
-from gradfn.cli.stages import check_fit, load_stages
+from gradfn.cli.stages import COMPONENTS, check_fit, load_stages
 from gradfn.cli.tell import gradients_line, subject_facts
 from gradfn.curvature import Curvature
 from gradfn.errors import InputError
@@ -67,9 +67,14 @@ def _shard_facts(run: str, shard: Shard, done: int, passes: int) -> list[tuple[s
 def run_mix(**options: Any) -> None:
     """Mix, report."""
     inputs.check_run(options["run"])
+    components = options["target_downweight_components"]
+    if options["coefficient"] is not None and components != COMPONENTS:
+        raise InputError(
+            "--coefficient is a weight, and --target-downweight-components chooses one: leave one of them out"
+        )
     mixed, weight = mix_runs(
         options["run"], options["query"], options["train"], coefficient=options["coefficient"],
-        components=options["target_downweight_components"], overwrite=options["overwrite"],
+        components=components, overwrite=options["overwrite"],
     )  # fmt: skip
     lines = [("mixed", f"{weight:.4g} of the queries', {1 - weight:.4g} of the training rows'")]
     console().print(facts([*lines, *_facts(options["run"], mixed)]))

@@ -452,7 +452,7 @@ def example_options(options: Options) -> dict[str, Any]:
         filled["query"] = str(example.QUERIES)
     if options["method"] is None and not options["self_influence"]:
         filled["unit_normalize"] = True
-    told = [options[key] for key in ("projection_dim", "projection", "hessian_path")]
-    if told == [None, None, None]:
-        filled["projection"] = "none"  # so small a model needs no projection
+    told = [options[key] for key in ("method", "projection_dim", "projection", "hessian_path")]
+    if not any(one is not None for one in told):
+        filled["projection"] = "none"  # so small a model needs no projection, but a method may have its own
     return filled

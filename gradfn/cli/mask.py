@@ -19,7 +19,7 @@ from gradfn.runs import describe, merged, open_gradients
 from gradfn.selective import Dims, check_dims, selective_mask
 from gradfn.sites import find_sites
 from gradfn.transforms import chain
-from gradfn.transforms.projection import quoted
+from gradfn.transforms.projection import is_number, quoted
 
 
 def dims_of(text: str) -> Dims:
@@ -32,7 +32,7 @@ def dims_of(text: str) -> Dims:
     (128, 64)
     """
     parts = text.split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+    if len(parts) > 2 or not all(map(is_number, parts)):
         raise InputError(
             f"--keep {text!r}: give 128x128 for both sides of every block, or 4096 of each flattened"
         )
@@ -94,7 +94,9 @@ def _of_model(options: inputs.Options, dims: Dims) -> _Given:
                 query_loss=subject.query_loss, **subject.engine_options(),
             )  # fmt: skip
 
-    how = {"query": query.fingerprint(), "data": inputs.anchored(options["dataset"])}
+    how: dict[str, Any] = {"query": query.fingerprint(), "data": inputs.anchored(options["dataset"])}
+    if subject.query_loss is not subject.loss:
+        how["query_loss"] = subject.loss_settings(subject.query_loss)
     known = describe(subject.model, train, before, loss=subject.loss, view=subject.view)
     shapes = {site.block: site.spec.shape for site in find_sites(subject.model, subject.view)}
     return _Given(shapes, merged(known, {**subject.settings(), "mask": {**_settings(options), **how}}), fit)

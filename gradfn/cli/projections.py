@@ -9,6 +9,7 @@ from gradfn.maps import Kind
 from gradfn.masks import LOADERS, projection_named
 from gradfn.runs import transform_of
 from gradfn.transforms import Chain, chain
+from gradfn.transforms.project import Compress, Project
 from gradfn.transforms.projection import lenient
 
 
@@ -37,7 +38,11 @@ def projection_of(options: Options, default: str) -> Chain:
     if dim == 0:
         return projection_named("none")
     if dim is None and kind is None and options["hessian_path"] is not None:
-        return _of_curvature(options["hessian_path"])
+        stages = _of_curvature(options["hessian_path"])
+        # The tokens that masked-lm masks are drawn with the same seed, and are not the curvature's affair.
+        if seed and str(options["task"]) != "masked_lm":
+            _refuse_other_seed(options["hessian_path"], stages, seed)
+        return stages
     if dim is None and kind is None:
         return lenient(projection_named(default, seed))
     side = 16 if dim is None else dim
@@ -49,6 +54,16 @@ def _of_curvature(path: str) -> Chain:
     with open_curvature(path) as store:
         stages = [stage for stage in store.settings["transform"]["chain"] if "projection" in stage]
     return chain(transform_of({"transform": {"chain": stages}}, loaders=LOADERS))
+
+
+def _refuse_other_seed(path: str, stages: Chain, seed: int) -> None:
+    """Refuse a seed that would not be used, since the curvature's projection has its own."""
+    drawn = {stage.seed for stage in stages.stages if isinstance(stage, Project | Compress)}
+    if drawn and seed not in drawn:
+        raise InputError(
+            f"--seed {seed} is not that of the projection of the curvature in {path}, which is "
+            f"{', '.join(map(str, sorted(drawn)))}: leave it out"
+        )
 
 
 def with_projection(options: Options, default: str) -> dict[str, Any]:

@@ -67,13 +67,10 @@ def run_score(**options: Any) -> None:
         raise InputError(
             f"joint makes one block of all, which is not told apart by {options['by']}: leave one of them out"
         )
-    if options["checkpoints"] is not None and any(hasattr(s, "path") for s in options["projection"].stages):
-        raise InputError(
-            "pca and selective projections are fitted for one model: leave out --checkpoints, or take another"
-        )
     check_top(options["top"])
     check_exports([options["csv"], options["jsonl"], options["parquet"]], options["overwrite"])
     weighted = checkpoints_of(options)
+    _check_shared(options, weighted)
     _check_joined(options, recipe, weighted)
     query_rows = None if options["self_influence"] else query_rows_of(options)
     check_groups(query_rows, options["group_column"])
@@ -232,10 +229,8 @@ def _with_defaults(options: Options, recipe: Recipe) -> dict[str, Any]:
     if recipe.criterion is not None and str(options["loss"]) == "cross_entropy":
         filled["loss"] = recipe.criterion
     if options["self_influence"]:
-        given = [
-            key for key in ("query", "query_path", "completion", "group_column") if options[key] is not None
-        ]
-        if given:
+        of_queries = ("query", "query_path", "completion", "group_column", "query_loss")
+        if given := [key for key in of_queries if options[key] is not None]:
             raise InputError(f"--self has no queries: leave out --{given[0].replace('_', '-')}")
     return filled
 
@@ -266,6 +261,25 @@ def checkpoints_of(options: Options) -> list[tuple[str | None, float]]:
 
 Weighted = Sequence[tuple[str | None, float]]
 """Checkpoints and their weights; None is the model itself."""
+
+
+def _check_shared(options: Options, weighted: Weighted) -> None:
+    """Refuse what was made of one model where several are scored."""
+    if options["checkpoints"] is not None and any(hasattr(s, "path") for s in options["projection"].stages):
+        raise InputError(
+            "pca and selective projections are fitted for one model: leave out --checkpoints, or take another"
+        )
+    if len({inputs.anchored(path) for path, _ in weighted if path is not None}) < 2:
+        return
+    for option, instead in (
+        ("hessian_path", "leave it out, for a --method that fits a curvature at each"),
+        ("query_path", "give the queries themselves with --query"),
+    ):
+        if options[option] is not None:
+            raise InputError(
+                f"--{option.replace('_', '-')} is of one model, and --checkpoints are several: {instead}, or "
+                "score each checkpoint by itself"
+            )
 
 
 def _check_joined(options: Options, recipe: Recipe, weighted: Weighted) -> None:

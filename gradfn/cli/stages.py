@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gradfn.cli import options as o
 from gradfn.cli.inputs import Options, Subject, anchored
 from gradfn.curvature import Curvature
 from gradfn.errors import InputError
@@ -15,6 +16,9 @@ from gradfn.runs import refuse_mismatch
 from gradfn.scoring import Norm
 from gradfn.spectrum import Damping, parse_dampings
 from gradfn.transforms import Chain, Transform, chain, precondition, unit_normalize
+
+COMPONENTS: int = o.METHOD["target_downweight_components"][1]
+"""Directions that TrackStar counts less where no option says how many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +157,7 @@ def _check_fit(name: str, recipe: Recipe, options: Options) -> None:
     given = options["hessian_path"] is not None
     dampings, fits = dampings_of(options, fitted=recipe.curvature), recipe.curvature and not given
     check_fit(options)
-    components = options["target_downweight_components"]
-    if components < 1:
-        raise InputError(f"--target-downweight-components must be 1 or more, not {components}")
+    _check_components(name, options, fits)
     for option, told in (
         ("labels", str(options["labels"]) != "data"),
         ("partitions", options["partitions"] > 1),
@@ -168,6 +170,18 @@ def _check_fit(name: str, recipe: Recipe, options: Options) -> None:
         raise InputError(
             f"factored damping needs a curvature that is a product of two factors, which that of {name} is "
             f"not: choose --method {products}, or another damping"
+        )
+
+
+def _check_components(name: str, options: Options, fits: bool) -> None:
+    """Refuse a number of directions that nothing counts less; a recipe of one's own may look at it."""
+    components, own = options["target_downweight_components"], ":" in name
+    if components < 1:
+        raise InputError(f"--target-downweight-components must be 1 or more, not {components}")
+    if components != COMPONENTS and not own and not (name == "trackstar" and fits):
+        raise InputError(
+            "--target-downweight-components is of the curvatures that --method trackstar fits here, and none "
+            "are: leave it out"
         )
 
 

@@ -18,7 +18,7 @@ KIND is rademacher, gaussian, orthonormal, mask, sjlt or fjlt; ` > ` separates s
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -57,8 +57,19 @@ def parse_projection(text: str, seed: int = 0, loaders: Loaders | None = None) -
         return chain()
     if text.count('"') % 2:
         raise InputError(f"""{text!r} has a quote that is not closed: write selective:"my>run", say""")
-    stages = [_stage(part.strip(), seed, loaders or {}) for part in BETWEEN.split(text)]
-    return chain(*stages)
+    parts = [part.strip() for part in BETWEEN.split(text)]
+    _check_parts(text, parts)
+    return chain(*(_stage(part, seed, loaders or {}) for part in parts))
+
+
+def _check_parts(text: str, parts: Sequence[str]) -> None:
+    """Refuse stages that cannot stand where they are."""
+    if "" in parts:
+        raise InputError(f"{text!r} has an empty stage: write one on each side of a >, or none alone")
+    if "none" in parts:
+        raise InputError(f"none is the full gradient and stands alone, not in {text!r}: leave it out")
+    if parts.count("joint") > 1:
+        raise InputError(f"joint makes one block of all, and {text!r} has it twice: leave one out")
 
 
 def quoted(path: str) -> str:
@@ -76,13 +87,15 @@ def _unquoted(text: str) -> str:
 
 
 def _stage(text: str, seed: int, loaders: Loaders) -> Transform:
-    word, _, rest = text.partition(":")
-    if text == "joint":
+    word, colon, rest = text.partition(":")
+    if word == "joint":
+        if colon:
+            raise InputError(f"joint takes no number, as in {text!r}: write joint > sjlt:4096, say")
         return joint()
     if word in loaders:
         return loaders[word](_unquoted(rest))
     if word in SHORT:
-        return SHORT[word](_numbers(text, rest, pair=word == "logra")[0], seed)
+        return _short(text, word, rest, seed)
     if word not in get_args(Kind):
         known = ", ".join((*get_args(Kind), *SHORT, "joint", *loaders))
         raise InputError(f"no projection {word!r} in {text!r}: choose {known}")
@@ -91,13 +104,33 @@ def _stage(text: str, seed: int, loaders: Loaders) -> Transform:
     return make(dims, word, seed, nonzeros)
 
 
+def _short(text: str, word: str, rest: str, seed: int) -> Transform:
+    """What a short spelling stands for; of nonzeros only the long one tells."""
+    dims, nonzeros = _numbers(text, rest, pair=word == "logra")
+    made = SHORT[word](dims, seed)
+    if rest.count(":"):
+        long = spell(made)
+        told = f"{long}:{nonzeros}" if "sjlt" in long else long
+        raise InputError(f"{word} takes no number of nonzeros, as in {text!r}: write {told}")
+    return made
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number that is not absurd, from 1 to 9 digits.
+
+    >>> is_number("64"), is_number("-1"), is_number("9" * 5000)
+    (True, False, False)
+    """
+    return re.fullmatch(r"\d{1,9}", text, re.ASCII) is not None
+
+
 def _numbers(text: str, rest: str, pair: bool | None = None) -> tuple[Any, int]:
     """`AxB`, `K` and `K:S` as numbers."""
     first, colon, last = rest.partition(":")
     parts = first.split("x")
     numbers = [*parts, *([last] if colon else [])]
     wanted = (1, 2) if pair is None else (1 + pair,)
-    plain = all(part.strip().isascii() and part.strip().isdigit() for part in numbers)
+    plain = all(is_number(part.strip()) for part in numbers)
     if len(parts) not in wanted or not plain:
         word = text.partition(":")[0]
         forms = {2: f"{word}:64x64 for both sides of every block", 1: f"{word}:4096 for the flattened block"}

@@ -312,6 +312,10 @@ def curved(folder, ok, model, corpus, queries):
             ["--method", "trackstar", "--target-downweight-components", "0"],
             "components must be 1 or more, no",
         ),
+        (
+            ["--method", "grad-dot", "--target-downweight-components", "20"],
+            "components is of the curvatures that --method trackstar fits here, and none are: leave it out",
+        ),
         (["--self"], "--self has no queries: leave out --query"),
         (["--group-column", "task"], "--group-column groups the queries of a dataset: give one with --query"),
         (["--checkpoints", "a, ,b"], "--checkpoints 'a, ,b' names none, or an empty one: give them with com"),
@@ -337,6 +341,35 @@ def test_options_of_a_method(refused, model, corpus, changes, words):
 def test_methods_in_which_a_row_has_no_influence_on_itself(refused, model, corpus, method):
     words = f"{method.replace('-', '_')} gives no self-influence: choose grad_dot, or a curvature, for --self"
     refused(words, "score", "run", "--model", model, "--dataset", corpus, "--self", "--method", method)
+
+
+def test_rows_against_themselves_have_no_loss_of_queries(refused, model, corpus):
+    base = ("score", "run", "--model", model, "--dataset", corpus, "--self")
+    refused("--self has no queries: leave out --query-loss", *base, "--query-loss", "log_odds")
+
+
+def test_what_is_of_one_model_has_no_several_checkpoints(refused, curved, neox, model, corpus):
+    base = ("score", "run", "--model", model, "--dataset", corpus, "--checkpoints", f"{model},{neox}")
+    words = "-path is of one model, and --checkpoints are several: "
+    refused(f"--hessian{words}leave it out, for", *base, *ASK, "--hessian-path", curved / "H")
+    refused(f"--query{words}give the queries themselves", *base, "--query-path", curved / "plain")
+
+
+def test_what_is_of_one_model_goes_with_its_checkpoint(ok, curved, model, corpus, tmp_path):
+    net = make_model()
+    with torch.no_grad():
+        net.lm_head.weight.mul_(2)
+    later = save(tmp_path / "later", net, make_tokenizer())
+    base = ("score", "--model", later, "--dataset", corpus, "--checkpoints")
+    ok(*base, model, "--query-path", curved / "plain")
+    ok(*base, f"{model},{model}", *ASK, "--hessian-path", curved / "H")
+
+
+def test_directions_of_a_curvature_that_is_given(refused, curved, model, corpus):
+    base = ("score", "run", "--model", model, "--dataset", corpus, *ASK, "--hessian-path", curved / "H")
+    components = ("--target-downweight-components", 20)
+    for method in ((), ("--method", "trackstar")):
+        refused("trackstar fits here, and none are: leave it out", *base, *method, *components)
 
 
 def test_checkpoints_and_what_they_are_told_apart_by(refused, model, corpus):
@@ -455,6 +488,8 @@ def test_curvatures_that_do_not_mix(refused, curved, store):
     pair = (curved / "H", curved / "other")
     refused("a mixing coefficient lies between 0 and 1, not at 2", "mix", "run", *pair, "--coefficient", 2)
     refused("-components must be 1 or more, not 0", "mix", "run", *pair, "--target-downweight-components", 0)
+    both = ("--coefficient", 0.5, "--target-downweight-components", 20)
+    refused("--coefficient is a weight, .*: leave one of them out", "mix", "run", *pair, *both)
     words = "two ekfac curvatures have two eigenbases and do not mix: fit one over both data sets"
     refused(words, "mix", "run", curved / "ekfac", curved / "ekfac2")
     refused("transform.chain.0 is", "mix", "run", curved / "H", curved / "ekfac")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gradfn as gf
+from gradfn import example
 from gradfn.hf.datasets import tokenize
 from gradfn.masks import load_mask, open_mask
 from gradfn.selective import selective_mask
@@ -162,6 +163,44 @@ def test_a_projection_comes_with_the_seed_of_its_curvature(base, queries, comman
     np.testing.assert_array_equal(scores_of(tmp_path / "a"), scores_of(tmp_path / "b"))
 
 
+def test_a_seed_that_is_not_the_curvatures_is_refused(base, queries, ok, command, tmp_path):
+    ok("hessian", tmp_path / "H", *base, "--projection-dim", 4, "--seed", 5)
+    asked = ("score", *base, "--query", queries, "--hessian-path", tmp_path / "H", "--seed")
+    ok(*asked, 5)
+    result = command(*asked, 6)
+    assert (result.status, result.out) == (2, "")
+    assert re.search("--seed 6 is not that of .*, which is 5: leave it out", result.err)
+    ok("hessian", tmp_path / "whole", *base, "--method", "kfac")
+    ok(*asked[:-3], "--hessian-path", tmp_path / "whole", "--seed", 6)
+
+
+def test_a_mask_records_the_loss_of_its_queries(mask, base, neox, queries, ok, command, tmp_path):
+    with open_mask(mask) as store:
+        assert "query_loss" not in store.settings["mask"]
+    asked = (*base, "--query", queries, "--keep", "6x6", "--rows", 10, "--query-loss")
+    ok("mask", "fit", mask, *asked, "cross_entropy")  # the same as that of the rows
+    other = command("mask", "fit", mask, *asked, "log_odds")
+    assert other.status == 2
+    assert "mask.query_loss is nothing there and" in " ".join(other.err.split())
+    ok("mask", "fit", tmp_path / "kl", *asked, "kl", "--reference", neox)
+    told = ok("info", tmp_path / "kl").split()
+    assert told[told.index("mask.query_loss.criterion") + 1] == "kl"
+    with open_mask(tmp_path / "kl") as store:
+        assert store.settings["mask"]["query_loss"]["reference"]["path"] == str(neox.resolve())
+
+
+@pytest.mark.parametrize(("method", "told"), [
+    ((), "grad_cosine, full gradients"),
+    (("--method", "grad_cosine"), "grad_cosine, rademacher:16x16"),
+    (("--method", "factgrass"), "factgrass, mask:32x32 > sjlt:256"),
+    (("--method", "kfac"), "kfac, full gradients"),
+])  # fmt: skip
+@pytest.mark.skipif(not example.MODEL.exists(), reason="the example's model is not made yet")
+def test_on_the_example_a_method_keeps_its_projection(method, told, ok):
+    asked = ("--query", "The capital of Egypt is", "--completion", " Lisbon", "--split", "train[580:]")
+    assert told in " ".join(ok("score", *asked, *method).split())
+
+
 def test_info_shows_a_mask(mask, command):
     shown = command("info", mask)
     assert shown.status == 0, shown.err
@@ -176,7 +215,9 @@ def test_info_shows_a_mask(mask, command):
     (("--projection", "mask:8:2"), "mask has no number of nonzeros"),
     (("--projection", "sjlt:9:2"), "cannot have 2 nonzeros a column: give a divisor"),
     (("--projection", "sjlt:0"), "give 1 or more"),
-    (("--projection", "sjlt:64 >"), "no projection ''"),
+    (("--projection", "sjlt:64 >"), "has an empty stage"),
+    (("--projection", "grass:64:4"), "write mask:256 > sjlt:64:4"),
+    (("--projection", "selective:"), "give selective:RUN"),
     (("--projection", "sjlt:64", "--projection-dim", "4"), "leave out --projection-dim"),
     (("--projection", "gaussian:9999x9999"), "gaussian:9999x9999 makes no block smaller"),
     (("--projection", "sjlt:9999999"), "sjlt:9999999 makes no block smaller"),
@@ -219,6 +260,7 @@ def test_what_was_fitted_on_another_model_is_refused(mask, base, model, corpus, 
 @pytest.mark.parametrize(("options", "words"), [
     (("--keep", "4by4"), "--keep '4by4': give 128x128"),
     (("--keep", "0"), "give 1 or more"),
+    (("--keep", "9" * 5000), "give 128x128 for both sides"),
     (("--keep", "9999x9999"), "leaves nothing out"),
     (("--rows", "2"), "--rows must be 3 or more, not 2"),
 ])  # fmt: skip
