@@ -3,12 +3,12 @@
     python benchmarks/engine.py --models neox-4k neox-50k --bergson-python PEER/bin/python
 
 Models, all with random weights, for speed does not depend on them: `neox-4k` and `neox-50k` (GPT-NeoX, 6
-layers x width 128, vocabularies 4,096 and 50,304), `gpt2` (GPT-2 small, 124M parameters), `smollm2` (that of
-SmolLM2-135M), `resnet18` (the shape of ResNet-18, images of 64 x 64). Data: documents of 200 to 600 random
-tokens, written as text that a word-level tokenizer maps back to exactly these tokens (checked), so all sides
-read the same rows. Batches hold 2,048 tokens (GPT-2: 1,024), padding included, which is the most that bergson
-allows (the model's context); every side cuts its own batches under this same budget. `--batch-tokens` gives
-all sides but bergson another one.
+layers x width 128, vocabularies 4,096 and 50,304), `gpt2` (GPT-2 small, 124M parameters) and `gpt2-4k` (the
+same with a vocabulary of 4,096), `smollm2` (that of SmolLM2-135M), `resnet18` (the shape of ResNet-18, images
+of 64 x 64). Data: documents of 200 to 600 random tokens, written as text that a word-level tokenizer maps
+back to exactly these tokens (checked), so all sides read the same rows. Batches hold 2,048 tokens (GPT-2:
+1,024), padding included, which is the most that bergson allows (the model's context); every side cuts its own
+batches under this same budget. `--batch-tokens` gives all sides but bergson another one.
 
 Sides:
 
@@ -76,7 +76,7 @@ SIDES = {
     "vmap": "`vmap(grad)`",
     "ghost": "ghost norms",
 }
-LANGUAGE_MODELS = ("neox-4k", "neox-50k", "gpt2", "smollm2")
+LANGUAGE_MODELS = ("neox-4k", "neox-50k", "gpt2", "gpt2-4k", "smollm2")
 MODELS = (*LANGUAGE_MODELS, "resnet18")
 FLOOR = "activations"
 VERSIONS = """
@@ -118,8 +118,10 @@ def make_model(name: str):
     import transformers as hf
 
     torch.manual_seed(0)
-    if name == "gpt2":
-        return hf.GPT2LMHeadModel(hf.GPT2Config())
+    if name.startswith("gpt2"):
+        vocab = 4096 if name == "gpt2-4k" else 50257
+        end = {"bos_token_id": vocab - 1, "eos_token_id": vocab - 1}
+        return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=vocab, **end))
     if name == "smollm2":
         return hf.LlamaForCausalLM(
             hf.LlamaConfig(
