@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from gradfn.attention import fast_attention
+from gradfn.data import IGNORED
 from gradfn.errors import InputError
 from gradfn.kron import Kron
 from gradfn.layers import AttentionInput, Conv, Experts, Layer, Linear, Where
@@ -219,6 +220,18 @@ class _Alone:
             self._made.pop(name, None)
 
 
+def _window(batch: Batch) -> Batch:
+    """Of long sequences with a label for every token a few tokens, from before the first that is labelled."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if ids is None or labels is None or ids.shape != labels.shape or ids.shape[1] <= LOOK_TOKENS:
+        return batch
+    learned = (labels[:, 1:] != IGNORED).any(0).nonzero()
+    first = int(learned[0, 0]) if len(learned) else 0
+    start = max(0, min(first - LOOK_TOKENS // 2, ids.shape[1] - LOOK_TOKENS))
+    part = slice(start, start + LOOK_TOKENS)
+    return {key: value[:, part] if value.shape[:2] == ids.shape else value for key, value in batch.items()}
+
+
 def _tolerance(weights: Collection[torch.dtype]) -> tuple[float, float]:
     """How far rounding may move a gradient: of its own norm, and of the largest of the example."""
     bits = min(torch.finfo(weight).bits for weight in weights)
@@ -233,6 +246,8 @@ Result = TypeVar("Result")
 Pullback = Callable[[Tensor, Tensor], Tensor]
 SKETCH = 8
 """Gradients are compared by so many numbers of each side of a block."""
+LOOK_TOKENS = 16
+"""Tokens of a sequence that are enough to look at."""
 LOOKS = 3
 """How often an engine looks for rows that have a gradient."""
 MakeFactors = Callable[[Site, Layer, Where | None], _Factors]
@@ -481,7 +496,7 @@ class Engine:
         if self._looked >= size or not probes:
             return
         sketch = replace(project((SKETCH, SKETCH), "gaussian"), strict=False)
-        pair = {key: value[:size] for key, value in batch.items()}
+        pair = _window({key: value[:size] for key, value in batch.items()})
         self._calls.clear()
         probed = replace(self, transform=sketch, sites=probes, view=View(), _lowered=None, _looking=True)
         found, _ = probed._probed_blocks(pair)
