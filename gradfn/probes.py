@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from gradfn.attention import fast_attention
-from gradfn.data import IGNORED
 from gradfn.errors import InputError
 from gradfn.kron import Kron
 from gradfn.layers import AttentionInput, Conv, Experts, Layer, Linear, Where
+from gradfn.look import Call, Known, differing, known_of, sketch, trial
 from gradfn.per_example import definition, params_of
 from gradfn.sites import Site, Tap, View, blocks_of, find_sites, output_head
-from gradfn.transforms import Chain, Transform, chain, lower, project
+from gradfn.transforms import Chain, Transform, chain, lower
 from gradfn.transforms.lower import BlockPlan, Lowered
 from gradfn.transforms.summed import FactorSummed, Summed
 from gradfn.types import Batch, Blocks, Example, LossFn, Params, Rows
@@ -176,80 +176,8 @@ def _by_token(v: Tensor, tokens: int, path: str) -> Tensor:
     return v
 
 
-class _Alone:
-    """The sketched gradients of one example by plain autograd, and the norms of what was sketched.
-
-    A gradient is sketched as soon as it is made, so that no more than one or two are held at a time.
-    """
-
-    def __init__(self, sites: Sequence[Site], params: Params, sketch: Transform):
-        self.sketch, self.by_block = sketch, dict[str, list[Site]]()
-        for site in sites:
-            self.by_block.setdefault(site.block, []).append(site)
-        self.names = {block: {n for s in some for n in s.names} for block, some in self.by_block.items()}
-        self.leaves = {n: params[n].detach().requires_grad_() for names in self.names.values() for n in names}
-        self.values, self.norms = dict[str, Tensor](), dict[str, float]()
-        self._made: dict[str, Tensor] = {}
-        for name, leaf in self.leaves.items():
-            leaf.register_post_accumulate_grad_hook(partial(self._take, name))
-
-    def run(self, loss: LossFn, params: Params, example: Example) -> None:
-        """Take the gradient of the loss of an example."""
-        value = loss({**params, **self.leaves}, example)
-        if value.requires_grad:
-            value.backward()
-        for block in self.by_block.keys() - self.values.keys():  # the loss does not depend on all of it
-            self._finish(block)
-
-    def _take(self, name: str, leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        self._made[name], leaf.grad = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad, None
-        for block, names in self.names.items():
-            if name in names and names <= self._made.keys():
-                self._finish(block)
-
-    def _finish(self, block: str) -> None:
-        names, sites = self.names[block], self.by_block[block]
-        grads = {n: self._made.get(n, torch.zeros_like(self.leaves[n])).detach()[None] for n in names}
-        G = blocks_of(sites, grads)[block].to(sites[0].spec.dtype)
-        self.norms[block] = float(G.norm())
-        sketched: Any = self.sketch({block: G})
-        self.values[block] = sketched[block][0]
-        needed = {n for other in self.by_block if other not in self.values for n in self.names[other]}
-        for name in names - needed:
-            self._made.pop(name, None)
-
-
-def _window(batch: Batch) -> Batch:
-    """Of long sequences with a label for every token a few tokens, from before the first that is labelled."""
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if ids is None or labels is None or ids.shape != labels.shape or ids.shape[1] <= LOOK_TOKENS:
-        return batch
-    learned = (labels[:, 1:] != IGNORED).any(0).nonzero()
-    first = int(learned[0, 0]) if len(learned) else 0
-    start = max(0, min(first - LOOK_TOKENS // 2, ids.shape[1] - LOOK_TOKENS))
-    part = slice(start, start + LOOK_TOKENS)
-    return {key: value[:, part] if value.shape[:2] == ids.shape else value for key, value in batch.items()}
-
-
-def _tolerance(weights: Collection[torch.dtype]) -> tuple[float, float]:
-    """How far rounding may move a gradient: of its own norm, and of the largest of the example."""
-    bits = min(torch.finfo(weight).bits for weight in weights)
-    if bits != 32:
-        return (0.5, 1e-2) if bits < 32 else (1e-6, 1e-10)
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore
-    rounded = any(getattr(backend, "fp32_precision", "none") not in ("none", "ieee") for backend in backends)
-    return (0.1, 1e-3) if rounded else (2e-3, 1e-5)
-
-
 Result = TypeVar("Result")
 Pullback = Callable[[Tensor, Tensor], Tensor]
-SKETCH = 8
-"""Gradients are compared by so many numbers of each side of a block."""
-LOOK_TOKENS = 16
-"""Tokens of a sequence that are enough to look at."""
-LOOKS = 3
-"""How often an engine looks for rows that have a gradient."""
 MakeFactors = Callable[[Site, Layer, Where | None], _Factors]
 
 
@@ -308,29 +236,26 @@ class Engine:
     transform: Transform
     sites: Sequence[Site]
     view: View = field(default_factory=View)
-    _shared: set[str] = field(default_factory=set)
-    _looked: int = 0
-    _looks: int = 0
+    known: Known = field(default_factory=Known, repr=False)
     _looking: bool = False
-    _singly: bool = False
-    _copies: bool = False
-    _calls: dict[str, set["_Call"]] = field(default_factory=dict)
-    _lowered: Lowered | None = None
+    _lowered: tuple[frozenset[str], Lowered] | None = None
 
     def __post_init__(self):
         uses = Counter(site.block for site in self.sites)
-        self._shared |= {block for block, count in uses.items() if count > 1}
+        self.known.shared |= {block for block, count in uses.items() if count > 1}
+        self._leave_unprobed()
 
     def lowered(self) -> Lowered:
         """The transform, lowered for this model."""
-        if self._lowered is None:
+        shared = frozenset(self.known.shared)
+        if self._lowered is None or self._lowered[0] != shared:
             specs = {site.block: site.spec for site in self.sites}
-            lowered = lower(self.transform, specs.values(), frozenset(self._shared))
+            lowered = lower(self.transform, specs.values(), shared)
             # Only linear layers take maps that are no matrices on the factors.
             others = {site.block for site in self.sites if not isinstance(site.layer, Linear)}
             plans = {n: plan.with_matrices() if n in others else plan for n, plan in lowered.plans.items()}
-            self._lowered = replace(lowered, plans=plans)
-        return self._lowered
+            self._lowered = shared, replace(lowered, plans=plans)
+        return self._lowered[1]
 
     @property
     def summed(self) -> bool:
@@ -345,6 +270,7 @@ class Engine:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
+        self._leave_unprobed()  # another engine may have learned something
         with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
             yield
 
@@ -355,27 +281,30 @@ class Engine:
                 return run(batch)
             except _RepeatedCallError as repeated:
                 # The weight's gradient is a sum over calls: what is not linear must wait behind it.
-                self._shared.add(repeated.block)
-                self._lowered = None
+                self.known.shared.add(repeated.block)
             except _MixedError as mixed:
                 self._unprobe({mixed.path})
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 # What a probe returns is a view, which the model may not write to; a copy it may.
-                spread = {path for path, calls in self._calls.items() if any(not one.rows for one in calls)}
-                spread &= {site.path for site in self.sites if site.probed}
-                if not self._copies and "modified inplace" in str(error):
-                    self._copies = True
-                elif spread and not self._looked:  # one row in all, which is not for all examples
-                    self._unprobe(spread)
+                look, probed = self.known.look(batch), {site.path for site in self.sites if site.probed}
+                spread = {path for path, calls in look.calls.items() if any(not one.rows for one in calls)}
+                if not self.known.copies and "modified inplace" in str(error):
+                    self.known.copies = True
+                elif spread & probed and not look.examples:  # one row in all, which is not for all examples
+                    self._unprobe(spread & probed)
                 else:
                     raise
 
     def _unprobe(self, paths: Collection[str]) -> None:
         """Take weights from the probes, with all uses of the same weight."""
-        blocks = {site.block for site in self.sites if site.path in paths}
-        self.sites = [replace(s, probed=s.probed and s.block not in blocks) for s in self.sites]
+        self.known.unprobed |= {site.block for site in self.sites if site.path in paths}
+        self._leave_unprobed()
+
+    def _leave_unprobed(self) -> None:
+        unprobed = self.known.unprobed
+        self.sites = [replace(s, probed=s.probed and s.block not in unprobed) for s in self.sites]
 
     def _differentiate(self, batch: Batch) -> Rows:
         lowered = self.lowered()
@@ -441,15 +370,15 @@ class Engine:
         # A slot of one row for a batch of several is for a sum over them.
         size = _size(batch)
         shared = {name: None if len(slot) != size else 0 for name, slot in slots.items()}
-        if not self._singly:
+        if not self.known.singly:
             try:
                 return vmap(one, in_dims=(shared, 0))(slots, dict(batch))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                if "modified inplace" in str(error) and not self._copies:
+                if "modified inplace" in str(error) and not self.known.copies:
                     raise
-                self._singly = True  # the model's code cannot be mapped over
+                self.known.singly = True  # the model's code cannot be mapped over
         losses = []
         for row in range(size):
             own = {
@@ -491,34 +420,18 @@ class Engine:
             self._retry(self._look, batch)
 
     def _look(self, batch: Batch) -> None:
-        size = min(2, _size(batch))
+        size, look = min(2, _size(batch)), self.known.look(batch)
         probes = [site for site in self.sites if site.probed]
-        if self._looked >= size or not probes:
+        if look.examples >= size or not probes:
             return
-        sketch = replace(project((SKETCH, SKETCH), "gaussian"), strict=False)
-        pair = _window({key: value[:size] for key, value in batch.items()})
-        self._calls.clear()
-        probed = replace(self, transform=sketch, sites=probes, view=View(), _lowered=None, _looking=True)
+        pair = trial(batch)
+        look.calls.clear()
+        probed = replace(self, transform=sketch(), sites=probes, view=View(), _lowered=None, _looking=True)
         found, _ = probed._probed_blocks(pair)
-        self._singly, lost, told = probed._singly, set(), 0
-        params = {n: p for n, p in params_of(self.model).items() if p.is_floating_point()}
-        sites = [site for site in probes if {*site.names} <= params.keys()]  # the quantised have no gradient
-        if not sites:
-            self._looked = size
-            return
-        relative, floor = _tolerance({site.weight.dtype for site in sites})
-        for row in range(size):
-            alone = _Alone(sites, params, sketch)
-            alone.run(self.loss, params, _example(pair, row))
-            largest = max(alone.norms.values())
-            told += largest > 0
-            for name, value in alone.values.items():
-                error = float((found[name][row] - value).norm())
-                if error > relative * alone.norms[name] + floor * largest:
-                    lost.add(name)
-        self._unprobe({site.path for site in sites if site.block in lost})
-        self._looks += 1
-        self._looked = told if self._looks < LOOKS else size  # rows without a gradient tell nothing
+        krons = {name: plan.kron for name, plan in probed.lowered().plans.items()}
+        lost, told = differing(found, krons, self.loss, self.model, probes, pair)
+        self._unprobe({site.path for site in probes if site.block in lost})
+        look.examples = told  # rows without a gradient tell nothing
 
     def _probed(
         self, site: Site, factors: _Factors, x: Tensor, y: Tensor, slot: Tensor, batch: Batch | None,
@@ -530,10 +443,10 @@ class Engine:
             keep, pullback = (partial(_or_mixed, site.path, run) for run in (keep, pullback))
         kept = keep(x.detach())
         if batch is None and mark is None:
-            probed: Any = _Probe.apply(y[None], slot, kept[None], pullback, self._copies, None)
+            probed: Any = _Probe.apply(y[None], slot, kept[None], pullback, self.known.copies, None)
             return probed[0]
         if batch is None or factors.where is not None:
-            return _Probe.apply(y, slot, kept, pullback, self._copies, mark)  # pyright: ignore
+            return _Probe.apply(y, slot, kept, pullback, self.known.copies, mark)  # pyright: ignore
         return self._by_example(site, pullback, kept, y, slot, batch)
 
     def _by_example(
@@ -546,18 +459,18 @@ class Engine:
         rows, lengths = len(kept) // size, {k: v.shape[1] for k, v in batch.items() if v.ndim in (2, 3)}
         if rows > 1 and lengths and all(rows % length for length in lengths.values()):
             raise _MixedError(site.path)  # some of the tokens, who knows whose
-        call = _Call(rows, tuple(lengths.items()))
+        call, calls = Call(rows, tuple(lengths.items())), self.known.look(batch).calls
         if self._looking:
-            self._calls.setdefault(site.path, set()).add(call)
-        elif size > 1 and not any(seen.covers(call) for seen in self._calls.get(site.path, ())):
+            calls.setdefault(site.path, set()).add(call)
+        elif size > 1 and not any(seen.covers(call) for seen in calls.get(site.path, ())):
             raise _MixedError(site.path)  # not called like this before, when gradients were compared
         if rows == 1:
-            return _Probe.apply(y, slot, kept, pullback, self._copies, None)  # pyright: ignore
+            return _Probe.apply(y, slot, kept, pullback, self.known.copies, None)  # pyright: ignore
         if not rows:  # the same for all examples: positions, say
             kept, y = kept.expand(size, *kept.shape[1:]), y.expand(size, *y.shape[1:])
-            return _Probe.apply(y, slot, kept, pullback, self._copies, None)  # pyright: ignore
+            return _Probe.apply(y, slot, kept, pullback, self.known.copies, None)  # pyright: ignore
         kept, y = kept.unflatten(0, (size, -1)), y.unflatten(0, (size, -1))
-        probed: Any = _Probe.apply(y, slot, kept, pullback, self._copies, None)
+        probed: Any = _Probe.apply(y, slot, kept, pullback, self.known.copies, None)
         return probed.flatten(0, 1)
 
     @contextmanager
@@ -593,7 +506,7 @@ class Engine:
                     if site.parameter != name or layer is None:
                         continue
                     calls[site.block] += 1
-                    if calls[site.block] > 1 and site.block not in self._shared:
+                    if calls[site.block] > 1 and site.block not in self.known.shared:
                         raise _RepeatedCallError(site.block)
                     if not isinstance(y, Tensor) or not isinstance(x, Tensor):
                         raise _MixedError(site.path)
@@ -617,20 +530,6 @@ def _or_mixed(path: str, run: Callable[..., Tensor], *given: Tensor) -> Tensor:
         raise
     except (RuntimeError, IndexError, ValueError) as error:
         raise _MixedError(path) from error
-
-
-class _Call(NamedTuple):
-    """How the rows of a module's input belong to the examples of a batch: so many to each; 0: one to all."""
-
-    rows: int
-    lengths: tuple[tuple[str, int], ...]
-
-    def covers(self, other: "_Call") -> bool:
-        """Whether another call is of this kind: as many rows an example, or as many a token."""
-        if self.rows == other.rows:
-            return True
-        lengths = dict(other.lengths)
-        return any(self.rows * lengths.get(key, 0) == other.rows * length for key, length in self.lengths)
 
 
 def _where(ragged: tuple[Tensor, Tensor, int], size: int | None) -> Where:
@@ -679,7 +578,8 @@ def probe_engine(
     """
     view = view or View()
     sites = find_sites(model, view)
+    known = known_of(model, loss, sites)
     whole = getattr(loss, "with_whole_logits", None)
     if whole is not None and any(site.module is output_head(model) for site in sites):
         loss = whole()  # the head's own gradient needs its output
-    return Engine(model, loss, transform or chain(), sites, view)
+    return Engine(model, loss, transform or chain(), sites, view, known)

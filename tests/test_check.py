@@ -148,7 +148,7 @@ class Wrong:
 
 
 def test_an_engine_that_is_wrong_is_found(monkeypatch):
-    monkeypatch.setattr("gradfn.probes._tolerance", lambda weights: (inf, inf))  # it does not look
+    monkeypatch.setattr("gradfn.look.tolerance", lambda weights: (inf, inf))  # it does not look
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     rows = [{"x": torch.tensor(x, dtype=torch.float64)} for x in ([1.0, 2.0, 3.0], [-1.0, 0.5, 2.0])]
     for error in equality(probe_engine(model, Wrong(model)), rows):
@@ -228,7 +228,7 @@ class Uneven:
 
 
 def test_noise_of_batches_and_of_the_precision(monkeypatch):
-    monkeypatch.setattr("gradfn.probes._tolerance", lambda weights: (inf, inf))  # it is not noise so large
+    monkeypatch.setattr("gradfn.look.tolerance", lambda weights: (inf, inf))  # it is not noise so large
     model, other = (nn.Linear(2, 1, bias=False).double() for _ in range(2))
     model.weight.data, other.weight.data = (torch.tensor([w]).double() for w in ([1.0, 1.0], [2.0, 1.0]))
     rows = [{"x": torch.tensor(x).double()} for x in ([1.0, 1.0], [1.0, 3.0])]

@@ -1,5 +1,9 @@
 """What the engine looks at before it believes that a probe sees a weight."""
 
+import gc
+from dataclasses import dataclass
+from weakref import ref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +12,11 @@ from torch import nn
 from torch.func import functional_call
 from transformers import T5Config, T5ForConditionalGeneration
 
+from gradfn import look
 from gradfn.check import equality
 from gradfn.data import collate
 from gradfn.errors import InputError
+from gradfn.look import differing
 from gradfn.losses import causal_lm_loss, model_loss
 from gradfn.per_example import call
 from gradfn.probes import probe_engine
@@ -18,6 +24,7 @@ from gradfn.sites import View
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, naive_blocks
 from gradfn.testing.strategies import randomize
+from gradfn.transforms import chain, dot, project, unit_normalize
 
 EVERYTHING = View(include=["*"])
 
@@ -294,7 +301,8 @@ def test_rows_without_a_gradient_tell_nothing_so_the_engine_looks_again():
     view = View(include=["places"])
     engine = probe_engine(model, NextToken(model), view=view)
     silent = [{**document(*range(4)), "labels": torch.full((4,), -100)} for _ in range(2)]
-    engine(collate(silent))
+    for _ in range(5):
+        engine(collate(silent))
     rows = [document(*range(4)), document(*range(4, 8))]
     assert_blocks_close(engine(collate(rows)).values, naive_blocks(engine.loss, model, rows, view))
 
@@ -313,3 +321,138 @@ def test_labels_below_zero_are_refused():
     row = {"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, -1, 3])}
     with pytest.raises(InputError, match="label below 0"):
         collect(model, [row], loss=causal_lm_loss(model))
+
+
+def test_the_rows_to_look_at_are_those_that_say_something():
+    ids = torch.arange(12).view(4, 3)
+    labels = ids.clone()
+    labels[[0, 2]] = -100
+    assert look.trial({"input_ids": ids, "labels": labels})["input_ids"].tolist() == [[3, 4, 5], [9, 10, 11]]
+    assert look.trial({"x": ids})["x"].tolist() == ids[:2].tolist()
+    assert look.trial({"x": ids[:1]})["x"].tolist() == ids[:1].tolist()
+
+
+def test_of_long_rows_the_look_sees_the_first_label_of_each_and_what_is_before_it():
+    ids = torch.arange(300).view(3, 100)
+    labels = ids.clone()
+    labels[0, :70], labels[1, :20] = -100, -100  # positions 69 and 19 are the first with a target
+    seen = look.trial({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+    assert seen["input_ids"][:, 0].tolist() == [61, 111]
+    assert (seen["labels"] == -100).sum(1).tolist() == [9, 9]
+    assert {value.shape for value in seen.values()} == {(2, look.LOOK_TOKENS)}
+    labels[:, :99] = -100
+    assert look.trial({"input_ids": ids, "labels": labels})["labels"][:, -1].tolist() == [99, 199]
+    labels[:] = ids
+    assert look.trial({"input_ids": ids, "labels": labels})["input_ids"][:, 0].tolist() == [0, 100]
+
+
+def test_only_the_end_of_long_rows_is_learned_and_positions_are_still_seen_to_be_nobodys():
+    model, view = randomize(Placed(), 0), View(include=["places", "inner"])
+    model.places = randomize(nn.Embedding(40, 6), 1)
+    rows = [document(*(i % 13 for i in range(start, start + 40))) for start in range(3)]
+    for row in rows:
+        row["labels"][:30] = -100
+    engine = probe_engine(model, NextToken(model), view=view)
+    assert_blocks_close(engine(collate(rows)).values, naive_blocks(engine.loss, model, rows, view))
+    assert [site.path for site in engine.sites if not site.probed] == ["places"]
+
+
+@pytest.mark.parametrize("backend", ["mkldnn", "cuda"])
+def test_how_far_a_gradient_may_move_depends_on_how_matrices_are_multiplied(backend):
+    products = getattr(torch.backends, backend).matmul
+    exact, before = look.tolerance([torch.float32]), products.fp32_precision
+    assert look.tolerance([torch.float64]) < exact < look.tolerance([torch.bfloat16, torch.float32])
+    try:
+        products.fp32_precision = "tf32"
+        assert exact < look.tolerance([torch.float32]) < look.tolerance([torch.bfloat16])
+    finally:
+        products.fp32_precision = before
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_module_of_another_kind():
+    class Full(nn.Linear):
+        def forward(self, input):
+            raise torch.OutOfMemoryError("no memory")
+
+    model = randomize(Full(4, 2), 0)
+    for loss in (Squares(model), Batched(model)):
+        engine = probe_engine(model, loss)
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            engine(collate(rows_for(ROW)))
+        assert all(site.probed for site in engine.sites)
+        assert not engine.known.singly
+
+
+@dataclass(frozen=True)
+class Penalised:
+    """`sum c f(x)²` and a penalty, of which everything is said by the fields."""
+
+    model: nn.Module
+    decay: float
+
+    def __call__(self, params, example):
+        return Squares(self.model, self.decay)(params, example)
+
+
+def looks_of(engine, batch, monkeypatch):
+    """How often an engine looks at a model when it runs."""
+    looks = []
+    with monkeypatch.context() as patch:
+        patch.setattr("gradfn.probes.differing", lambda *args: (looks.append(args), differing(*args))[1])
+        engine(batch)
+    return len(looks)
+
+
+def test_a_model_is_looked_at_once_for_all_engines_of_a_loss(monkeypatch):
+    model, batch = randomize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), 0), collate(rows_for(ROW))
+
+    def looks(loss, batch=batch, **of):
+        return looks_of(probe_engine(model, loss, **of), batch, monkeypatch)
+
+    assert looks(Penalised(model, 0.0)) == 1
+    assert looks(Penalised(model, 0.0)) == looks(Penalised(model, 0.0), transform=project(2)) == 0
+    assert looks(Penalised(model, 0.1)) == 1  # another loss
+    assert looks(Penalised(model, 0.0), batch=batch | {"y": torch.ones(3)}) == 1  # other batches
+    assert looks(Penalised(model, 0.0), view=View(include=["0"])) == 1  # other weights
+    changing = Squares(model)
+    assert looks(changing) == looks(changing) == 1  # it may have another decay by now
+    model[0].register_forward_hook(lambda module, args, y: 2 * y)
+    assert looks(Penalised(model, 0.0)) == 1
+    model[1] = randomize(Tripled(3, 2), 0)
+    engine, rows = probe_engine(model, Penalised(model, 0.0)), rows_for(ROW)
+    assert_blocks_close(engine(collate(rows)).values, naive_blocks(Squares(model), model, rows))
+
+
+class Twice(nn.Module):
+    """The same layer twice where the input is long."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x):
+        y = self.inner(x).tanh()
+        return self.inner(y) if x.shape[-2] > 2 else y
+
+
+def test_what_one_engine_learns_the_others_know():
+    model = randomize(Twice(), 0)
+    short, long = ([{"x": x} for x in torch.randn(2, n, 3, dtype=torch.float64)] for n in (2, 4))
+    queries = {"inner": torch.randn(2, 3, 4, dtype=torch.float64)}
+    cosine = chain(unit_normalize(), dot(queries))  # norms are not linear: a sum over calls must wait
+    first, second = (probe_engine(model, Penalised(model, 0.0), cosine) for _ in "ab")
+    second(collate(short))
+    first(collate(long))  # its module is called twice
+    for engine, rows in ((second, long), (first, short), (second, short)):
+        expected = cosine(naive_blocks(Squares(model), model, rows))
+        torch.testing.assert_close(engine(collate(rows)).values, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_known_of_a_model_goes_with_it():
+    model = randomize(nn.Sequential(nn.Linear(4, 3)), 0)
+    probe_engine(model, Penalised(model, 0.0))(collate(rows_for(ROW)))
+    assert model in look._KNOWN
+    gone = ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
