@@ -100,18 +100,33 @@ def _ends(path: str, names: tuple[str, ...]) -> bool:
     return path.endswith(tuple(f".{name}" for name in names))
 
 
+def _nearest_config(model: nn.Module, path: str) -> tuple[Any, int | None]:
+    """The config of the innermost module around a layer that has one with heads, and how many these are.
+
+    A model of several parts, an image's and a text's, has one for each.
+    """
+    modules = [model]
+    for name in path.split("."):
+        inner = modules[-1]._modules.get(name)
+        if inner is None:
+            break
+        modules.append(inner)
+    configs = [config for m in reversed(modules) if (config := getattr(m, "config", None)) is not None]
+    configs += [c.get_text_config() for c in configs[-1:] if hasattr(c, "get_text_config")]
+    for config in configs:
+        for name in ("num_attention_heads", "n_head", "num_heads", "n_heads"):
+            if isinstance(count := getattr(config, name, None), int):
+                return config, count
+    return None, None
+
+
 def heads_of(model: nn.Module, path: str) -> Heads | None:
     """The heads of one layer, by the names and the config of the common HF architectures; None: it has none.
 
     Raises:
         InputError: a fused projection of an architecture whose layout is not known here.
     """
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        return None
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-    count = next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
+    config, count = _nearest_config(model, path)
     if count is None:
         return None
     path = f".{path}"

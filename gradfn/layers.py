@@ -86,11 +86,13 @@ class Layer:
     def score(
         self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool
     ) -> Float[Tensor, "*rows k"]:
-        """Inner products with `queries [n, out, in]`, and the squared norm if `unit`, from the factors."""
+        """Inner products with `queries [n, out, in]`, and the norm if `unit`, from the factors."""
         right, left = self.factors(kept, g, kron, tokens)
         dots = [((left @ query) * right).sum((-2, -1)) for query in queries]
-        norms = [((left @ left.mT) * (right @ right.mT)).sum((-2, -1))] if unit else []
-        return torch.stack(dots + norms, -1)
+        if not unit:
+            return torch.stack(dots, -1)
+        (left, a), (right, b) = _scaled(left), _scaled(right)
+        return torch.stack([*dots, _root((left @ left.mT) * (right @ right.mT)) * a * b], -1)
 
 
 def _is_matrix(side: Side) -> bool:
@@ -117,6 +119,17 @@ def _with_one(v: Tensor) -> Tensor:
 def _outer(left: Tensor, right: Tensor, tokens: bool) -> Tensor:
     """`sum_t left_t right_tᵀ` of every example, or each token's terms of the sum."""
     return _positions(left, tokens).mT @ _positions(right, tokens)
+
+
+def _scaled(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide every example's factors by the largest number: products of four leave float32's range."""
+    scale = v.abs().amax((-2, -1)).clamp_min(torch.finfo(v.dtype).tiny)
+    return v / scale[..., None, None], scale
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The root of a sum, of which rounding may make one below 0."""
+    return squares.sum((-2, -1)).clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,9 +325,11 @@ class Embedding(Layer):
             right = right * _diagonal(kron.left)[kept][..., None]
         ids, right = kept.reshape(*kept.shape[: 2 if tokens else 1], -1), _positions(right, tokens)
         dots = [(query[ids] * right).sum((-2, -1)) for query in queries]
+        if not unit:
+            return torch.stack(dots, -1)
+        right, scale = _scaled(right)
         same = ids[..., :, None] == ids[..., None, :]
-        norms = [((right @ right.mT) * same).sum((-2, -1))] if unit else []
-        return torch.stack(dots + norms, -1)
+        return torch.stack([*dots, _root((right @ right.mT) * same) * scale], -1)
 
 
 @dataclass(frozen=True, eq=False)

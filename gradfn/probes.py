@@ -8,6 +8,7 @@ gives per-example statistics of all layers. No weight and no embedding gradient 
 layer's factors live only while its own backward runs.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -372,7 +373,9 @@ class Engine:
         shared = {name: None if len(slot) != size else 0 for name, slot in slots.items()}
         if not self.known.singly:
             try:
-                return vmap(one, in_dims=(shared, 0))(slots, dict(batch))
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")  # of what is not batched
+                    return vmap(one, in_dims=(shared, 0))(slots, dict(batch))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

@@ -326,6 +326,9 @@ class View:
             config, a mapping from globs over module paths declares them.
         tokens: give every token a row of its own; its rows sum to the example's.
 
+    Raises:
+        InputError: one glob instead of a list of them.
+
     >>> View(exclude=["*.mlp.*"], tokens=True).settings()
     {'include': [], 'exclude': ['*.mlp.*'], 'heads': False, 'tokens': True}
     """
@@ -334,6 +337,11 @@ class View:
     exclude: Sequence[str] = ()
     heads: bool | Mapping[str, Heads] = False
     tokens: bool = False
+
+    def __post_init__(self):
+        for name, globs in (("include", self.include), ("exclude", self.exclude)):
+            if isinstance(globs, str):
+                raise InputError(f"{name} takes several globs, not {globs!r}: give {name}=[{globs!r}]")
 
     def settings(self) -> dict[str, Any]:
         """What a store records of it."""

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny import language_model
 from torch import nn
+from transformers import BertConfig, CLIPConfig, CLIPModel, EncoderDecoderConfig, EncoderDecoderModel
 
 from gradfn.errors import InputError
 from gradfn.heads import Heads, heads_of
@@ -129,6 +130,43 @@ def test_an_unknown_fused_layout_is_refused():
     model.config.model_type = "unheard_of"
     with pytest.raises(InputError, match="is not known: declare it"):
         heads_of(model, "layers.0.attention.query_key_value")
+
+
+def test_a_model_of_several_parts_has_the_heads_of_each():
+    parts = [
+        {
+            "hidden_size": 24,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 6,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        {
+            "hidden_size": 16,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 13,
+        },
+    ]
+    clip = CLIPModel(CLIPConfig(vision_config=parts[0], text_config=parts[1]))
+    path = "layers.0.self_attn.q_proj"
+    for tower, count in (("vision_model", 6), ("text_model", 2)):
+        prefix = next(
+            name for name, _ in clip.named_modules() if name.startswith(tower) and name.endswith(path)
+        )
+        assert heads_of(clip, prefix) == Heads("rows", "(h d)", h=count)
+    part = {"vocab_size": 13, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1}
+    pair = EncoderDecoderModel(
+        EncoderDecoderConfig.from_encoder_decoder_configs(
+            BertConfig(**part, num_attention_heads=6),
+            BertConfig(**part, num_attention_heads=4, is_decoder=True),
+        )
+    )
+    names = [name for name, _ in pair.named_modules() if name.endswith("attention.self.query")]
+    counts = {name.split(".")[0]: heads_of(pair, name) for name in names}
+    assert counts == {"encoder": Heads("rows", "(h d)", h=6), "decoder": Heads("rows", "(h d)", h=4)}
 
 
 def test_the_loss_that_knows_the_head_agrees():

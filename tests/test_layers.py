@@ -44,6 +44,12 @@ def test_globs_choose_modules(include, exclude, expected):
     assert paths(TinyLM(), View(include, exclude)) == expected
 
 
+@pytest.mark.parametrize("which", ["include", "exclude"])
+def test_one_glob_in_place_of_a_list_of_them_is_refused(which):
+    with pytest.raises(InputError, match=f"{which} takes several globs"):
+        View(**{which: "mlp*"})
+
+
 def test_globs_that_leave_nothing_are_refused_with_the_layers_there_are():
     with pytest.raises(InputError, match=r"include=\['no'\].*embed, body\.0, body\.1, out, head"):
         find_sites(TinyLM(), View(include=["no"]))

@@ -13,7 +13,7 @@ from gradfn.scoring import Method
 from gradfn.testing.models import Draw
 from gradfn.testing.naive import naive_blocks
 from gradfn.testing.search import refute
-from gradfn.testing.strategies import Problem, problems
+from gradfn.testing.strategies import Problem, check_kinds, problems
 from gradfn.types import Example, LossFn, Params
 
 Scores = Callable[[nn.Module, LossFn, Sequence[Example], Sequence[Example]], Tensor]
@@ -111,7 +111,7 @@ def check_estimator(
 
     Raises:
         BrokenLawError: with the smallest problem on which the two differ.
-        InputError: no such agreement.
+        InputError: no such agreement or kind.
 
     >>> import gradfn as gf
     >>> def my_scores(model, loss, train, query):
@@ -120,6 +120,7 @@ def check_estimator(
     """
     if agreement not in _COMPARE:
         raise InputError(f"no agreement {agreement!r}: choose {', '.join(_COMPARE)}")
+    check_kinds(kinds)
     plain = grad_dot() if reference is None else reference
 
     def law(case: Asked) -> str:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from gradfn.curvature.curvature import dense_spectrum, product_spectrum
 from gradfn.data import IGNORED
+from gradfn.errors import InputError
 from gradfn.losses import CausalLMLoss, model_loss
 from gradfn.maps import Kind
 from gradfn.per_example import call
@@ -224,6 +225,14 @@ def _encoder(draw: Draw, min_rows: int) -> Problem:
 
 
 _PROBLEMS = {"mlp": _mlp, "conv": _conv, "lm": _lm, "weighted_lm": _weighted_lm, "encoder": _encoder}
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Refuse models that `problems` does not have."""
+    unknown = [kinds] if isinstance(kinds, str) else sorted(set(kinds) - _PROBLEMS.keys())
+    if unknown:
+        known = ", ".join(_PROBLEMS)
+        raise InputError(f"kinds are several of {known}, not {unknown[0]!r}: give kinds=('mlp', 'lm')")
 
 
 @st.composite

@@ -14,7 +14,7 @@ from gradfn.probes import probe_engine
 from gradfn.testing.models import Draw, seeds
 from gradfn.testing.naive import chain_difference, difference, naive_blocks
 from gradfn.testing.search import first, refute
-from gradfn.testing.strategies import Problem, blocks, chains, problems, shapes_of
+from gradfn.testing.strategies import Problem, blocks, chains, check_kinds, problems, shapes_of
 from gradfn.transforms import Kronecker, Transform, chain
 from gradfn.types import Blocks
 
@@ -112,12 +112,12 @@ def _linear(tolerance: float, case: Applied) -> str:
     other = {
         name: torch.randn(G.shape, generator=generator, dtype=G.dtype) for name, G in case.blocks.items()
     }
-    mixed = T({name: 2 * G - other[name] for name, G in case.blocks.items()})
+    mixed = T({name: 2 * G - 3 * other[name] for name, G in case.blocks.items()})
     one, two = T(case.blocks), T(other)
     assert isinstance(one, dict)
     assert isinstance(two, dict)
-    wrong = difference(mixed, {name: 2 * G - two[name] for name, G in one.items()}, tolerance)
-    return f"it says that it is linear, but T(2 G - H) is not 2 T(G) - T(H): {wrong}" if wrong else ""
+    wrong = difference(mixed, {name: 2 * G - 3 * two[name] for name, G in one.items()}, tolerance)
+    return f"it says that it is linear, but T(2 G - 3 H) is not 2 T(G) - 3 T(H): {wrong}" if wrong else ""
 
 
 def _settings(case: Applied) -> str:
@@ -158,11 +158,13 @@ def check_transform(
 
     Raises:
         BrokenLawError: naming the law, with the smallest case that breaks it.
+        InputError: no such kind.
 
     >>> from gradfn.transforms import project
     >>> check_transform(project(2), kinds=("mlp",))
     """
     laws = (_zero_is_finite, _pure, _settings, partial(_row_by_row, tolerance), partial(_linear, tolerance))
+    check_kinds(kinds)
     refute("check_transform", partial(first, laws), _applied(transform))
     for kind in kinds:
         few = 25 if kind == "mlp" else 8  # language models are slow to build

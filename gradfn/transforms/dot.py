@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.transforms.chain import Rowwise
-from gradfn.transforms.normalize import inverse_norms
+from gradfn.transforms.normalize import inverse_norms, norms
 from gradfn.types import Blocks
 
 
@@ -18,7 +18,7 @@ class Dot(Rowwise):
     """Scores of rows against queries; see `dot`.
 
     Inner products and squared norms are sums over blocks, so a block gives `[rows, queries (+ 1)]` numbers
-    (`partial`) and the row needs only their sum (`finish`): no row of gradients is ever held.
+    (`partial`) and the row needs only these (`finish`): no row of gradients is ever held.
     """
 
     queries: Blocks
@@ -33,7 +33,7 @@ class Dot(Rowwise):
         return not self.unit
 
     def partial(self, name: str, G: Float[Tensor, "rows *block"]) -> Float[Tensor, "rows k"]:
-        """One block's share: inner products, and the squared norm where rows are to be unit."""
+        """One block's share: inner products, and the norm where rows are to be unit."""
         if name not in self.queries:
             raise InputError(f"the queries have no block {name}: make rows and queries from the same layers")
         flat = G.flatten(1)
@@ -46,9 +46,7 @@ class Dot(Rowwise):
         dots = flat @ query.T
         if not self.unit:
             return dots
-        return torch.cat(
-            [dots, _squared_norms(flat, None if self.weights is None else self.weights[name])], 1
-        )
+        return torch.cat([dots, _norms(flat, None if self.weights is None else self.weights[name])], 1)
 
     def finish(self, partials: Blocks) -> Blocks | Float[Tensor, "rows queries"]:
         """The sum over blocks (or each share), divided by the row's norm where rows are to be unit."""
@@ -58,10 +56,10 @@ class Dot(Rowwise):
             )
         if not self.unit:
             return dict(partials) if self.by_block else torch.stack(list(partials.values())).sum(0)
-        norms = 1 if self.weights is None else len(next(iter(self.weights.values())))
-        scale = inverse_norms(torch.stack([part[:, -norms:] for part in partials.values()]).sum(0))
+        count = 1 if self.weights is None else len(next(iter(self.weights.values())))
+        scale = inverse_norms(norms(torch.stack([part[:, -count:] for part in partials.values()], -1)))
         shares = {
-            name: (part[:, :-norms].unflatten(1, (norms, -1)) * scale[..., None]).flatten(1)
+            name: (part[:, :-count].unflatten(1, (count, -1)) * scale[..., None]).flatten(1)
             for name, part in partials.items()
         }
         return shares if self.by_block else torch.stack(list(shares.values())).sum(0)
@@ -79,24 +77,25 @@ class SelfDot(Rowwise):
     linear_shares: ClassVar[bool] = False
 
     def partial(self, name: str, G: Float[Tensor, "rows *block"]) -> Float[Tensor, "rows k"]:
-        """One block's share."""
-        return _squared_norms(G.flatten(1), None if self.weights is None else self.weights[name])
+        """One block's share: its norm."""
+        return _norms(G.flatten(1), None if self.weights is None else self.weights[name])
 
     def finish(self, partials: Blocks) -> Blocks | Float[Tensor, "rows norms"]:
         """The sum over blocks, or each share."""
-        return dict(partials) if self.by_block else torch.stack(list(partials.values())).sum(0)
+        shares = {name: part.square() for name, part in partials.items()}
+        return shares if self.by_block else torch.stack(list(shares.values())).sum(0)
 
     def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         return self.finish({name: self.partial(name, G) for name, G in blocks.items()})
 
 
-def _squared_norms(
+def _norms(
     flat: Float[Tensor, "rows n"], weights: Float[Tensor, "norms *block"] | None
 ) -> Float[Tensor, "rows norms"]:
-    """`sum (w g)²`; weighted before they are squared, for squares of powers of H leave float32's range."""
+    """`|w g|`; weighted before they are squared, for squares of powers of H leave float32's range."""
     if weights is None:
-        return flat.square().sum(1, keepdim=True)
-    return torch.stack([(flat * w).square().sum(1) for w in weights.flatten(1).to(flat)], 1)
+        return norms(flat)[:, None]
+    return torch.stack([norms(flat * w) for w in weights.flatten(1).to(flat)], 1)
 
 
 def dot(queries: Blocks, *, by_block: bool = False) -> Dot:

@@ -12,6 +12,9 @@ from gradfn.kron import Kron
 from gradfn.transforms.chain import Blockwise, Kronecker, Rowwise
 from gradfn.types import Blocks, BlockSpec
 
+SQUARES = (1e-12, 1e16)
+"""Between these a norm of float32 numbers is the root of a sum of squares."""
+
 
 def _check_moment(moments: Blocks, name: str, found: Sequence[int], shape: tuple[int, ...]) -> None:
     """Refuse a block whose second moment is missing or has another shape."""
@@ -108,22 +111,28 @@ def _means(v: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
     return v.double().mean(1), v.double().mean(0)
 
 
-def squared_norms(blocks: Blocks) -> Float[Tensor, " rows"]:
-    """Squared Euclidean norm of every row, summed over blocks.
+def norms(v: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
+    """Euclidean norm of every row, right also where the square of a number leaves float32's range.
 
-    >>> squared_norms({"a": torch.ones(2, 3), "b": torch.ones(2, 1)})
-    tensor([4., 4.])
+    >>> norms(torch.tensor([[3.0, 4.0], [3e-30, 4e-30]]))
+    tensor([5.0000e+00, 5.0000e-30])
     """
-    return sum(G.flatten(1).square().sum(1) for G in blocks.values())  # pyright: ignore[reportReturnType]
+    found = torch.linalg.vector_norm(v, dim=-1)
+    low, high = SQUARES
+    far = (found < low) | ~(found < high)
+    if v.dtype != torch.float32 or not bool(far.any()):
+        return found
+    found[far] = torch.linalg.vector_norm(v[far], dim=-1, dtype=torch.float64).to(v.dtype)
+    return found
 
 
-def inverse_norms(squared: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+def inverse_norms(norms: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     """`1 / norm`, and 0 for a norm of zero: the one policy for zero gradients (they stay zero).
 
-    >>> inverse_norms(torch.tensor([4.0, 0.0]))
+    >>> inverse_norms(torch.tensor([2.0, 0.0]))
     tensor([0.5000, 0.0000])
     """
-    return torch.where(squared > 0, squared.clamp_min(torch.finfo(squared.dtype).tiny).rsqrt(), 0)
+    return torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0)
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,8 @@ class UnitNormalize(Rowwise):
     """Scale every row, all its blocks together, to norm 1; see `unit_normalize`."""
 
     def __call__(self, blocks: Blocks) -> Blocks:
-        scale = inverse_norms(squared_norms(blocks))
+        by_block = torch.stack([norms(G.flatten(1)) for G in blocks.values()], -1)
+        scale = inverse_norms(norms(by_block))
         return {name: G * scale.view(-1, *[1] * (G.ndim - 1)) for name, G in blocks.items()}
 
 

@@ -1,7 +1,9 @@
 """Random projections of blocks: of both factors (a Kron), or of the flattened block."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from operator import index
+from typing import ClassVar, SupportsIndex, get_args
 
 from torch import Tensor
 
@@ -98,7 +100,7 @@ def _check(dims: tuple[int, ...], kind: str, nonzeros: int) -> None:
 
 
 def project(
-    dim: int | tuple[int, int], kind: Kind = "rademacher", seed: int = 0, nonzeros: int = 1
+    dim: SupportsIndex | Sequence[SupportsIndex], kind: Kind = "rademacher", seed: int = 0, nonzeros: int = 1
 ) -> Project | Chain:
     """Project both sides of every block at random, `[out, in] -> [dims[0], dims[1]]`.
 
@@ -124,13 +126,16 @@ def project(
     Source: LoGra, arXiv:2405.13954, section 3.1; masks and sjlt of factors: GraSS, arXiv:2505.18976,
     section 3.3.
     """
-    if isinstance(dim, int) and dim < 0:
+    sides = [index(side) for side in (dim if isinstance(dim, Sequence) else (dim, dim))]
+    if len(sides) != 2:
+        raise InputError(f"a projection has a dimension for each of two sides, (out, in), not {dim}")
+    dims = sides[0], sides[1]
+    if not isinstance(dim, Sequence) and dims[0] < 0:
         raise InputError(f"the projection dimension must be 0 (the full gradient) or more, not {dim}")
-    if dim == 0:
+    if not isinstance(dim, Sequence) and dims[0] == 0:
         return Chain()
-    dims = (dim, dim) if isinstance(dim, int) else dim
     _check(dims, kind, nonzeros)
-    return Project(dims, kind, seed, nonzeros, strict=not isinstance(dim, int))
+    return Project(dims, kind, seed, nonzeros, strict=isinstance(dim, Sequence))
 
 
 def compress(dim: int, kind: Kind = "sjlt", seed: int = 0, nonzeros: int = 1) -> Compress:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from gradfn.errors import InputError
 from gradfn.kron import Kron
-from gradfn.testing import BrokenLawError, chains, check_transform
+from gradfn.testing import BrokenLawError, chains, check_estimator, check_transform
 from gradfn.transforms import adafactor, dot, project, unit_normalize
 from gradfn.transforms.chain import Blockwise, Kronecker, Rowwise
 
@@ -121,3 +122,24 @@ def test_the_counterexample_is_small_and_the_same_every_time():
         "a: off by 1, allowed 1e-08, in row 0 (0 instead of 1)\n"
         "  transform: Centre()\n  blocks: {a: [[[1.5]], [[-0.5]]]}\n  seed: 0"
     }
+
+
+@dataclass(frozen=True)
+class Affine(Blockwise):
+    linear = True
+
+    def block(self, name, G):
+        return G + 1.0
+
+
+def test_what_adds_a_constant_is_not_linear():
+    with pytest.raises(BrokenLawError, match="it says that it is linear"):
+        check_transform(Affine(), kinds=())
+
+
+@pytest.mark.parametrize("kinds", ["mlp", ("mlps",)])
+def test_models_that_there_are_not_are_refused(kinds):
+    with pytest.raises(InputError, match="kinds are several of mlp, conv"):
+        check_transform(project(2), kinds=kinds)
+    with pytest.raises(InputError, match="kinds are several of mlp, conv"):
+        check_estimator(lambda *case: torch.zeros(1), kinds=kinds)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,17 @@ def test_drawing_leaves_the_global_generators_alone():
 def test_impossible_settings_are_refused(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+@pytest.mark.parametrize("dims", [(4,), (2, 3, 4)])
+def test_a_projection_has_two_sides(dims):
+    with pytest.raises(InputError, match="a dimension for each of two sides"):
+        project(dims)
+
+
+def test_dimensions_may_be_any_integers():
+    assert project(np.int64(4)) == project(4)
+    assert project((np.int32(4), 2)) == project((4, 2))
 
 
 def test_one_block_that_is_small_already_does_not_refuse_the_others():
