@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.data import IGNORED
-from gradfn.kron import Kron, apply_side
+from gradfn.kron import Kron
 from gradfn.layers import Linear
 from gradfn.per_example import params_of
 from gradfn.sites import Site
@@ -216,18 +216,21 @@ class _Alone:
             self._made.get(n, torch.zeros_like(self.leaves[n])).detach()[None] for n in site.names
         )
         made = _small(site, weight, bias[0] if bias and site.layer.bias else None, self.krons[block])
-        self.values[block], self.norms[block] = made[0][0], float(made[1])
+        self.values[block], self.norms[block] = made[0], float(made[1])
         needed = {n for other in self.by_block if other not in self.values for n in self.names[other]}
         for name in names - needed:
             self._made.pop(name, None)
 
 
 def _small(site: Site, weight: Tensor, bias: Tensor | None, kron: Kron) -> tuple[Tensor, Tensor]:
-    """`L G Rᵀ` and the norm of the block G, without putting a bias beside a large weight."""
-    layer, dtype, right = site.layer, site.spec.dtype, kron.right
-    if type(layer) is not Linear or layer.rows is not None or bias is None or not isinstance(right, Tensor):
-        G = layer.block(weight, bias).to(dtype)
+    """`L G Rᵀ` of one example and the norm of the block G, without a copy of a large weight."""
+    layer, dtype, left, right = site.layer, site.spec.dtype, kron.left, kron.right
+    plain = type(layer) is Linear and layer.rows is None and layer.columns is None
+    if not plain or not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        G = layer.block(weight, bias)[0].to(dtype)
         return kron(G), G.norm()
-    G, b = layer.block(weight, None).to(dtype), bias.to(dtype)
-    parts = replace(kron, right=right[:, :-1])(G) + apply_side(kron.left, b)[..., None] * right[:, -1]
-    return parts, G.norm().hypot(b.norm())
+    G = layer.block(weight, None)[0].to(dtype)
+    if bias is None:
+        return left @ G @ right.T, G.norm()
+    b = bias[0].to(dtype)
+    return left @ G @ right[:, :-1].T + (left @ b)[:, None] * right[:, -1], G.norm().hypot(b.norm())
