@@ -51,11 +51,31 @@ class Fold(Protocol, Generic[State, Result]):
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """A count of rows, sums over them, and the shape `(out, in)` of each block they were made of."""
+    """A count of rows and sums over them.
+
+    Args:
+        shapes: the shape `(out, in)` of each block they were made of.
+        dtype: what the sums of a batch were made in, the coarsest of all: it tells their rounding, for they
+            may be kept in a wider one.
+    """
 
     count: int
     blocks: Blocks
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+
+
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """The one that rounds most.
+
+    >>> coarser(torch.float64, torch.float32)
+    torch.float32
+    """
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _coarsest(blocks: Blocks) -> torch.dtype:
+    return coarser(*{value.dtype for value in blocks.values()})
 
 
 class Additive(Generic[Result]):
@@ -92,7 +112,7 @@ class Additive(Generic[Result]):
                 "of the same layers"
             )
         blocks = {name: a.blocks[name] + b.blocks[name] for name in a.blocks}
-        return Sums(a.count + b.count, blocks, a.shapes)
+        return Sums(a.count + b.count, blocks, a.shapes, coarser(a.dtype, b.dtype))
 
     def update(self, state: Sums, blocks: Blocks) -> Sums:
         """Add the rows' share."""
@@ -100,7 +120,7 @@ class Additive(Generic[Result]):
         share = self.stage()(blocks)
         assert isinstance(share, dict)
         shapes = {name: tuple(G.shape[1:]) for name, G in blocks.items()}
-        return self.merge(state, Sums(count, self._wide(share), shapes))
+        return self.merge(state, Sums(count, self._wide(share), shapes, _coarsest(share)))
 
     def _wide(self, share: Blocks) -> Blocks:
         return {n: v.to(torch.promote_types(v.dtype, self.accumulator), copy=True) for n, v in share.items()}
@@ -108,10 +128,10 @@ class Additive(Generic[Result]):
     def add(self, state: Sums, share: Sums) -> Sums:
         """Like `merge`, in the memory of `state`, which is given up; block by block out of `share`."""
         if not state.blocks:
-            return Sums(share.count, self._wide(share.blocks), share.shapes)
+            return Sums(share.count, self._wide(share.blocks), share.shapes, share.dtype)
         for name in state.blocks:
             state.blocks[name].add_(share.blocks.pop(name))
-        return Sums(state.count + share.count, state.blocks, state.shapes)
+        return Sums(state.count + share.count, state.blocks, state.shapes, coarser(state.dtype, share.dtype))
 
 
 def refuse_empty(state: Sums) -> None:
@@ -277,7 +297,7 @@ def sums_of(
         assert isinstance(result.values, dict)
         count = int(lengths[numbers].sum()) if engine.view.tokens else len(numbers)
         shapes = shapes or _summed_shapes(engine)
-        state = fold.add(state, Sums(count, dict(result.values), shapes))
+        state = fold.add(state, Sums(count, dict(result.values), shapes, _coarsest(result.values)))
         losses += float(result.losses.double().sum())
     return state, losses
 
@@ -399,7 +419,8 @@ def fit_sums(
     for sites in parts:
         one = Engine(model, engine.loss, whole, sites, engine.view)
         sums, _ = sums_of(fold, one, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
-        state = Sums(sums.count, state.blocks | sums.blocks, state.shapes | sums.shapes)
+        dtype = coarser(state.dtype, sums.dtype)
+        state = Sums(sums.count, state.blocks | sums.blocks, state.shapes | sums.shapes, dtype)
     release_memory()  # sums are decomposed in large pieces
     return state
 

@@ -125,8 +125,9 @@ def _sum_arrays(sums: Sums, rows: range) -> dict[str, np.ndarray]:
     """Sums over a part as one row of a store."""
     blocks = {f"{SUMS[0]}/{name}": total[None].cpu().numpy() for name, total in sums.blocks.items()}
     shapes = {f"shapes/{name}": np.array([shape]) for name, shape in sums.shapes.items()}
+    rounding = torch.tensor([torch.finfo(sums.dtype).eps], dtype=sums.dtype).numpy()
     return {"rows/count": np.array([sums.count]), "rows/span": np.array([[rows.start, rows.stop]]),
-            **blocks, **shapes}  # fmt: skip
+            "rows/rounding": rounding, **blocks, **shapes}  # fmt: skip
 
 
 def _read_sums(store: Store) -> Sums:
@@ -135,7 +136,10 @@ def _read_sums(store: Store) -> Sums:
 
     blocks = {name: torch.from_numpy(total) for name, total in read(f"{SUMS[0]}/").items()}
     shapes = {name: tuple(map(int, shape)) for name, shape in read("shapes/").items()}
-    return Sums(int(store.read("rows/count", *store.span)[0]), blocks, shapes)
+    count, kept = int(store.read("rows/count", *store.span)[0]), store.names("rows/rounding")
+    # Sums of earlier versions do not say what they were made in, and are taken as they were then.
+    rounding = store.read("rows/rounding", *store.span) if kept else np.zeros(1)
+    return Sums(count, blocks, shapes, torch.from_numpy(rounding).dtype)
 
 
 def _fold_named(name: str) -> Any:

@@ -52,8 +52,9 @@ def correlations(
 def _directions(values: Tensor) -> Tensor:
     """Centred columns of norm 1, or 0; scaled before they are squared, for squares leave float32's range."""
     centred = values - values.mean(0)
-    tiny = torch.finfo(values.dtype).tiny
-    scaled = centred / centred.detach().abs().amax(0).clamp_min(tiny)
+    largest, size = (side.detach().abs().amax(0) for side in (centred, values))
+    tiny, rounding = torch.finfo(values.dtype).tiny, len(values) * torch.finfo(values.dtype).eps * size
+    scaled = torch.where(largest > rounding, centred / largest.clamp_min(tiny), 0.0)
     return scaled / scaled.square().sum(0).clamp_min(tiny).sqrt()
 
 
@@ -95,7 +96,7 @@ def fit_mask(
         The projection, and for every block the correlation that is kept, beside a random mask's.
 
     Raises:
-        InputError: fewer than 3 rows, dimensions below 1 or of no block's size.
+        InputError: fewer than 3 rows, dimensions below 1 or of no block's size, numbers that are not finite.
 
     >>> scale = torch.tensor([9, 1, 9, 1, 1, 1])
     >>> g = torch.randn(20, 1, 6, generator=torch.Generator().manual_seed(0)) * scale
@@ -310,7 +311,7 @@ class _Keep:
 def _fit_block(
     G: Tensor, Q: Tensor, keep: _Keep, key: tuple[int, str], steps: int, learning_rate: float, patience: int
 ) -> tuple[tuple[Tensor, ...], MaskReport]:  # fmt: skip
-    rows, queries = G.flatten(1), Q.flatten(1)
+    rows, queries = (_in_range(key[1], side.flatten(1)) for side in (G, Q))
     before = rows @ queries.T
 
     def kept(parts: tuple[Tensor, ...]) -> Tensor:
@@ -324,7 +325,8 @@ def _fit_block(
         return tuple(torch.arange(size) for size in keep.sizes), MaskReport(1.0, 1.0, 0)
     logits = tuple(s.requires_grad_() for s in _start(rows, queries, keep, key))
     optimizer = torch.optim.Adam(logits, learning_rate)
-    best, chosen, at = -torch.inf, keep.hard(logits), 0
+    chosen, at = keep.hard(tuple(s.detach() for s in logits)), 0
+    best = float(kept(keep.indicator(chosen)))
     for step in range(steps):
         hard = keep.hard(tuple(s.detach() for s in logits))
         soft = [s.sigmoid() for s in logits]
@@ -339,6 +341,18 @@ def _fit_block(
         (-now).backward()
         optimizer.step()
     return chosen, MaskReport(best, random, at)
+
+
+def _in_range(name: str, values: Tensor) -> Tensor:
+    """Times a power of 2, which no correlation sees: inner products and squares then stay in range."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    largest = torch.maximum(values.amax(), -values.amin())
+    if not bool(largest.isfinite()):
+        raise InputError(
+            f"a gradient of {name} is NaN or infinite: leave that row out, or use --precision fp32"
+        )
+    tiny = torch.finfo(values.dtype).tiny
+    return torch.ldexp(values, -torch.frexp(largest.clamp_min(tiny)).exponent)
 
 
 def _start(rows: Tensor, queries: Tensor, keep: _Keep, key: tuple[int, str]) -> tuple[Tensor, ...]:

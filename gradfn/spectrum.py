@@ -76,18 +76,30 @@ def _parse_one(text: str) -> Damping:
     return Damping(number, kind if colon else "relative")  # pyright: ignore[reportArgumentType]
 
 
-def eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+def eigh(
+    matrix: Float[Tensor, "n n"], dtype: torch.dtype | None = None
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     """Eigenvalues (float64, rounding set to 0) and eigenvectors of a symmetric positive semidefinite matrix.
 
     The problem is solved in float64, of the lower triangle. Eigenvalues below `n` epsilon of the largest are
-    its rounding: their inverses would be of any size. The vectors come back in the matrix's own dtype.
+    the solution's rounding, those below epsilon of their sum, in the dtype of the matrix's terms, the
+    matrix's own: their inverses would be of any size.
+
+    Args:
+        dtype: what the terms that the matrix is a sum of were made in, where the sum is kept in a wider one;
+            the vectors come back in it. None is the matrix's own.
 
     >>> eigh(torch.diag(torch.tensor([2.0, 1.0])))[0]
     tensor([1., 2.], dtype=torch.float64)
+    >>> eigh(torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64)), torch.float32)[0]
+    tensor([0., 1.], dtype=torch.float64)
     """
+    dtype = dtype or matrix.dtype
     values, vectors = _eigh(matrix)
-    rounding = len(values) * torch.finfo(values.dtype).eps * values.amax()
-    return torch.where(values > rounding, values, 0.0), vectors.to(matrix.dtype).contiguous()
+    solved = len(values) * torch.finfo(values.dtype).eps * values.amax()
+    # Not n epsilon of the largest: in float32, in wide layers, that is above the mean and above its damping.
+    summed = torch.finfo(dtype).eps * values.sum()
+    return torch.where(values > torch.maximum(solved, summed), values, 0.0), vectors.to(dtype).contiguous()
 
 
 class Solved:
@@ -103,10 +115,12 @@ class Solved:
     def __init__(self):
         self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
-    def __call__(self, matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    def __call__(
+        self, matrix: Float[Tensor, "n n"], dtype: torch.dtype | None = None
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
         if self._last is None or not torch.equal(self._last[0], matrix):
             self._last = None  # large, and of no use from here on
-            self._last = matrix, eigh(matrix)
+            self._last = matrix, eigh(matrix, dtype)
         return self._last[1]
 
 
@@ -186,8 +200,8 @@ class Spectrum:
                 return values * _pseudo_inverse(values.square() + scaled.square())
         if self.sides is None:
             raise InputError(
-                "factored damping needs a curvature that is a product of two factors (kfac, tkfac): choose "
-                "relative damping"
+                "factored damping needs a curvature that is a product of two factors (kfac, tkfac, shampoo): "
+                "choose relative damping"
             )
         s, a = self.sides
         ratio = (a.mean() * _pseudo_inverse(s.mean())).sqrt()

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradfn.curvature import second_moment
 from gradfn.errors import InputError
 from gradfn.fold import adam_moments, fit, mean, total
 from gradfn.testing import assert_blocks_close, naive_blocks
@@ -48,6 +49,19 @@ def test_state_is_float64_on_the_cpu_whatever_comes():
     assert state.blocks["a"].dtype == torch.float64
     assert state.blocks["a"].device.type == "cpu"
     assert state.count == 3
+
+
+def test_sums_know_the_coarsest_dtype_they_were_made_in():
+    """float32's, of half precision too: a batch's sums are made in float32 or better."""
+    fold, made = second_moment(), {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        made[dtype] = fold.update(fold.init(), {"a": torch.ones(3, 1, 2, dtype=dtype)})
+    assert [state.dtype for state in made.values()] == [torch.float32, torch.float32, torch.float64]
+    half, _, double = made.values()
+    assert fold.merge(half, double).dtype == fold.merge(double, half).dtype == torch.float32
+    assert fold.merge(fold.init(), double).dtype == fold.merge(double, double).dtype == torch.float64
+    assert fold.update(double, {"a": torch.ones(1, 1, 2)}).dtype == torch.float32
+    assert fold.add(fold.add(fold.init(), double), half).dtype == torch.float32
 
 
 def test_a_transform_that_ends_in_scores_cannot_be_folded():

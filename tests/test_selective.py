@@ -29,7 +29,39 @@ def test_correlations_are_those_of_numpy():
     a, b = torch.randn(2, 9, 4, dtype=torch.float64)
     expected = [np.corrcoef(a[:, q], b[:, q])[0, 1] for q in range(4)]
     torch.testing.assert_close(correlations(a, b), torch.tensor(expected, dtype=torch.float64))
-    assert correlations(torch.ones(3, 1), torch.rand(3, 1)).tolist() == [0.0]
+    for constant in (1.0, 0.1, 0.3):  # the mean of equal numbers may be another one
+        assert correlations(torch.full((20, 1), constant), torch.rand(20, 1)).tolist() == [0.0]
+        assert correlations(torch.full((20, 1), constant), torch.full((20, 1), 0.7)).tolist() == [0.0]
+
+
+def test_a_mask_of_equal_rows_keeps_nothing():
+    rows = torch.randn(1, 30, 40, generator=torch.Generator().manual_seed(0)).expand(20, 30, 40)
+    _, reports = fit_mask({"a": rows.contiguous()}, {"a": blocks(4, 30, 40).float()}, 9)
+    assert reports["a"].kept == reports["a"].random == 0.0
+
+
+@pytest.mark.parametrize("exponents", [(80, 80), (-80, -60), (80, -110)])
+def test_a_mask_does_not_depend_on_the_scale(exponents):
+    G, Q = (blocks(*shape).float() for shape in ((20, 3, 6), (4, 3, 6, 1)))
+    plain, scaled = (fit_mask({"a": G * 2.0**a}, {"a": Q * 2.0**b}, 4) for a, b in ((0, 0), exponents))
+    assert plain[1] == scaled[1]
+    assert plain[0].settings() == scaled[0].settings()
+    assert plain[1]["a"].kept > plain[1]["a"].random
+
+
+def test_a_mask_without_training_reports_what_it_keeps():
+    G, Q = blocks(40, 2, 5), blocks(6, 2, 5, 1)
+    mask, reports = fit_mask({"a": G}, {"a": Q}, 4, steps=0)
+    assert reports["a"].kept == pytest.approx(kept(G, Q, mask.chosen["a"][0].tolist()))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_gradients_that_are_not_finite_have_no_mask(value, side):
+    sides = blocks(9, 3, 3), blocks(2, 3, 3)
+    sides[side][1, 2, 1] = value
+    with pytest.raises(InputError, match="a gradient of mlp is NaN or infinite"):
+        fit_mask(*({"mlp": G} for G in sides), 4)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])

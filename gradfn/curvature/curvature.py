@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gradfn.errors import InputError
+from gradfn.fold import coarser
 from gradfn.spectrum import Spectrum, eigh
 from gradfn.transforms.precondition import digest_of
 
@@ -80,13 +81,12 @@ def mix(a: Curvature, b: Curvature, coefficient: float) -> Curvature:
 def _mixed(a: Spectrum, b: Spectrum, weight: float) -> Spectrum:
     if a.right.shape != b.right.shape:
         raise InputError("curvatures of other shapes do not mix: fit both with the same projection")
+    dtype = coarser(a.right.dtype, b.right.dtype)
     if a.left is None or b.left is None or a.sides is None or b.sides is None:
-        return dense_spectrum(
-            weight * a.dense().to(a.right.dtype) + (1 - weight) * b.dense().to(a.right.dtype)
-        )
+        return dense_spectrum(weight * a.dense() + (1 - weight) * b.dense(), dtype)
     left = weight * _side(a.left, a.sides[0]) + (1 - weight) * _side(b.left, b.sides[0])
     right = weight * _side(a.right, a.sides[1]) + (1 - weight) * _side(b.right, b.sides[1])
-    return product_spectrum(left, right)
+    return product_spectrum(left, right, dtype=dtype)
 
 
 def _side(basis: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -111,13 +111,16 @@ def decomposed(name: str, spectrum: Callable[..., Spectrum], *sums: Any) -> Spec
         ) from error
 
 
-def dense_spectrum(matrix: torch.Tensor) -> Spectrum:
+def dense_spectrum(matrix: torch.Tensor, dtype: torch.dtype | None = None) -> Spectrum:
     """The spectrum of a matrix on the flattened block.
+
+    Args:
+        dtype: see `eigh`.
 
     >>> dense_spectrum(torch.eye(2)).values
     tensor([[1., 1.]], dtype=torch.float64)
     """
-    values, vectors = eigh(matrix)
+    values, vectors = eigh(matrix, dtype)
     return Spectrum(None, vectors, values[None])
 
 
@@ -128,17 +131,19 @@ def product_spectrum(
     *,
     scales: tuple[float | torch.Tensor, float | torch.Tensor] = (1.0, 1.0),
     solve: Callable[..., Any] = eigh,
+    dtype: torch.dtype | None = None,
 ) -> Spectrum:
     """The spectrum of `(c_l left)^exponent ⊗ (c_r right)^exponent`.
 
     Args:
         scales: `c_l` and `c_r`; eigenvalues are scaled rather than matrices, of which no copy is made.
         solve: what gives the spectrum of the right one.
+        dtype: see `eigh`.
 
     >>> product_spectrum(2 * torch.eye(1), 3 * torch.eye(2), scales=(0.5, 1.0)).values
     tensor([[3., 3.]], dtype=torch.float64)
     """
-    (s, Q_l), (a, Q_r) = eigh(left), solve(right)
+    (s, Q_l), (a, Q_r) = eigh(left, dtype), solve(right, dtype)
     s, a = (s * scales[0]).pow(exponent), (a * scales[1]).pow(exponent)
     return Spectrum(Q_l, Q_r, s[:, None] * a, (s, a))
 

@@ -231,6 +231,7 @@ def _streamed(
     plan_batches(lengths[:1], token_batch_size)  # refuses a budget below 1 now, not when called
     device = next(iter(params.values())).device
 
+    @torch.no_grad()  # forward and reverse mode are functional; a trainable model's graph would only be held
     def product(v: Params) -> Params:
         count = _rows_of(v, params)
         total = {n: torch.zeros_like(v[n], dtype=_wide(p.dtype), device=device) for n, p in params.items()}
@@ -301,7 +302,7 @@ def _forward_mode() -> Iterator[None]:
 
 
 def _flat(v: Params) -> Float[Tensor, "k n"]:
-    flat = torch.cat([value.flatten(1) for value in v.values()], 1)
+    flat = torch.cat([value.detach().flatten(1) for value in v.values()], 1)
     return flat.to(_wide(flat.dtype))
 
 

@@ -63,6 +63,30 @@ def _tkfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int, solve: Solv
     return product_spectrum(left, right, scales=(scale / rows, 1.0), solve=solve)
 
 
+def _refuse_idle(state: Sums) -> None:
+    """Refuse blocks of which no position counted."""
+    idle = [name for name, sums in state.blocks.items() if not sums[-1] > 0]
+    if len(idle) == len(state.blocks):
+        raise InputError(f"no position of {idle[0]} is supervised: give examples with labels")
+    if idle:
+        raise InputError(
+            f"{idle[0]} takes no part in the losses of these examples, so it has no curvature: leave it out "
+            f"(--exclude {idle[0]})"
+        )
+
+
+def _corrected(basis: Spectrum, values: Tensor) -> Spectrum:
+    """The basis with measured eigenvalues, 0 where these are rounding of the coordinates they are squares of.
+
+    Where the basis has eigenvalues of 0 its vectors are rounding themselves, tilted towards the others. What
+    is above a thousandth of the mean stays: of wide layers the largest is 100,000 times the mean.
+    """
+    eps, mean = torch.finfo(basis.right.dtype).eps, values.mean()
+    squared, tilted = values.numel() * eps**2 * values.max(), values.numel() * eps * mean
+    rounding = torch.where(basis.values > 0, squared, tilted).clamp_max(1e-3 * mean)
+    return Spectrum(basis.left, basis.right, torch.where(values > rounding, values, 0.0))
+
+
 @dataclass(frozen=True)
 class Factored(Additive[Curvature]):
     """A curvature that is a product of two factors; see `kfac` and `tkfac`."""
@@ -81,8 +105,7 @@ class Factored(Additive[Curvature]):
         """Divide and decompose, block by block."""
         refuse_empty(state)
         spectrum, solve = (_kfac_spectrum if self.kind == "kfac" else _tkfac_spectrum), Solved()
-        if idle := [name for name, sums in state.blocks.items() if not sums[-1] > 0]:
-            raise InputError(f"no position of {idle[0]} is supervised: give examples with labels")
+        _refuse_idle(state)
         count, shapes, blocks = state.count, state.shapes, dict(state.blocks)
         del state  # sums that nobody else holds are let go one by one
         spectra = {
@@ -146,7 +169,7 @@ class Corrected(Additive[Curvature]):
         """The basis with the measured eigenvalues."""
         refuse_empty(state)
         spectra = {
-            name: Spectrum(one.left, one.right, (state.blocks[name] / state.count).to(one.values))
+            name: _corrected(one, (state.blocks[name] / state.count).to(one.values))
             for name, one in self.basis.items()
         }
         return Curvature("ekfac", spectra, state.count)

@@ -30,7 +30,7 @@ class SecondMoment(Additive[Curvature]):
         """Divide and decompose."""
         refuse_empty(state)
         spectra = {
-            name: decomposed(name, dense_spectrum, total / state.count)
+            name: decomposed(name, dense_spectrum, total / state.count, state.dtype)
             for name, total in state.blocks.items()
         }
         return Curvature("second_moment", spectra, state.count)

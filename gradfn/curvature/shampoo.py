@@ -36,7 +36,8 @@ class Shampoo(Additive[Curvature]):
         for name, sums in state.blocks.items():
             out, into = state.shapes[name][-2:]
             left, right = sums.split([out * out, into * into])
-            whole = partial(product_spectrum, exponent=0.5, scales=(1 / state.count, 1 / state.count))
+            scales = 1 / state.count, 1 / state.count
+            whole = partial(product_spectrum, exponent=0.5, scales=scales, dtype=state.dtype)
             spectra[name] = decomposed(name, whole, left.view(out, out), right.view(into, into))
         return Curvature("shampoo", spectra, state.count)
 

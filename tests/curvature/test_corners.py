@@ -117,6 +117,22 @@ def test_a_layer_without_gradients_gets_a_curvature_of_zero(kind):
     assert bool(scores.any())
 
 
+@pytest.mark.parametrize("kind", ["kfac", "tkfac", "ekfac"])
+def test_a_layer_that_takes_no_part_is_named_and_can_be_left_out(kind):
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 2, dtype=torch.float64), nn.Linear(4, 2, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.used(x)
+
+    net, data = Idle(), rows()
+    with pytest.raises(InputError, match=r"^idle takes no part in the losses .*\(--exclude idle\)"):
+        fit(FOLDS[kind](), net, data, loss=squares(net))
+    assert list(fit(FOLDS[kind](), net, data, loss=squares(net), view=View(exclude=["idle"]))) == ["used"]
+
+
 def test_the_trace_of_tkfac_over_several_positions():
     net, data = nn.Linear(4, 2).double(), rows(shape=(3, 4))
     H = fit(tkfac(), net, data, loss=squares(net))

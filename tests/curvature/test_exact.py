@@ -163,6 +163,40 @@ def test_a_part_of_the_parameters_gives_that_part_of_the_matrix():
     torch.testing.assert_close(dense(fisher_product(LOSS, part, ROWS), part), H[-size:, -size:], **EXACT)
 
 
+def trainable_products():
+    net, frozen = (randomize(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), 0) for _ in range(2))
+    net.requires_grad_(True)
+    frozen.requires_grad_(False)
+    for model in (net, frozen):
+        loss, part = squared_error(model), {"2.weight": dict(model.named_parameters())["2.weight"]}
+        made = {
+            "fisher": fisher_product(loss, part, ROWS),
+            "hessian": hessian_product(loss, part, ROWS),
+            "gauss_newton": gauss_newton_product(
+                lambda p, e, m=model: call(m, p, e["x"]), lambda z, e: (z - e["y"]).square().sum(), part, ROWS
+            ),
+        }
+        yield part, made
+
+
+@pytest.mark.parametrize("kind", ["fisher", "hessian", "gauss_newton"])
+def test_no_graph_is_kept_of_a_model_that_is_trained(kind):
+    """Its other parameters require gradients: the graph of all batches would be held."""
+    given = []
+    for part, made in trainable_products():
+        product, v = made[kind], randoms(2, part)
+        like = {name: value.requires_grad_(part[name].requires_grad) for name, value in v.items()}
+        pairs = arnoldi(product, like, steps=3, keep=2)
+        found = [
+            product(like), cg(product, like, damping=3.0).x, pairs.vectors, pairs.solve(like),
+            lissa([product], like, damping=3.0, steps=3).x,
+        ]  # fmt: skip
+        assert not any(value.requires_grad for result in found for value in result.values())
+        assert not pairs.values.requires_grad
+        given.append(torch.cat([flat(result) for result in found]))
+    assert torch.equal(*given)
+
+
 def test_vectors_keep_their_rows_and_none_are_none():
     product = fisher_product(LOSS, PARAMS, ROWS)
     v = randoms(3)
