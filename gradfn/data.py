@@ -40,6 +40,8 @@ class Documents:
             number, which stands in for the token labels and brings an attention mask with it.
         masked: whether labels are of masked tokens: any position may be supervised, the first too, and an
             attention mask says what is padding.
+        token_types: which of two texts each token is of, int32 `[tokens]`, for models that are told; None
+            is 0 everywhere.
 
     Raises:
         InputError: the fields do not describe the same rows.
@@ -60,9 +62,14 @@ class Documents:
     texts: list[str]
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     masked: bool = False
+    token_types: Int32[np.ndarray, " tokens"] | None = None
 
     def __post_init__(self) -> None:
         rows, tokens = len(self.offsets) - 1, len(self.input_ids)
+        if self.token_types is not None and len(self.token_types) != tokens:
+            raise InputError(
+                f"{tokens} tokens came with {len(self.token_types)} token types: give one for each"
+            )
         if not len(self.ids) == len(self.texts) == rows or len(self.labels) != tokens:
             raise InputError(
                 f"documents need an id and a text for each row and a label for each token, but {rows} rows "
@@ -92,6 +99,8 @@ class Documents:
         }
         if self.masked or "labels" in self.extras:
             example["attention_mask"] = torch.ones_like(example["input_ids"])
+        if self.token_types is not None:
+            example["token_type_ids"] = torch.from_numpy(self.token_types[span].astype(np.int64))
         return {**example, **{name: torch.as_tensor(values[row]) for name, values in self.extras.items()}}
 
     @cached_property
@@ -127,17 +136,19 @@ class Documents:
         tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
         ids, texts = [self.ids[row] for row in chosen], [self.texts[row] for row in chosen]
         extras = {name: values[chosen] for name, values in self.extras.items()}
+        types = None if self.token_types is None else self.token_types[tokens]
         return Documents(
-            self.input_ids[tokens], self.labels[tokens], offsets, ids, texts, extras, self.masked
+            self.input_ids[tokens], self.labels[tokens], offsets, ids, texts, extras, self.masked, types
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits of token ids, labels, offsets and extras, which are what is computed on."""
+        """16 hex digits of token ids, labels, offsets, extras and token types, which are computed on."""
         digest = hashlib.sha256(b"masked" if self.masked else b"")
         for array, kind in ((self.input_ids, "<i4"), (self.labels, "<i4"), (self.offsets, "<i8")):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(array, kind).data)
-        _digest_extras(digest, self.extras)
+        types = {} if self.token_types is None else {"token_type_ids": self.token_types}
+        _digest_extras(digest, {**self.extras, **types})
         return digest.hexdigest()[:16]
 
 

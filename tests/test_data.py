@@ -256,6 +256,17 @@ def test_extras_enter_the_fingerprint():
     assert docs.fingerprint() == with_extras().fingerprint()
 
 
+def test_types_of_tokens_come_with_their_rows():
+    types = np.array([0, 0, 1, 0, 0, 1], np.int32)
+    docs = dataclasses.replace(with_extras(), token_types=types)
+    assert docs[0]["token_type_ids"].tolist() == [0, 0, 1]
+    assert docs.select([2, 0])[0]["token_type_ids"].tolist() == [0, 1]
+    batch = collate([docs[row] for row in range(3)])
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert docs.select([1]).fingerprint() != with_extras().select([1]).fingerprint() != docs.fingerprint()
+    assert docs.fingerprint() != dataclasses.replace(docs, token_types=types[::-1].copy()).fingerprint()
+
+
 def test_extras_are_one_a_row():
     with pytest.raises(
         InputError, match=r"'weight' has shape \[2\], expected a number for each of the 3 rows"

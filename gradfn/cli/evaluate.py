@@ -25,7 +25,7 @@ from gradfn.evaluate.retrieval import recall_at, reciprocal_rank, source_name
 from gradfn.evaluate.scored import Scored, in_words, open_scored, refuse_other_data
 from gradfn.evaluate.subsets import FEWEST
 from gradfn.evaluate.truth import Truth, open_truth
-from gradfn.hf.datasets import load_rows
+from gradfn.hf.datasets import load_rows, row_names
 from gradfn.report.plots import check_plot, plot_runs
 
 Row = Mapping[str, Any]
@@ -389,8 +389,7 @@ def _sources(run: Scored, options: Options) -> tuple[Tensor, list[int]]:
 
 def _refuse_other_ids(rows: Any, ids: Sequence[str], run: str, path: str, option: str) -> None:
     """Refuse a dataset of which the rows are not those that a run names."""
-    names = [*rows["id"]] if "id" in rows.column_names else [None] * len(rows)
-    here = [str(number if name is None else name) for number, name in enumerate(names)]
+    here = row_names(rows)
     if here != [*ids] and sorted(here) == sorted(ids):
         raise InputError(
             f"{run} and {path} have the same ids in another order: give the {option} that was scored"

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gradfn import example
 from gradfn.data import Corpus, Documents, Images, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.datasets import (
+    check_vocabulary,
     tokenize,
     tokenize_pairs,
     with_labels,
@@ -404,8 +406,8 @@ def load_documents(subject: Subject, rows: Any, options: Options, *, query: bool
     given = {key: options.get(key) for key in ("reward_column", "advantage_column")}
     if query or not any(given.values()):
         return docs
-    prompts = columns.get("prompt_column") if given["reward_column"] else None
-    return with_weights(docs, rows, prompt_column=prompts, **given)
+    asked = {key: columns.get(key) for key in ("prompt_column", "messages_column")}
+    return with_weights(docs, rows, **asked, **given)
 
 
 def _images(subject: Subject, rows: Any, options: Options, path: str) -> Images:
@@ -434,15 +436,47 @@ def _tokenized(subject: Subject, rows: Any, columns: Any, options: Options) -> D
             raise InputError(
                 "seq2seq-lm maps prompts to completions: give --prompt-column and --completion-column"
             )
-        return tokenize_pairs(
+        pairs = tokenize_pairs(
             rows, subject.tokenizer, prompt_column=both[0], completion_column=both[1], **fit
         )
-    docs = masked(subject, tokenize(rows, subject.tokenizer, **columns, **fit))
+        _check_tokens(subject, pairs.inputs, pairs.outputs)
+        return pairs
+    docs = tokenize(rows, subject.tokenizer, **columns, **fit)
+    _check_tokens(subject, docs)
+    docs = masked(subject, _with_types(subject, docs))
     if options["label_column"] is None:
         return docs
     config: Any = subject.model.config
     classes = config.label2id if subject.task == "classification" else None
     return with_labels(docs, rows, options["label_column"], classes)
+
+
+def _check_tokens(subject: Subject, *parts: Documents) -> None:
+    """Refuse tokens that the model does not have."""
+    model: Any = subject.model
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if size is not None:
+        for docs in parts:
+            check_vocabulary(docs, size)
+
+
+def _with_types(subject: Subject, docs: Documents) -> Documents:
+    """The documents with the types of their tokens only if the model reads any."""
+    kinds = getattr(subject.model.config, "type_vocab_size", None)
+    reads = "token_type_ids" in signature(subject.model.forward).parameters and kinds != 0
+    if docs.token_types is None or not reads:
+        return replace(docs, token_types=None)
+    if subject.task == "causal_lm":
+        raise InputError(
+            "token_type_ids are not given to a model of next tokens, and this one would read them: leave out "
+            "the column token_type_ids"
+        )
+    if kinds is not None and (most := int(docs.token_types.max())) >= kinds:
+        raise InputError(
+            f"the dataset has token type {most}, and {subject.path} has {kinds}, numbered from 0: leave out "
+            "the column token_type_ids"
+        )
+    return docs
 
 
 def example_options(options: Options) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +29,12 @@ __all__ = [
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
-    # Only an empty cell means nothing: pandas would also drop the texts "NA", "None" and "null".
-    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+    # Only an empty cell means nothing: pandas would also drop the texts "NA", "None" and "null". Ids, of rows
+    # and of their sources, are the texts that they are, 007 say.
+    ".csv": (
+        "csv",
+        {"keep_default_na": False, "na_values": [""], "converters": {"id": str, "source": str}},
+    ),
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
     ".txt": ("text", {}),
@@ -47,6 +52,8 @@ Weighed = TypeVar("Weighed", bound=Corpus)
 
 def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
     """The rows of a dataset, in memory; a local file is read anew each time and leaves nothing behind.
+
+    Texts of JSON that look like times stay texts, and so do the columns `id` and `source` of a .csv.
 
     Args:
         path: a .jsonl, .json, .csv, .parquet, .arrow or .txt file (one row a line), a folder that
@@ -84,8 +91,8 @@ def tokenize(
 
     Text gets the special tokens that the tokenizer adds. A prompt and its completion are tokenised apart and
     joined, with special tokens only around the whole; the completion alone is supervised. Without those two
-    columns, rows that have `input_ids` (and `labels`) are used as they are, less the positions where
-    an `attention_mask` is 0. A null text is an empty one.
+    columns, rows that have `input_ids` (and `labels` and `token_type_ids`, lists too) are used as they are,
+    less the positions where an `attention_mask` is 0. A null text is an empty one.
 
     A chat goes through the tokenizer's template. Supervised are the tokens that the template marks as the
     assistant's (`{% generation %}`); where it marks none, the assistant's last message alone.
@@ -111,7 +118,7 @@ def tokenize(
         encode = _chat_encoder(rows, tokenizer, messages_column)
     parts = []
     for start, table in _tables(rows):
-        part = encode(table, _row_ids(table, start))
+        part = encode(table, _row_ids(rows, table, start))
         parts.append(_fit(part, start, max_length, truncation))
     return _concatenate(parts)
 
@@ -176,7 +183,7 @@ def tokenize_pairs(
     _check_text(rows, completion_column)
     inputs, outputs = [], []
     for start, table in _tables(rows):
-        ids = _row_ids(table, start)
+        ids = _row_ids(rows, table, start)
         for parts, column, target in ((inputs, prompt_column, False), (outputs, completion_column, True)):
             texts = _texts(table, column)
             part = make_documents(_encode_side(tokenizer, texts, target), ids=ids, texts=texts)
@@ -203,20 +210,19 @@ def with_labels(
     Args:
         docs: what `tokenize` made of the rows.
         rows: the rows.
-        column: class numbers or names; or the numbers that a regression is to give.
+        column: class numbers or names, see `class_numbers`; or the numbers that a regression is to give.
         classes: the numbers of the model's classes by name, `config.label2id`; None for a regression.
 
     Raises:
         InputError: there is no such column, or a row's label is none.
     """
-    values = column_values(rows, column, "--label-column")
+    if classes is None:
+        labels = _numbers(column_values(rows, column, "--label-column"), column)
+    else:
+        labels = class_numbers(rows, column, classes)
     if (docs.lengths == 0).any():
         row = int(np.argmin(docs.lengths))
         raise InputError(f"row {row} (id {docs.ids[row]!r}) has no tokens to read: leave it out")
-    if classes is None:
-        labels = _numbers(values, column)
-    else:
-        labels = np.array([class_number(value, row, classes) for row, value in enumerate(values)], np.int64)
     return dataclasses.replace(docs, extras={**docs.extras, "labels": labels})
 
 
@@ -227,6 +233,7 @@ def with_weights(
     advantage_column: str | None = None,
     reward_column: str | None = None,
     prompt_column: str | None = None,
+    messages_column: str | None = None,
 ) -> Weighed:
     """Documents with a weight each, which multiplies its loss.
 
@@ -236,10 +243,11 @@ def with_weights(
         advantage_column: the weights themselves; or else
         reward_column: rewards, of which the mean over the rows with the same prompt is taken; see
             `advantages`.
-        prompt_column: the column of prompts, for rewards.
+        prompt_column: the column of prompts, for rewards; or else
+        messages_column: the column of chats; what stands before the assistant's last message is the prompt.
 
     Raises:
-        InputError: not one of the two columns is given, is there and holds numbers.
+        InputError: not one of the two columns is given, is there and holds numbers, or nothing is a prompt.
     """
     if (advantage_column is None) == (reward_column is None):
         raise InputError("weights come of rewards or are given as advantages: name one of the two columns")
@@ -247,15 +255,52 @@ def with_weights(
         weights = _numbers(column_values(rows, advantage_column, "--advantage-column"), advantage_column)
     else:
         assert reward_column is not None
-        if prompt_column is None:
-            raise InputError("a reward is compared with others of its prompt: name the --prompt-column too")
+        prompts = _prompts(rows, prompt_column, messages_column)
         rewards = _numbers(column_values(rows, reward_column, "--reward-column"), reward_column)
-        prompts = column_values(rows, prompt_column, "--prompt-column")
         weights = np.array(advantages(rewards.tolist(), prompts), np.float64)
     if isinstance(docs, Pairs):
         inputs = dataclasses.replace(docs.inputs, extras={**docs.extras, "weight": weights})
         return dataclasses.replace(docs, inputs=inputs)
     return dataclasses.replace(docs, extras={**docs.extras, "weight": weights})
+
+
+def _prompts(rows: "datasets.Dataset", prompt_column: str | None, messages_column: str | None) -> list[Any]:
+    """What each row answers."""
+    if prompt_column is not None:
+        return column_values(rows, prompt_column, "--prompt-column")
+    if messages_column is None:
+        raise InputError(
+            "a reward is compared with others of its prompt, and these rows have none: give prompts and "
+            "completions or chats, or weights of your own as --advantage-column"
+        )
+    chats = column_values(rows, messages_column, "--messages-column")
+    asked = (_messages(chat, messages_column, str(row))[:-1] for row, chat in enumerate(chats))
+    return [json.dumps(messages, sort_keys=True, default=str) for messages in asked]
+
+
+def check_vocabulary(docs: Documents, size: int) -> None:
+    """Refuse tokens, or labels of tokens, that a model does not have.
+
+    Args:
+        docs: what `tokenize` made of rows.
+        size: how many tokens the model has.
+
+    Raises:
+        InputError: naming the first row with one.
+
+    >>> from gradfn.data import make_documents
+    >>> check_vocabulary(make_documents([[5], [6, 7]]), 7)
+    Traceback (most recent call last):
+    ...
+    gradfn.errors.InputError: row 1 (id '1') has token 7, and the model has 7 tokens...
+    """
+    for noun, tokens in (("token", docs.input_ids), ("label", docs.labels)):
+        for place in np.flatnonzero(tokens >= size)[:1]:
+            row = int(np.searchsorted(docs.offsets, place, "right")) - 1
+            raise InputError(
+                f"row {row} (id {docs.ids[row]!r}) has {noun} {tokens[place]}, and the model has {size} "
+                "tokens, numbered from 0: tokenise the rows with the model's own tokenizer"
+            )
 
 
 def column_values(rows: "datasets.Dataset", column: str, option: str) -> list[Any]:
@@ -275,8 +320,29 @@ def _numbers(values: list[Any], column: str) -> np.ndarray:
     return np.array(values, np.float64)
 
 
-def class_number(value: Any, row: int, classes: Mapping[str, int]) -> int:
-    """The number of a class that is given by its name or its number; `classes` are the numbers by name."""
+def class_numbers(
+    rows: "datasets.Dataset", column: str, classes: Mapping[str, int]
+) -> Int64[np.ndarray, " rows"]:
+    """The model's number of each row's class; by name where both the dataset and the model name classes.
+
+    Args:
+        rows: the rows.
+        column: class numbers or names.
+        classes: the numbers of the model's classes by name, `config.label2id`.
+
+    Raises:
+        InputError: there is no such column, or a row's label is no class of the model's.
+    """
+    values = column_values(rows, column, "--label-column")
+    names = getattr(rows.features[column], "names", None)
+    unnamed = all(name == f"LABEL_{number}" for name, number in classes.items())
+    if names is not None and not unnamed:
+        values = [names[value] if value is not None and value >= 0 else value for value in values]
+    return np.array([_class_number(value, row, classes) for row, value in enumerate(values)], np.int64)
+
+
+def _class_number(value: Any, row: int, classes: Mapping[str, int]) -> int:
+    """The number of a class that is given by its name or its number."""
     if isinstance(value, str) and value in classes:
         return int(classes[value])
     if isinstance(value, int) and 0 <= value < len(classes):
@@ -302,7 +368,8 @@ def _read_local(place: Path) -> dict[str, "datasets.Dataset"]:
                 rows = datasets.Dataset.load_from_disk(str(place))
                 return {str(rows.split or "train"): rows, "train": rows}
             if place.is_dir():
-                return _read_uncached(str(place.resolve()), {})
+                kinds = {file.suffix.lower() for file in place.rglob("*")} & _READERS.keys()
+                return _read_uncached(str(place.resolve()), _READERS[".csv"][1] if kinds == {".csv"} else {})
             return _read_file(place)
     except InputError:
         raise
@@ -324,9 +391,39 @@ def _read_uncached(reader: str, options: dict[str, Any]) -> dict[str, "datasets.
     """Read into memory by way of a temporary cache, which no later run can mistake for fresh."""
     import datasets
 
-    with tempfile.TemporaryDirectory(prefix="gradfn-") as cache:
-        splits = datasets.load_dataset(reader, cache_dir=cache, keep_in_memory=True, **options)
+    def read(cache: str, **more: Any) -> dict[str, "datasets.Dataset"]:
+        splits = datasets.load_dataset(reader, cache_dir=cache, keep_in_memory=True, **options, **more)
         return {str(name): rows for name, rows in splits.items()}
+
+    with tempfile.TemporaryDirectory(prefix="gradfn-") as cache:
+        splits = read(cache)
+        first = next(iter(splits.values()))
+        if first.info.builder_name != "json" or not (dated := _dated(first.features)):
+            return splits
+        # JSON knows no times: these were texts, and read as JSON of their own they stay what they were.
+        features = {**first.features, **{column: datasets.Json() for column in dated}}
+        splits = read(cache, features=datasets.Features(features))
+        return {name: _as_texts(rows, first.features, dated) for name, rows in splits.items()}
+
+
+def _dated(features: "datasets.Features") -> list[str]:
+    """The columns in which texts were taken for times."""
+    time = re.compile(r"(timestamp|date(32|64)|time(32|64))\[")
+    return [field.name for field in features.arrow_schema if time.search(str(field.type))]
+
+
+def _as_texts(
+    rows: "datasets.Dataset", features: "datasets.Features", dated: list[str]
+) -> "datasets.Dataset":
+    """The rows with columns of texts as such, which were read as JSON; lists and the like stay JSON."""
+    import datasets
+
+    plain = [column for column in dated if isinstance(features[column], datasets.Value)]
+    text = datasets.Value("string")
+    return rows.map(
+        lambda batch: {column: batch[column] for column in plain}, batched=True, keep_in_memory=True,
+        features=datasets.Features({**rows.features, **dict.fromkeys(plain, text)}),
+    )  # fmt: skip
 
 
 def _read_hub(path: str | Path, split: str) -> "datasets.Dataset":
@@ -420,9 +517,8 @@ def _chat_encoder(rows: "datasets.Dataset", tokenizer: Any, column: str) -> _Enc
     encode = _marked_chat if marked else _last_answer
 
     def documents(table: "pyarrow.Table", ids: list[str]) -> Documents:
-        chats = [
-            _messages(chat, column, name) for chat, name in zip(table[column].to_pylist(), ids, strict=True)
-        ]
+        given = _decoded(rows, table, column)
+        chats = [_messages(chat, column, name) for chat, name in zip(given, ids, strict=True)]
         tokens, labels, texts = zip(
             *(encode(tokenizer, chat, name) for chat, name in zip(chats, ids, strict=True)), strict=True
         )
@@ -491,12 +587,19 @@ def _tables(rows: "datasets.Dataset") -> Iterator[tuple[int, "pyarrow.Table"]]:
         yield start, tables[start : start + _BATCH]
 
 
-def _row_ids(table: "pyarrow.Table", start: int) -> list[str]:
-    numbers = range(start, start + len(table))
-    if "id" not in table.column_names:
-        return [str(number) for number in numbers]
-    given = table["id"].to_pylist()
-    return [str(number if name is None else name) for number, name in zip(numbers, given, strict=True)]
+def _row_ids(rows: "datasets.Dataset", table: "pyarrow.Table", start: int) -> list[str]:
+    given = _decoded(rows, table, "id") if "id" in table.column_names else [None] * len(table)
+    return [str(row if name is None else name) for row, name in enumerate(given, start)]
+
+
+def row_names(rows: "datasets.Dataset") -> list[str]:
+    """The names of all rows, which are their numbers where none are given."""
+    return [name for start, table in _tables(rows) for name in _row_ids(rows, table, start)]
+
+
+def _decoded(rows: "datasets.Dataset", table: "pyarrow.Table", column: str) -> list[Any]:
+    """A column of a table of the rows; what lies there as JSON is decoded."""
+    return rows.features.decode_batch({column: table[column].to_pylist()})[column]
 
 
 def _texts(table: "pyarrow.Table", column: str) -> list[str]:
@@ -563,19 +666,19 @@ def _encode_continuations(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def _from_token_ids(table: "pyarrow.Table", ids: list[str], tokenizer: Any, text_column: str) -> Documents:
     tokens, lengths = _integers(table, "input_ids", 0)
-    labels, label_lengths = (
-        _integers(table, "labels", IGNORED) if "labels" in table.column_names else (tokens, lengths)
-    )
-    check_lengths(lengths, label_lengths, "labels")
+    labels, types = tokens, np.zeros_like(tokens)
+    if _holds_lists(table, "labels"):
+        labels, label_lengths = _integers(table, "labels", IGNORED)
+        check_lengths(lengths, label_lengths, "labels")
+    if "token_type_ids" in table.column_names:
+        types, type_lengths = _integers(table, "token_type_ids", 0)
+        check_lengths(lengths, type_lengths, "token types")
     if "attention_mask" in table.column_names:
         mask, mask_lengths = _integers(table, "attention_mask", 0)
         check_lengths(lengths, mask_lengths, "mask values")
-        rows = np.repeat(np.arange(len(lengths)), lengths)[mask > 0]
-        tokens, labels, lengths = (
-            tokens[mask > 0],
-            labels[mask > 0],
-            np.bincount(rows, minlength=len(lengths)),
-        )
+        rows, kept = np.repeat(np.arange(len(lengths)), lengths), mask > 0
+        tokens, labels, types = tokens[kept], labels[kept], types[kept]
+        lengths = np.bincount(rows[kept], minlength=len(lengths))
     offsets = offsets_of(lengths)
     if text_column:
         texts = _texts(table, text_column)
@@ -584,7 +687,13 @@ def _from_token_ids(table: "pyarrow.Table", ids: list[str], tokenizer: Any, text
             _excerpt(tokenizer, tokens[start : start + min(_EXCERPT, size)])
             for start, size in zip(offsets, lengths, strict=False)
         ]
-    return Documents(tokens.astype(np.int32), labels.astype(np.int32), offsets, ids, texts)
+    types = types.astype(np.int32) if types.any() else None
+    return Documents(tokens.astype(np.int32), labels.astype(np.int32), offsets, ids, texts, token_types=types)
+
+
+def _holds_lists(table: "pyarrow.Table", column: str) -> bool:
+    """Whether there are labels of tokens, not of rows."""
+    return column in table.column_names and hasattr(table.schema.field(column).type, "value_type")
 
 
 def _integers(
@@ -630,18 +739,24 @@ def _fit(docs: Documents, start: int, max_length: int | None, truncation: bool) 
         )
     lengths = np.minimum(docs.lengths, max_length)
     kept = np.arange(len(docs.input_ids)) - np.repeat(docs.offsets[:-1], docs.lengths) < max_length
+    types = None if docs.token_types is None else docs.token_types[kept]
     return dataclasses.replace(
-        docs, input_ids=docs.input_ids[kept], labels=docs.labels[kept], offsets=offsets_of(lengths)
-    )
+        docs, input_ids=docs.input_ids[kept], labels=docs.labels[kept], offsets=offsets_of(lengths),
+        token_types=types,
+    )  # fmt: skip
 
 
 def _concatenate(parts: list[Documents]) -> Documents:
     if not parts:
         return make_documents([])
+    types = None
+    if any(part.token_types is not None for part in parts):
+        types = [np.zeros_like(p.labels) if p.token_types is None else p.token_types for p in parts]
     return Documents(
         np.concatenate([part.input_ids for part in parts]),
         np.concatenate([part.labels for part in parts]),
         offsets_of(np.concatenate([part.lengths for part in parts])),
         [name for part in parts for name in part.ids],
         [text for part in parts for text in part.texts],
+        token_types=None if types is None else np.concatenate(types),
     )

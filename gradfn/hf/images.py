@@ -1,7 +1,6 @@
 """Rows of images with a class each: read one at a time, made into pixels by the model's image processor."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from math import ceil, prod
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from gradfn.data import Images
 from gradfn.errors import InputError
-from gradfn.hf.datasets import class_number, column_values
+from gradfn.hf.datasets import class_numbers, row_names
 from gradfn.hf.hub import summary
 from gradfn.hf.models import processor_fingerprint
 from gradfn.losses import model_loss
@@ -58,20 +57,20 @@ def load_images(
             none of the model's classes, or the model cannot read what the processor makes.
     """
     config: Any = model.config
-    labels = _labels(rows, label_column, config.label2id)
+    labels = class_numbers(rows, label_column, config.label2id)
     column = _image_column(rows, image_column)
     files = _Files(_encoded(rows, column), column, Path(folder).expanduser())
-    names, digests = _looked_at(files)
+    titles, digests = _looked_at(files)
     made_by = processor_fingerprint(processor)
     pixels = _Pixels(files, processor, getattr(config, "num_channels", 3))
     first = pixels(0)
     _check_reads(model, first)
     classes = {number: name for name, number in config.label2id.items()}
-    told = zip(names, labels.tolist(), strict=True)
-    shown = [f"{name} → {classes.get(label, label)}" for name, label in told]
+    told = zip(titles, labels.tolist(), strict=True)
+    shown = [f"{title} → {classes.get(label, label)}" for title, label in told]
     return Images(
         replace(pixels, shape=first.shape), [f"{digest} {made_by}" for digest in digests],
-        np.arange(len(rows)), _patches(config, first), _ids(rows), shown, {"labels": labels},
+        np.arange(len(rows)), _patches(config, first), row_names(rows), shown, {"labels": labels},
     )  # fmt: skip
 
 
@@ -187,21 +186,6 @@ def _encoded(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":
         kind = getattr(feature, "dtype", type(feature).__name__)
         raise InputError(f"column {column!r} holds {kind}, not images or paths: name another --image-column")
     return rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-
-
-def _labels(rows: "datasets.Dataset", column: str, classes: Mapping[str, int]) -> np.ndarray:
-    """The model's number of each row's class; by name where both the dataset and the model name classes."""
-    values = column_values(rows, column, "--label-column")
-    names = getattr(rows.features[column], "names", None)
-    unnamed = all(name == f"LABEL_{number}" for name, number in classes.items())
-    if names is not None and not unnamed:
-        values = [names[value] if value is not None and value >= 0 else value for value in values]
-    return np.array([class_number(value, row, classes) for row, value in enumerate(values)], np.int64)
-
-
-def _ids(rows: "datasets.Dataset") -> list[str]:
-    given = rows["id"] if "id" in rows.column_names else [None] * len(rows)
-    return [str(row if name is None else name) for row, name in enumerate(given)]
 
 
 def _patches(config: Any, pixels: Tensor) -> int:

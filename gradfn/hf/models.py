@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ MODEL_CLASSES = {
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTER = "adapter_config.json"
+_ORIGINAL = "original_module"
+"""Peft's name of a module that an adapter replaces."""
+
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER = (
     "tokenizer.json",
@@ -88,21 +92,26 @@ def load_model(
     check_device(device)
     _check_attention(attention, precision, torch.device(device))
     source, options = locate_model(path)
+    adapter, local = _adapter_of(path, source, options), options
+    base, options = (source, options) if adapter is None else _locate_base(adapter)
     options |= {"trust_remote_code": trust_remote_code, "dtype": PRECISIONS[precision]}
     options |= {} if attention is None else {"attn_implementation": attention}
     if options.get("local_files_only"):  # where peft is installed, transformers asks for adapters by itself
         options["adapter_kwargs"] = {"local_files_only": True}
-    model, info = _load("model", path, _model_class(task), source, output_loading_info=True, **options)
+    loader = _model_class(task).from_pretrained
+    model, info = _load("model", path, loader, base, output_loading_info=True, **options)
     _refuse_other_attention(model, path, attention)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(
-            f"{path} lacks weights of {type(model).__name__}, {missing[0]} first of {len(missing)}, which "
-            f"would be random numbers: give a model that was saved with its head for {task}"
-        )
     if "gguf_file" in options:
         _forget_quantization(model)
-    elif getattr(model, "is_quantized", False):
+    missing = set(info["missing_keys"])
+    if adapter is not None:
+        missing = _add_adapter(model, path, source, missing, PRECISIONS[precision], local)
+    if missing:
+        raise InputError(
+            f"{path} lacks weights of {type(model).__name__}, {min(missing)} first of {len(missing)}, which "
+            f"would be random numbers: give a model that was saved with its head for {task}"
+        )
+    if getattr(model, "is_quantized", False):
         _cast_unquantised(model, PRECISIONS[precision])
     if precision == "fp64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products of experts know no float64
@@ -128,9 +137,8 @@ def load_tokenizer(
     if vocabulary is not None and _has_no_tokenizer(path):
         return number_tokenizer(vocabulary)
     source, options = _locate_tokenizer(path)
-    tokenizer = _load(
-        "tokenizer", path, AutoTokenizer, source, trust_remote_code=trust_remote_code, **options
-    )
+    options["trust_remote_code"] = trust_remote_code
+    tokenizer = _load("tokenizer", path, AutoTokenizer.from_pretrained, source, **options)
     if len(tokenizer) == 0:
         raise InputError(
             f"the tokenizer of {path} has no tokens: save it there with tokenizer.save_pretrained"
@@ -175,8 +183,12 @@ def number_tokenizer(vocabulary: int) -> Any:
 
 
 def probe_word(tokenizer: Any) -> str:
-    """A word that a tokenizer knows, to see what it adds to one."""
-    return "0" if writes_numbers(tokenizer) else "a"
+    """A word that a tokenizer knows, to see what it adds to one; its alphabet may be that of proteins."""
+    if writes_numbers(tokenizer):
+        return "0"
+    tokens = (token for token in range(len(tokenizer)) if token not in tokenizer.all_special_ids)
+    words = chain("a", map(tokenizer.decode, tokens))
+    return next((word for word in words if tokenizer(word, add_special_tokens=False)["input_ids"]), "a")
 
 
 def writes_numbers(tokenizer: Any) -> bool:
@@ -206,7 +218,8 @@ def load_processor(path: str | Path) -> Any:
     from transformers import AutoImageProcessor
 
     source, options = _locate_processor(path)
-    return _load("image processor", path, AutoImageProcessor, source, backend="pil", **options)
+    loader = AutoImageProcessor.from_pretrained
+    return _load("image processor", path, loader, source, backend="pil", **options)
 
 
 def _locate_processor(path: str | Path) -> tuple[str, dict[str, Any]]:
@@ -215,7 +228,7 @@ def _locate_processor(path: str | Path) -> tuple[str, dict[str, Any]]:
         return _locate_hub("image processor", path)
     if any((place / name).is_file() for name in _PROCESSOR):
         return str(place), {}
-    if (place / _ADAPTER).is_file() and (base := _base_of(place)):
+    if (place / _ADAPTER).is_file() and (base := _base_of(place / _ADAPTER)):
         return _locate_processor(base)
     raise InputError(
         f"{path} holds no image processor ({_PROCESSOR[0]}), which makes pixels of images: save the model's "
@@ -233,7 +246,8 @@ def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits of the names, types, shapes and values of all parameters and saved buffers.
 
     Values enter as position-weighted sums of their bits, `sum_i (2i + 1) v_i` modulo 2^64 in blocks of
-    65,536: exact, the same on every device, and different when any one value changes or two trade places.
+    65,536 (float64 as two values): exact, the same on every device, and different when any one value changes
+    or two trade places.
     A tied weight counts once, so tying matters too.
 
     >>> layer = nn.Linear(2, 2)
@@ -267,6 +281,11 @@ def context_length(model: nn.Module) -> int | None:
     >>> context_length(nn.Linear(1, 1)) is None
     True
     """
+    modules: Any = model.named_modules()
+    for name, module in modules:
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:  # RoBERTa counts from behind it
+            return len(module.weight) - padding - 1
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -324,7 +343,13 @@ def locate_model(path: str | Path) -> tuple[str, dict[str, Any]]:
     if not place.is_dir():
         return _locate_hub("model", path)
     if (place / _ADAPTER).is_file():
-        return str(place), _base_options(place)
+        if own := [*place.glob("model*.safetensors"), *place.glob("pytorch_model*.bin")]:
+            raise InputError(
+                f"folder {path} holds an adapter and the weights {own[0].name}, and either could be meant: "
+                "move the adapter into a folder of its own"
+            )
+        _locate_base(place / _ADAPTER)
+        return str(place), {}
     ggufs = sorted(place.glob("*.gguf"))
     if any(next(place.glob(pattern), None) for pattern in _WEIGHTS):
         return str(place), {}
@@ -346,7 +371,7 @@ def _locate_tokenizer(path: str | Path) -> tuple[str, dict[str, Any]]:
         return str(folder), {}
     if place.is_file() or next(folder.glob("*.gguf"), None):
         return locate_model(path)
-    if (folder / _ADAPTER).is_file() and (base := _base_of(folder)):
+    if (folder / _ADAPTER).is_file() and (base := _base_of(folder / _ADAPTER)):
         return _locate_tokenizer(base)
     if folder.is_dir():
         raise InputError(
@@ -356,29 +381,53 @@ def _locate_tokenizer(path: str | Path) -> tuple[str, dict[str, Any]]:
     return _locate_hub("tokenizer", path)
 
 
-def _base_of(folder: Path) -> str | None:
-    """The model that an adapter's folder names as its base; None if it names none."""
+def _adapter_of(path: str | Path, source: str, options: dict[str, Any]) -> Path | None:
+    """The config of the adapter that lies where a model was located; None if it is a whole model."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if "gguf_file" in options:
+        return None
+    found = _load("model", path, find_adapter_config_file, source, **options)
+    return None if found is None else Path(found)
+
+
+def _base_of(config: Path) -> str | None:
+    """The model that an adapter's config names as its base; None if it names none."""
     try:
-        return json.loads((folder / _ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except ValueError as error:
-        raise InputError(
-            f"{folder / _ADAPTER} is no JSON ({summary(error)}): save the adapter again"
-        ) from error
+        raise InputError(f"{config} is no JSON ({summary(error)}): save the adapter again") from error
 
 
-def _base_options(folder: Path) -> dict[str, Any]:
+def _locate_base(config: Path) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` needs to find an adapter's base, which is looked for here."""
     from transformers import AutoConfig
 
-    base = _base_of(folder)
+    base = _base_of(config)
     if base is None:
-        raise InputError(f"{folder / _ADAPTER} names no base_model_name_or_path: save the adapter again")
+        raise InputError(f"{config} names no base_model_name_or_path: save the adapter again")
     try:
         source, options = locate_model(base)
-        _load("model", base, AutoConfig, source, **options)
+        _load("model", base, AutoConfig.from_pretrained, source, **options)
     except InputError as error:
-        raise InputError(f"{folder} is an adapter, whose base is missing: {error}") from error
-    return {key: value for key, value in options.items() if key == "local_files_only"}
+        raise InputError(f"{config.parent} is an adapter, whose base is missing: {error}") from error
+    return source, options
+
+
+def _add_adapter(
+    model: Any, path: str | Path, source: str, missing: set[str], dtype: torch.dtype, local: dict[str, Any]
+) -> set[str]:
+    """Put an adapter into its base; returns the weights that neither of the two has."""
+    options = {"dtype": dtype, "hf_quantizer": getattr(model, "hf_quantizer", None), "adapter_kwargs": local}
+    info = _load("adapter", path, model.load_adapter, source, **options)
+    copied = {name.replace(f".{_ORIGINAL}.", ".") for name in model.state_dict() if _is_replaced(model, name)}
+    return (missing - copied) | set(info.missing_keys)
+
+
+def _is_replaced(model: nn.Module, name: str) -> bool:
+    """Whether a weight is the base's of a module that an adapter has a copy of its own of."""
+    owner, found, _ = f".{name}".rpartition(f".{_ORIGINAL}.")
+    return bool(found) and hasattr(model.get_submodule(owner.lstrip(".")), "modules_to_save")
 
 
 def _gguf(file: Path) -> tuple[str, dict[str, Any]]:
@@ -401,11 +450,11 @@ def _locate_hub(noun: str, path: str | Path) -> tuple[str, dict[str, Any]]:
     return name, {} if hub_answers() else {"local_files_only": True}
 
 
-def _load(noun: str, path: str | Path, loader: Any, source: str, **options: Any) -> Any:
-    """Call `from_pretrained`, in silence, and turn its failures into one sentence."""
+def _load(noun: str, path: str | Path, loader: Callable[..., Any], source: str, **options: Any) -> Any:
+    """Call `from_pretrained` or its like, in silence, and turn its failures into one sentence."""
     try:
         with quiet():
-            return loader.from_pretrained(source, **options)
+            return loader(source, **options)
     except ImportError as error:
         _refuse_kernel(error, path, options)
         extra = "pip install 'gradfn[gguf]'" if "gguf_file" in options else "install it"
@@ -452,22 +501,30 @@ def _cast_unquantised(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then the buffers that are saved with them; sorted by name."""
-    yield from sorted(model.named_parameters())
+    """Parameters, then the buffers that are saved with them; sorted by name.
+
+    What an adapter has replaced is left out: it is not used, and may be random.
+    """
+    every = model.named_parameters(remove_duplicate=False)
+    used = {id(value): (name, value) for name, value in [*every][::-1] if not _is_replaced(model, name)}
+    yield from sorted(used.values())
     saved = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
         for name in module._buffers.keys() - module._non_persistent_buffers_set
     }
-    yield from sorted((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    buffers = (item for item in model.named_buffers() if item[0] in saved)
+    yield from sorted(item for item in buffers if not _is_replaced(model, item[0]))
 
 
 def _checksums(tensor: Tensor, width: int = 1 << 16) -> Tensor:
-    """Position-weighted sums of the bits of each `width` values, int64 on the CPU."""
+    """Position-weighted sums of the bits of each `width` values, int64 on the CPU; float64 is seen in halves,
+    for an even number of flipped signs would cancel modulo 2^64."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = tensor.contiguous().view(kinds[tensor.element_size()]).flatten()
+    kind = torch.int32 if tensor.is_floating_point() and tensor.element_size() == 8 else None
+    flat = tensor.contiguous().flatten().view(kind or kinds[tensor.element_size()])
     # Odd, and so far apart that neither one change nor one exchange can cancel modulo 2^64.
     weights = 2 * torch.arange(width, device=flat.device) + 1
     sums = [(block.long() * weights[: len(block)]).sum() for block in flat.split(width)]

@@ -222,14 +222,24 @@ def _groups(content: Any, path: Path) -> tuple[tuple[_Entry, ...], ...]:
             "save optimizer.state_dict() alone"
         )
     groups = content["param_groups"]
-    if not all(isinstance(group, dict) and "params" in group for group in groups):
+    if not isinstance(groups, list) or not all(isinstance(g, dict) and "params" in g for g in groups):
         raise InputError(f"{path} has a group without params: save optimizer.state_dict() as it is")
-    return tuple(tuple(_group_entries(group, content["state"])) for group in groups)
+    states = content["state"]
+    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+        raise InputError(
+            f"{path} has a state that is no dict of one a parameter: save optimizer.state_dict() as it is"
+        )
+    return tuple(tuple(_group_entries(group, states, path)) for group in groups)
 
 
-def _group_entries(group: Mapping[str, Any], states: Mapping[Any, Any]) -> Iterator[_Entry]:
+def _group_entries(group: Mapping[str, Any], states: Mapping[Any, Any], path: Path) -> Iterator[_Entry]:
     keys = group["params"]
     names = group.get("param_names") or [key if isinstance(key, str) else None for key in keys]
+    if len(names) != len(keys):
+        raise InputError(
+            f"{path} has {len(names)} param_names for {len(keys)} params: save optimizer.state_dict() as it "
+            "is"
+        )
     for key, name in zip(keys, names, strict=True):
         yield _Entry(name, states.get(key, {}), group)
 
@@ -356,6 +366,8 @@ def _refuse_kind(name: str, state: Mapping[str, Any], path: Path) -> None:
             f"{path} has a sparse or quantised state of {name}: "
             "train with a dense optimizer such as torch.optim.AdamW, whose second moment is exp_avg_sq"
         )
+    if any(key in _MOMENTS and not isinstance(value, Tensor) for key, value in state.items()):
+        raise InputError(f"{path} has no tensors for {name}: save optimizer.state_dict() as it is")
     if _shape_of(state) is None:
         held = ", ".join(map(str, list(state)[:6])) or "nothing"
         raise InputError(

@@ -13,8 +13,12 @@ from tiny import DOCUMENTS, make_model, make_tokenizer, save, write_jsonl
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -227,6 +231,85 @@ def test_labels_of_sequences(ok, folder, labelled, tmp_path, kind, column):
         assert line["score"] == pytest.approx(expected, rel=1e-4)
 
 
+TYPED = [{"input_ids": [1, 20 + i, 30, 40, 7][: 3 + i % 3], "token_type_ids": [0, 0, 1, 1, 1][: 3 + i % 3],
+          "labels": i % 3} for i in range(4)]  # fmt: skip
+
+
+def test_types_of_tokens_are_given_to_the_model(ok, folder, tmp_path):
+    """The rows of pairs as a tokenizer makes them, with the labels where a Trainer wants them."""
+    path = save(folder / "pairs", classifier("bert", 3), make_tokenizer())
+    layer, data = "bert.encoder.layer.0.intermediate.dense", write_jsonl(tmp_path / "d.jsonl", TYPED)
+    ok("build", tmp_path / "run", "--model", path, "--dataset", data, *FULL, "--task", "classification",
+       "--label-column", "labels", "--include", layer)  # fmt: skip
+    (block,) = stored(tmp_path / "run")[0].values()
+    net = gf.load_model(path, "classification", precision="fp64")
+
+    def loss(row, *, typed=True):
+        given = {"input_ids", "token_type_ids"} if typed else {"input_ids"}
+        logits = net(**{name: torch.tensor([row[name]]) for name in given}).logits
+        return F.cross_entropy(logits, torch.tensor([row["labels"]]))
+
+    for number, row in enumerate(TYPED):
+        expected = weight_gradient(net, layer, partial(loss, row))
+        np.testing.assert_allclose(block[number][:, :16], expected, rtol=1e-4, atol=1e-7)
+    told, untold = (float(loss(TYPED[0], typed=typed).detach()) for typed in (True, False))
+    assert abs(told - untold) > 1e-2
+
+
+def test_types_of_tokens_that_the_model_does_not_have(ok, command, model, folder, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", TYPED)
+    ask = ("build", tmp_path / "run", "--dataset", data, "--task", "classification", "--label-column",
+           "labels")  # fmt: skip
+    few = classifier("bert", 3)
+    few.resize_token_embeddings(300)
+    few.config.type_vocab_size = 1
+    few.bert.embeddings.token_type_embeddings.weight.data = torch.zeros(1, 16)
+    result = command(*ask, "--model", save(folder / "few", few, make_tokenizer()))
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "the dataset has token type 1, and" in result.err
+    assert "has 1, numbered from 0: leave out the column token_type_ids" in result.err
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    gpt2 = save(folder / "gpt2", GPT2LMHeadModel(config), make_tokenizer())
+    result = command("build", tmp_path / "run", "--dataset", data, "--model", gpt2)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert (
+        "token_type_ids are not given to a model of next tokens, and this one would read them" in result.err
+    )
+    ok("build", tmp_path / "llama", "--dataset", data, "--model", model)  # which reads none
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [{"input_ids": [5, 6]}, {"input_ids": [7, 300]}],
+            "row 1 (id '1') has token 300, and the model has 300",
+        ),
+        ([{"input_ids": [5, 6], "labels": [-100, 999], "id": "x"}], "row 0 (id 'x') has label 999, and the"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have(command, model, tmp_path, rows, said):
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    result = command("build", tmp_path / "run", "--model", model, "--dataset", data)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert said in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncation_leaves_what_a_model_that_counts_from_its_padding_can_read(ok, folder, tmp_path):
+    torch.manual_seed(0)
+    sizes = SIZES | {"max_position_embeddings": 12, "num_labels": 2, "pad_token_id": 1}
+    path = save(
+        folder / "roberta", RobertaForSequenceClassification(RobertaConfig(**sizes)), make_tokenizer()
+    )
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": "Peru and Chile " * 9, "y": 1}, {"text": "a", "y": 0}])
+    ok("build", tmp_path / "run", "--model", path, "--dataset", data, "--task", "classification",
+       "--label-column", "y", "--truncation")  # fmt: skip
+    with gf.open_store(tmp_path / "run") as store:
+        assert store.read("rows/length").max() == 10
+
+
 @pytest.fixture(scope="module")
 def t5(folder):
     torch.manual_seed(0)
@@ -294,6 +377,21 @@ def test_chats_supervise_the_assistant(ok, tmp_path, template, said):
     np.testing.assert_allclose(rows[0], weight_gradient(net, LAYER, loss), rtol=1e-4, atol=1e-7)
 
 
+def test_rewards_of_chats_weigh_within_what_was_asked(ok, tmp_path):
+    path = chatty(tmp_path / "model", "plain")
+    said = [{"role": "assistant", "content": word} for word in ("Lima", "Cuzco", "Paris", "Lyon")]
+    asked = [{"role": "user", "content": word} for word in ("Peru?", "France?")]
+    rows = [{"messages": [asked[i // 2], said[i]], "reward": REWARDS[i]} for i in range(4)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    base = ("--model", path, "--dataset", data, *FULL, "--include", LAYER)
+    ok("build", tmp_path / "plain", *base)
+    ok("build", tmp_path / "run", *base, "--reward-column", "reward")
+    (plain,), (weighted,) = (stored(tmp_path / name)[0].values() for name in ("plain", "run"))
+    expected = plain * np.array([0.5, -0.5, -0.75, 0.75])[:, None, None]
+    np.testing.assert_allclose(weighted, expected, rtol=1e-4, atol=1e-6)
+    assert np.abs(expected).max() > 0
+
+
 def test_chats_that_cannot_be_read(command, model, tmp_path):
     good = write_jsonl(tmp_path / "good.jsonl", [{"messages": CHAT}])
     mute = write_jsonl(tmp_path / "mute.jsonl", [{"messages": CHAT[:1]}])
@@ -330,7 +428,7 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
         (["--task", "classification", "--label-column", "x", "--prompt-column", "p"], "reads a text: give"),
         (["--messages-column", "m", "--prompt-column", "p"], "--messages-column stands alone"),
         (["--reward-column", "r", "--advantage-column", "a"], "rewards or advantages weigh the rows: give"),
-        (["--reward-column", "n"], "a reward is compared with others of its prompt: name the"),
+        (["--reward-column", "n"], "these rows have none: give prompts and .* or .* as --advantage-column"),
         (["--advantage-column", "n"], "no column 'n' in the dataset, which has .*name another with --adv"),
         (["--advantage-column", "text"], "row 0 has 'The capital of France.*' in column 'text', exp"),
         (["--loss", "kl", "--reference", "missing/model"], "no model 'missing/model'"),

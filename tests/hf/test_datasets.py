@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import time
@@ -10,10 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tokenizers as tokenizers_library
+from transformers import PreTrainedTokenizerFast
 
+from gradfn.data import make_documents
 from gradfn.errors import InputError
 from gradfn.hf.datasets import (
+    check_vocabulary,
     load_rows,
+    row_names,
     text_pair,
     text_query,
     tokenize,
@@ -176,6 +182,44 @@ def test_csv_texts_that_look_missing(tmp_path):
     rows = load_rows(tmp_path / "a.csv")
     assert rows["text"][:] == ["NA", "None", "null", None]
     assert rows["n"][:] == [1, 2, None, 3]
+
+
+def test_ids_of_csv_are_the_texts_that_they_are(tmp_path, tokenizers):
+    table = "id,source,text\n007,1,a\n,,b\n1e3,01,c\n"
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "rows.csv", tmp_path / "folder" / "rows.csv"):
+        path.write_text(table)
+    for path in (tmp_path / "rows.csv", tmp_path / "folder"):
+        rows = load_rows(path)
+        assert tokenize(rows, tokenizers["nothing"]).ids == row_names(rows) == ["007", "1", "1e3"]
+        assert list(rows["source"]) == ["1", None, "01"]
+
+
+def test_a_folder_of_csv_is_read_as_its_file_is(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\nNA,1\nNone,\n")
+    assert list(load_rows(tmp_path)["text"]) == ["NA", "None"]
+
+
+DATED = [{"id": "2020-01-01", "text": "1879-03-14", "at": {"day": "2020-01-01 10:00:00"}, "n": 1},
+         {"id": "2020-01-02T10:00:00Z", "text": None, "at": {"day": "2021-01-01"}, "n": 2}]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_json_texts_that_look_like_times(tmp_path, tokenizers, kind, folder):
+    path = write(kind, tmp_path, DATED)
+    rows = load_rows(tmp_path if folder else path)
+    assert list(rows) == DATED
+    assert rows.column_names == list(DATED[0])
+    docs = tokenize(rows, tokenizers["nothing"])
+    assert (docs.ids, docs.texts) == ([row["id"] for row in DATED], ["1879-03-14", ""])
+
+
+def test_json_ids_of_several_types(tmp_path, tokenizers):
+    rows = [{"id": "doc-1", "text": "a"}, {"id": 2, "text": "b"}, {"text": "c"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = load_rows(tmp_path / "rows.jsonl")
+    assert tokenize(rows, tokenizers["nothing"]).ids == row_names(rows) == ["doc-1", "2", "2"]
 
 
 def test_blank_lines_of_a_text_file_are_empty_rows(tmp_path, tokenizers):
@@ -525,15 +569,52 @@ def test_token_ids_are_decoded_for_show(tokenizers):
         ({"input_ids": [[5, -1]]}, "'input_ids' holds -1, expected 0 or more"),
         ({"input_ids": [[2**31]]}, "'input_ids' holds 2147483648"),
         ({"input_ids": [[5]], "labels": [[-101]]}, "'labels' holds -101, expected -100 or more"),
-        ({"input_ids": [[5]], "labels": [1]}, "'labels' holds int"),
         ({"input_ids": [[5, 6]], "labels": [[5]]}, "row 0 has 2 tokens but 1 labels"),
         ({"input_ids": [[5], [6]], "labels": [[5], None]}, "row 1 has 1 tokens but 0 labels"),
         ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, "row 0 has 2 tokens but 1 mask values"),
+        ({"input_ids": [[5, 6]], "token_type_ids": [[1]]}, "row 0 has 2 tokens but 1 token types"),
     ],
 )
 def test_token_ids_that_are_none(columns, message):
     with pytest.raises(InputError, match=message.replace("[", r"\[")):
         tokenize(rows_of(**columns), None)
+
+
+def test_types_of_tokens_come_with_them():
+    rows = rows_of(
+        input_ids=[[1, 5, 6, 0], [1, 7]] * 600, token_type_ids=[[0, 0, 1, 0], [0, 1]] * 600,
+        attention_mask=[[1, 1, 1, 0], [1, 1]] * 600,
+    )  # fmt: skip
+    docs = tokenize(rows, None)
+    assert [docs[row]["token_type_ids"].tolist() for row in (0, 1199)] == [[0, 0, 1], [0, 1]]
+    cut = tokenize(rows, None, max_length=2, truncation=True)
+    assert [cut[row]["token_type_ids"].tolist() for row in (0, 1)] == [[0, 0], [0, 1]]
+    late = rows_of(input_ids=[[1, 5]] * 1001, token_type_ids=[[0, 0]] * 1000 + [[0, 1]])
+    assert [tokenize(late, None)[row]["token_type_ids"].tolist() for row in (0, 1000)] == [[0, 0], [0, 1]]
+    none = rows_of(input_ids=[[1, 5]], token_type_ids=[[0, 0]])
+    bare = rows_of(input_ids=[[1, 5]])
+    assert "token_type_ids" not in tokenize(none, None)[0]
+    assert tokenize(none, None).fingerprint() == tokenize(bare, None).fingerprint()
+
+
+def test_labels_of_rows_are_not_those_of_tokens():
+    rows = rows_of(input_ids=[[5, 6], [7]], labels=[1, 0])
+    docs = tokenize(rows, None)
+    assert docs.labels.tolist() == docs.input_ids.tolist() == [5, 6, 7]
+    assert with_labels(docs, rows, "labels", CLASSES).extras["labels"].tolist() == [1, 0]
+    assert with_labels(docs, rows, "labels", None).extras["labels"].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("labels", "said"), [(None, "token 9"), ([[5, -100], [7, 9], [1]], "label 9")])
+def test_tokens_that_a_model_does_not_have(labels, said):
+    ids = [[5, 6], [7, 9 if labels is None else 8], [1]]
+    docs = make_documents(ids, labels, ids=["a", "b", "c"])
+    check_vocabulary(docs, 10)
+    words = (
+        rf"row 1 \(id 'b'\) has {said}, and the model has 9 tokens, numbered from 0: tokenise the rows with"
+    )
+    with pytest.raises(InputError, match=words):
+        check_vocabulary(docs, 9)
 
 
 def test_a_null_row_of_token_ids_is_empty():
@@ -647,6 +728,17 @@ def test_labels_that_are_no_class(tokenizers, value):
         with_labels(docs, rows, "label", CLASSES)
 
 
+def test_names_of_classes_come_before_their_numbers(tokenizers):
+    rows = labelled("label", label=[1, 0, 1]).cast_column("label", datasets.ClassLabel(names=["good", "bad"]))
+    docs = tokenize(rows, tokenizers["bos"])
+    assert with_labels(docs, rows, "label", CLASSES).extras["labels"].tolist() == [0, 1, 0]
+    unnamed = {"LABEL_0": 0, "LABEL_1": 1}
+    assert with_labels(docs, rows, "label", unnamed).extras["labels"].tolist() == [1, 0, 1]
+    words = "row 0 has the label 'bad', expected a number from 0 to 1 or one of poor, good"
+    with pytest.raises(InputError, match=words):
+        with_labels(docs, rows, "label", {"poor": 0, "good": 1})
+
+
 def test_labels_of_a_regression_are_numbers(tokenizers):
     rows = labelled("y", y=[0.5, -1.0, 2.0])
     docs = with_labels(tokenize(rows, tokenizers["bos"]), rows, "y", None)
@@ -686,7 +778,7 @@ def test_rewards_are_compared_within_a_prompt(tokenizers):
     for columns, words in (
         (
             {"reward_column": "reward"},
-            "a reward is compared with others of its prompt: name the --prompt-column",
+            "a reward is compared with others of its prompt, and these rows have none: give prompts and",
         ),
         (
             {"reward_column": "text", "prompt_column": "prompt"},
@@ -698,6 +790,47 @@ def test_rewards_are_compared_within_a_prompt(tokenizers):
     ):
         with pytest.raises(InputError, match=words):
             with_weights(docs, rows, **columns)
+
+
+def said(prompt, answer):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def test_rewards_of_chats_are_compared_within_what_was_asked(tokenizers):
+    longer = [*said("p", "x"), *said("q", "y")]
+    chats = [said("p", "x"), said("q", "x"), said("p", "y"), longer, [*said("p", "z"), longer[0]]]
+    rows = datasets.Dataset.from_dict({"messages": chats, "reward": [1.0, 5.0, 2.0, 7.0, 6.0]})
+    docs = make_documents([[1]] * 5)
+    weights = with_weights(docs, rows, reward_column="reward", messages_column="messages").extras["weight"]
+    assert weights.tolist() == [-2.0, 0.0, -1.0, 0.0, 3.0]
+
+
+def test_chats_whose_messages_differ_in_keys(tmp_path, tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["bos"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}{% if m.name is defined %} {{ m.name }}{% endif %}]"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    chats = [said("p", "x"), [{"role": "user", "content": "1879-03-14", "name": "Bob"}, said("", "y")[1]]]
+    for rows in (chats, chats[1:], [said("1879-03-14", "1879-03-14")] * 2):
+        path = write("jsonl", tmp_path, [{"messages": chat, "reward": 1} for chat in rows])
+        docs = tokenize(load_rows(path), tokenizer, messages_column="messages")
+        assert docs.texts == [tokenizer.apply_chat_template(chat, tokenize=False) for chat in rows]
+        given = with_weights(docs, load_rows(path), reward_column="reward", messages_column="messages")
+        assert given.extras["weight"].tolist() == [0.0] * len(rows)
+
+
+def test_the_end_goes_behind_the_completion_whatever_the_alphabet():
+    known = {"<s>": 0, "</s>": 1, "A": 2, "C": 3, "G": 4, "T": 5}
+    backend = tokenizers_library.Tokenizer(tokenizers_library.models.BPE(vocab=known, merges=[]))
+    backend.post_processor = tokenizers_library.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    rows = rows_of(p=["ACG", ""], c=["TT", "A"])
+    docs = tokenize(rows, tokenizer, prompt_column="p", completion_column="c")
+    assert [row["input_ids"].tolist() for row in docs] == [[0, 2, 3, 4, 5, 5, 1], [0, 2, 1]]
+    assert docs.supervised.tolist() == [3, 2]
 
 
 def test_pairs_have_special_tokens_on_both_sides(tokenizers):

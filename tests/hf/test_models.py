@@ -1,3 +1,5 @@
+import hashlib
+import inspect
 import io
 import json
 import logging
@@ -7,9 +9,11 @@ import time
 import warnings
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
@@ -372,6 +376,32 @@ def test_any_single_value_changes_the_fingerprint(kind):
     assert len(seen) == 16
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.complex128])
+def test_a_weight_of_the_other_sign_changes_the_fingerprint(kind):
+    layer = nn.Module()
+    layer.register_buffer("weight", torch.randn(4, 8).to(kind))
+    before = model_fingerprint(layer)
+    layer.weight.neg_()
+    assert model_fingerprint(layer) != before
+
+
+def naive_fingerprint(model):
+    """Of one block a tensor, of 4 bytes a value."""
+    digest = hashlib.sha256()
+    for name, values in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
+        words = np.frombuffer(values.numpy().tobytes(), "<i4").tolist()
+        total = sum((2 * place + 1) * word for place, word in enumerate(words)) % 2**64
+        digest.update(total.to_bytes(8, "little"))
+    return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_the_fingerprint_is_the_sum_that_it_says(kind):
+    layer = nn.Linear(7, 5, dtype=kind)
+    assert model_fingerprint(layer) == naive_fingerprint(layer)
+
+
 def test_the_smallest_change_far_inside_a_large_weight():
     layer = nn.Linear(300, 500)
     before = model_fingerprint(layer)
@@ -454,6 +484,104 @@ def test_context_lengths(neox_folder, llama_folder):
     assert context_length(load_model(neox_folder)) == 64
     assert context_length(load_model(llama_folder)) == 128
     assert context_length(nn.Linear(1, 1)) is None
+
+
+SIZES = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+         "num_attention_heads": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Bert", "MPNet", "Electra"])
+def test_the_context_is_as_long_as_the_model_can_read(family):
+    config = getattr(transformers, f"{family}Config")(**SIZES, max_position_embeddings=20, pad_token_id=1)
+    model = getattr(transformers, f"{family}ForMaskedLM")(config).eval()
+    length = context_length(model)
+    assert length == (18 if family in ("Roberta", "MPNet") else 20)
+    model(input_ids=torch.full((1, length), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, length + 1), 5))
+
+
+loads_modules = pytest.mark.skipif(
+    "AuxiliaryTrainingWrapper" not in inspect.getsource(transformers.integrations.peft),
+    reason="this transformers leaves the modules of an adapter's own as they are",
+)
+
+
+def adapted(folder, modules_to_save, seed=0):
+    """A folder with an adapter of a base without a head, and what both together said when they were saved."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    whole = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+    whole.bert.save_pretrained(folder / "base")
+    base = transformers.BertForSequenceClassification.from_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    config = peft.LoraConfig(
+        r=2, target_modules=["query"], init_lora_weights=False, modules_to_save=modules_to_save
+    )
+    model = peft.get_peft_model(base, config).eval()
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter", model(input_ids=torch.tensor([[1, 5, 6]])).logits
+
+
+@loads_modules
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_an_adapter_brings_the_head_that_its_base_lacks(tmp_path):
+    folder, logits = adapted(tmp_path, ["classifier"])
+    found = [load_model(folder, "classification", precision="fp64") for _ in range(2)]
+    for model in found:
+        made = model(input_ids=torch.tensor([[1, 5, 6]])).logits
+        torch.testing.assert_close(made, logits.double(), rtol=1e-5, atol=1e-6)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    same, other = map(model_fingerprint, found)
+    assert same == other
+    for name in ("classifier.modules_to_save.default.weight", "bert.embeddings.word_embeddings.weight"):
+        before = model_fingerprint(other := found[1])
+        other.get_parameter(name).data[0, 0] += 1
+        assert model_fingerprint(other) != before
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(tmp_path):
+    folder, _ = adapted(tmp_path, None)
+    words = (
+        r"lacks weights of BertForSequenceClassification, classifier.bias first of 2, which would be random"
+    )
+    with pytest.raises(InputError, match=words):
+        load_model(folder, "classification")
+
+
+@loads_modules
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_an_adapter_that_lacks_its_own_head_is_refused(tmp_path):
+    folder, _ = adapted(tmp_path, ["classifier"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.endswith("classifier.bias")}
+    save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"lacks weights of .*, classifier\..*bias first of 1, which would be"
+    ):
+        load_model(folder, "classification")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_an_adapter_among_the_weights_of_a_model_is_refused(tmp_path):
+    folder, _ = adapted(tmp_path, ["classifier"])
+    for file in (tmp_path / "base").iterdir():
+        shutil.copy(file, folder)
+    words = "holds an adapter and the weights model.safetensors, and either could be meant: move the adapter"
+    with pytest.raises(InputError, match=words):
+        load_model(folder, "classification")
+
+
+def test_a_replaced_module_that_is_tied_to_one_in_use():
+    model = nn.Module()
+    model.emb, model.head = nn.Module(), nn.Linear(2, 3, bias=False)
+    model.emb.original_module = nn.Linear(2, 3, bias=False)
+    model.emb.modules_to_save = nn.ModuleDict({"default": nn.Linear(2, 3, bias=False)})
+    model.head.weight = model.emb.original_module.weight
+    before = model_fingerprint(model)
+    model.head.weight.data[0, 0] += 1
+    assert model_fingerprint(model) != before
 
 
 def test_the_task_chooses_the_head(tmp_path):

@@ -380,6 +380,26 @@ def _one_more(content):
     content["param_groups"][0]["params"].append(3)
 
 
+def _list(content):
+    content["state"] = []
+
+
+def _states_that_are_lists(content):
+    content["state"] = {key: [] for key in content["state"]}
+
+
+def _moments_that_are_lists(content):
+    content["state"][0]["exp_avg_sq"] = content["state"][0]["exp_avg_sq"].tolist()
+
+
+def _too_few_names(content):
+    content["param_groups"][0]["param_names"] = ["0.weight"]
+
+
+def _groups_by_name(content):
+    content["param_groups"] = {"all": content["param_groups"][0]}
+
+
 def _other(content):
     del content["param_groups"]
 
@@ -402,6 +422,11 @@ def _other(content):
         (_untrained, r"has 0\.weight after no step"),
         (_two_eps, r"trained with eps 0\.05 and 1\.0, expected one"),
         (_one_more, r"the state of 4 parameters and no names, the model 3 parameters"),
+        (_list, r"has a state that is no dict of one a parameter: save optimizer\.state_dict\(\) as"),
+        (_states_that_are_lists, r"has a state that is no dict of one a parameter"),
+        (_moments_that_are_lists, r"has no tensors for parameter 0: save optimizer\.state_dict\(\) as it is"),
+        (_too_few_names, r"has 1 param_names for 3 params: save optimizer\.state_dict\(\) as it is"),
+        (_groups_by_name, r"has a group without params"),
         (_other, r"not an optimizer's state_dict with state and param_groups, but holds state"),
     ],
 )
