@@ -15,7 +15,7 @@ from gradfn.runs import Settings, describe, merged, refuse_mismatch
 from gradfn.sampling import check_drawn, sample_labels
 from gradfn.sites import View
 from gradfn.spectrum import Spectrum
-from gradfn.store import Store, Writer, open_store, open_writer
+from gradfn.store import Overwrite, Store, Writer, open_store, open_writer
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress
 from gradfn.transforms import Transform
 from gradfn.types import Data, LossFn
@@ -40,7 +40,7 @@ def hessian(
     partitions: int = 1,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     progress: Progress | None = None,
 ) -> Curvature:
     """Fit a curvature and write it to `RUN/hessian.h5`; what is there is taken if it was made alike.
@@ -121,7 +121,7 @@ def mix_runs(
     return mixed, weight
 
 
-def _curvature_writer(run: str | Path, settings: Settings, overwrite: bool) -> Any:
+def _curvature_writer(run: str | Path, settings: Settings, overwrite: Overwrite) -> Any:
     return open_writer(run, "hessian", settings, 1, overwrite)
 
 

@@ -20,7 +20,7 @@ from gradfn.probes import Engine, probe_engine
 from gradfn.scoring import Method, on_device_of
 from gradfn.shards import Shard, shard_rows, shard_run
 from gradfn.sites import View, find_sites, uncovered
-from gradfn.store import Store, differing, open_part, open_store, open_writer
+from gradfn.store import Overwrite, Store, differing, open_part, open_store, open_writer
 from gradfn.stream import TOKEN_BATCH_SIZE, Progress, gather, lengths_of
 from gradfn.transforms import Transform, UnitNormalize, chain, unit_normalize
 from gradfn.transforms.precondition import digest_of
@@ -190,12 +190,17 @@ def storable(texts: Sequence[str]) -> list[str]:
     return [text[:TEXT_CHARACTERS].rstrip("\0") for text in texts]
 
 
+def _ids_of(data: Data, rows: range) -> list[str]:
+    """The names of rows as a store holds them; their numbers, where they have none."""
+    ids = getattr(data, "ids", None)
+    return storable([str(ids[row]) if ids else str(row) for row in rows])
+
+
 def _row_arrays(data: Data, rows: range, result: Rows) -> dict[str, np.ndarray | list[str]]:
     """What lies beside the gradients or scores of every row."""
-    ids = getattr(data, "ids", None)
     texts = getattr(data, "texts", None)
     return {
-        "rows/id": storable([str(ids[row]) if ids else str(row) for row in rows]),
+        "rows/id": _ids_of(data, rows),
         "rows/text": storable([texts[row] if texts else "" for row in rows]),
         "rows/length": lengths_of(data)[rows.start : rows.stop].astype(np.int64),
         "rows/loss": result.losses.double().numpy(),
@@ -216,8 +221,19 @@ def _token_arrays(data: Data, rows: range, result: Rows) -> dict[str, np.ndarray
 
 def _token_facts(data: Data, bounds: np.ndarray) -> dict[str, Any]:
     """What a store of tokens keeps of its documents: where their tokens start, and their names."""
-    ids = getattr(data, "ids", None) or range(len(data))
-    return {"tokens/offsets": bounds, "documents/id": [str(name) for name in ids]}
+    return {"tokens/offsets": bounds, "documents/id": _ids_of(data, range(len(data)))}
+
+
+def _kept(data: Data, bounds: np.ndarray, tokens: bool, fixed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What lies in the index beside the rows, as a store holds it."""
+    every = {**(fixed or {}), **(_token_facts(data, bounds) if tokens else {})}
+    return {name: storable(value) if isinstance(value, list) else value for name, value in every.items()}
+
+
+def _names(data: Data, tokens: bool, kept: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of rows and queries, which are in no fingerprint, for `open_writer` to compare."""
+    names = {name: list(value) for name, value in kept.items() if name.endswith("/id")}
+    return names if tokens else {**names, "rows/id": _ids_of(data, range(len(data)))}
 
 
 def _write_run(
@@ -229,7 +245,7 @@ def _write_run(
     arrays: Callable[[Blocks | Tensor], dict[str, np.ndarray]],
     *,
     token_batch_size: int,
-    overwrite: bool,
+    overwrite: Overwrite,
     progress: Progress | None,
     shard: Shard | None,
     fixed: Mapping[str, Any] | None = None,
@@ -242,13 +258,14 @@ def _write_run(
     bounds = offsets_of(lengths if tokens else np.ones(len(data), np.int64))
     own, part = _own_rows(lengths, bounds, shard)
     beside = _token_arrays if tokens else _row_arrays
-    fixed = {**(fixed or {}), **(_token_facts(data, bounds) if tokens else {})}
+    kept = _kept(data, bounds, tokens, fixed)
     row_bytes = _row_bytes(engine) * np.diff(bounds)[own.start : own.stop]
     plan = plan_slices(lengths[own.start : own.stop], token_batch_size, row_bytes)
     edges = [(int(bounds[own.start + a]), int(bounds[own.start + b])) for a, b in plan]
     slices = [(start, stop) for start, stop in edges if start < stop]
     target, total = shard_run(run, shard), int(bounds[own.stop] - bounds[own.start])
-    with open_writer(target, kind, settings, int(bounds[-1]), overwrite, part=part) as writer:
+    names = _names(data, tokens, kept)
+    with open_writer(target, kind, settings, int(bounds[-1]), overwrite, part=part, names=names) as writer:
         missing = [_between(bounds, *span) for span in writer.missing(slices)]
         todo = sum(int(lengths[rows.start : rows.stop].sum()) for rows in missing)
         resumed = total - sum(int(bounds[rows.stop] - bounds[rows.start]) for rows in missing)
@@ -258,7 +275,7 @@ def _write_run(
             result = gather(engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
             start, stop = int(bounds[rows.start]), int(bounds[rows.stop])
             writer.write(start, stop, {**arrays(result.values), **beside(data, rows, result)})
-        path = writer.finish({n: storable(v) if isinstance(v, list) else v for n, v in fixed.items()})
+        path = writer.finish(kept)
     with open_part(target, kind) as store:
         zero = int(store.read("rows/zero", *store.span).sum())
     return Summary(path, total, _unsupervised(data, own), zero, resumed, unprobed(engine))
@@ -305,7 +322,7 @@ def build(
     view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -318,7 +335,7 @@ def build(
         run: the run directory.
         model, data, transform, loss, view, token_batch_size, progress: see `collect`.
         settings: recorded beside what is known of the model, data and transform (paths, say).
-        overwrite: replace a store that was made otherwise.
+        overwrite: replace what is there; "unlike": only where it was made otherwise.
         shard: do this part of the rows only, for `merge_run` to join.
 
     Raises:
@@ -397,7 +414,7 @@ def score_run(
     token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     fixed: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -433,7 +450,7 @@ def write_scores(
     settings: Settings,
     fixed: Mapping[str, Any] | None = None,
     tokens: bool = False,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     shard: Shard | None = None,
 ) -> Path:
     """Write scores at hand to `RUN/scores.h5`, with what lies beside the rows.
@@ -447,15 +464,16 @@ def write_scores(
     bounds = offsets_of(lengths if tokens else np.ones(len(train), np.int64))
     own, part = _own_rows(lengths, bounds, shard)
     first, last = part or (0, int(bounds[-1]))
+    kept = _kept(train, bounds, tokens, fixed)
     with open_writer(
-        shard_run(run, shard), "scores", settings, int(bounds[-1]), overwrite, part=part
-    ) as writer:
+        shard_run(run, shard), "scores", settings, int(bounds[-1]), overwrite, part=part,
+        names=_names(train, tokens, kept),
+    ) as writer:  # fmt: skip
         rows = {**_score_arrays(result.values), **beside(train, own, result)}
         for start, stop in writer.missing([(first, last)]):
             these = {name: values[start - first : stop - first] for name, values in rows.items()}
             writer.write(start, stop, these)
-        kept = {**(fixed or {}), **(_token_facts(train, bounds) if tokens else {})}
-        return writer.finish({n: storable(v) if isinstance(v, list) else v for n, v in kept.items()})
+        return writer.finish(kept)
 
 
 def _score_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
@@ -475,7 +493,10 @@ def method_settings(method: Method) -> dict[str, Any]:
     """
     H = method.curvature
     if H is None:
-        return {"norm": method.norm, "curvature": None}
+        # A function tells nothing of itself; what solves may have settings, as transforms do.
+        told = getattr(method.solve, "settings", None)
+        solve = {} if told is None else {"solve": told()}
+        return {"norm": method.norm, "curvature": None, **solve}
     dampings = [None if damping is None else str(damping) for damping in method.damping]
     return {"norm": method.norm, "curvature": digest_of(H), "damping": dampings}
 
@@ -576,8 +597,8 @@ def open_gradients(run: str | Path) -> Store:
 
 def read_gradients(store: Store, start: int = 0, stop: int | None = None) -> Blocks:
     """Read rows of a store as blocks."""
-    names = store.names(GRADIENTS)
-    return {n.removeprefix(GRADIENTS): torch.from_numpy(store.read(n, start, stop)) for n in names}
+    arrays = store.read_all(store.names(GRADIENTS), start, stop)
+    return {name.removeprefix(GRADIENTS): torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def stored_scores(store: Store, scorer: Transform, *, rows_per_chunk: int | None = None) -> Iterator[Tensor]:

@@ -22,14 +22,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
 
 from gradfn.errors import InputError, StorageError
 
-__all__ = ["MISSING", "Store", "Writer", "differing", "open_part", "open_store", "open_writer", "remove_kind"]
+__all__ = [
+    "MISSING", "Overwrite", "Store", "Writer", "differing", "index_path", "open_part", "open_store",
+    "open_writer", "remove_kind",
+]  # fmt: skip
 
 FORMAT = 1
 COPIED_KINDS = frozenset({"scores", "basis"})
@@ -41,6 +44,8 @@ LIBVER = ("v110", "v110")
 
 Values = np.ndarray | Sequence[str]
 Span = tuple[int, int]
+Overwrite = bool | Literal["unlike"]
+"""Whether to replace what is there: always, never, or where it cannot be resumed."""
 
 
 # --- settings
@@ -545,6 +550,27 @@ class Writer:
                 f"rows {start} to {stop} overlap rows that {self.run} has: write only what missing() returns"
             )
 
+    def check_names(self, names: Mapping[str, Sequence[str]]) -> None:
+        """Refuse rows (or what else has names) that are there under other names; see `open_writer`."""
+        if not self.done:
+            return
+        whole = _read_header(self.index) if self.complete else self._header
+        there = Store(self.index, whole if self.complete else replace(whole, segments=tuple(self.done)))
+        for name, wanted in names.items():
+            if name in whole.arrays:
+                for start, stop in self.done:
+                    self._refuse_others(name, there.read(name, start, stop), wanted[start:stop], start)
+            elif name in whole.fixed:
+                self._refuse_others(name, there.fixed(name), wanted)
+
+    def _refuse_others(self, name: str, found: Iterable[str], wanted: Sequence[str], first: int = 0) -> None:
+        for row, (a, b) in enumerate(zip_longest(found, wanted, fillvalue=MISSING), first):
+            if a != b:
+                raise InputError(
+                    f"{self.run} was made with other names ({name} {row} is {_shown(a)} there and "
+                    f"{_shown(b)} here): add --overwrite to replace it, or write to another directory"
+                )
+
     def missing(self, slices: Iterable[Span]) -> list[Span]:
         """Return the parts of the slices of rows that no complete segment covers.
 
@@ -702,9 +728,10 @@ def open_writer(
     kind: str,
     settings: Mapping[str, Any],
     rows: int,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     *,
     part: Span | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Writer]:
     """Open a run directory to write `rows` rows of one kind, or to resume doing so.
 
@@ -715,11 +742,14 @@ def open_writer(
         kind: "store" (the index links to the segments), "scores" (it holds a copy), or another word (links).
         settings: all that the rows depend on, as plain JSON values; stored in every file.
         rows: how many rows there will be.
-        overwrite: remove the segments and the index of this kind first, and nothing else.
+        overwrite: remove the segments and the index of this kind first, and nothing else; "unlike": only
+            where they cannot be resumed.
         part: `(start, stop)` of the rows that this directory holds, for `open_part`; None: all of them.
+        names: arrays of strings that no setting tells, of all rows or without a row dimension: those that are
+            there must be the same.
 
     Raises:
-        InputError: what is there was made with other settings, is damaged, or is being written.
+        InputError: what is there was made with other settings or names, is damaged, or is being written.
         StorageError: the directory cannot be written.
 
     >>> import tempfile
@@ -742,9 +772,18 @@ def open_writer(
     with _locked(run, kind):
         with _disk_errors(run):
             _remove_leftovers(run, kind)
-            if overwrite:
+            if overwrite is True:
                 _remove_all(run, kind)
-        yield Writer(run, kind, settings, rows, part)
+        try:
+            writer = Writer(run, kind, settings, rows, part)
+            writer.check_names(names or {})
+        except InputError:
+            if overwrite != "unlike":
+                raise
+            with _disk_errors(run):
+                _remove_all(run, kind)
+            writer = Writer(run, kind, settings, rows, part)
+        yield writer
 
 
 # --- reading
@@ -801,8 +840,15 @@ class Store:
         Raises:
             InputError: there is no such array, or a segment is damaged or gone.
         """
+        return self.read_all([name], start, stop)[name]
+
+    def read_all(
+        self, names: Sequence[str], start: int = 0, stop: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return rows `start` to `stop` of several arrays by name; see `read`. Each file is opened once."""
         first, last, _ = slice(start, stop).indices(self.rows)
-        return _decoded(self._stored([name], first, max(first, last))[name])
+        arrays = self._stored(names, first, max(first, last))
+        return {name: _decoded(array) for name, array in arrays.items()}
 
     def chunks(
         self, names: Sequence[str], rows_per_chunk: int
@@ -872,6 +918,15 @@ def _dataset(file: h5py.File, name: str, shape: tuple[int, ...] | None = None) -
     return dataset
 
 
+def index_path(run: str | Path, kind: str = "store") -> Path:
+    """Where the index of a run lies, given its directory or the .h5 file itself.
+
+    >>> index_path("runs/facts.h5").as_posix()
+    'runs/facts.h5'
+    """
+    return Path(run) / f"{kind}.h5" if Path(run).is_dir() else Path(run)
+
+
 def open_store(run: str | Path, kind: str = "store") -> Store:
     """Open what a run wrote, after checking that every segment is there and readable.
 
@@ -882,8 +937,7 @@ def open_store(run: str | Path, kind: str = "store") -> Store:
     Raises:
         InputError: the run is absent or unfinished, or a segment is missing or damaged.
     """
-    run = Path(run)
-    path = run / f"{kind}.h5" if run.is_dir() else run
+    run, path = Path(run), index_path(run, kind)
     if not path.exists():
         raise InputError(_why_absent(run, kind))
     if run.is_file() and not h5py.is_hdf5(run):

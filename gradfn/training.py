@@ -7,7 +7,7 @@ training the models one at a time.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import pi
+from math import inf, pi
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -94,11 +94,11 @@ class Training:
         for what, number, fits, wanted in (
             ("epochs", self.epochs, self.epochs >= 1, "1 or more"),
             ("batch_size", self.batch_size, self.batch_size >= 1, "1 or more"),
-            ("learning_rate", self.learning_rate, 0 < self.learning_rate < float("inf"), "above 0"),
+            ("learning_rate", self.learning_rate, 0 < self.learning_rate < inf, "above 0, and finite"),
             ("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1"),
             ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1"),
-            ("eps", self.eps, self.eps > 0, "above 0"),
-            ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
+            ("eps", self.eps, 0 < self.eps < inf, "above 0, and finite"),
+            ("weight_decay", self.weight_decay, 0 <= self.weight_decay < inf, "0 or more, and finite"),
             ("warmup", self.warmup, self.warmup >= 0, "0 or more"),
         ):
             if not fits:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradfn.cli.show import console, count, facts
 from gradfn.shards import in_words, is_complete, listed, shards_of
-from gradfn.store import Store, open_store
+from gradfn.store import Store, index_path, open_store
 
 KINDS = ("store", "scores", "hessian", "basis", "mask", "truth")
 
@@ -25,7 +25,8 @@ def run_info(run: str) -> None:
     unfinished = [kind for kind in KINDS if any(path.glob(f"segments/{kind}-*"))]
     for kind in kinds[:1] if path.is_file() else kinds or unfinished[:1] or KINDS[:1]:
         with open_store(run, kind) as store:
-            console().print(facts(list(_lines(store))))
+            told = ("file", str(index_path(run, kind)))
+            console().print(facts([told, *_lines(store)]))
 
 
 def _shard_facts(run: str) -> Iterator[tuple[str, str]]:
@@ -42,7 +43,6 @@ def _shard_facts(run: str) -> Iterator[tuple[str, str]]:
 
 
 def _lines(store: Store) -> Iterator[tuple[str, str]]:
-    yield "file", str(store.path)
     arrays = store.names()
     blocks = store.names("gradients")
     if blocks:

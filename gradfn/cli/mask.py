@@ -18,6 +18,7 @@ from gradfn.masks import FEWEST, Mask, Reports, block_shapes, check_stores, mask
 from gradfn.runs import describe, merged, open_gradients
 from gradfn.selective import Dims, check_dims, selective_mask
 from gradfn.sites import find_sites
+from gradfn.store import index_path
 from gradfn.transforms import chain
 from gradfn.transforms.projection import is_number, quoted
 
@@ -113,8 +114,9 @@ def _of_stores(options: inputs.Options, dims: Dims) -> _Given:
         raise InputError("--store has the rows' gradients: give the queries' with --query-path")
     train, query = open_gradients(options["store"]), open_gradients(options["query_path"])
     check_stores(train, query)
-    console().print(facts([("store", f"{train.path} [{count(train.rows, 'row')}]"),
-                           ("queries", f"{query.path} [{count(query.rows, 'row')}]")]))  # fmt: skip
+    sides = (("store", options["store"], train), ("queries", options["query_path"], query))
+    lines = [(name, f"{index_path(run)} [{count(store.rows, 'row')}]") for name, run, store in sides]
+    console().print(facts(lines))
     asked = {key: query.settings[key] for key in ("data", "aggregation") if key in query.settings}
     how = {**_settings(options), "query": asked}
     known = {**train.settings, "gradfn": gradfn.__version__, "mask": how}

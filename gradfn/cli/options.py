@@ -539,7 +539,10 @@ SHARD: Group = {
     ),
 }
 OVERWRITE: Group = {
-    "overwrite": (_option(bool, "--overwrite", "Replace what an earlier command wrote there."), False),
+    "overwrite": (
+        _option(bool, "--overwrite", "Replace a table that is there, and a run that was made otherwise."),
+        False,
+    ),
 }
 TABLE: Group = {
     "top": (_option(int, "--top", "Proponents and opponents to show of each query."), 3),

@@ -1,5 +1,7 @@
 """Queries: from datasets, texts and stores of gradients, and what is known of them."""
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -172,7 +174,9 @@ def _grouped(queries: Queries, rows: Any, column: str, unit: bool) -> Queries:
     groups = [str(value) for value in rows[column]]
     gradients, names = group_means(queries.gradients, groups)
     texts = [f"mean of {groups.count(name)} queries" for name in names]
-    settings = {"query": {**queries.settings["query"], "groups": column}}
+    digest = hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16]
+    grouping = {"groups": column, "groups_fingerprint": digest}
+    settings = {"query": {**queries.settings["query"], **grouping}}
     return Queries(unit_normalize()(gradients) if unit else gradients, settings, names, texts, texts)
 
 

@@ -24,7 +24,7 @@ from gradfn.runs import (
     transform_of,
 )
 from gradfn.scoring import Method, extremes
-from gradfn.store import Store
+from gradfn.store import Store, index_path
 from gradfn.transforms import chain, unit_normalize
 from gradfn.transforms.joint import JOINT
 
@@ -66,16 +66,12 @@ def _check_losses(settings: inputs.Options, options: inputs.Options) -> None:
     inputs.check_columns(options, inputs.task_of(how))
 
 
-def _ranked(store: Store, queries: Queries, method: Method, by: str, ranks: int) -> Ranked:
-    best = extremes(stored_scores(store, method.scorer(queries.gradients)), ranks)
+def _ranked(store: Store, queries: Queries, method: Method, by: str, options: inputs.Options) -> Ranked:
+    best = extremes(stored_scores(store, method.scorer(queries.gradients)), ranks_needed(options))
     if by not in ("module", "head"):
         return Ranked(*best)
     scorer = method.scorer(queries.gradients, by_block=True)
-
-    def shares(row: int, query: int) -> dict[str, float]:
-        return {name: float(share[query]) for name, share in stored_shares(store, row, scorer).items()}
-
-    return Ranked(*best, shares)
+    return Ranked(*best).with_shares(options["top"], lambda row: stored_shares(store, row, scorer))
 
 
 def _check_tail(settings: inputs.Options, options: inputs.Options) -> None:
@@ -128,10 +124,10 @@ def run_query(**options: Any) -> None:
         queries, method = load_queries(subject, query_rows, asked, options, method, wanted)
         out = console()
         rows = count(store.rows, "token" if by == "token" else "row")
-        out.print(facts([("store", f"{store.path} [{rows}]"), ("model", subject.path),
+        out.print(facts([("store", f"{index_path(options['store'])} [{rows}]"), ("model", subject.path),
                          ("method", _in_words(method))]))  # fmt: skip
         known = stored_rows(store, subject.tokenizer, by)
-        ranked = _ranked(store, queries, method, by, ranks_needed(options))
+        ranked = _ranked(store, queries, method, by, options)
         shown = queries.with_dampings(["none" if d is None else str(d) for d in method.damping])
         show_all(out, subject, known, shown, ranked, by, options)
 

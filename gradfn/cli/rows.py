@@ -1,7 +1,7 @@
 """What is shown of a row that was scored: a document, or a token in its context."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -20,13 +20,13 @@ class Ranked:
 
     Args:
         proponents, opponents: rows and scores, the strongest first.
-        shares: of a row's score for a query the share of each block, `shares(row, query)`; None where not
-            asked for.
+        shares: of the rows that are shown for a query the share of each block in the score, by
+            `(row, query)`; None where not asked for.
     """
 
     proponents: TopK
     opponents: TopK
-    shares: Callable[[int, int], Mapping[str, float]] | None = None
+    shares: Mapping[tuple[int, int], Mapping[str, float]] | None = None
 
     def shown(self, query: int, top: int) -> Iterator[tuple[str, int, int, float]]:
         """Side, rank, row and score of the first `top` that have the sign of their side."""
@@ -35,6 +35,27 @@ class Ranked:
             for rank, (row, score) in enumerate(pairs, 1):
                 if sign * score > 0:
                     yield side, rank, row, score
+
+    def asked(self, top: int) -> dict[int, list[int]]:
+        """The queries that each row is shown for, rows in order."""
+        queries = range(len(self.proponents.rows))
+        pairs = {(row, query) for query in queries for _, _, row, _ in self.shown(query, top)}
+        asked: dict[int, list[int]] = {}
+        for row, query in sorted(pairs):
+            asked.setdefault(row, []).append(query)
+        return asked
+
+    def with_shares(self, top: int, of_row: Callable[[int], Mapping[str, Any]]) -> "Ranked":
+        """The same with shares, each row asked for once.
+
+        Args:
+            of_row: `{block: [queries]}` of a row.
+        """
+        shares = {}
+        for row, asked in self.asked(top).items():
+            values = of_row(row)
+            shares |= {(row, query): {name: float(v[query]) for name, v in values.items()} for query in asked}
+        return replace(self, shares=shares)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +99,19 @@ class TokenRows:
     def _parts(self, tokens: list[int], at: int) -> tuple[str, str, str]:
         """The text before the token, the token's and the text behind; some tokens alone lose their space."""
         left, through, whole = (self.tokenizer.decode(tokens[:end]) for end in (at, at + 1, len(tokens)))
-        return left, through[len(left) :], whole[len(through) :]
+        # Tokens that end inside a letter decode to U+FFFD, and the token behind them to the letter itself.
+        start = _common(left, through)
+        start = start if start < len(through) else len(through.rstrip("\ufffd"))
+        return through[:start], through[start:], whole[_common(through, whole) :]
+
+
+def _common(a: str, b: str) -> int:
+    """How many letters two texts have in common at their start.
+
+    >>> _common("above", "about")
+    3
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 ShownRows = DocumentRows | TokenRows

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count as counting
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ from gradfn.probes import Engine, probe_engine
 from gradfn.runs import SHARES, Summary, merged, score_run, unprobed, write_scores
 from gradfn.scoring import Method, extremes, extremes_of, on_device_of
 from gradfn.shards import Shard, parse_shard, shard_run
-from gradfn.store import open_part, open_store
+from gradfn.store import Overwrite, open_part, open_store
 from gradfn.stream import Progress, gather, stream_to_host
-from gradfn.transforms import Transform
+from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import joint
 from gradfn.types import Data, Rows
 
@@ -135,7 +136,8 @@ class Case:
             queries = self_query()
         else:
             queries, method = load_queries(subject, self.query_rows, self.asked, options, method, wanted)
-        known = {"recipe": self.name, **stages.settings, **queries.settings, **self._data()}
+        known = {"recipe": self.name, **self._own(method, stages), **stages.settings, **queries.settings,
+                 **self._data()}  # fmt: skip
         return queries, method, train, merged(subject.settings(), known)
 
     def _method(
@@ -158,6 +160,20 @@ class Case:
             )
         return method
 
+    def _own(self, method: Method, stages: Stages) -> dict[str, Any]:
+        """What tells a recipe of somebody's own from another of its name, and what a solution may look at."""
+        if self.recipe.file is None:
+            return {}
+        told: dict[str, Any] = {"file": self.recipe.file}
+        query = chain(method.query).settings()
+        if query != chain(method.train).settings():
+            told["query"] = query
+        if method.solve is not None:
+            told |= {"dampings": list(map(str, stages.dampings)), "labels": self.options["labels"].value,
+                     "seed": self.options["seed"],
+                     "components": self.options["target_downweight_components"]}  # fmt: skip
+        return {"method": told}
+
     def _unlike_less(self) -> list[tuple[str, str]]:
         """A note where LESS is not what its paper has."""
         if self.name != "less" or self.options["optimizer_state"] is not None:
@@ -175,16 +191,20 @@ class Case:
         return [note] if directions < components else []
 
     def _keep(self, subject: Subject, stages: Stages, train: Data, run: str) -> Keep:
-        """What fits a curvature over the training rows as `gradfn hessian` would, and takes the one there."""
+        """What fits a curvature over the training rows as `gradfn hessian` would, and takes the one there.
+
+        A recipe that fits several finds the first in the run, and those after it in directories of theirs.
+        """
+        places = (run if number == 1 else f"{run}/hessian-{number}" for number in counting(1))
         options, view = self.options, replace(subject.view, tokens=False)
         settings = {**subject.settings(), **stages.settings, **self._data(), "layers": view.settings()}
 
         def keep(fold: Any, transform: Transform, progress: Progress | None) -> Curvature:
             return hessian(
-                run, subject.model, train, fold, transform, labels=options["labels"].value,
+                next(places), subject.model, train, fold, transform, labels=options["labels"].value,
                 seed=options["seed"], loss=subject.loss, view=view, partitions=options["partitions"],
                 token_batch_size=subject.token_batch_size, settings=settings,
-                overwrite=options["overwrite"], progress=progress,
+                overwrite=_unlike(options), progress=progress,
             )  # fmt: skip
 
         return keep
@@ -201,6 +221,11 @@ class Case:
 
     def _data(self) -> dict[str, Any]:
         return {"data": {"path": inputs.anchored(self.options["dataset"]), "split": self.options["split"]}}
+
+
+def _unlike(options: Options) -> Overwrite:
+    """What --overwrite says of runs: scores made alike are kept, where only a table is to be replaced."""
+    return "unlike" if options["overwrite"] else False
 
 
 def _shard_of(options: Options, name: str, recipe: Recipe) -> Shard | None:
@@ -274,6 +299,7 @@ def _check_shared(options: Options, weighted: Weighted) -> None:
     for option, instead in (
         ("hessian_path", "leave it out, for a --method that fits a curvature at each"),
         ("query_path", "give the queries themselves with --query"),
+        ("optimizer_state", "leave it out"),
     ):
         if options[option] is not None:
             raise InputError(
@@ -292,6 +318,12 @@ def _check_joined(options: Options, recipe: Recipe, weighted: Weighted) -> None:
         raise InputError(f"joined scores are not told apart by {by}: use --by example or token")
     if by == "token" and recipe.combine is times_doubt:
         raise InputError("trak weighs whole rows by their loss: use --by example")
+    weighs = [name for name in ("reward_column", "advantage_column") if options.get(name) is not None]
+    if weighs and recipe.combine is times_doubt:
+        raise InputError(
+            "trak takes the probability of a row from its loss, which a weight would change: leave out "
+            f"--{weighs[0].replace('_', '-')}"
+        )
 
 
 def _joins(recipe: Recipe, weighted: Weighted) -> bool:
@@ -320,8 +352,8 @@ def _one_checkpoint(case: Case, subject: Subject) -> tuple[Queries, Ranked | Non
     if not by_block:
         return shown, Ranked(*best)
     if run is not None:
-        return shown, Ranked(*best, lambda row, query: score_shares(run, row, query))
-    return shown, _with_shares(Ranked(*best), case, subject, queries, shown, method)
+        return shown, _stored_shares(Ranked(*best), run, case.options["top"])
+    return shown, _with_shares(Ranked(*best), case, subject, queries, method)
 
 
 def _next(case: Case) -> list[tuple[str, str]]:
@@ -385,7 +417,7 @@ def _write_joined(
     return write_scores(
         run, case.train, result, settings={"recipe": case.name, "checkpoints": parts},
         fixed={"queries/id": shown.ids, "queries/text": shown.texts}, tokens=subject.view.tokens,
-        overwrite=case.options["overwrite"], shard=case.shard,
+        overwrite=_unlike(case.options), shard=case.shard,
     )  # fmt: skip
 
 
@@ -400,7 +432,7 @@ def _write_scores(
 ) -> Summary:  # fmt: skip
     return score_run(
         run, subject.model, train, None if case.options["self_influence"] else queries.gradients, method,
-        by_block=case.by_block, settings=settings, overwrite=case.options["overwrite"], progress=progress,
+        by_block=case.by_block, settings=settings, overwrite=_unlike(case.options), progress=progress,
         shard=case.shard,
         fixed={"queries/id": shown.ids, "queries/text": shown.texts}, **subject.engine_options(),
     )  # fmt: skip
@@ -429,14 +461,9 @@ def _engine(subject: Subject, queries: Queries, method: Method, *, by_block: boo
     return probe_engine(subject.model, subject.loss, scorer, view=subject.view)
 
 
-def _with_shares(
-    ranked: Ranked, case: Case, subject: Subject, queries: Queries, told: Queries, method: Method
-) -> Ranked:
+def _with_shares(ranked: Ranked, case: Case, subject: Subject, queries: Queries, method: Method) -> Ranked:
     """Score the rows that are shown again, by block, rather than keep the shares of all rows."""
-    asked: dict[int, list[int]] = {}
-    for query in range(len(told.ids)):
-        for _, _, row, _ in ranked.shown(query, case.options["top"]):
-            asked.setdefault(row, []).append(query)
+    asked = ranked.asked(case.options["top"])
     rows = list(asked)
     shown, shares = case.train.select(rows), {}
     engine, size = _engine(subject, queries, method, by_block=True), subject.token_batch_size
@@ -446,14 +473,18 @@ def _with_shares(
             for place, row in enumerate(rows[number] for number in numbers):
                 for query in asked[row]:
                     shares[row, query] = {name: float(v[place, query]) for name, v in result.values.items()}
-    return replace(ranked, shares=lambda row, query: shares[row, query])
+    return replace(ranked, shares=shares)
 
 
-def score_shares(run: str, row: int, query: int) -> dict[str, float]:
-    """Of a score in a run the share of each block."""
+def _stored_shares(ranked: Ranked, run: str, top: int) -> Ranked:
+    """The shares that a run keeps, of the rows that are shown."""
     with open_store(run, "scores") as store:
-        return {name.removeprefix(SHARES): float(store.read(name, row, row + 1)[0, query])
-                for name in store.names(SHARES)}  # fmt: skip
+
+        def of_row(row: int) -> dict[str, Any]:
+            arrays = store.read_all(store.names(SHARES), row, row + 1)
+            return {name.removeprefix(SHARES): array[0] for name, array in arrays.items()}
+
+        return ranked.with_shares(top, of_row)
 
 
 def score_chunks(run: str) -> Iterable[Tensor]:

@@ -100,7 +100,7 @@ def _lines(ranked: Ranked, known: ShownRows, query: int, query_id: str, top: int
     """The table of one query, proponents first."""
     table = []
     for side, rank, row, score in ranked.shown(query, top):
-        shares = {} if ranked.shares is None else {"shares": top_shares(ranked.shares(row, query))}
+        shares = {} if ranked.shares is None else {"shares": top_shares(ranked.shares[row, query])}
         table.append({"query": query_id, "side": side, "rank": rank, "score": score,
                       **known.cells(row), **shares})  # fmt: skip
     return table

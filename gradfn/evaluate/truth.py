@@ -202,7 +202,9 @@ def retrain(
     part = None if shard is None else (own.start, own.stop)
     slices = [(at, min(at + size, own.stop)) for at in range(own.start, own.stop, size)]
     target, rows = shard_run(run, shard), len(models.seeds)
-    with open_writer(target, KIND, merged(known, settings), rows, overwrite, part=part) as writer:
+    names = {"rows/id": storable(_names(train)), "queries/id": storable(_names(query))}
+    known = merged(known, settings)
+    with open_writer(target, KIND, known, rows, overwrite, part=part, names=names) as writer:
         missing = writer.missing(slices)
         if progress is not None:
             done = {*own} - {model for span in missing for model in range(*span)}
@@ -211,10 +213,7 @@ def retrain(
             chosen = _Models(*(of_all[begin:end] for of_all in models))
             made = {**chosen._asdict(), **_losses(trainer, queries, chosen, progress)}
             writer.write(begin, end, {name: value.cpu().numpy() for name, value in made.items()})
-        writer.finish({
-            "rows/id": storable(_names(train)), "queries/id": storable(_names(query)),
-            "looped": [trainer.looped or ""],
-        })  # fmt: skip
+        writer.finish({**names, "looped": [trainer.looped or ""]})
     with open_part(target, KIND) as store:
         return _read(store)
 

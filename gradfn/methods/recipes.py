@@ -6,6 +6,7 @@ A recipe is a function of a `Problem` that gives a `Method`. One in a file of yo
         return gf.influence(problem.fit(gf.kfac()), problem.stage, damping=problem.damping)
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from gradfn.curvature import (
     shampoo,
     tkfac,
 )
-from gradfn.errors import InputError
+from gradfn.errors import InputError, StorageError
 from gradfn.fold import fit, passes
 from gradfn.losses import causal_lm_loss
 from gradfn.methods.datainf import DataInf
@@ -161,6 +162,7 @@ class Recipe:
         fits: the kind of curvature that it fits, and takes where one is given; None: any, or none.
         norm: what its rows are divided by: "none", "cosine" or "relative".
         solves: whether it solves for given queries.
+        file: 16 hex digits of the file that it is from; None: gradfn's own.
     """
 
     method: Callable[[Problem], Method]
@@ -171,11 +173,12 @@ class Recipe:
     fits: str | None = None
     norm: Norm = "none"
     solves: bool = False
+    file: str | None = None
 
     @property
     def product(self) -> bool:
         """Whether its curvature is a product of two factors, which factored damping needs."""
-        return self.fits in ("kfac", "tkfac")
+        return self.fits in ("kfac", "tkfac", "shampoo")
 
     @property
     def self_influence(self) -> bool:
@@ -207,15 +210,27 @@ def _less(problem: Problem) -> Method:
     return Method(problem.stage, problem.projection, norm="cosine")
 
 
+@dataclass(frozen=True, eq=False)
+class _Solve:
+    """DataInf's map of the queries, fitted when it gets them."""
+
+    problem: Problem
+    damping: float
+
+    def __call__(self, queries: Blocks) -> Blocks:
+        return self.problem.fit(DataInf(queries, self.damping))
+
+    def settings(self) -> dict[str, Any]:
+        """What the map depends on beside the gradients."""
+        labels, seed = self.problem.labels, self.problem.seed
+        return {"damping": self.damping, "labels": labels, "seed": seed if labels == "model" else None}
+
+
 def _datainf(problem: Problem) -> Method:
     (damping,) = problem.damping if len(problem.damping) == 1 else (None,)
     if damping is None or damping.kind != "relative" or not damping.value:
         raise InputError("datainf takes one relative damping above 0: give --damping 0.1, say")
-
-    def solve(queries: Blocks) -> Blocks:
-        return problem.fit(DataInf(queries, damping.value))
-
-    return Method(problem.stage, problem.stage, solve=solve)
+    return Method(problem.stage, problem.stage, solve=_Solve(problem, damping.value))
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -248,7 +263,7 @@ def recipe_named(name: str) -> Recipe:
     The file is run, so it is as trusted as any program.
 
     Raises:
-        InputError: no such recipe or file.
+        InputError: no such recipe or file; the file cannot be run.
 
     >>> recipe_named("ekfac").projection
     'none'
@@ -260,12 +275,37 @@ def recipe_named(name: str) -> Recipe:
         raise InputError(f"no method {name!r}: choose {', '.join(RECIPES)}, or FILE.py:NAME for your own")
     if not Path(path).is_file():
         raise InputError(f"no file {path}: --method FILE.py:NAME takes NAME from it")
-    found = run_path(path).get(attribute)
+    found = _told_as(path, run_path, path).get(attribute)
     if not callable(found) and not isinstance(found, Recipe):
         raise InputError(
             f"{path} has no recipe {attribute}: define a function {attribute}(problem) -> Method"
         )
-    return found if isinstance(found, Recipe) else Recipe(found)  # pyright: ignore[reportArgumentType]
+    recipe = found if isinstance(found, Recipe) else Recipe(found)  # pyright: ignore[reportArgumentType]
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return replace(recipe, method=_checked(name, recipe.method), file=digest)
+
+
+def _checked(name: str, method: Callable[[Problem], Any]) -> Callable[[Problem], Method]:
+    """A recipe of somebody's own, whose faults are told as its file's."""
+
+    def checked(problem: Problem) -> Method:
+        made = _told_as(name, method, problem)
+        if not isinstance(made, Method):
+            raise InputError(f"{name} gives {type(made).__name__}, not a Method: return gf.Method(...), say")
+        return made
+
+    return checked
+
+
+def _told_as(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what is in somebody's own file; what goes wrong there is no fault of gradfn's."""
+    try:
+        return function(*arguments)
+    except (InputError, StorageError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{name} failed ({said}): mend it, --debug shows where") from error
 
 
 def group_means(queries: Blocks, groups: Sequence[str]) -> tuple[Blocks, list[str]]:

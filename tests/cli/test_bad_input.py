@@ -292,7 +292,7 @@ def curved(folder, ok, model, corpus, queries):
         ),
         (
             ["--method", "ekfac", "--damping", "factored:1"],
-            "factored damping needs .* of ekfac .* kfac or tk",
+            "factored damping needs .* of ekfac .* kfac or shampoo or tkfac, or",
         ),
         (["--method", "datainf", "--damping", "1,2"], "datainf takes one relative damping"),
         (["--method", "best"], "no method 'best': choose grad_dot, .*, or FILE.py:NAME for your own"),
@@ -308,6 +308,10 @@ def curved(folder, ok, model, corpus, queries):
         ),
         (["--method", "trak", "--labels", "model"], "labels are drawn for a plain cross-entropy or squared"),
         (["--method", "trak", "--by", "token"], "trak weighs whole rows by their loss: use --by example"),
+        (
+            ["--method", "trak", "--advantage-column", "a"],
+            "a weight would change: leave out --advantage-column",
+        ),
         (
             ["--method", "trackstar", "--target-downweight-components", "0"],
             "components must be 1 or more, no",
@@ -644,3 +648,40 @@ def test_an_export_that_fails(command, model, corpus, tmp_path, monkeypatch):
     assert (result.status, result.err.count("\n")) == (1, 1)
     assert "could not write" in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a recipe's own file
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("def f(problem) return 1", r"m.py failed \(SyntaxError: .*\): mend it, --debug shows where"),
+    ("import nosuchmodule", r"m.py failed \(ModuleNotFoundError: No module named 'nosuchmodule'\): mend it"),
+    ("def f(problem):\n    return problem.nosuch", r"m.py:f failed \(AttributeError: .*nosuch.*\): mend it"),
+    ("class f:\n    pass", r"m.py:f failed \(TypeError: .*\): mend it"),
+    ("def f(problem):\n    return 3", "m.py:f gives int, not a Method: return gf.Method"),
+])  # fmt: skip
+def test_faults_of_a_recipes_own_file(refused, model, corpus, tmp_path, text, words):
+    (tmp_path / "m.py").write_text(text)
+    refused(words, "score", "--model", model, "--dataset", corpus, *ASK, "--method", "m.py:f")
+
+
+def test_what_gradfn_refuses_of_a_recipe_is_told_as_ever(refused, model, corpus, tmp_path):
+    (tmp_path / "m.py").write_text("import gradfn as gf\ndef f(problem):\n    gf.project(-1)\n")
+    result = refused("", "score", "--model", model, "--dataset", corpus, *ASK, "--method", "m.py:f")
+    assert "failed" not in result.err
+
+
+def test_debug_shows_where_a_recipe_failed(command, model, corpus, tmp_path):
+    (tmp_path / "m.py").write_text("def f(problem):\n    return problem.nosuch\n")
+    with pytest.raises(gf.InputError, match="failed") as error:
+        command("--debug", "score", "--model", model, "--dataset", corpus, *ASK, "--method",
+                f"{tmp_path}/m.py:f")  # fmt: skip
+    assert isinstance(error.value.__cause__, AttributeError)
+
+
+def test_an_optimizer_state_is_of_one_checkpoint(refused, model, neox, corpus):
+    ask = ("--model", model, "--dataset", corpus, *ASK, "--method", "less", "--checkpoints")
+    refused(
+        "--optimizer-state is of one model, and --checkpoints are several: leave it out, or score each",
+        "score", *ask, f"{model},{neox}", "--optimizer-state", "optimizer.pt",
+    )  # fmt: skip
