@@ -423,6 +423,28 @@ def test_a_model_is_looked_at_once_for_all_engines_of_a_loss(monkeypatch):
     assert_blocks_close(engine(collate(rows)).values, naive_blocks(Squares(model), model, rows))
 
 
+@dataclass(frozen=True)
+class Listed(Penalised):
+    """With a field that may be filled later."""
+
+    more: list
+
+
+def test_a_loss_with_a_field_that_can_change_is_looked_at_each_time(monkeypatch):
+    model, batch = randomize(nn.Sequential(nn.Linear(4, 3)), 0), collate(rows_for(ROW))
+    loss = Listed(model, 0.0, [])
+    assert [looks_of(probe_engine(model, loss), batch, monkeypatch) for _ in "ab"] == [1, 1]
+
+
+def test_attention_that_vmap_has_no_rule_for_gives_no_warning():
+    model = randomize(nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), 0)
+    rows = rows_for((3, 4))
+    got = probe_engine(model, Squares(model))(collate(rows)).values
+    assert isinstance(got, dict)
+    expected = naive_blocks(Squares(model), model, rows)
+    assert_blocks_close({name: got[name] for name in expected}, expected)
+
+
 class Twice(nn.Module):
     """The same layer twice where the input is long."""
 

@@ -309,6 +309,10 @@ def curved(folder, ok, model, corpus, queries):
         (["--method", "trak", "--labels", "model"], "labels are drawn for a plain cross-entropy or squared"),
         (["--method", "trak", "--by", "token"], "trak weighs whole rows by their loss: use --by example"),
         (
+            ["--method", "trak", "--reward-column", "r", "--prompt-column", "p", "--completion-column", "c"],
+            "a weight would change: leave out --reward-column",
+        ),
+        (
             ["--method", "trak", "--advantage-column", "a"],
             "a weight would change: leave out --advantage-column",
         ),
