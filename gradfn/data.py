@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -128,9 +129,9 @@ class Documents:
         """The given rows in the given order.
 
         Args:
-            rows: anything that indexes a numpy array: row numbers, a slice, a boolean mask.
+            rows: anything that indexes a numpy array: row numbers, a slice, a boolean mask; tensors too.
         """
-        chosen = np.arange(len(self))[np.asarray(rows, np.int64) if _is_empty(rows) else rows]
+        chosen = _chosen(len(self), rows)
         lengths = self.lengths[chosen]
         offsets = offsets_of(lengths)
         tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
@@ -283,7 +284,7 @@ class Images:
 
     def select(self, rows: Any) -> "Images":
         """The given rows in the given order; see `Documents.select`."""
-        chosen = np.arange(len(self))[np.asarray(rows, np.int64) if _is_empty(rows) else rows]
+        chosen = _chosen(len(self), rows)
         ids, texts = [self.ids[row] for row in chosen], [self.texts[row] for row in chosen]
         extras = {name: values[chosen] for name, values in self.extras.items()}
         return Images(self.pixels, self.digests, self.numbers[chosen], self.tokens, ids, texts, extras)
@@ -322,7 +323,7 @@ def make_documents(
         texts: what to show of each row; empty if not given.
 
     Raises:
-        InputError: labels of another length than their row.
+        InputError: labels of another length than their row; what is no whole number.
 
     >>> make_documents([[1, 2, 3]], [[-100, -100, 3]]).supervised
     array([1])
@@ -453,9 +454,18 @@ def _stack(key: str, tensors: list[Tensor]) -> Tensor:
     return batch if batch.shape[1] else batch.new_full((len(tensors), 1), fill)
 
 
-def _is_empty(rows: Any) -> bool:
-    return isinstance(rows, Sequence) and len(rows) == 0
+def _chosen(count: int, rows: Any) -> Int64[np.ndarray, " chosen"]:
+    """The numbers of the rows that a list, an array, a tensor, a mask, a slice or a number selects."""
+    which = rows if isinstance(rows, slice) else np.asarray(rows)
+    if isinstance(which, np.ndarray) and which.size == 0:
+        which = which.astype(np.int64)  # an empty list has no kind of its own
+    return np.atleast_1d(np.arange(count)[which])
 
 
 def _flat(rows: Sequence[Sequence[int]], lengths: Int64[np.ndarray, " rows"]) -> Int32[np.ndarray, " tokens"]:
-    return np.fromiter(chain.from_iterable(rows), np.int32, count=int(lengths.sum()))
+    try:
+        return np.fromiter(map(index, chain.from_iterable(rows)), np.int32, count=int(lengths.sum()))
+    except (TypeError, OverflowError) as error:
+        raise InputError(
+            f"token ids and labels are whole numbers of 32 bits ({error}): mend the rows"
+        ) from error

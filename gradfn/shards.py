@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -277,17 +278,20 @@ def _refuse_lacking(
 
 
 def _refuse_unlike(run: str | Path, kind: str, stores: Sequence[Store]) -> None:
-    first, count = stores[0], len(stores)
+    first, count = _made_with(stores[0]), len(stores)
     for number, store in enumerate(stores, 1):
-        differences = differing(
-            {**first.settings, "rows": first.rows}, {**store.settings, "rows": store.rows}
-        )
-        if differences:
+        if differences := differing(first, _made_with(store)):
             shown = ", ".join(f"{key} is {a} and {b}" for key, (a, b) in [*differences.items()][:4])
             raise InputError(
                 f"shards 1/{count} and {number}/{count} of the {in_words(kind)} of {run} were made "
                 f"differently ({shown}): make one of them again with --overwrite"
             )
+
+
+def _made_with(store: Store) -> dict[str, Any]:
+    """What all parts have in common: settings, the number of rows, the names of queries."""
+    named = {name: store.fixed(name).tolist() for name in store.header.fixed if name.endswith("/id")}
+    return {**store.settings, "rows": store.rows, **named}
 
 
 def refuse_gaps(run: str | Path, kind: str, spans: Sequence[tuple[int, int]], rows: int) -> None:

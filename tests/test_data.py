@@ -77,6 +77,25 @@ def test_select_agrees_with_lists(docs, rows):
     assert picked.texts == ["ABCD"[i] for i in numbers]
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [np.array([]), torch.tensor([], dtype=torch.long), torch.tensor([2, 0]),
+     np.array([True, False, True, False]), torch.tensor([True, False, True, False]),
+     slice(1, 3), 3, np.int64(1), range(0)],
+)  # fmt: skip
+def test_select_takes_whatever_indexes(docs, rows):
+    picked = np.atleast_1d(np.arange(4)[np.asarray(rows, int) if np.size(rows) == 0 else rows])
+    assert docs.select(rows).ids == [docs.ids[row] for row in picked.tolist()]
+
+
+def test_tokens_that_are_no_numbers_of_32_bits():
+    for rows in ([[2**40]], None), ([[5]], [[2**40]]):
+        with pytest.raises(
+            InputError, match=r"^token ids and labels are whole numbers of 32 bits .*: mend the"
+        ):
+            make_documents(*rows)
+
+
 def test_select_out_of_range(docs):
     with pytest.raises(IndexError):
         docs.select([4])

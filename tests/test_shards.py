@@ -479,6 +479,16 @@ def test_scores_in_shards_are_the_scores(model, documents, tmp_path, count, by_b
     same(everything_in(tmp_path / "run", "scores"), everything_in(tmp_path / "whole", "scores"), rtol=1e-6)
 
 
+def test_shards_scored_against_queries_of_other_names(model, documents, tmp_path):
+    for shard, names in zip(all_of(2), ["ab", "ac"], strict=True):
+        fixed, plain = {"queries/id": [*names]}, gf.chain()
+        queries = gf.collect(model, documents.select([2, 5]))
+        runs.score_run(tmp_path, model, documents, queries, gf.Method(plain, plain), shard=shard, fixed=fixed)
+    refused(
+        tmp_path, r"^shards 1/2 and 2/2 .* were made differently \(queries/id.1 is b and c\): make one of"
+    )
+
+
 # --- curvatures
 
 FOLDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "tkfac": tkfac}

@@ -439,10 +439,10 @@ def _tokenized(subject: Subject, rows: Any, columns: Any, options: Options) -> D
         pairs = tokenize_pairs(
             rows, subject.tokenizer, prompt_column=both[0], completion_column=both[1], **fit
         )
-        _check_tokens(subject, pairs.inputs, pairs.outputs)
+        check_tokens(subject, pairs.inputs, pairs.outputs)
         return pairs
     docs = tokenize(rows, subject.tokenizer, **columns, **fit)
-    _check_tokens(subject, docs)
+    check_tokens(subject, docs)
     docs = masked(subject, _with_types(subject, docs))
     if options["label_column"] is None:
         return docs
@@ -451,7 +451,7 @@ def _tokenized(subject: Subject, rows: Any, columns: Any, options: Options) -> D
     return with_labels(docs, rows, options["label_column"], classes)
 
 
-def _check_tokens(subject: Subject, *parts: Documents) -> None:
+def check_tokens(subject: Subject, *parts: Documents) -> None:
     """Refuse tokens that the model does not have."""
     model: Any = subject.model
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)

@@ -13,6 +13,7 @@ from gradfn.cli.inputs import (
     Options,
     Subject,
     anchored,
+    check_tokens,
     columns_of,
     load_documents,
     load_subject,
@@ -194,9 +195,12 @@ def _query_documents(subject: Subject, rows: Any | None, options: Options) -> Co
         match subject.task:
             case "causal_lm" | "masked_lm":
                 docs = text_query(subject.tokenizer, options["query"], options["completion"], **fit)
+                check_tokens(subject, docs)
                 return masked(subject, docs)
             case "seq2seq_lm" if options["completion"] is not None:
-                return text_pair(subject.tokenizer, options["query"], options["completion"], **fit)
+                pair = text_pair(subject.tokenizer, options["query"], options["completion"], **fit)
+                check_tokens(subject, pair.inputs, pair.outputs)
+                return pair
             case "seq2seq_lm":
                 raise InputError("an input alone has no loss: give what the model said with --completion")
             case task:

@@ -578,7 +578,9 @@ def _check_text(rows: "datasets.Dataset", column: str) -> None:
         )
     kind = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)
     if kind not in ("string", "large_string", "string_view", "null"):
-        raise InputError(f"column {column!r} holds {kind}, not text: name a column of text")
+        raise InputError(
+            f"column {column!r} holds {kind}, not text: name one of text, or give JSON with values in quotes"
+        )
 
 
 def _tables(rows: "datasets.Dataset") -> Iterator[tuple[int, "pyarrow.Table"]]:

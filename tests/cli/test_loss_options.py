@@ -297,6 +297,16 @@ def test_tokens_that_the_model_does_not_have(command, model, tmp_path, rows, sai
     assert not (tmp_path / "run").exists()
 
 
+def test_a_text_of_tokens_that_the_model_does_not_have(command, folder, tmp_path):
+    config = GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    small = save(folder / "small", GPT2LMHeadModel(config), make_tokenizer())
+    data = write_jsonl(tmp_path / "d.jsonl", [{"input_ids": [5, 6]}])
+    result = command("score", tmp_path / "run", "--model", small, "--dataset", data, "--query", "Peru")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "in --query: row 0 (id '0') has token " in result.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_truncation_leaves_what_a_model_that_counts_from_its_padding_can_read(ok, folder, tmp_path):
     torch.manual_seed(0)
     sizes = SIZES | {"max_position_embeddings": 12, "num_labels": 2, "pad_token_id": 1}
