@@ -706,7 +706,7 @@ class Trainer:
             if progress is not None:
                 progress(int(real.sum()))
         losses = sums / sizes.to(sums.device)
-        finite = torch.stack([p.flatten(1).isfinite().all(1) for p in params.values()]).all(0)
+        finite = torch.stack([p[..., None].isfinite().flatten(1).all(1) for p in params.values()]).all(0)
         return Trained(params, losses, ~(finite & losses.isfinite()))
 
     def at_once(self, chunk: int | None = None) -> int:

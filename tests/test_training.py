@@ -282,6 +282,24 @@ def test_a_diverged_model_is_counted_and_leaves_the_others_alone():
     assert trained.params["w"][0].isfinite().all()
 
 
+@OPTIMIZERS
+def test_a_parameter_may_be_a_number_or_empty(training):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.nothing = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(0, 3))
+            self.double()
+
+        def forward(self, x):
+            return self.scale * x[:, :3] + self.nothing.sum()
+
+    masks, seeds, data = subsets(5, 5, 7), [0, 1, 2], vectors()
+    found = loop(
+        Scaled, lambda m, e: F.cross_entropy(m(e["x"][None])[0], e["y"]), data, masks, seeds, training
+    )
+    assert_trained(train(Scaled, classification(Scaled()), data, masks, seeds, training), *found)
+
+
 def test_losses_that_cannot_be_mapped_over_are_trained_in_a_loop():
     make, loss, naive, data = problem("mlp")
 

@@ -15,11 +15,21 @@ def predicted(
 ) -> Float[Tensor, "subsets queries"]:
     """What scores say of models trained on subsets: `sum_{i in S} score(i, q)`, higher for a lower loss.
 
+    Sums of the same numbers are the same whatever rows they are of, so that subsets that tie have one rank.
+
     >>> predicted(torch.tensor([[1.0], [2.0]]), torch.tensor([[True, False], [True, True]]))
     tensor([[1.],
             [3.]], dtype=torch.float64)
     """
-    return subsets.double() @ scores.double()
+    masks, rest = subsets.double(), scores.double()
+    total = torch.zeros((), dtype=torch.float64)
+    for _ in range(2):
+        # Multiples of a power of two of which 2^52 are more than all: they add up exactly, in any order.
+        size = rest.abs().sum(0).clamp_min(1e-290)
+        step = size / torch.frexp(size).mantissa * 2.0**-52
+        part = (rest / step).round() * step
+        total, rest = total + masks @ part, rest - part
+    return total
 
 
 def lds(
@@ -45,7 +55,7 @@ def lds(
         the sizes of the subsets, or one loss.
 
     Raises:
-        InputError: fewer than three subsets, or numbers that are not finite.
+        InputError: fewer than three subsets, other shapes, or numbers that are not finite.
 
     >>> subsets = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1]]).bool()
     >>> scores = torch.tensor([[3.0], [1.0], [-1.0]])
@@ -89,6 +99,12 @@ def _said(scores: Tensor, subsets: Tensor) -> Tensor:
 
 
 def _check(scores: Tensor, subsets: Tensor, losses: Tensor) -> None:
+    shapes = [list(of.shape) for of in (scores, subsets, losses)]
+    if scores.ndim != 2 or shapes[1:] != [[len(subsets), len(scores)], [len(subsets), scores.shape[1]]]:
+        raise InputError(
+            "scores are [rows, queries], subsets [subsets, rows] and losses [subsets, queries], but came as "
+            f"{shapes[0]}, {shapes[1]} and {shapes[2]}: give those of the same rows, queries and subsets"
+        )
     if len(subsets) < FEWEST:
         raise InputError(
             f"{len(subsets)} subsets tell no correlation, which needs {FEWEST} or more: retrain on more"

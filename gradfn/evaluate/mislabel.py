@@ -1,24 +1,24 @@
 """Detection of wrong rows by a score, such as self-influence: AUROC, average precision, precision at k."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.evaluate.correlation import check_finite, ranks
 
 
-def auroc(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"]) -> float:
+def auroc(scores: Float[Tensor, " rows"], wrong: Shaped[Tensor, " rows"]) -> float:
     """The probability that a wrong row has a higher score than a right one; ties count a half.
 
     `(R - P (P + 1) / 2) / (P N)` with R the sum of the ranks of the P wrong rows, and N right ones.
 
     Args:
         scores: of every row, higher for rows that are more suspect.
-        wrong: which rows are wrong.
+        wrong: which rows are wrong, True or 1.
 
     Raises:
-        InputError: all rows are wrong, or none; scores that are not finite.
+        InputError: all rows are wrong, or none; marks that are not one a row; scores that are not finite.
 
     >>> auroc(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False]))
     1.0
@@ -26,11 +26,11 @@ def auroc(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"]) -> float
     Source: Hanley and McNeil, Radiology 143 (1982).
     """
     positives = _positives(scores, wrong)
-    above = ranks(scores[:, None])[wrong].sum() - positives * (positives + 1) / 2
+    above = ranks(scores[:, None])[wrong.bool()].sum() - positives * (positives + 1) / 2
     return float(above / (positives * (len(wrong) - positives)))
 
 
-def average_precision(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"]) -> float:
+def average_precision(scores: Float[Tensor, " rows"], wrong: Shaped[Tensor, " rows"]) -> float:
     """The area below precision against recall: `sum_t (recall_t - recall_{t-1}) precision_t`.
 
     The thresholds t are the distinct scores, from the highest, so that rows with one score come together. Of
@@ -49,12 +49,12 @@ def average_precision(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows
     values, group = torch.unique(-scores.double(), return_inverse=True)
     found, rows = (
         torch.zeros(len(values), dtype=torch.float64).index_add_(0, group, weight)
-        for weight in (wrong.double(), torch.ones(len(wrong), dtype=torch.float64))
+        for weight in (wrong.bool().double(), torch.ones(len(wrong), dtype=torch.float64))
     )
     return float((found / positives * found.cumsum(0) / rows.cumsum(0)).sum())
 
 
-def precision_at(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"], k: int) -> float:
+def precision_at(scores: Float[Tensor, " rows"], wrong: Shaped[Tensor, " rows"], k: int) -> float:
     """The share of wrong rows among the k with the highest scores; right rows come first among equals.
 
     Args:
@@ -70,9 +70,9 @@ def precision_at(scores: Float[Tensor, " rows"], wrong: Bool[Tensor, " rows"], k
     """
     _positives(scores, wrong)
     check_k(k, len(wrong))
-    right_first = wrong.long().argsort(stable=True)
+    right_first = wrong.bool().long().argsort(stable=True)
     top = right_first[scores[right_first].argsort(descending=True, stable=True)][:k]
-    return float(wrong[top].double().mean())
+    return float(wrong[top].bool().double().mean())
 
 
 def check_k(k: int, rows: int) -> None:
@@ -86,7 +86,12 @@ def check_k(k: int, rows: int) -> None:
 
 def _positives(scores: Tensor, wrong: Tensor) -> int:
     check_finite("scores", scores)
-    positives = int(wrong.sum())
+    if wrong.shape != scores.shape:
+        raise InputError(
+            f"rows are wrong or right, each once, but marks of shape {list(wrong.shape)} came for scores of "
+            f"{list(scores.shape)}: give one a row"
+        )
+    positives = int(wrong.bool().sum())
     if positives in (0, len(wrong)):
         raise InputError(
             f"{positives:,} of {len(wrong):,} rows are wrong, so there is nothing to tell apart: "

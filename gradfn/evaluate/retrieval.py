@@ -53,8 +53,8 @@ def recall_at(
         float64 `[queries]`.
 
     Raises:
-        InputError: a query without a source; scores that are not finite; k is not from 1 to the
-            number of rows.
+        InputError: a query without a source; other shapes; scores that are not finite; k is not from 1 to
+            the number of rows.
 
     >>> recall_at(torch.tensor([[1.0], [2.0]]), torch.tensor([[True], [False]]), 1)
     tensor([0.], dtype=torch.float64)
@@ -77,7 +77,7 @@ def reciprocal_rank(
         float64 `[queries]`.
 
     Raises:
-        InputError: a query without a source; scores that are not finite.
+        InputError: a query without a source; other shapes; scores that are not finite.
 
     >>> reciprocal_rank(torch.tensor([[1.0], [2.0]]), torch.tensor([[True], [False]]))
     tensor([0.5000], dtype=torch.float64)
@@ -91,5 +91,10 @@ def reciprocal_rank(
 
 def _check(scores: Tensor, sources: Tensor) -> None:
     check_finite("scores", scores)
+    if sources.shape != scores.shape:
+        raise InputError(
+            f"sources are told of every row and query, but {list(sources.shape)} came for scores of "
+            f"{list(scores.shape)}: give those of the same rows and queries"
+        )
     if without := int((~sources.any(0)).sum()):
         raise InputError(f"{without:,} queries have no source among the rows: leave them out")

@@ -36,6 +36,8 @@ DODGE = 0.006
 """Between the intervals of lines at one x, as a share of the axis."""
 FEWEST_BARS = 4
 """For which there is room, so that a single one is no wall."""
+LABEL_ROOM = 0.35
+"""Below the lowest bar for the name of the ceiling, in bars."""
 
 
 class Point(NamedTuple):
@@ -132,13 +134,16 @@ def plot_runs(
         The path.
 
     Raises:
-        InputError: see `check_plot`.
+        InputError: see `check_plot`; a run whose numbers are not finite.
 
     >>> import tempfile
     >>> runs = {"ekfac": Estimate(0.40, 0.36, 0.44), "grad_dot": Estimate(0.23, 0.19, 0.27)}
     >>> plot_runs(runs, tempfile.mkdtemp() + "/runs.png", ceiling=Estimate(0.89, 0.88, 0.90)).name
     'runs.png'
     """
+    for name, one in runs.items():
+        if not all(map(isfinite, one)):
+            raise InputError(f"{name} has a number that is not finite, {one}: leave it out")
     panels = 2 if dampings else 1
     height = max(1.7, 1.05 + 0.36 * len(runs)) if panels == 1 else max(3.2, 1.05 + 0.36 * len(runs))
     with _figure(path, panels, (6.4 if panels == 1 else 10.4, height)) as axes:
@@ -193,7 +198,8 @@ def _bars(
     axis.set_yticks(range(len(runs)), list(runs), color=INK, parse_math=False)
     axis.tick_params(axis="y", length=0)
     room = max(len(runs), FEWEST_BARS) / 2 + 0.05
-    axis.set_ylim((len(runs) - 1) / 2 + room, (len(runs) - 1) / 2 - room)
+    below = LABEL_ROOM if ceiling and len(runs) >= FEWEST_BARS else 0.0
+    axis.set_ylim((len(runs) - 1) / 2 + room + below, (len(runs) - 1) / 2 - room)
     axis.set_xlim(left * 1.08, right + 0.12 * (right - left))
     axis.axvline(0, color="#BFBFBF", linewidth=0.8)
     axis.spines["left"].set_visible(False)

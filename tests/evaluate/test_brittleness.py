@@ -46,7 +46,7 @@ def test_in_a_linear_world_the_rise_is_the_sum_of_the_influences_removed(influen
 
 
 def test_an_answer_is_lost_where_its_probability_falls_below_a_half():
-    full, top = (-torch.tensor(p).log() for p in ([0.9, 0.6, 0.5, 0.3], [0.4, 0.7, 0.1, 0.1]))
+    full, top = (-torch.tensor(p).log() for p in ([0.9, 0.6, 0.5, 0.45], [0.4, 0.7, 0.1, 0.1]))
     random = -torch.tensor([[0.9, 0.4, 0.6, 0.1], [0.9, 0.9, 0.6, 0.9]]).log()
     told = brittleness(full - 1e-6, Removal(1, top, random), probabilities=True)
     assert told.lost.value == pytest.approx(2 / 3)

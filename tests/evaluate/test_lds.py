@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from gradfn.errors import InputError
 from gradfn.evaluate.correlation import correlation
-from gradfn.evaluate.lds import lds, lds_estimate, predicted
+from gradfn.evaluate.lds import _check, lds, lds_estimate, predicted
 from gradfn.evaluate.subsets import random_subsets
 
 
@@ -67,6 +69,24 @@ def test_float32_scores_of_wide_range_are_summed_in_float64():
     assert lds(scores, subsets, losses).item() == pytest.approx(1.0)
 
 
+def test_subsets_of_equal_sums_tie_whatever_the_order_they_are_added_in():
+    generator = torch.Generator().manual_seed(4)
+    scores = torch.randint(3, (400, 2), generator=generator).double() * 0.1
+    rises = scores + 0.1 * torch.randn(400, 2, generator=generator)
+    told = lds(scores, ~torch.eye(400, dtype=torch.bool), rises)
+    assert told.tolist() == pytest.approx(correlation(scores, rises).tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-200, 1.0, 1e300])
+def test_sums_are_rounded_once_at_any_size(size):
+    generator = torch.Generator().manual_seed(5)
+    scores = size * torch.randn(200, 2, generator=generator).double().exp()
+    scores[0] *= 1e5
+    subsets = torch.rand(9, 200, generator=generator) < 0.5
+    exact = [[math.fsum(scores[mask, query].tolist()) for query in range(2)] for mask in subsets]
+    assert predicted(scores, subsets).tolist() == exact
+
+
 def test_fewer_than_three_subsets_are_refused(world):
     influence, subsets, losses = world
     for call in (lds, lds_estimate):
@@ -74,6 +94,21 @@ def test_fewer_than_three_subsets_are_refused(world):
             InputError, match=r"2 subsets tell no correlation, which needs 3 or more: retrain"
         ):
             call(influence, subsets[:2], losses[:2])
+
+
+def test_numbers_of_other_rows_or_queries_are_refused(world):
+    influence, subsets, losses = world
+    for given in (
+        (influence[:, :2], subsets, losses),
+        (influence, subsets, losses[:, :1]),
+        (influence[1:], subsets, losses),
+        (influence, subsets[1:], losses),
+        (influence[:, 0], subsets, losses),
+    ):
+        with pytest.raises(
+            InputError, match=r"^scores are \[rows, queries\], .*: give those of the same rows"
+        ):
+            _check(*given)
 
 
 def test_numbers_that_are_not_finite_are_refused(world):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
-from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
+from gradfn.evaluate.mislabel import _positives, auroc, average_precision, precision_at
 
 
 def case(seed, tied):
@@ -60,6 +60,18 @@ def test_precision_counts_the_wrong_rows_among_the_highest():
 def test_equal_scores_do_not_help():
     wrong = torch.tensor([True, True, False, False])
     assert [precision_at(torch.zeros(4), wrong, k) for k in (1, 2, 4)] == [0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_marks_may_be_numbers(dtype):
+    scores, wrong = case(2, tied=True)
+    for call in (auroc, average_precision, lambda s, w: precision_at(s, w, 9)):
+        assert call(scores, wrong.to(dtype)) == call(scores, wrong)
+
+
+def test_marks_of_other_rows_are_refused():
+    with pytest.raises(InputError, match=r"marks of shape \[2\] came for scores of \[3\]: give one a row"):
+        _positives(torch.zeros(3), torch.tensor([True, False]))
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(4).bool(), torch.ones(4).bool()])

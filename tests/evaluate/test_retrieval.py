@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
-from gradfn.evaluate.retrieval import recall_at, reciprocal_rank, source_name, source_ranks
+from gradfn.evaluate.retrieval import _check, recall_at, reciprocal_rank, source_name, source_ranks
 
 
 def case(tied=False):
@@ -45,6 +45,11 @@ def test_a_query_without_a_source_is_refused():
     for call in (reciprocal_rank, lambda scores, known: recall_at(scores, known, 1)):
         with pytest.raises(InputError, match=r"1 queries have no source among the rows: leave them out"):
             call(torch.zeros(2, 2), sources)
+
+
+def test_sources_of_other_queries_are_refused():
+    with pytest.raises(InputError, match=r"but \[3, 1\] came for scores of \[3, 2\]: give those of the same"):
+        _check(torch.zeros(3, 2), torch.ones(3, 1, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("k", [0, 3])

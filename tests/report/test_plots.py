@@ -69,6 +69,19 @@ def test_several_dampings_get_a_panel(tmp_path, dampings, ticks):
     assert words.count("random") == 1
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 30])
+def test_the_name_of_the_ceiling_lies_on_no_bar(tmp_path, monkeypatch, count):
+    seen, bars = [], plots._bars
+    monkeypatch.setattr(plots, "_bars", lambda axis, *given: (seen.append(axis), bars(axis, *given)))
+    runs = {str(n): Estimate(0.86, 0.8, 0.9) for n in range(count)}
+    plot_runs(runs, tmp_path / "runs.png", ceiling=CEILING)
+    (axis,) = seen
+    axis.figure.draw_without_rendering()
+    (label,) = (text for text in axis.texts if "ceiling" in text.get_text())
+    lowest = min(bar.get_window_extent().y0 for (bar,) in axis.containers)
+    assert Text.get_window_extent(label).y1 < lowest
+
+
 def test_labels_are_kept_apart_in_their_order():
     placed = apart([Label(0.0, 30.0, height) for height in (50.0, 10.0, 51.0, 52.0)], 10.0)
     assert placed == pytest.approx([41, 10, 51, 61], abs=1e-6)
@@ -124,6 +137,10 @@ def test_what_cannot_be_plotted_is_refused_before_any_work(tmp_path, monkeypatch
     for wrong in ((math.nan, 0.1), (math.inf, 0.1), (2, math.nan), (2, -math.inf)):
         with pytest.raises(InputError, match=r"^Point\(name='one'.* has a number that is not finite"):
             plot_lds([Point("one", *wrong, 0.0, 0.2)], tmp_path / "lds.png")
+    with pytest.raises(
+        InputError, match=r"^one has a number that is not finite, Estimate\(.*: leave it out$"
+    ):
+        plot_runs({"one": Estimate(0.1, math.nan, math.nan)}, tmp_path / "runs.png")
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(
         InputError, match=r"plots need matplotlib, which is not here: pip install 'gradfn\[plot\]'"
