@@ -216,6 +216,7 @@ def transforms(blocks):
         "sjlt and fjlt of sides": chain(Project((2, 2), "sjlt"), Project((1, 1), "fjlt")),
         "fjlt of the whole": chain(joint(), Compress(3, "fjlt"), unit_normalize()),
         "adam, projected, unit": chain(adam(moments), project(2, "gaussian"), unit_normalize()),
+        "adafactor": chain(adafactor(moments)),
         "adafactor, dot": chain(adafactor(moments), dot({n: G[:2].clone() for n, G in blocks.items()})),
         "sum": total().stage(),
         "sum, adam and projected": chain(adam(moments), project(2), total().stage()),

@@ -9,6 +9,7 @@ from torch import nn
 
 from gradfn.data import collate, make_documents, offsets_of
 from gradfn.errors import InputError
+from gradfn.fold import fit, mean
 from gradfn.layers import Embedding, Linear
 from gradfn.losses import causal_lm_loss
 from gradfn.probes import probe_engine
@@ -153,3 +154,10 @@ def test_dense_blocks_of_tokens_are_made_a_few_at_a_time(end, monkeypatch):
     assert max(made) == 1
     for name, G in whole.items():
         assert_blocks_close(parts[name], G, 1e-12)
+
+
+def test_a_mean_over_tokens_is_divided_by_their_number():
+    model = language_model("llama")
+    rows = collect(model, DOCUMENTS, project(2), view=TOKENS)
+    want = {name: G.mean(0, keepdim=True) for name, G in rows.items()}
+    assert_blocks_close(fit(mean(), model, DOCUMENTS, project(2), view=TOKENS), want, 1e-6)

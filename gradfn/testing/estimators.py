@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 import torch
 from hypothesis import strategies as st
@@ -36,6 +37,8 @@ def _asked(draw: Draw, cases: st.SearchStrategy[Problem]) -> Asked:
     problem = draw(cases)
     count = draw(st.integers(1, len(problem.rows) - 1))
     queries, rows = problem.rows[:count], problem.rows[count:]
+    again = draw(st.sampled_from([0, 0, 0, 0, 8, 40]))  # an estimator may take some rows at a time
+    rows = [*rows, *Random(0).choices(rows, k=again)]
     return Asked(problem.model, problem.loss, rows, queries, problem.reference)
 
 
@@ -46,6 +49,14 @@ def _plain_scores(method: Method, case: Asked) -> Tensor:
     if not isinstance(query, dict) or not isinstance(method.train(train), dict):
         raise InputError("a reference method must give blocks on both sides: leave the scores to the check")
     return method.scorer(query)(train)  # pyright: ignore[reportReturnType]
+
+
+def _copied(case: Asked) -> dict[str, Tensor]:
+    """Every tensor that an estimator is given, by a name for it."""
+    found = {f"the model's {name}": value for name, value in case.model.state_dict().items()}
+    for side, rows in (("train", case.train), ("query", case.query)):
+        found |= {f"{key} of {side} {i}": value for i, row in enumerate(rows) for key, value in row.items()}
+    return {name: value.detach().clone() for name, value in found.items()}
 
 
 def _wrong_number(got: Tensor, want: Tensor, tolerance: float) -> str:
@@ -61,7 +72,8 @@ def _wrong_scale(got: Tensor, want: Tensor, tolerance: float) -> str:
     """Each query may have one positive factor of its own."""
     for query in range(want.shape[1]):
         a, b = got[:, query], want[:, query]
-        factor = (a @ b) / (b @ b) if bool(b.any()) else torch.ones(())
+        is_zero = float(b.abs().max()) <= 1e-13  # up to rounding
+        factor = torch.ones(()) if is_zero else (a @ b) / (b @ b)
         if not factor > 0:
             return f"the scores for query {query} are {float(factor):.3g} times what they should be"
         if wrong := _wrong_number((a / factor)[:, None], b[:, None], tolerance):
@@ -110,7 +122,7 @@ def check_estimator(
         max_examples: how many problems.
 
     Raises:
-        BrokenLawError: with the smallest problem on which the two differ.
+        BrokenLawError: with the smallest problem on which the two differ, or whose model or rows it changes.
         InputError: no such agreement or kind.
 
     >>> import gradfn as gf
@@ -126,7 +138,14 @@ def check_estimator(
     def law(case: Asked) -> str:
         asked = case.model, case.loss, case.train, case.query
         want = _plain_scores(plain, case) if isinstance(plain, Method) else plain(*asked)
-        got = scores(*asked).detach().to(want)
+        before = _copied(case)
+        got = scores(*asked)
+        if not isinstance(got, Tensor):
+            return f"scores are a {type(got).__name__}: give a tensor [rows, queries]"
+        for name, value in _copied(case).items():
+            if name not in before or not torch.equal(value, before[name]):
+                return f"it changes {name}: leave the model and the rows as they are"
+        got = got.detach().to(want)
         if got.shape != want.shape:
             return f"scores have shape {list(got.shape)}, but rows and queries are {list(want.shape)}"
         return _COMPARE[agreement](got, want, tolerance)

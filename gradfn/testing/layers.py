@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradfn.data import collate
+from gradfn.errors import InputError
 from gradfn.per_example import call, definition, params_of
 from gradfn.probes import probe_engine
 from gradfn.sites import View, blocks_of, find_sites
@@ -114,7 +115,8 @@ def _engine(tolerance: float, probed: bool, case: Layered) -> str:
         got = engine(collate(case.rows)).values
         if probed and (lost := sorted(meant - {site.path for site in engine.sites if site.probed})):
             return (
-                f"what the probe of {lost[0]} gives is not the naive gradient, which vmap(grad) stands in for"
+                f"the probe of {lost[0] or 'root'} does not give the naive gradient, so the engine takes "
+                "vmap(grad) for it (if that is meant: probed=False)"
             )
         if wrong := chain_difference(got, case.chain, dense, tolerance):
             what = "under vmap" if form is WeightedOutput else "in one forward"
@@ -157,8 +159,11 @@ def check_layer(
 
     Raises:
         BrokenLawError: naming the law, with the smallest case that breaks it.
+        InputError: a module without parameters.
 
     >>> check_layer(lambda: nn.Linear(3, 2), (3,), max_examples=3)
     """
+    if next(make().parameters(), None) is None:
+        raise InputError("the module has no parameters, so no gradients: check one that has")
     laws = [partial(_definition, tolerance), partial(_engine, tolerance, probed), partial(_alone, tolerance)]
     refute("check_layer", partial(first, laws), _layered(make, inputs), max_examples)

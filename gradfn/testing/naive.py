@@ -56,14 +56,17 @@ def naive_token_loss(
     return -(p / (1 - p)).log().sum()
 
 
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers but the LM head; of those that share a weight, the first."""
+    """The linear layers and convolutions but the LM head; of those that share a weight, the first."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     seen = set()
     for path, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and module is not head and id(module.weight) not in seen:
+        counts = isinstance(module, WEIGHTED) or type(module).__name__ == "Conv1D"
+        if counts and module is not head and id(module.weight) not in seen:
             seen.add(id(module.weight))
             yield path, module
 
@@ -101,7 +104,8 @@ def naive_blocks(
         loss: `loss(params, example) -> scalar`.
         model: the module whose parameters `params` are.
         rows: examples, not padded.
-        view: which weights, laid out by `blocks_of`; None is linear layers but the LM head, laid out here.
+        view: which weights, laid out by `blocks_of`; None is linear layers and convolutions
+            but the LM head, laid out here.
 
     Returns:
         `{module path: [rows, out, in (+ 1)]}`, the bias last.
@@ -118,7 +122,8 @@ def naive_blocks(
     blocks = {}
     for path, module in _layers(model):
         prefix = f"{path}." if path else ""
-        block = grads[f"{prefix}weight"] if isinstance(module, nn.Linear) else grads[f"{prefix}weight"].mT
+        block = grads[f"{prefix}weight"].flatten(2)
+        block = block if isinstance(module, WEIGHTED) else block.mT
         if getattr(module, "bias", None) is not None:
             block = torch.cat([block, grads[f"{prefix}bias"][..., None]], -1)
         blocks[path or "root"] = block
@@ -168,7 +173,7 @@ def chain_difference(
     >>> from gradfn.transforms import project
     >>> G = {"a": torch.ones(1, 2, 2)}
     >>> chain_difference({"a": torch.zeros(1, 1, 1)}, project(1, "mask"), G)
-    'a: off by 2, allowed 2e-09, in row 0 (0 instead of 2)'
+    'a: off by 2, allowed 2e-09 (0 instead of 2)'
     """
     want = transform(dense)
     wrong = difference(got, want, tolerance)
@@ -193,8 +198,8 @@ def _off(got: Tensor, want: Tensor, tolerance: float) -> str:
         return ""
     at = int(off.argmax())
     instead = f"{float(got.flatten()[at]):.4g} instead of {float(want.flatten()[at]):.4g}"
-    row = f"in row {at // (want.numel() // len(want))} " if want.ndim else ""
-    return f"off by {worst:.3g}, allowed {allowed:.3g}, {row}({instead})"
+    row = f", in row {at // (want.numel() // len(want))}" if want.ndim and len(want) > 1 else ""
+    return f"off by {worst:.3g}, allowed {allowed:.3g}{row} ({instead})"
 
 
 def assert_blocks_close(got: Blocks | Tensor, want: Blocks | Tensor, tolerance: float = 1e-9) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 Case = TypeVar("Case")
 FEW = 12
-"""Numbers of a tensor that are shown; of a longer one its shape is."""
+"""Numbers of a tensor that are shown (of a longer one its shape is), and rows."""
 
 
 class BrokenLawError(AssertionError):
@@ -90,10 +90,12 @@ def told(case: Any) -> str:
         if field.metadata.get("shown", True):
             is_rows = isinstance(value, list) and value and isinstance(value[0], Mapping)
             lines += (
-                [f"  {field.name} {i}: {short(row)}" for i, row in enumerate(value)]
+                [f"  {field.name} {i}: {short(row)}" for i, row in enumerate(value[:FEW])]
                 if is_rows
                 else [f"  {field.name}: {short(value)}"]
             )
+            if is_rows and len(value) > FEW:
+                lines.append(f"  {field.name}: {len(value) - FEW} more")
     return "\n".join(lines)
 
 
@@ -118,7 +120,7 @@ def short(value: Any) -> str:
         return _short_dataclass(value)
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__.split(".<locals>")[0]
-    return str(value)
+    return str(value) if type(value).__repr__ is not object.__repr__ else f"{type(value).__name__}()"
 
 
 def _short_tensor(value: Tensor) -> str:

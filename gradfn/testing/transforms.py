@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 
 import torch
@@ -18,6 +18,8 @@ from gradfn.testing.strategies import Problem, blocks, chains, check_kinds, prob
 from gradfn.transforms import Kronecker, Transform, chain
 from gradfn.types import Blocks
 
+COPIES = 33
+"""Of the rows: so many that a transform which takes some at a time, 32 say, does so more than once."""
 Shapes = Mapping[str, tuple[int, int]]
 Transforms = Transform | st.SearchStrategy[Transform] | Callable[[Shapes], "Transforms"]
 """A transform, a strategy of them, or a function of the blocks' shapes that gives either."""
@@ -29,7 +31,7 @@ class Applied:
 
     transform: Transform
     blocks: Blocks
-    seed: int
+    seed: int = field(metadata={"shown": False})
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ def _lowered(draw: Draw, transforms: Transforms, kind: str) -> Lowered:
     return Lowered(problem.model, problem.loss, problem.reference, problem.rows, made)
 
 
-def _rows(values: Blocks | Tensor, rows: slice) -> Blocks | Tensor:
+def _rows(values: Blocks | Tensor, rows: slice | list[int]) -> Blocks | Tensor:
     return {name: G[rows] for name, G in values.items()} if isinstance(values, dict) else values[rows]
 
 
@@ -93,9 +95,31 @@ def _row_by_row(tolerance: float, case: Applied) -> str:
         alone = case.transform({name: G[row : row + 1] for name, G in case.blocks.items()})
         if wrong := difference(alone, _rows(together, slice(row, row + 1)), tolerance):
             return f"rows are not independent: row {row} alone is not what it is among the others: {wrong}"
-    none = case.transform({name: G[:0] for name, G in case.blocks.items()})
+    try:
+        none = case.transform({name: G[:0] for name, G in case.blocks.items()})
+    except Exception as error:
+        return f"of no rows it does not give no rows: {type(error).__name__}: {error}"
     if wrong := difference(none, _rows(together, slice(0)), tolerance):
         return f"of no rows it does not give no rows: {wrong}"
+    many = case.transform({name: torch.cat([G] * COPIES) for name, G in case.blocks.items()})
+    copies = [row for _ in range(COPIES) for row in range(len(next(iter(case.blocks.values()))))]
+    if wrong := difference(many, _rows(together, copies), tolerance):
+        return (
+            f"rows are not independent: {COPIES} copies of them do not give {COPIES} times the same: {wrong}"
+        )
+    return ""
+
+
+def _dtype(case: Applied) -> str:
+    """Models are float32 as a rule; all other laws are tried in float64, where rounding hides nothing."""
+    for dtype in (torch.float64, torch.float32):
+        try:
+            made = case.transform({name: G.to(dtype) for name, G in case.blocks.items()})
+        except RuntimeError as error:
+            return f"it does not take blocks in {dtype}: {error}: use .to(G) of what it holds"
+        for G in made.values() if isinstance(made, dict) else [made]:
+            if G.dtype != dtype:
+                return f"of blocks in {dtype} it gives {G.dtype}: end with .to(G)"
     return ""
 
 
@@ -124,7 +148,10 @@ def _settings(case: Applied) -> str:
     T = case.transform
     if not is_dataclass(T) or not T.__dataclass_params__.frozen:  # pyright: ignore[reportAttributeAccessIssue]
         return f"{type(T).__name__} is not a frozen dataclass, so its settings are not its fields"
-    before = json.dumps(T.settings(), sort_keys=True)
+    try:
+        before = json.dumps(T.settings(), sort_keys=True)
+    except TypeError as error:
+        return f"its settings cannot be stored: {error}: hold plain values and tensors, or write settings()"
     T(case.blocks)
     after = json.dumps(T.settings(), sort_keys=True)
     return "" if before == after else f"using it changes its settings: {before} became {after}"
@@ -147,8 +174,9 @@ def check_transform(
     """Check that a transform may stand anywhere in a chain.
 
     It is pure, and each row's result is a function of that row alone (so neither batches nor their order
-    matter); zero gives finite numbers; a `Kronecker`, and what says `linear = True`, is linear; its settings
-    can be stored; and in a chain with others `probe_engine` gives what the chain makes of naive gradients.
+    matter); zero gives finite numbers; rows have the dtype of the blocks; a `Kronecker`, and what says
+    `linear = True`, is linear; its settings can be stored; and in a chain with others `probe_engine` gives
+    what the chain makes of naive gradients.
 
     Args:
         transform: a transform that fits blocks of any shape; a strategy of such; or, for one that is fitted
@@ -163,7 +191,10 @@ def check_transform(
     >>> from gradfn.transforms import project
     >>> check_transform(project(2), kinds=("mlp",))
     """
-    laws = (_zero_is_finite, _pure, _settings, partial(_row_by_row, tolerance), partial(_linear, tolerance))
+    laws = (
+        _zero_is_finite, _pure, _settings, _dtype, partial(_row_by_row, tolerance),
+        partial(_linear, tolerance),
+    )  # fmt: skip
     check_kinds(kinds)
     refute("check_transform", partial(first, laws), _applied(transform))
     for kind in kinds:

@@ -47,6 +47,36 @@ def random_scores(model, loss, train, query):
     return gradient_dot(model, loss, train, query) * torch.rand(())
 
 
+def steps_in_place(*asked):
+    scores = gradient_dot(*asked)
+    with torch.no_grad():
+        for parameter in asked[0].parameters():
+            parameter -= 0.1
+    return scores
+
+
+def masks_in_place(*asked):
+    scores = gradient_dot(*asked)
+    asked[3][0]["x"].zero_()
+    return scores
+
+
+def first_batch_again(*asked):
+    scores = gradient_dot(*asked)
+    scores[8:16] = scores[:8][: len(scores) - 8]
+    return scores
+
+
+def last_batch_dropped(*asked):
+    scores = gradient_dot(*asked)
+    scores[len(scores) // 16 * 16 :] *= len(scores) < 16
+    return scores
+
+
+def as_numbers(*asked):
+    return gradient_dot(*asked).tolist()
+
+
 def fails(*_):
     raise ValueError("no such thing")
 
@@ -58,6 +88,11 @@ MISTAKES = [
     (in_another_order, "mlp", "train 1: {x"),
     pytest.param(supervising_padding, "lm", "train 0: {input_ids", marks=pytest.mark.slow),
     (random_scores, "mlp", "the score of train|not a function of its inputs"),
+    (steps_in_place, "mlp", "it changes the model's 0.weight: leave the model and the rows as they are"),
+    (masks_in_place, "mlp", "it changes x of query 0: leave"),
+    (first_batch_again, "mlp", "the score of train"),
+    (last_batch_dropped, "mlp", "the score of train"),
+    (as_numbers, "mlp", r"scores are a list: give a tensor \[rows, queries\]"),
     (fails, "mlp", "ValueError: no such thing"),
 ]
 
@@ -94,6 +129,24 @@ def test_the_sign_counts_in_every_agreement(agreement, message):
 def test_a_cosine_is_no_multiple_of_a_dot():
     with pytest.raises(BrokenLawError, match="up to a factor of"):
         check_estimator(gradient_cosine, agreement="scale", kinds=["mlp"])
+
+
+def test_scores_that_are_rounding_have_no_factor():
+    def nothing(model, loss, train, query):
+        return torch.zeros(len(train), len(query))
+
+    def noise(*asked):
+        return nothing(*asked).double() + 1e-16
+
+    check_estimator(nothing, noise, agreement="scale", kinds=["mlp"], max_examples=3)
+
+
+@pytest.mark.parametrize("method", [gf.grad_dot(), gf.grad_cosine()], ids=["dot", "cosine"])
+def test_convolutions_are_among_the_models(method):
+    def scores(model, loss, train, query):
+        return gf.score(model, train, query, method=method, loss=loss)
+
+    check_estimator(scores, method, kinds=["conv"], max_examples=10)
 
 
 def test_an_unknown_agreement_is_refused():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from gradfn.errors import InputError
 from gradfn.testing import BrokenLawError, chain_difference, check_layer, difference
 from gradfn.transforms import project
 
@@ -40,11 +41,16 @@ class Forgotten(nn.Linear):
 @pytest.mark.parametrize("make", [lambda: Crosstalk(3, 2), lambda: Forgotten(3, 2)])
 def test_a_broken_layer_is_refused(make):
     with pytest.raises(
-        BrokenLawError, match=r"gives is not the naive gradient|is not a loop of autograd"
+        BrokenLawError, match=r"probe of root does not give the naive gradient|is not a loop of autograd"
     ) as e:
         check_layer(make, (3,), max_examples=5)
     assert "module: Linear(3, 2)" in str(e.value)
     assert "rows 1:" in str(e.value)
+
+
+def test_a_module_without_parameters_is_refused():
+    with pytest.raises(InputError, match="the module has no parameters"):
+        check_layer(nn.Tanh, (3,))
 
 
 def test_what_cancels_is_rounding_and_what_does_not_is_compared():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradfn.testing import BrokenLawError, difference
-from gradfn.testing.search import refute, short
+from gradfn.testing.search import refute, short, told
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ def test_the_smallest_case_is_shown_with_its_rows():
     assert str(caught.value) == "check_it: too large\n  value: 42\n  rows 0: {x: [1.0, 1.0]}"
 
 
+def test_of_many_rows_the_first_are_shown():
+    case = Number(3, [{"x": torch.ones(1)}] * 41)
+    assert told(case).splitlines()[-2:] == ["  rows 11: {x: [1.0]}", "  rows: 29 more"]
+
+
 def test_what_is_not_a_function_is_said():
     calls = itertools.count()
     with pytest.raises(BrokenLawError, match="not a function of its inputs: seed what is random"):
@@ -36,6 +41,10 @@ def test_an_error_keeps_its_cause():
     with pytest.raises(BrokenLawError, match="ZeroDivisionError") as caught:
         refute("check_it", lambda n: str(1 // n) * 0, st.integers(0, 5))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_value_without_a_text_of_its_own_is_its_class():
+    assert short(object()) == "object()"
 
 
 def test_modules_are_short():

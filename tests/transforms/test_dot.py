@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
-from gradfn.transforms import chain, dot, unit_normalize
+from gradfn.transforms import Dot, chain, dot, lower, unit_normalize
+from gradfn.types import BlockSpec
 
 ROWS = {"a": torch.tensor([[3.0, 4.0], [1.0, 0.0]]), "b": torch.tensor([[[0.0]], [[2.0]]])}
 
@@ -24,3 +25,9 @@ def test_queries_of_another_size_are_refused_with_the_block():
 
 def test_queries_take_the_rows_dtype():
     assert dot({"a": torch.ones(1, 2).double()})({"a": torch.ones(1, 2)}).dtype == torch.float32
+
+
+@pytest.mark.parametrize("weights", [None, {"a": torch.ones(1, 2, 3)}])
+def test_a_weighted_norm_is_not_had_from_the_factors(weights):
+    scores = Dot({"a": torch.ones(1, 2, 3)}, unit=True, weights=weights)
+    assert (lower(scores, [BlockSpec("a", (2, 3))]).plans["a"].share is None) == (weights is not None)

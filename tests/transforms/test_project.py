@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
-from gradfn.maps import DENSE, random_matrix
+from gradfn.maps import DENSE, Sketch, random_map, random_matrix
 from gradfn.testing import assert_blocks_close
 from gradfn.transforms import compress, project
 
@@ -70,3 +70,11 @@ def test_one_block_that_is_small_already_does_not_refuse_the_others():
     made = project((4, 4), "mask")({"a": torch.ones(1, 3, 3), "b": torch.ones(1, 3, 9)})
     assert made["a"].shape == (1, 3, 3)
     assert made["b"].shape == (1, 3, 4)
+
+
+def test_the_parts_of_an_sjlt_have_signs_and_shifts_of_their_own():
+    sketch = random_map("sjlt", 0, "mlp", "left", (8, 64), nonzeros=2)
+    assert isinstance(sketch, Sketch)
+    (signs, shifts), (others, starts) = sketch.parts
+    assert not torch.equal(signs, others)
+    assert not torch.equal(shifts, starts)
