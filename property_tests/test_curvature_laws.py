@@ -65,31 +65,43 @@ def flat(blocks):
     return torch.cat([G.flatten(1) for G in blocks.values()], 1)
 
 
-def inverse(one, damping):
-    """The damped inverse of a spectrum's matrix, without its eigenvalues where that can be done."""
+def damped(one, damping):
+    """The matrix that is to be inverted, where the damping is one that adds."""
     H = one.dense()
     eye, level = torch.eye(len(H), dtype=torch.float64), damping.value * H.diagonal().mean()
     match damping.kind:
         case "relative" if level > 0:
-            return torch.linalg.inv(H + level * eye)
+            return H + level * eye
         case "absolute":
-            return torch.linalg.inv(H + damping.value * eye)
-        case "tikhonov" if level > 0:
-            return H @ torch.linalg.inv(H @ H + level.square() * eye)
+            return H + damping.value * eye
         case "factored" if level > 0:
             S, A = (Q @ torch.diag(v) @ Q.T for Q, v in zip((one.left, one.right), one.sides, strict=True))
             pi = (A.diagonal().mean() / S.diagonal().mean()).sqrt()
             left = S + level.sqrt() / pi * torch.eye(len(S), dtype=torch.float64)
-            return torch.linalg.inv(
-                torch.kron(left, A + pi * level.sqrt() * torch.eye(len(A), dtype=torch.float64))
-            )
+            return torch.kron(left, A + pi * level.sqrt() * torch.eye(len(A), dtype=torch.float64))
+    return None
+
+
+def filtered(one, damping):
+    """The damped inverse, where the damping is another one."""
+    H = one.dense()
+    eye, level = torch.eye(len(H), dtype=torch.float64), damping.value * H.diagonal().mean()
+    match damping.kind:
+        case "tikhonov" if level > 0:
+            return H @ torch.linalg.inv(H @ H + level.square() * eye)
         case "truncated" if level > 0:
             return torch.linalg.pinv(H, atol=float(level), rtol=0.0, hermitian=True)
     return torch.zeros_like(H)
 
 
 def powered(one, power, damping):
-    matrix = inverse(one, damping)
+    """A power of a spectrum's matrix, without its eigenvalues where that can be done."""
+    if (matrix := damped(one, damping)) is not None:
+        if power == -1:
+            return torch.linalg.inv(matrix)
+        values, vectors = torch.linalg.eigh(matrix)  # an inverse has the large ones to few digits
+        return vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    matrix = filtered(one, damping)
     if power == -1:
         return matrix
     values, vectors = torch.linalg.eigh(matrix)
