@@ -12,7 +12,7 @@ from torch import Tensor
 from gradfn.errors import InputError
 from gradfn.hessians import load_curvature, open_curvature
 from gradfn.runs import GRADIENTS, refuse_mismatch
-from gradfn.selective import Dims, MaskReport, drawn_rows, fit_by_parts
+from gradfn.selective import Dims, MaskReport, Watch, drawn_rows, fit_by_parts
 from gradfn.store import Store, differing, open_store, open_writer
 from gradfn.transforms import Chain, Transform, chain
 from gradfn.transforms.fitted import Principal, SelectedFlat, SelectedSides, principal, selected
@@ -73,7 +73,7 @@ def _loss(store: Store) -> dict[str, Any]:
 
 
 def stored_mask(
-    train: Store, query: Store, dims: Dims, *, rows: int = 512, seed: int = 0
+    train: Store, query: Store, dims: Dims, *, rows: int = 512, seed: int = 0, watch: Watch | None = None
 ) -> tuple[Mask, dict[str, MaskReport]]:
     """Fit a selective mask to stored gradients: `selective_mask` without the model.
 
@@ -81,7 +81,7 @@ def stored_mask(
 
     Args:
         train, query: what `build` wrote of whole gradients; of queries, `reduce` too.
-        dims, rows, seed: see `selective_mask`.
+        dims, rows, seed, watch: see `selective_mask`.
 
     Raises:
         InputError: see `check_stores` and `fit_by_parts`.
@@ -94,7 +94,7 @@ def stored_mask(
         return [{name: _read_rows(store, name, drawn) for name in names} for store, drawn in sides]
 
     count = sum(len(drawn) for _, drawn in sides)
-    return fit_by_parts(block_shapes(train), count, gradients, dims, seed=seed)
+    return fit_by_parts(block_shapes(train), count, gradients, dims, seed=seed, watch=watch)
 
 
 def block_shapes(store: Store) -> dict[str, tuple[int, ...]]:

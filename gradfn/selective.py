@@ -37,6 +37,10 @@ class MaskReport:
     steps: int
 
 
+Watch = Callable[[str, MaskReport], None]
+"""Called with each block's name and report."""
+
+
 def correlations(
     before: Float[Tensor, "rows queries"], after: Float[Tensor, "rows queries"]
 ) -> Float[Tensor, " queries"]:
@@ -67,7 +71,7 @@ def fit_mask(
     steps: int = 300,
     learning_rate: float = 0.05,
     patience: int = 50,
-    watch: Callable[[str, MaskReport], None] | None = None,
+    watch: Watch | None = None,
     whole: bool = False,
 ) -> tuple[SelectedSides | SelectedFlat, dict[str, MaskReport]]:
     """Choose the coordinates of every block that keep its inner products with queries, one block at a time.
@@ -171,7 +175,7 @@ def selective_mask(
     query_loss: LossFn | None = None,
     view: View | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
-    watch: Callable[[str, MaskReport], None] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[SelectedSides | SelectedFlat, dict[str, MaskReport]]:
     """Fit a selective mask to a model's gradients: `fit_mask`, as many layers at a time as memory holds.
 
@@ -212,7 +216,7 @@ def fit_by_parts(
     dims: Dims,
     *,
     seed: int = 0,
-    watch: Callable[[str, MaskReport], None] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[SelectedSides | SelectedFlat, dict[str, MaskReport]]:
     """`fit_mask`, as many blocks at a time as memory holds.
 

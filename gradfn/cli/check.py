@@ -22,6 +22,7 @@ from gradfn.check import (
     noise,
 )
 from gradfn.cli import inputs
+from gradfn.cli import options as o
 from gradfn.cli.inputs import Options, Subject
 from gradfn.cli.show import clean, console, count, facts, progress_bar
 from gradfn.data import Corpus, Documents, Images, collate, make_documents
@@ -48,10 +49,8 @@ def run_check(**options: Any) -> None:
     """Load, then cover, compare, measure, advise; exit status 1 where the engine is not equal to autograd."""
     options = {**options, **FIXED}
     inputs.check_columns(options, str(options["task"]))
-    if options["dataset"] is None and str(options["task"]) != "causal_lm":
-        raise InputError(
-            f"random tokens are for causal-lm only: give --dataset with rows for {options['task']}"
-        )
+    if options["dataset"] is None:
+        _check_random(options)
     rows = None if options["dataset"] is None else load_rows(options["dataset"], options["split"])
     if rows is not None:
         rows = rows.select(range(min(ROWS, len(rows))))
@@ -81,6 +80,17 @@ def run_check(**options: Any) -> None:
     out.print(facts([("advice", verdict)]))
     if errors and errors[0].error > EQUAL and subject.precision not in ROUNDED:
         raise SystemExit(1)  # not rounding: the engine is wrong about this model
+
+
+def _check_random(options: Options) -> None:
+    """Refuse what random tokens cannot be: rows of another task, or what is read of a dataset."""
+    if str(options["task"]) != "causal_lm":
+        raise InputError(
+            f"random tokens are for causal-lm only: give --dataset with rows for {options['task']}"
+        )
+    for name, (_, default) in {**o.DATASET, **o.COLUMNS}.items():
+        if options[name] != default:
+            raise InputError(f"--{name.replace('_', '-')} is about a dataset: give one with --dataset")
 
 
 def _first(documents: Corpus) -> Corpus:

@@ -1,6 +1,7 @@
 """`gradfn mask fit`: which coordinates of gradients to keep."""
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -10,17 +11,20 @@ import gradfn
 from gradfn.cli import inputs
 from gradfn.cli import options as o
 from gradfn.cli.queries import load_all
-from gradfn.cli.show import clean, console, count, facts
+from gradfn.cli.show import clean, console, count, facts, progress_bar
 from gradfn.cli.stages import normalizer
 from gradfn.cli.tell import subject_facts
 from gradfn.errors import InputError
 from gradfn.masks import FEWEST, Mask, Reports, block_shapes, check_stores, mask_run, stored_mask
 from gradfn.runs import describe, merged, open_gradients
-from gradfn.selective import Dims, check_dims, selective_mask
+from gradfn.selective import Dims, Watch, check_dims, selective_mask
 from gradfn.sites import find_sites
 from gradfn.store import index_path
 from gradfn.transforms import chain
 from gradfn.transforms.projection import is_number, quoted
+
+SKETCH = 1024
+"""Numbers of the sjlt that is suggested behind a mask."""
 
 
 def dims_of(text: str) -> Dims:
@@ -33,7 +37,7 @@ def dims_of(text: str) -> Dims:
     (128, 64)
     """
     parts = text.split("x")
-    if len(parts) > 2 or not all(map(is_number, parts)):
+    if len(parts) > 2 or not all(is_number(part) and int(part) for part in parts):
         raise InputError(
             f"--keep {text!r}: give 128x128 for both sides of every block, or 4096 of each flattened"
         )
@@ -51,17 +55,18 @@ def run_mask_fit(**options: Any) -> None:
         )
     given = _of_model(options, dims) if options["store"] is None else _of_stores(options, dims)
     check_dims(list(given.shapes.values()), dims)
-    _, reports = mask_run(
-        options["run"], given.fit, blocks=len(given.shapes), settings=given.settings,
-        overwrite=options["overwrite"],
-    )  # fmt: skip
+    with progress_bar("mask", len(given.shapes), "blocks") as progress:
+        _, reports = mask_run(
+            options["run"], lambda: given.fit(lambda *_: progress(1)), blocks=len(given.shapes),
+            settings=given.settings, overwrite=options["overwrite"],
+        )  # fmt: skip
     out = console()
     out.print(_table(reports))
     kept = sum(one.kept for one in reports.values()) / len(reports)
     told = f"correlation {kept:.3f} kept on average over {count(len(reports), 'block')}"
-    then = f"selective:{quoted(options['run'])} > sjlt:1024"
+    more = f" > sjlt:{SKETCH}" if _kept(given, dims) > SKETCH else ""
     out.print(facts([("mask", f"{options['run']}/mask.h5 [{options['keep']}, {told}]"),
-                     ("next", f"--projection '{then}', say")]))  # fmt: skip
+                     ("next", f"--projection 'selective:{quoted(options['run'])}{more}', say")]))  # fmt: skip
 
 
 class _Given(NamedTuple):
@@ -69,7 +74,7 @@ class _Given(NamedTuple):
 
     shapes: Mapping[str, tuple[int, ...]]
     settings: dict[str, Any]
-    fit: Callable[[], tuple[Mask, Reports]]
+    fit: Callable[[Watch], tuple[Mask, Reports]]
 
 
 def _of_model(options: inputs.Options, dims: Dims) -> _Given:
@@ -88,11 +93,11 @@ def _of_model(options: inputs.Options, dims: Dims) -> _Given:
     before = chain() if state is None else normalizer(state, subject)
     console().print(facts(subject_facts(subject, train)))
 
-    def fit() -> tuple[Mask, Reports]:
+    def fit(watch: Watch) -> tuple[Mask, Reports]:
         with subject.multiplying():
             return selective_mask(
                 subject.model, train, query, dims, rows=options["rows"], seed=options["seed"], before=before,
-                query_loss=subject.query_loss, **subject.engine_options(),
+                query_loss=subject.query_loss, watch=watch, **subject.engine_options(),
             )  # fmt: skip
 
     how: dict[str, Any] = {"query": query.fingerprint(), "data": inputs.anchored(options["dataset"])}
@@ -121,10 +126,17 @@ def _of_stores(options: inputs.Options, dims: Dims) -> _Given:
     how = {**_settings(options), "query": asked}
     known = {**train.settings, "gradfn": gradfn.__version__, "mask": how}
 
-    def fit() -> tuple[Mask, Reports]:
-        return stored_mask(train, query, dims, rows=options["rows"], seed=options["seed"])
+    def fit(watch: Watch) -> tuple[Mask, Reports]:
+        return stored_mask(train, query, dims, rows=options["rows"], seed=options["seed"], watch=watch)
 
     return _Given(block_shapes(train), known, fit)
+
+
+def _kept(given: _Given, dims: Dims) -> int:
+    """Numbers that the mask leaves of the largest block."""
+    if isinstance(dims, int):
+        return min(dims, max(map(prod, given.shapes.values())))
+    return max(min(dims[0], out) * min(dims[1], into) for out, into in given.shapes.values())
 
 
 def _settings(options: inputs.Options) -> dict[str, Any]:

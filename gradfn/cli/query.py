@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gradfn.cli import inputs
+from gradfn.cli import options as o
 from gradfn.cli.inputs import Subject
 from gradfn.cli.queries import Queries, load_queries, query_documents, query_rows_of
 from gradfn.cli.rows import Ranked, stored_rows
@@ -108,6 +109,8 @@ def run_query(**options: Any) -> None:
     check_exports([options["csv"], options["jsonl"], options["parquet"]], options["overwrite"])
     dampings_of(options)
     query_rows = query_rows_of(options, options["split"])
+    if query_rows is None and options["split"] != o.QUERY_SPLIT["split"][1]:
+        raise InputError("--split is of a dataset in --query, and none is given: leave it out")
     with open_gradients(options["store"]) as store:
         settings = store.settings
         by = _stored_by(options["store"], settings, options["by"])

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ PLAIN_EVERY_S = 10.0
 QUIET_BELOW_S = 2.0
 RESUMED_WITHIN_S = 0.5
 NAME_WIDTH = 30
+EXCERPT_WIDTH = 20
 SHOWN_SHARES = 3
 EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "text")
 FURTHER = {"module": ("module", "share"), "head": ("module", "share"),
@@ -163,19 +164,26 @@ def ranking(rows: Sequence[Row], width: int) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis", max_width=NAME_WIDTH)
     table.add_column(no_wrap=True, overflow="ellipsis")
-    ids = [Text(clean(_name(row))) for row in rows]
-    # Rich would shrink all columns alike, and it is the excerpt that has room to spare.
-    excerpt = max(20, width - 32 - min(NAME_WIDTH, max((name.cell_len for name in ids), default=0)))
-    for row, name in zip(rows, ids, strict=True):
-        table.add_row(
-            Text(f"  {row['side']} {row['rank']}"), _signed(float(row["score"])),
-            name, _cut(clean(str(row["text"])), excerpt),
-        )  # fmt: skip
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    sides = [Text(f"  {row['side']} {row['rank']}") for row in rows]
+    scores, ids = [_signed(float(row["score"])) for row in rows], [clean(_name(row)) for row in rows]
+    # Rich would shrink all columns alike, down to no score at all; it is the texts that have room to spare.
+    name = min(NAME_WIDTH, _longest(map(Text, ids)))
+    excerpt = width - 32 - name
+    if excerpt < EXCERPT_WIDTH:
+        left = max(0, width - 6 - _longest(sides) - _longest(scores))
+        name = min(name, max(left - EXCERPT_WIDTH, min(left, EXCERPT_WIDTH // 2)))
+        excerpt = min(EXCERPT_WIDTH, left - name)
+    for row, side, score, which in zip(rows, sides, scores, ids, strict=True):
+        table.add_row(side, score, _cut(which, name), _cut(clean(str(row["text"])), excerpt))
         for block, share in row.get("shares", ())[:SHOWN_SHARES]:
             table.add_row("", _signed(share), "", _cut(clean(block), excerpt))
     return table
+
+
+def _longest(texts: Iterable[Text]) -> int:
+    return max((text.cell_len for text in texts), default=0)
 
 
 def _name(row: Row) -> str:
@@ -189,7 +197,7 @@ def _signed(value: float) -> Text:
 
 def _cut(text: str, cells: int) -> Text:
     """Text of a width in terminal cells, of which a Chinese letter takes two."""
-    cut = Text(text)
+    cut = Text(text if cells else "")
     cut.truncate(cells, overflow="ellipsis")
     return cut
 

@@ -97,7 +97,7 @@ def _stage(text: str, seed: int, loaders: Loaders) -> Transform:
     if word in SHORT:
         return _short(text, word, rest, seed)
     if word not in get_args(Kind):
-        known = ", ".join((*get_args(Kind), *SHORT, "joint", *loaders))
+        known = ", ".join((*get_args(Kind), *SHORT, "joint", *loaders, "none"))
         raise InputError(f"no projection {word!r} in {text!r}: choose {known}")
     dims, nonzeros = _numbers(text, rest)
     make: Any = compress if isinstance(dims, int) else project

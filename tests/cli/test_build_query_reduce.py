@@ -121,6 +121,15 @@ def test_query_takes_a_split_of_its_dataset(ok, store, queries):
     assert [line.split()[1] for line in out.splitlines() if line.startswith("query ")] == ["q-peru"]
 
 
+@pytest.mark.parametrize("asked", ["--query-path", "--query"])
+def test_a_split_of_no_dataset_is_refused(command, store, asked):
+    result = command(
+        "query", store, asked, store if asked == "--query-path" else "The capital", "--split", "a[:1]"
+    )
+    assert (result.status, result.out) == (2, "")
+    assert "--split is of a dataset in --query, and none is given" in result.err
+
+
 def test_query_takes_the_precision_of_the_store(ok, command, model, corpus, tmp_path):
     ok("build", tmp_path / "run", "--model", model, "--dataset", corpus, "--precision", "bf16")
     assert "proponent 1" in ok("query", tmp_path / "run", *ASK)

@@ -151,6 +151,9 @@ def test_tf32_is_compared_with_fp32_and_its_rounding_is_told(ok, model, bf16_uni
         (["--task", "classification"], "give --label-column"),
         (["--task", "seq2seq_lm"], "random tokens are for causal-lm only: give --dataset"),
         (["--device", "nonsense"], "try --device cpu"),
+        (["--split", "train[:3]"], "--split is about a dataset: give one with --dataset"),
+        (["--text-column", "body"], "--text-column is about a dataset"),
+        (["--truncation"], "--truncation is about a dataset"),
     ],
 )
 def test_bad_input_is_one_sentence(command, model, arguments, words):

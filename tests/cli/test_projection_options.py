@@ -107,6 +107,7 @@ def mask(base, queries, command, tmp_path_factory):
     made = command("mask", "fit", run, *base, "--query", queries, "--keep", "6x6", "--rows", 10)
     assert made.status == 0, made.err
     assert "correlation" in made.out
+    assert "sjlt" not in made.out  # which of 6 x 6 numbers would be refused
     return run
 
 
@@ -138,6 +139,15 @@ def test_the_same_mask_elsewhere_will_do(mask, base, queries, command, tmp_path)
     there = ("--projection", f"selective:{tmp_path / 'copy'} > sjlt:16", "--query-path", tmp_path / "q")
     result = command("score", *base, *there)
     assert result.status == 0, result.err
+
+
+@pytest.mark.parametrize(("sketch", "more"), [(35, " > sjlt:35"), (36, "")])
+def test_an_sjlt_is_suggested_where_it_makes_something_smaller(
+    mask, base, queries, ok, monkeypatch, sketch, more
+):
+    monkeypatch.setattr("gradfn.cli.mask.SKETCH", sketch)
+    out = ok("mask", "fit", mask, *base, "--query", queries, "--keep", "6x6", "--rows", 10)
+    assert f"'selective:{mask}{more}', say" in out.replace("\n", "")
 
 
 def test_a_mask_that_is_there_is_not_fitted_again(mask, base, queries, command, monkeypatch):
@@ -208,7 +218,7 @@ def test_info_shows_a_mask(mask, command):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (("--projection", "magic:4"), "no projection 'magic' in 'magic:4': choose rademacher"),
+    (("--projection", "magic:4"), "no projection 'magic' in 'magic:4': choose rademacher.* none"),
     (("--projection", "sjlt:4xx4"), "is no projection: give sjlt:64x64 for both sides"),
     (("--projection", "sjlt:"), "is no projection: give sjlt:64x64 for both sides"),
     (("--projection", "grass:4x4"), "is no projection: give grass:4096 for the flattened block"),
@@ -259,7 +269,8 @@ def test_what_was_fitted_on_another_model_is_refused(mask, base, model, corpus, 
 
 @pytest.mark.parametrize(("options", "words"), [
     (("--keep", "4by4"), "--keep '4by4': give 128x128"),
-    (("--keep", "0"), "give 1 or more"),
+    (("--keep", "0"), "--keep '0': give 128x128"),
+    (("--keep", "0x4"), "--keep '0x4': give 128x128"),
     (("--keep", "9" * 5000), "give 128x128 for both sides"),
     (("--keep", "9999x9999"), "leaves nothing out"),
     (("--rows", "2"), "--rows must be 3 or more, not 2"),

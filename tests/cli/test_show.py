@@ -70,6 +70,17 @@ def test_ranking_is_one_line_a_row_that_uses_the_width(name, text):
     assert lines[1].split()[:3] == ["opponent", "2", "-2e-10"]
 
 
+@pytest.mark.parametrize("width", [36, 40, 50, 60, 70, 80])
+@pytest.mark.parametrize("name", ["a", "i" * 500, "名" * 80])
+def test_in_a_narrow_terminal_names_and_texts_make_room_for_scores(width, name):
+    rows = [row(id=name, text="t " * 500), row(-2.345e-10, side="opponent", rank=2, id="other")]
+    lines = printed(ranking(rows, width), width).splitlines()
+    assert len(lines) == 2
+    assert lines[0].split()[:3] == ["proponent", "1", "+1.5"]
+    assert lines[1].split()[:3] == ["opponent", "2", "-2.345e-10"]
+    assert lines[0].split()[3][0] == name[0]
+
+
 def test_proponents_are_green_and_opponents_red():
     seen = printed(ranking([row(), row(-1.5)], 100), terminal=True)
     assert "\x1b[32m+1.5" in seen
