@@ -15,11 +15,13 @@ def main() -> None:
     atexit.register(gc.freeze)  # looking for cycles among all that torch imports takes a second at the end
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not arguments or arguments in [[group.name] for group in app.registered_groups]:
+        arguments.append("--help")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
     try:
-        status = app(arguments or ["--help"], prog_name="gradfn", standalone_mode=False)
+        status = app(arguments, prog_name="gradfn", standalone_mode=False)
     except Exception as error:
         if debug:
             raise

@@ -155,7 +155,7 @@ def merge(run: o.Merged, **options: Any) -> None:
     run_merge(run, **options)
 
 
-_mask = typer.Typer(help="Selective masks of gradients.", no_args_is_help=True)
+_mask = typer.Typer(help="Selective masks of gradients.", rich_markup_mode=None)
 app.add_typer(_mask, name="mask")
 
 
@@ -172,11 +172,8 @@ def mask_fit(run: o.Run, **options: Any) -> None:
     run_mask_fit(run=run, **options)
 
 
-evaluate = typer.Typer(
-    name="evaluate", rich_markup_mode=None,
-    help="Tell what scores are worth.",
-)  # fmt: skip
-app.add_typer(evaluate)
+evaluate = typer.Typer(help="Tell what scores are worth.", rich_markup_mode=None)
+app.add_typer(evaluate, name="evaluate")
 
 
 @evaluate.command()

@@ -48,8 +48,12 @@ def test_the_console_script_and_the_front_door_are_main():
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{gradfn.__version__}\n", "")
 
 
-def test_no_command_shows_the_help(ok):
-    assert ok() == ok("--help") == ok("-h")
+@pytest.mark.parametrize("group", [[], ["mask"], ["evaluate"]], ids=str)
+def test_no_command_shows_the_help(ok, group):
+    assert ok(*group) == ok(*group, "--help") == ok(*group, "-h")
+
+
+def test_the_help_names_all_commands(ok):
     assert all(f"  {name} " in ok() for name in COMMANDS)
 
 
