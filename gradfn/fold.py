@@ -312,7 +312,7 @@ def _stages_by_row(transform: Transform) -> tuple[Transform, ...]:
 def _summed_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """The shape of a row of every block that is summed."""
     blocks = {
-        name: torch.empty(0, *plan.dense, dtype=plan.dtype, device=plan.device)
+        name: torch.empty(0, *plan.summed, dtype=plan.dtype, device=plan.device)
         for name, plan in engine.lowered().plans.items()
     }
     summed = chain(*_stages_by_row(engine.transform))(blocks)

@@ -56,6 +56,7 @@ class BlockPlan:
         behind: functions of the dense block that must wait until all uses of the weight are summed.
         dense: the block's shape behind the Krons, before `inside`.
         shape: what the backward delivers for one row.
+        summed: the shape of what is summed over rows, where the chain ends in a sum; else of its end.
         share: the share of a final dot product, where that is all that runs inside: it may be had from the
             factors, without the dense block.
         total: whether the backward sums over the rows and delivers one.
@@ -68,6 +69,7 @@ class BlockPlan:
     behind: tuple[BlockFn, ...]
     dense: tuple[int, ...]
     shape: tuple[int, ...]
+    summed: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     share: Share | None = None
@@ -218,7 +220,7 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: li
     kron, inside, behind, is_linear = Kron(), [], [], True
     # An empty batch tells every stage's output shape without any work.
     G = torch.empty(0, *spec.shape, dtype=spec.dtype, device=spec.device)
-    dense = shape = spec.shape
+    before, dense, shape = G.shape, spec.shape, spec.shape
     for number, stage in enumerate(stages):
         function, linear = _bind(stage, spec.name, G)
         before, G = G.shape, function(G)
@@ -233,12 +235,13 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: li
             inside.append(function)
         shape = tuple(G.shape[1:])
     last, share = stages[-1] if stages else None, None
+    summed = before if isinstance(last, _Total) else G.shape
     if isinstance(last, _Partial) and len(inside) == 1 and not behind and last.dot.weights is None:
         share = _share(last.dot, spec, dense)
     total = isinstance(last, _Total) and not behind
     return BlockPlan(
-        kron, tuple(inside), tuple(behind), dense, shape, spec.dtype, spec.device, share, total,
-        merged=total and is_linear,
+        kron, tuple(inside), tuple(behind), dense, shape, tuple(summed[1:]), spec.dtype, spec.device, share,
+        total, merged=total and is_linear,
     )  # fmt: skip
 
 
@@ -264,7 +267,9 @@ def _factor_plan(
         kron, acts[number] = one @ kron, acts[number] or (out, into) != before
     x, g = (torch.empty(0, 1, size, device=spec.device, dtype=spec.dtype) for size in (into, out))
     size = tuple(last.of(x, g, x[..., 0]).shape)
-    return BlockPlan(kron, (), (), (out, into), size, spec.dtype, spec.device, total=True, of_factors=last)
+    return BlockPlan(
+        kron, (), (), (out, into), size, (out, into), spec.dtype, spec.device, total=True, of_factors=last
+    )
 
 
 def _bind(stage: Transform, name: str, G: Tensor) -> tuple[BlockFn, bool]:

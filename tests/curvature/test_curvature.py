@@ -12,7 +12,7 @@ from gradfn.curvature.curvature import Curvature, dense_spectrum, product_spectr
 from gradfn.losses import causal_lm_loss
 from gradfn.sites import blocks_of, find_sites
 from gradfn.spectrum import Damping
-from gradfn.transforms import adam
+from gradfn.transforms import adam, unit_normalize
 from gradfn.transforms.precondition import precondition
 
 FOLDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "tkfac": tkfac}
@@ -365,3 +365,16 @@ def test_coordinates_without_anything_are_their_own_eigenvectors(live):
     spectrum = dense_spectrum(matrix)
     torch.testing.assert_close(spectrum.dense(), matrix)
     torch.testing.assert_close(spectrum.right.T @ spectrum.right, torch.eye(5).double())
+
+
+@pytest.mark.parametrize("last", [project((2, 3)), project(2, "sjlt"), chain(project(2), unit_normalize())])
+@pytest.mark.parametrize("make", [second_moment, shampoo])
+def test_sums_of_what_a_stage_behind_an_elementwise_one_makes_narrower(make, last):
+    net, data, loss = net_and_data()
+    moments = {n: torch.rand(G.shape[1:]).double() + 1 for n, G in collect(net, data, loss=loss).items()}
+    before, fold = chain(adam(moments), last), make()
+    rows = collect(net, data, before, loss=loss)
+    want = fold.finalize(fold.update(fold.init(), rows))
+    got = fit(fold, net, data, before, loss=loss, token_batch_size=2)
+    for name, one in want.items():
+        torch.testing.assert_close(got[name].dense(), one.dense(), rtol=1e-6, atol=1e-9)
