@@ -1,18 +1,26 @@
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from gradfn.curvature import ekfac
 from gradfn.data import collate
 from gradfn.errors import InputError
+from gradfn.fold import fit
+from gradfn.layers import Linear
 from gradfn.losses import CausalLMLoss
 from gradfn.per_example import params_of, per_example_grads
 from gradfn.probes import probe_engine
 from gradfn.sites import View, blocks_of, find_sites
+from gradfn.spectrum import Damping
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
 from gradfn.testing.strategies import VOCAB, randomize, squared_error
-from gradfn.transforms import adafactor, adam, chain, dot, project, unit_normalize
+from gradfn.transforms import Compress, adafactor, adam, chain, dot, project, unit_normalize
+from gradfn.transforms.precondition import precondition
+from gradfn.transforms.summed import Summed
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -245,3 +253,30 @@ def test_fused_loss_needs_no_gradient_of_the_parameters():
     model = llama()
     probe_engine(model, CausalLMLoss(model, fused_head=True))(collate(TOKENS))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("end", ["rows", "sum"])
+def test_dense_blocks_of_rows_are_made_a_few_at_a_time(rotated, end, monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    batch, loss, made = collate(rows_of(7, 6, 4)), Batched(net), []
+    H = fit(ekfac(), net, rows_of(9, 6, 4), loss=loss)
+    first = precondition(H, -1.0, Damping(0.1)) if rotated else Compress(5)
+    last = [Summed(lambda name, G: G.square().sum(0))] if end == "sum" else []
+    whole = probe_engine(net, loss, chain(first, *last))(batch).values
+    contract = Linear.contract
+
+    def noting(layer, kept, g, kron, tokens):
+        made.append(len(g))
+        return contract(layer, kept, g, kron, tokens)
+
+    monkeypatch.setattr(import_module("gradfn.transforms.lower"), "DENSE_ELEMENTS", 5 * 5 * 3)
+    engine = probe_engine(net, loss, chain(first, *last))
+    engine.look(batch)
+    monkeypatch.setattr(Linear, "contract", noting)
+    parts = engine(batch).values
+    assert sum(made) == 2 * 7
+    assert 1 < max(made) < 7
+    for name, G in whole.items():
+        assert_blocks_close(parts[name], G, 1e-12)
