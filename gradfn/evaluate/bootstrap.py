@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradfn.errors import InputError
 from gradfn.evaluate.correlation import DTYPE, Correlation, correlation, resampled_correlation
 
 DRAWS = 1000
@@ -39,10 +40,15 @@ def mean_estimate(values: Float[Tensor, " queries"], *, draws: int = DRAWS, seed
         draws: how many draws.
         seed: of the draws.
 
+    Raises:
+        InputError: no queries.
+
     >>> mean_estimate(torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]))
     Estimate(value=0.6, low=0.2, high=1.0)
     """
     values = values.double()
+    if not len(values):
+        raise InputError("there are no queries, so no mean over them: give one or more")
     if len(values) == 1:
         return Estimate(float(values), nan, nan)
     counts = counts_of_draws(len(values), draws, torch.Generator().manual_seed(seed)).double()

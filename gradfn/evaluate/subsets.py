@@ -37,7 +37,9 @@ def random_subsets(
     tensor([5, 5, 5])
     """
     if count < FEWEST:
-        raise InputError(f"a rank correlation needs at least {FEWEST} subsets, not {count}: ask for more")
+        raise InputError(
+            f"correlations and spreads need at least {FEWEST} subsets, not {count}: ask for more"
+        )
     if leave_out is None:
         check_fraction(fraction)
     kept = round(fraction * rows) if leave_out is None else rows - leave_out

@@ -134,7 +134,7 @@ def plot_runs(
         The path.
 
     Raises:
-        InputError: see `check_plot`; a run whose numbers are not finite.
+        InputError: see `check_plot`; a run whose numbers are not finite; dampings of no run.
 
     >>> import tempfile
     >>> runs = {"ekfac": Estimate(0.40, 0.36, 0.44), "grad_dot": Estimate(0.23, 0.19, 0.27)}
@@ -144,6 +144,8 @@ def plot_runs(
     for name, one in runs.items():
         if not all(map(isfinite, one)):
             raise InputError(f"{name} has a number that is not finite, {one}: leave it out")
+    if unknown := sorted({*(dampings or {})} - {*runs}):
+        raise InputError(f"there are dampings of {unknown[0]}, which is no run here: leave them out")
     panels = 2 if dampings else 1
     height = max(1.7, 1.05 + 0.36 * len(runs)) if panels == 1 else max(3.2, 1.05 + 0.36 * len(runs))
     with _figure(path, panels, (6.4 if panels == 1 else 10.4, height)) as axes:

@@ -3,6 +3,7 @@ from math import isnan
 import pytest
 import torch
 
+from gradfn.errors import InputError
 from gradfn.evaluate.bootstrap import correlation_estimate, counts_of_draws, grid_estimate, mean_estimate
 from gradfn.evaluate.correlation import correlation
 
@@ -30,6 +31,8 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
 
 
 def test_a_single_query_has_no_interval():
+    with pytest.raises(InputError, match="there are no queries"):
+        mean_estimate(torch.tensor([]))
     one = mean_estimate(torch.tensor([0.25]))
     assert (one.value, isnan(one.low), isnan(one.high)) == (0.25, True, True)
 
