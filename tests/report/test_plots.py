@@ -137,7 +137,9 @@ def test_what_cannot_be_plotted_is_refused_before_any_work(tmp_path, monkeypatch
     for wrong in ((math.nan, 0.1), (math.inf, 0.1), (2, math.nan), (2, -math.inf)):
         with pytest.raises(InputError, match=r"^Point\(name='one'.* has a number that is not finite"):
             plot_lds([Point("one", *wrong, 0.0, 0.2)], tmp_path / "lds.png")
-    with pytest.raises(InputError, match="^there are dampings of two, which is no run here: leave them out$"):
+    with pytest.raises(
+        InputError, match=r"^there are dampings of two, which is no run here: leave them out$"
+    ):
         plot_runs({"one": Estimate(0.1, 0.0, 0.2)}, tmp_path / "lds.png", dampings={"two": {}})
     with pytest.raises(
         InputError, match=r"^one has a number that is not finite, Estimate\(.*: leave it out$"
