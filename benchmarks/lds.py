@@ -217,7 +217,7 @@ CASES = {
     ),
     "mnist-mlp": Case(
         lambda: mlp(784, 128, 64, 10), mnist, 500, Training(20, 64, 0.05, "sgd", momentum=0.9), 50, 4,
-        (512, 2048, 4096, 8192), scored=200, slow=("gaussian", "rademacher", "fjlt"),
+        (512, 2048, 4096), scored=200, slow=("gaussian", "rademacher", "fjlt"),
     ),
     "fashion-resnet": Case(resnet, fashion, 60, Training(12, 50, 3e-3, "adam"), 50, 6, (256, 1024)),
     "verses-gpt": Case(
