@@ -273,7 +273,7 @@ class ModelLoss(_Weighted):
         return self.model(**self._inputs(batch)).logits
 
     def positions(self, batch: Batch, path: str) -> Tensor | None:
-        """The positions whose statistics count: supervised ones of a decoder, all but padding elsewhere.
+        """The positions whose statistics count: those that predict a token, else all but padding.
 
         Keys and values of cross-attention are made of the encoder's positions.
         """

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import language_model
@@ -130,6 +132,25 @@ def test_an_unknown_fused_layout_is_refused():
     model.config.model_type = "unheard_of"
     with pytest.raises(InputError, match="is not known: declare it"):
         heads_of(model, "layers.0.attention.query_key_value")
+
+
+class Part(nn.Module):
+    """A module with a config, and perhaps one more of them inside it."""
+
+    def __init__(self, inner=None, **config):
+        super().__init__()
+        self.config, self.inner = SimpleNamespace(**config), inner
+
+
+@pytest.mark.parametrize(("model", "path", "expected"), [
+    (Part(Part(num_heads=3), num_attention_heads=2), "inner.q_proj", Heads("rows", "(h d)", h=3)),
+    (Part(num_attention_heads=2, decoder_attention_heads=4), "model.decoder.0.q_proj",
+     Heads("rows", "(h d)", h=4)),
+    (Part(model_type="phi3", num_attention_heads=4, num_key_value_heads=2, hidden_size=8, head_dim=3),
+     "0.qkv_proj", Heads("rows", "(h1 d) + (h2 d) + (h3 d)", h1=4, h2=2, h3=2, d=3)),
+])  # fmt: skip
+def test_the_number_of_heads_is_that_of_the_innermost_config_and_its_own_part(model, path, expected):
+    assert heads_of(model, path) == expected
 
 
 def test_a_model_of_several_parts_has_the_heads_of_each():

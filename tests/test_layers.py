@@ -4,6 +4,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradfn.errors import InputError
+from gradfn.kron import Kron
+from gradfn.layers import Experts, Linear, Where
 from gradfn.sites import View, blocks_of, find_sites, output_head, uncovered
 
 
@@ -129,3 +131,21 @@ def test_uncovered_names_every_parameter_without_a_block():
     assert uncovered(nn.Linear(2, 2), find_sites(nn.Linear(2, 2))) != {}
     net = nn.Linear(2, 2)
     assert uncovered(net, find_sites(net)) == {}
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e15])
+def test_norms_from_factors_are_right_where_products_of_four_leave_float32(size):
+    x, g = (torch.randn(2, 3, n, generator=torch.Generator().manual_seed(n)) * size for n in (4, 5))
+    got = Linear(5, 4, False).score(x, g, Kron(), torch.zeros(1, 5, 4), True, False)[:, -1]
+    torch.testing.assert_close(
+        got, (g.double().mT @ x.double()).flatten(1).norm(dim=1).float(), atol=0, rtol=1e-4
+    )
+
+
+def test_diagonals_scale_the_rows_of_each_expert_and_the_bias():
+    layer, where = Experts(6, 4, True, 2), Where(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0]), 2)
+    x, g = (torch.randn(4, n, generator=torch.Generator().manual_seed(n)) for n in (4, 3))
+    left, right = torch.arange(1.0, 7.0), torch.arange(1.0, 6.0)
+    plain, scaled = (layer.contract_ragged(x, g, kron, where) for kron in (Kron(), Kron(left, right)))
+    assert plain.shape == (2, 6, 5)
+    torch.testing.assert_close(scaled, left[:, None] * plain * right)

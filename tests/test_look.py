@@ -279,6 +279,28 @@ def test_experts_that_are_modules_of_their_own(rows):
         assert_blocks_close(one(collate(rows)).values, naive_blocks(NextToken(model), model, rows))
 
 
+class Interleaved(nn.Module):
+    """Sees the sum of a short sequence, and of a long one every place, the examples' side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+
+    def forward(self, x):
+        if x.shape[1] < 3:
+            return self.inner(x.sum(1))
+        return self.inner(x.movedim(1, 0).flatten(0, 1)).unflatten(0, (x.shape[1], -1)).sum(0)
+
+
+def test_calls_of_a_kind_that_was_not_looked_at_are_not_believed():
+    model, generator = Interleaved().double(), torch.Generator().manual_seed(0)
+    short, long = (torch.randn(2, n, 3, generator=generator, dtype=torch.float64) for n in (2, 4))
+    loss = Batched(model)
+    engine = probe_engine(model, loss)
+    for x in (short, long):
+        assert_blocks_close(engine({"x": x}).values, naive_blocks(loss, model, [{"x": row} for row in x]))
+
+
 @pytest.mark.parametrize("lengths", [((4, 6), (8, 2)), ((3, 4), (8, 4)), ((4, 4), (4, 4)), ((2, 4), (8, 8))])
 def test_biases_of_distances_are_of_all_examples(lengths):
     config = T5Config(

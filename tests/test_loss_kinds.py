@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tiny import language_model
 from torch import nn
 from torch.func import functional_call
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from gradfn.data import collate
 from gradfn.errors import InputError
@@ -15,6 +16,7 @@ from gradfn.per_example import params_of
 from gradfn.scoring import dots, score
 from gradfn.stream import collect
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
+from gradfn.testing.strategies import randomize
 
 MODEL, REFERENCE = language_model("llama"), language_model("gpt2")
 ROWS = [
@@ -161,3 +163,18 @@ def test_log_odds_of_the_certain_and_the_impossible_are_finite_in_float32():
 def test_losses_that_cannot_be_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_a_decoder_that_classifies_finds_the_end_of_a_padded_text():
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, num_labels=3, pad_token_id=7,
+    )  # fmt: skip
+    model = randomize(LlamaForSequenceClassification(config), 0).double()
+    rows = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(label)}
+        for label, ids in enumerate(map(torch.tensor, ([1, 2, 3, 4, 5], [6, 3], [9, 8, 1])))
+    ]
+    loss = model_loss(model, "classification")
+    together, alone = (collect(model, rows, loss=loss, token_batch_size=budget) for budget in (15, 1))
+    assert_blocks_close(together, alone)

@@ -369,8 +369,8 @@ def _check_reference(
         load_tokenizer(path, vocabulary=head.weight.shape[0]).get_vocab() != tokenizer.get_vocab()
     ):
         raise InputError(
-            f"the reference {path} has another vocabulary than the model, and kl compares token by token: "
-            "give one with the same tokenizer"
+            f"the reference {path} has another vocabulary than the model, or no tokenizer, and kl compares "
+            "token by token: give one with the same tokenizer beside it"
         )
     known = (recorded or {}).get("fingerprint")
     if known is not None and known != model_fingerprint(reference):

@@ -457,10 +457,12 @@ def test_references_labels_and_models_that_do_not_fit(command, model, corpus, la
     unpadded.config.pad_token_id = None
     save(tmp_path / "unpadded", unpadded, make_tokenizer())
     other = save(tmp_path / "other", make_model(), make_tokenizer(words=["zebra zebra"] * 9))
+    make_model().save_pretrained(bare := tmp_path / "bare")
     labels = ("--dataset", labelled, "--task", "classification", "--label-column")
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "a b", "kind": "far"}, {"text": "a", "kind": "wide"}])
     for arguments, words in (
         (("--model", model, "--dataset", corpus, "--loss", "kl", "--reference", other), "another vocabulary"),
+        (("--model", model, "--dataset", corpus, "--loss", "kl", "--reference", bare), "or no tokenizer"),
         (("--model", model, *labels, "kind"), "lacks weights of LlamaForSequenceClassification"),
         (("--model", tmp_path / "unpadded", *labels, "kind"), "has no padding token, by which a classifier"),
         (("--model", tmp_path / "three", *labels, "none"), "no column 'none' in the dataset"),

@@ -11,10 +11,11 @@ from gradfn.curvature import ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.fold import mean, total
 from gradfn.losses import causal_lm_loss, model_loss
 from gradfn.methods.datainf import DataInf
-from gradfn.spectrum import Damping, eigh
+from gradfn.spectrum import Damping, Spectrum, eigh
 from gradfn.testing import assert_blocks_close, naive_blocks
 from gradfn.transforms import precondition, unit_normalize
 from gradfn.transforms.joint import joint
+from gradfn.transforms.precondition import digest_of
 
 FOLDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "tkfac": tkfac}
 
@@ -95,6 +96,24 @@ def test_one_curvature_of_all_blocks(fold, after):
     plain = before(naive_blocks(squares(net), net, data))
     want = fold.finalize(fold.update(fold.init(), plain))
     assert_blocks_close(dense(H), dense(want), 1e-6)
+
+
+def test_curvatures_that_differ_in_their_eigenvalues_alone_are_two():
+    one, other = (
+        {"a": Spectrum(torch.eye(2), torch.eye(3), torch.full((2, 3), value).double())} for value in (1, 2)
+    )
+    assert digest_of(one) != digest_of(other)
+
+
+def test_what_is_truncated_is_measured_in_means():
+    one = Spectrum(None, torch.eye(2), torch.tensor([[10.0, 1.0]]).double())
+    assert one.power(-1.0, Damping(0.5, "truncated")).tolist() == [[0.1, 0.0]]
+
+
+def test_a_dense_curvature_of_another_size_is_refused():
+    H = {"a": Spectrum(None, torch.eye(6), torch.ones(1, 6).double())}
+    with pytest.raises(InputError, match="is for 6 numbers, its gradient has 2 x 4"):
+        precondition(H)({"a": torch.ones(1, 2, 4)})
 
 
 def test_sums_of_other_layers_do_not_add_up():

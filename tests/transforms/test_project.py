@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
-from gradfn.maps import DENSE, Sketch, random_map, random_matrix
+from gradfn.maps import DENSE, Select, Sketch, random_map, random_matrix
 from gradfn.testing import assert_blocks_close
 from gradfn.transforms import compress, project
 
@@ -21,6 +21,17 @@ def test_a_side_that_is_small_already_is_left_as_it_is():
     R = random_matrix(7, "mlp", "right", (4, 5))
     assert_blocks_close(project(4, seed=7)({"mlp": G})["mlp"], G @ R.T, 1e-12)
     assert torch.equal(project(5)({"mlp": G})["mlp"], G)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_parts_of_a_large_matrix_are_drawn_apart(kind, monkeypatch):
+    monkeypatch.setattr("gradfn.maps.DRAW_ELEMENTS", 2 * 64)
+    assert len(random_matrix(0, "a", "left", (6, 64), kind).unique(dim=0)) == 6
+
+
+def test_a_mask_scales_the_bias_like_other_coordinates():
+    mask = Select(torch.tensor([2, 0]), 3, 10.0)
+    assert mask.with_one(torch.tensor([[3.0, 4.0]])).tolist() == [[10.0, 30.0]]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (13, 5)])
