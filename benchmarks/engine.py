@@ -217,10 +217,11 @@ def loss_of(model, data):
 def run_ours(folder: Path, p: int) -> dict:
     """Collect the rows; at full dimension, their mean."""
     import gradfn as gf
+    from gradfn.precision import multiplying
 
     model, data, budget = load(folder)
     options = {"loss": loss_of(model, data), "token_batch_size": budget}
-    with watched() as report:
+    with multiplying(os.environ["PRODUCTS"], model.device), watched() as report:
         if p:
             blocks = gf.collect(model, data, gf.project(p, seed=0), **options)
         else:
@@ -597,6 +598,10 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[16], help="projection dimensions")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
     parser.add_argument("--bergson-python", metavar="PATH", help="interpreter of an environment with bergson")
+    parser.add_argument(
+        "--products", choices=["ieee", "tf32", "bf16"], default="ieee",
+        help="what `ours` may round factors to, see gradfn.precision; elsewhere float32 is float32",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="threads of every side")
     parser.add_argument("--tokens", type=int, default=75_000, help="about how many tokens of documents")
     parser.add_argument(
@@ -604,7 +609,7 @@ def main() -> None:
     )
     parser.add_argument("--start-up", action="store_true", help="measure help and import too")
     options = parser.parse_args()
-    os.environ["BATCH_TOKENS"] = str(options.batch_tokens)
+    os.environ["BATCH_TOKENS"], os.environ["PRODUCTS"] = str(options.batch_tokens), options.products
 
     peer, peer_versions = find_peer(options.bergson_python)
     ours = find_ours()
