@@ -18,7 +18,10 @@ UNITS: dict[str, dict[str, Products]] = {
     "cuda": {"tf32": "tf32"},
     "cpu": {"amx_fp16": "tf32", "amx_bf16": "bf16", "avx512_bf16": "bf16"},
 }
-"""What a device must have, best first, and what float32 factors are rounded to there."""
+"""What a device must have, best first, and what float32 factors may be rounded to there, at the coarsest.
+
+With AVX512-BF16 alone, the oneDNN of torch 2.13 multiplies in float32 all the same, in kernels of its own.
+"""
 
 
 def features_of(device: torch.device) -> frozenset[str]:
