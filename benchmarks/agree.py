@@ -441,8 +441,8 @@ class Fitted:
 
 def fitted(model: Any, data: Any, loss: Any) -> Fitted:
     import gradfn as gf
-    from gradfn.curvature.kfac import kfac_factors
-    from gradfn.fold import sums_of
+    from gradfn.statistics.fold import sums_of
+    from gradfn.statistics.kfac import kfac_factors
 
     fold = gf.kfac()
     sums, _ = sums_of(fold, gf.probe_engine(model, loss, gf.chain(fold.stage())), data)
@@ -513,7 +513,7 @@ def _without_bias(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adafactor(ours: Ours) -> Any:
-    """`gf.adafactor` of the row and column means in the saved state; any mean will do for the bias column."""
+    """`gf.transforms.adafactor` of the saved row and column means; any mean will do for the bias column."""
     import torch
 
     import gradfn as gf
@@ -521,10 +521,10 @@ def _adafactor(ours: Ours) -> Any:
     state = torch.load(ours.folder / "adafactor.pt", weights_only=True)["state"]
     numbers = {name: number for number, (name, _) in enumerate(ours.model.named_parameters())}
     means = {}
-    for site in gf.find_sites(ours.model):
+    for site in gf.model.find_sites(ours.model):
         one = state[numbers[site.names[0]]]
         means[site.block] = one["exp_avg_sq_row"], torch.cat([one["exp_avg_sq_col"], torch.ones(1)])
-    return gf.adafactor(means)
+    return gf.transforms.adafactor(means)
 
 
 def compare_factors(ours: Ours, theirs: Mapping[str, Any]) -> list[Line]:
@@ -584,7 +584,7 @@ class AsBergson:
 
 def given(left: Mapping[str, Any], right: Mapping[str, Any]) -> Any:
     """A projection by the matrices of somebody else."""
-    from gradfn.kron import Kron
+    from gradfn.linalg.kron import Kron
     from gradfn.transforms import Kronecker
 
     class Given(Kronecker):
@@ -615,7 +615,7 @@ def compare_projected(ours: Ours, theirs: Mapping[str, Any]) -> list[Line]:
     H_query = gf.fit(gf.second_moment(), ours.model, ours.queries, **options)
     dense = ours.short({name: one.dense() for name, one in H.items()})
     values = ours.short({name: one.values for name, one in H.items()})
-    mixed = gf.mix(H_query, H, gf.mixing_coefficient(H_query, H, 20))
+    mixed = gf.mix(H_query, H, gf.statistics.mixing_coefficient(H_query, H, 20))
     method = gf.trackstar(mixed, stage)
     scores = gf.score(ours.model, ours.documents, ours.queries, method=method, loss=ours.loss)
     float32 = "bergson's sums are float32"
@@ -647,11 +647,11 @@ def compare_mixing(theirs: Mapping[str, Any]) -> list[Line]:
     import torch
 
     import gradfn as gf
-    from gradfn.spectrum import Spectrum
+    from gradfn.linalg.spectrum import Spectrum
 
     def curvature(values: Mapping[str, list[float]]) -> Any:
         spectra = {n: Spectrum(None, torch.eye(len(v)), _tensor(v)[None]) for n, v in values.items()}
-        return gf.Curvature("second_moment", spectra, 1)
+        return gf.statistics.Curvature("second_moment", spectra, 1)
 
     reasons = {
         "in neither": "undefined (0/0): bergson takes 0.99, we 0.5",
@@ -661,7 +661,7 @@ def compare_mixing(theirs: Mapping[str, Any]) -> list[Line]:
     lines = []
     for name, (query, train, components) in MIXING.items():
         try:
-            ours = gf.mixing_coefficient(curvature(query), curvature(train), components)
+            ours = gf.statistics.mixing_coefficient(curvature(query), curvature(train), components)
         except gf.InputError:
             ours = float("nan")
         difference, reason = relative(ours, theirs[f"mixing/{name}"]), reasons.get(name, "")

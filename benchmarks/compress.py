@@ -36,10 +36,10 @@ from torch.func import functional_call
 
 import gradfn as gf
 from gradfn.evaluate.subsets import random_subsets
-from gradfn.kron import apply_side
-from gradfn.layers import Linear
-from gradfn.maps import random_map
-from gradfn.training import Training, train
+from gradfn.linalg.kron import apply_side
+from gradfn.linalg.maps import random_map
+from gradfn.model.layers import Linear
+from gradfn.train.training import Training, train
 from gradfn.transforms import compress, lower, project
 from gradfn.types import BlockSpec
 

@@ -351,7 +351,7 @@ def run_sweep(folder: Path, kind: str) -> dict[str, Any]:
     turns: dict[str, list[float]] = {"one": [], "ten": []}
     for _ in range(int(os.environ["REPEATS"])):
         for side, dampings in (("one", (0.1,)), ("ten", SWEEP)):
-            problem = gf.Problem(
+            problem = gf.methods.Problem(
                 model, data, data[: size.queries], projection=projection,
                 damping=tuple(map(gf.Damping, dampings)), token_batch_size=size.batch * size.length,
             )  # fmt: skip

@@ -217,7 +217,7 @@ def loss_of(model, data):
 def run_ours(folder: Path, p: int) -> dict:
     """Collect the rows; at full dimension, their mean."""
     import gradfn as gf
-    from gradfn.precision import multiplying
+    from gradfn.engine.precision import multiplying
 
     model, data, budget = load(folder)
     options = {"loss": loss_of(model, data), "token_batch_size": budget}
@@ -297,7 +297,7 @@ def padded_batches(data, budget: int) -> list[dict]:
     import torch
 
     from gradfn.data import collate, plan_batches
-    from gradfn.stream import lengths_of
+    from gradfn.engine.stream import lengths_of
 
     batches = []
     for rows in plan_batches(lengths_of(data), budget):
@@ -329,7 +329,7 @@ def run_stock(folder: Path, full: bool) -> dict:
 
 def attributed(model) -> list:
     """The weights of the layers that have a block."""
-    from gradfn.sites import find_sites
+    from gradfn.model.sites import find_sites
 
     return [p for site in find_sites(model) for p in (site.weight, site.own_bias) if p is not None]
 
@@ -350,13 +350,13 @@ def run_naive(folder: Path, p: int) -> dict:
 def run_vmap(folder: Path, p: int) -> dict:
     """`vmap(grad)`, four examples at a time."""
     import gradfn as gf
-    from gradfn.per_example import definition
+    from gradfn.engine.reference import definition
 
     model, data, _ = load(folder, "eager")
     loss = loss_of(model, data)
     loss = loss.with_whole_logits() if hasattr(loss, "with_whole_logits") else loss
     wanted = {id(p) for p in attributed(model)}
-    params = gf.params_of(model)
+    params = gf.model.params_of(model)
     some = {name: params[name] for name, p in model.named_parameters() if id(p) in wanted}
     batches = padded_batches(data, 4 * LENGTHS[1])
     with watched() as report:
@@ -370,7 +370,7 @@ def run_ghost(folder: Path, p: int) -> dict:
     """Squared norms of every example from the inputs and output gradients of linear layers."""
     import torch
 
-    from gradfn.sites import find_sites
+    from gradfn.model.sites import find_sites
 
     model, data, budget = load(folder)
     batches = padded_batches(data, budget)
@@ -600,7 +600,7 @@ def main() -> None:
     parser.add_argument("--bergson-python", metavar="PATH", help="interpreter of an environment with bergson")
     parser.add_argument(
         "--products", choices=["ieee", "tf32", "bf16"], default="ieee",
-        help="what `ours` may round factors to, see gradfn.precision; elsewhere float32 is float32",
+        help="what `ours` may round factors to, see gradfn.engine.precision; elsewhere float32 is float32",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="threads of every side")
     parser.add_argument("--tokens", type=int, default=75_000, help="about how many tokens of documents")

@@ -36,19 +36,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import gradfn as gf
-from gradfn.curvature.exact import cg, gauss_newton_product, params_of_blocks
+from gradfn.engine.stream import gather
 from gradfn.evaluate.ceiling import noise_ceiling_estimate
 from gradfn.evaluate.comparison import Compared, compare, damping_curve
 from gradfn.evaluate.scored import Scored
 from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import Truth, retrain
-from gradfn.masks import projection_named
+from gradfn.exact.exact import cg, gauss_newton_product, params_of_blocks
 from gradfn.methods import RECIPES, Problem
 from gradfn.methods.recipes import times_doubt, weighted_sum
 from gradfn.report.plots import Point, plot_lds, plot_runs
-from gradfn.selective import selective_mask
-from gradfn.stream import gather
-from gradfn.training import Training, learning_rate, make_trainer, train
+from gradfn.runs.masks import projection_named
+from gradfn.statistics.mask import selective_mask
+from gradfn.train.training import Training, learning_rate, make_trainer, train
 from gradfn.transforms import chain, compress
 from gradfn.transforms.joint import joint
 from gradfn.transforms.projection import lenient
@@ -322,7 +322,7 @@ def gauss_newton(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
     """`<grad z, (G + damping I)^-1 grad q>` with the exact Gauss-Newton matrix, by conjugate gradients."""
     model, data = setting.at("whole", 0), setting.train
     loss, _ = setting.case.losses(model)
-    sites, params = gf.find_sites(model), gf.params_of(model)
+    sites, params = gf.model.find_sites(model), gf.model.params_of(model)
 
     def outputs(p: Any, example: Any) -> Tensor:
         return functional_call(model, p, (example["x"][None],))[0]
@@ -335,7 +335,7 @@ def gauss_newton(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
     rhs, scores = params_of_blocks(sites, queries), []
     for damping in entry.dampings:
         solved = cg(product, rhs, damping=damping.value, max_iterations=40, tolerance=1e-3)  # pyright: ignore
-        blocks = gf.blocks_of(sites, solved.x)
+        blocks = gf.model.blocks_of(sites, solved.x)
         scores.append(gf.collect(model, data, gf.dot(blocks), loss=loss, token_batch_size=setting.batch))
     return torch.stack(scores), sum(int(np.prod(G.shape[1:])) for G in queries.values())
 
@@ -356,9 +356,9 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
         if entry.recipe == "less":
             assert stack.moments is not None
             moments = {name: value[number : number + 1] for name, value in stack.moments.items()}
-            by_block = gf.blocks_of(gf.find_sites(model), moments)
+            by_block = gf.model.blocks_of(gf.model.find_sites(model), moments)
             normalize = gf.chain(gf.adam({name: v[0] for name, v in by_block.items()}))
-        rows = gf.Kept(setting.train, gf.chain(normalize, projection))
+        rows = gf.engine.Kept(setting.train, gf.chain(normalize, projection))
         problem = Problem(
             model, rows, setting.query, loss, normalize=normalize, projection=projection,
             damping=entry.dampings, token_batch_size=setting.batch,

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradfn.probes import Engine, probe_engine
-from gradfn.sites import find_sites
-from gradfn.stream import collect
+from gradfn.engine.engine import Engine, probe_engine
+from gradfn.engine.stream import collect
+from gradfn.model.sites import find_sites
 from gradfn.testing import assert_blocks_close, chains, mlps, naive_blocks, seeds, vector_rows
 from gradfn.testing.strategies import shapes_of, squared_error
 from gradfn.transforms import adam, chain, dot, lower, project, unit_normalize

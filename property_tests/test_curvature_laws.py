@@ -8,17 +8,18 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gradfn.curvature import ekfac, kfac, second_moment, shampoo, tkfac
-from gradfn.curvature.kfac import Corrected
 from gradfn.data import IGNORED
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.stream import collect
 from gradfn.errors import InputError
-from gradfn.fold import adam_moments, fit, mean, sums_of, total
-from gradfn.losses import CausalLMLoss
-from gradfn.probes import probe_engine
-from gradfn.scoring import Method, score
-from gradfn.sites import View, find_sites
-from gradfn.spectrum import Damping, DampingKind
-from gradfn.stream import collect
+from gradfn.linalg.spectrum import Damping, DampingKind
+from gradfn.methods.scoring import Method, score
+from gradfn.model.losses import CausalLMLoss
+from gradfn.model.sites import View, find_sites
+from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics.fold import fit, sums_of
+from gradfn.statistics.kfac import Corrected
+from gradfn.statistics.moments import adam_moments, mean, total
 from gradfn.testing import (
     assert_blocks_close,
     chain_difference,

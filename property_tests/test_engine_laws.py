@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradfn.data import collate
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.reference import per_example_grads
+from gradfn.engine.stream import collect
 from gradfn.errors import InputError
-from gradfn.losses import CausalLMLoss, head_is_plain
-from gradfn.per_example import params_of, per_example_grads
-from gradfn.probes import probe_engine
-from gradfn.sites import blocks_of, find_sites
-from gradfn.stream import collect
+from gradfn.model.losses import CausalLMLoss, head_is_plain
+from gradfn.model.params import params_of
+from gradfn.model.sites import blocks_of, find_sites
 from gradfn.testing import (
     Problem,
     assert_blocks_close,
@@ -214,7 +215,7 @@ def test_the_fused_head_never_makes_the_logits_nor_their_gradient(model):
         return {s for s in shapes if s[-1:] == (VOCAB,) and torch.Size(s[:-1]).numel() > 2 * TOKENS}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gradfn.losses._tile", lambda device: tile)
+        patch.setattr("gradfn.model.losses._tile", lambda device: tile)
         shapes = shapes_during(model, chain(project(2)), fused=True)
     assert tile in shapes
     assert not logits_like(shapes)

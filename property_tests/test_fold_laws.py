@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradfn.curvature import Curvature, second_moment, shampoo
-from gradfn.fold import adafactor_moments, adam_moments, fit, mean, total
+from gradfn.statistics import Curvature, second_moment, shampoo
+from gradfn.statistics.fold import fit
+from gradfn.statistics.moments import adafactor_moments, adam_moments, mean, total
 from gradfn.testing import assert_blocks_close, naive_blocks, problems, seeds
 from gradfn.transforms import Adafactor, Adam, project
 

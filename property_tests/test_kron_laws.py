@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradfn.kron import Kron
+from gradfn.linalg.kron import Kron
 from gradfn.testing import assert_blocks_close, seeds
 
 dims = st.integers(1, 5)

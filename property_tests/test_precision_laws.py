@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradfn.data import collate
-from gradfn.per_example import params_of
-from gradfn.probes import probe_engine
-from gradfn.sites import View, find_sites
+from gradfn.engine.engine import probe_engine
+from gradfn.model.params import params_of
+from gradfn.model.sites import View, find_sites
 from gradfn.testing import assert_blocks_close, naive_blocks, problems
 from gradfn.transforms import chain, dot, project, unit_normalize
 

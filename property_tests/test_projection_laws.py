@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gradfn.errors import InputError
-from gradfn.maps import DENSE, Map, Select, random_map, random_matrix, walsh_hadamard
+from gradfn.linalg.maps import DENSE, Map, Select, random_map, random_matrix, walsh_hadamard
 from gradfn.testing import assert_blocks_close, seeds
 from gradfn.testing.strategies import KINDS
 from gradfn.transforms import Compress, Project, chain, compress, project
@@ -115,7 +115,7 @@ def test_runs_of_an_sjlt_add_up_alike_whichever_way(seed, rows, p, more):
     side = random_map("sjlt", seed, "a", "flat", (p, p + more))
     found = []
     for size, short, gathered in ((0, 0, 1), (0, 1 << 16, 1), (1 << 13, 0, 1), (1 << 13, 0, 1 << 20)):
-        with mock.patch.multiple("gradfn.maps", SMALL_RUN=size, SHORT_RUN=short, GATHERED=gathered):
+        with mock.patch.multiple("gradfn.linalg.maps", SMALL_RUN=size, SHORT_RUN=short, GATHERED=gathered):
             found.append(applied(side, v))
     for other in found[1:]:
         assert_blocks_close(found[0], other, 1e-12)
@@ -124,7 +124,7 @@ def test_runs_of_an_sjlt_add_up_alike_whichever_way(seed, rows, p, more):
 @given(seeds(), st.sampled_from(["mask", "sjlt", "fjlt"]), st.integers(1, 5), st.integers(1, 30))
 def test_a_map_is_written_out_in_strips(seed, kind, p, more):
     side = random_map(kind, seed, "a", "left", (p, p + more))
-    with mock.patch("gradfn.maps.STRIP", 3):
+    with mock.patch("gradfn.linalg.maps.STRIP", 3):
         strips = dense(side)
     assert torch.equal(strips, side(torch.eye(p + more, dtype=torch.float64)).T)
 
@@ -133,13 +133,13 @@ def test_a_map_is_written_out_in_strips(seed, kind, p, more):
 def test_an_fjlt_of_many_rows_is_that_of_each(seed, rows, p, more):
     v = torch.randn(rows, p + more, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     side = random_map("fjlt", seed, "a", "flat", (p, p + more))
-    with mock.patch("gradfn.maps.CACHED", 8):
+    with mock.patch("gradfn.linalg.maps.CACHED", 8):
         assert_blocks_close(applied(side, v), v @ dense(side).T, 1e-12)
 
 
 def test_a_matrix_that_does_not_fit_is_refused():
     with (
-        mock.patch("gradfn.maps.free_memory", return_value=1 << 20),
+        mock.patch("gradfn.linalg.maps.free_memory", return_value=1 << 20),
         pytest.raises(InputError, match="gaussian:512 for mlp takes 2 MiB and 1 are free: take sjlt"),
     ):
         random_map("gaussian", 0, "mlp", "flat", (512, 1024), dtype=torch.float32)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradfn.engine.stream import collect
 from gradfn.methods import grad_cosine, grad_dot
-from gradfn.scoring import dots, score, top_k
-from gradfn.stream import collect
+from gradfn.methods.scoring import dots, score, top_k
 from gradfn.testing import assert_blocks_close, chains, naive_blocks, problems, seeds
 from gradfn.testing.strategies import shapes_of
 from gradfn.transforms import dot, unit_normalize

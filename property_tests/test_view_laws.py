@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradfn.data import collate, offsets_of
-from gradfn.probes import probe_engine
-from gradfn.sites import View, find_sites
-from gradfn.stream import collect
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.stream import collect
+from gradfn.model.sites import View, find_sites
 from gradfn.testing import (
     assert_blocks_close,
     chains,

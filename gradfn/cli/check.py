@@ -10,7 +10,12 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from gradfn.check import (
+from gradfn.cli import inputs
+from gradfn.cli import options as o
+from gradfn.cli.inputs import Options, Subject
+from gradfn.cli.show import clean, console, count, facts, progress_bar
+from gradfn.data import Corpus, Documents, Images, collate, make_documents
+from gradfn.engine.check import (
     RANKS,
     BlockError,
     Covered,
@@ -21,16 +26,11 @@ from gradfn.check import (
     equality,
     noise,
 )
-from gradfn.cli import inputs
-from gradfn.cli import options as o
-from gradfn.cli.inputs import Options, Subject
-from gradfn.cli.show import clean, console, count, facts, progress_bar
-from gradfn.data import Corpus, Documents, Images, collate, make_documents
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.precision import EPS, multiplying
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import PRECISIONS, context_length
-from gradfn.precision import EPS, multiplying
-from gradfn.probes import probe_engine
 from gradfn.transforms import project
 
 ROWS, TOKENS = 32, 4096

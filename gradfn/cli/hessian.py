@@ -2,20 +2,20 @@
 
 from typing import Any
 
-from gradfn import curvature as kinds
+from gradfn import statistics as kinds
 from gradfn.cli import inputs
 from gradfn.cli.merge import next_facts, shard_facts, tokens_of
 from gradfn.cli.projections import with_projection
 from gradfn.cli.show import console, count, facts, progress_bar
 from gradfn.cli.stages import COMPONENTS, check_fit, load_stages
 from gradfn.cli.tell import gradients_line, subject_facts
-from gradfn.curvature import Curvature
 from gradfn.errors import InputError
-from gradfn.fold import passes
-from gradfn.hessians import hessian, mix_runs
 from gradfn.hf.datasets import load_rows
-from gradfn.merging import hessian_shard
-from gradfn.shards import Shard, parse_shard, shard_run
+from gradfn.runs.curvatures import hessian, mix_runs
+from gradfn.runs.merge import hessian_shard
+from gradfn.runs.shards import Shard, parse_shard, shard_run
+from gradfn.statistics import Curvature
+from gradfn.statistics.fold import passes
 
 NONE_OF_THESE = {"hessian_path": None, "damping": None}
 """A curvature is fitted without another one."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from gradfn import example
 from gradfn.data import Corpus, Documents, Images, Pairs
+from gradfn.engine.precision import Products, multiplying, products_of
 from gradfn.errors import InputError
 from gradfn.hf.datasets import (
     check_vocabulary,
@@ -30,14 +31,13 @@ from gradfn.hf.models import (
     load_model,
     load_processor,
     load_tokenizer,
-    model_fingerprint,
     processor_fingerprint,
     tokenizer_fingerprint,
 )
-from gradfn.losses import CausalLMLoss, ModelLoss, causal_lm_loss, model_loss
-from gradfn.precision import Products, multiplying, products_of
-from gradfn.runs import loss_settings, merged
-from gradfn.sites import View, output_head
+from gradfn.model.fingerprint import model_fingerprint
+from gradfn.model.losses import CausalLMLoss, ModelLoss, causal_lm_loss, model_loss
+from gradfn.model.sites import View, output_head
+from gradfn.runs.gradients import loss_settings, merged
 
 Options = Mapping[str, Any]
 DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"}

@@ -15,11 +15,11 @@ from gradfn.cli.show import clean, console, count, facts, progress_bar
 from gradfn.cli.stages import normalizer
 from gradfn.cli.tell import subject_facts
 from gradfn.errors import InputError
-from gradfn.masks import FEWEST, Mask, Reports, block_shapes, check_stores, mask_run, stored_mask
-from gradfn.runs import describe, merged, open_gradients
-from gradfn.selective import Dims, Watch, check_dims, selective_mask
-from gradfn.sites import find_sites
-from gradfn.store import index_path
+from gradfn.model.sites import find_sites
+from gradfn.runs.gradients import describe, merged, open_gradients
+from gradfn.runs.masks import FEWEST, Mask, Reports, block_shapes, check_stores, mask_run, stored_mask
+from gradfn.runs.store import index_path
+from gradfn.statistics.mask import Dims, Watch, check_dims, selective_mask
 from gradfn.transforms import chain
 from gradfn.transforms.projection import is_number, quoted
 

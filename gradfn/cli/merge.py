@@ -3,8 +3,8 @@
 from gradfn.cli import inputs
 from gradfn.cli.show import console, count, facts
 from gradfn.data import Corpus
-from gradfn.merging import Joined, merge_run
-from gradfn.shards import Shard, shard_rows
+from gradfn.runs.merge import Joined, merge_run
+from gradfn.runs.shards import Shard, shard_rows
 
 AGAIN = "that was the first of two passes: run every shard of gradfn hessian again, then merge"
 

@@ -4,10 +4,10 @@ from typing import Any, get_args
 
 from gradfn.cli.inputs import Options
 from gradfn.errors import InputError
-from gradfn.hessians import open_curvature
-from gradfn.maps import Kind
-from gradfn.masks import LOADERS, projection_named
-from gradfn.runs import transform_of
+from gradfn.linalg.maps import Kind
+from gradfn.runs.curvatures import open_curvature
+from gradfn.runs.gradients import transform_of
+from gradfn.runs.masks import LOADERS, projection_named
 from gradfn.transforms import Chain, chain
 from gradfn.transforms.project import Compress, Project
 from gradfn.transforms.projection import lenient

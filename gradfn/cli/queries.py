@@ -21,14 +21,21 @@ from gradfn.cli.inputs import (
 )
 from gradfn.cli.show import progress_bar
 from gradfn.data import Corpus, Images, Pairs
+from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
 from gradfn.hf.datasets import load_rows, text_pair, text_query
 from gradfn.hf.models import context_length
 from gradfn.methods.recipes import group_means
-from gradfn.runs import base_of, ends_in_unit_norm, open_gradients, read_gradients, refuse_mismatch, tail_of
-from gradfn.scoring import Method
-from gradfn.stream import collect
+from gradfn.methods.scoring import Method
+from gradfn.runs.gradients import (
+    base_of,
+    ends_in_unit_norm,
+    open_gradients,
+    read_gradients,
+    refuse_mismatch,
+    tail_of,
+)
 from gradfn.transforms import Transform, chain, precondition, unit_normalize
 from gradfn.transforms.precondition import digest_of
 from gradfn.types import Blocks

@@ -12,8 +12,8 @@ from gradfn.cli.show import check_exports, console, count, facts
 from gradfn.cli.stages import curvature_for, dampings_of, normalizer
 from gradfn.cli.tell import check_top, ranks_needed, show_all
 from gradfn.errors import InputError
-from gradfn.masks import LOADERS
-from gradfn.runs import (
+from gradfn.methods.scoring import Method, extremes
+from gradfn.runs.gradients import (
     GRADIENTS,
     base_of,
     ends_in_unit_norm,
@@ -24,8 +24,8 @@ from gradfn.runs import (
     tail_of,
     transform_of,
 )
-from gradfn.scoring import Method, extremes
-from gradfn.store import Store, index_path
+from gradfn.runs.masks import LOADERS
+from gradfn.runs.store import Store, index_path
 from gradfn.transforms import chain, unit_normalize
 from gradfn.transforms.joint import JOINT
 

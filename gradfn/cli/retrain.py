@@ -18,10 +18,10 @@ from gradfn.evaluate.brittleness import brittleness_subsets
 from gradfn.evaluate.scored import open_scored, refuse_other_data
 from gradfn.evaluate.subsets import FEWEST, check_fraction, leave_one_out, random_subsets
 from gradfn.evaluate.truth import Truth, retrain, subsets_of_models
-from gradfn.per_example import params_of
+from gradfn.model.params import params_of
 from gradfn.random import words
-from gradfn.shards import parse_shard, shard_run
-from gradfn.training import Start, Training
+from gradfn.runs.shards import parse_shard, shard_run
+from gradfn.train.training import Start, Training
 
 SUBSETS = 50
 """Random subsets, unless told."""

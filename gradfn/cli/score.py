@@ -33,20 +33,20 @@ from gradfn.cli.tell import (
     subject_facts,
     unprobed_facts,
 )
-from gradfn.curvature import Curvature
 from gradfn.data import Corpus
+from gradfn.engine.cache import Kept
+from gradfn.engine.engine import Engine, probe_engine
+from gradfn.engine.stream import Progress, gather, stream_to_host
 from gradfn.errors import InputError
-from gradfn.hessians import hessian
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import locate_model
-from gradfn.kept import Kept
 from gradfn.methods.recipes import RECIPES, Keep, Problem, Recipe, times_doubt, weighted_sum
-from gradfn.probes import Engine, probe_engine
-from gradfn.runs import SHARES, Summary, merged, score_run, unprobed, write_scores
-from gradfn.scoring import Method, extremes, extremes_of, on_device_of
-from gradfn.shards import Shard, parse_shard, shard_run
-from gradfn.store import Overwrite, open_part, open_store
-from gradfn.stream import Progress, gather, stream_to_host
+from gradfn.methods.scoring import Method, extremes, extremes_of, on_device_of
+from gradfn.runs.curvatures import hessian
+from gradfn.runs.gradients import SHARES, Summary, merged, score_run, unprobed, write_scores
+from gradfn.runs.shards import Shard, parse_shard, shard_run
+from gradfn.runs.store import Overwrite, open_part, open_store
+from gradfn.statistics import Curvature
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import joint
 from gradfn.types import Data, Rows

@@ -6,15 +6,15 @@ from typing import Any
 
 from gradfn.cli import options as o
 from gradfn.cli.inputs import Options, Subject, anchored
-from gradfn.curvature import Curvature
 from gradfn.errors import InputError
-from gradfn.hessians import load_curvature, open_curvature
 from gradfn.hf.optimizer_state import load_optimizer_state
-from gradfn.masks import refuse_foreign
+from gradfn.linalg.spectrum import Damping, parse_dampings
 from gradfn.methods import RECIPES, Problem, Recipe, influence, recipe_named
-from gradfn.runs import refuse_mismatch
-from gradfn.scoring import Norm
-from gradfn.spectrum import Damping, parse_dampings
+from gradfn.methods.scoring import Norm
+from gradfn.runs.curvatures import load_curvature, open_curvature
+from gradfn.runs.gradients import refuse_mismatch
+from gradfn.runs.masks import refuse_foreign
+from gradfn.statistics import Curvature
 from gradfn.transforms import Chain, Transform, chain, precondition, unit_normalize
 
 COMPONENTS: int = o.METHOD["target_downweight_components"][1]

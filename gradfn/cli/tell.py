@@ -11,11 +11,11 @@ from gradfn.cli.rows import DocumentRows, Ranked, ShownRows, top_shares
 from gradfn.cli.show import NAME_WIDTH, clean, count, export, facts, ranking
 from gradfn.data import Corpus, Documents
 from gradfn.errors import InputError
+from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
 from gradfn.hf.answers import Answer, answers
 from gradfn.hf.models import writes_numbers
-from gradfn.lexical import NOT_FOUND, bm25_ranks
-from gradfn.losses import CausalLMLoss
-from gradfn.runs import layer_summary
+from gradfn.model.losses import CausalLMLoss
+from gradfn.runs.gradients import layer_summary
 from gradfn.transforms import Transform, chain
 
 KNOWN_RANKS = 5

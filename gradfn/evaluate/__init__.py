@@ -1,1 +1,31 @@
-"""Whether attribution tells the truth: what retraining says, and how scores compare with it."""
+"""What scores are worth: ground truth by retraining, the LDS, mislabelled rows, retrieval, agreement."""
+
+from gradfn.evaluate.bootstrap import Estimate
+from gradfn.evaluate.ceiling import noise_ceiling, noise_ceiling_estimate
+from gradfn.evaluate.lds import lds, lds_estimate
+from gradfn.evaluate.lexical import bm25_ranks
+from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
+from gradfn.evaluate.overlap import top_overlap
+from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
+from gradfn.evaluate.subsets import leave_one_out, random_subsets
+from gradfn.evaluate.truth import Truth, open_truth, retrain
+
+__all__ = [
+    "Estimate",
+    "Truth",
+    "auroc",
+    "average_precision",
+    "bm25_ranks",
+    "lds",
+    "lds_estimate",
+    "leave_one_out",
+    "noise_ceiling",
+    "noise_ceiling_estimate",
+    "open_truth",
+    "precision_at",
+    "random_subsets",
+    "recall_at",
+    "reciprocal_rank",
+    "retrain",
+    "top_overlap",
+]

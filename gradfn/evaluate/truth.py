@@ -14,11 +14,11 @@ from torch import Tensor
 import gradfn
 from gradfn.errors import InputError
 from gradfn.evaluate.subsets import FEWEST, check_subsets
-from gradfn.losses import ModelLoss
-from gradfn.runs import loss_settings, merged, storable
-from gradfn.shards import Shard, shard_rows, shard_run
-from gradfn.store import Store, open_part, open_store, open_writer
-from gradfn.training import (
+from gradfn.model.losses import ModelLoss
+from gradfn.runs.gradients import loss_settings, merged, storable
+from gradfn.runs.shards import Shard, shard_rows, shard_run
+from gradfn.runs.store import Store, open_part, open_store, open_writer
+from gradfn.train.training import (
     Losses,
     Progress,
     Start,

@@ -5,7 +5,6 @@ from gradfn.hf.models import (
     context_length,
     load_model,
     load_tokenizer,
-    model_fingerprint,
     tokenizer_fingerprint,
 )
 
@@ -14,7 +13,6 @@ __all__ = [
     "load_model",
     "load_rows",
     "load_tokenizer",
-    "model_fingerprint",
     "text_query",
     "tokenize",
     "tokenizer_fingerprint",

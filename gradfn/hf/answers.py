@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from gradfn.data import IGNORED, Documents
-from gradfn.losses import token_losses
+from gradfn.model.losses import token_losses
 
 SAID_TOKENS = 24
 """Tokens of what the model says instead, at most: enough to see how it is wrong."""

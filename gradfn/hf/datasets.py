@@ -16,7 +16,7 @@ from gradfn.data import IGNORED, Corpus, Documents, Pairs, check_lengths, make_d
 from gradfn.errors import InputError
 from gradfn.hf.hub import hub_answers, is_hub_name, offline, quiet, summary
 from gradfn.hf.models import probe_word
-from gradfn.losses import advantages
+from gradfn.model.losses import advantages
 
 if TYPE_CHECKING:
     import datasets

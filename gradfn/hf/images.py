@@ -16,7 +16,7 @@ from gradfn.errors import InputError
 from gradfn.hf.datasets import class_numbers, row_names
 from gradfn.hf.hub import summary
 from gradfn.hf.models import processor_fingerprint
-from gradfn.losses import model_loss
+from gradfn.model.losses import model_loss
 
 if TYPE_CHECKING:
     import datasets

@@ -2,17 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradfn.errors import InputError
 from gradfn.hf.hub import hub_answers, is_hub_name, listing, quiet, summary
+from gradfn.model.fingerprint import ORIGINAL, is_replaced
 
 __all__ = [
     "check_device",
@@ -20,7 +21,6 @@ __all__ = [
     "load_model",
     "load_processor",
     "load_tokenizer",
-    "model_fingerprint",
     "processor_fingerprint",
     "tokenizer_fingerprint",
 ]
@@ -41,8 +41,6 @@ MODEL_CLASSES = {
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _ADAPTER = "adapter_config.json"
-_ORIGINAL = "original_module"
-"""Peft's name of a module that an adapter replaces."""
 
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER = (
@@ -242,27 +240,6 @@ def processor_fingerprint(processor: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits of the names, types, shapes and values of all parameters and saved buffers.
-
-    Values enter as position-weighted sums of their bits, `sum_i (2i + 1) v_i` modulo 2^64 in blocks of
-    65,536 (float64 as two values): exact, the same on every device, and different when any one value changes
-    or two trade places.
-    A tied weight counts once, so tying matters too.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> before = model_fingerprint(layer)
-    >>> _ = layer.weight.data[0].neg_()
-    >>> before == model_fingerprint(layer)
-    False
-    """
-    digest = hashlib.sha256()
-    for name, tensor in _saved_tensors(model):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(_checksums(tensor.detach()).numpy().astype("<i8").tobytes())
-    return digest.hexdigest()[:16]
-
-
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """16 hex digits of all that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -420,14 +397,8 @@ def _add_adapter(
     """Put an adapter into its base; returns the weights that neither of the two has."""
     options = {"dtype": dtype, "hf_quantizer": getattr(model, "hf_quantizer", None), "adapter_kwargs": local}
     info = _load("adapter", path, model.load_adapter, source, **options)
-    copied = {name.replace(f".{_ORIGINAL}.", ".") for name in model.state_dict() if _is_replaced(model, name)}
+    copied = {name.replace(f".{ORIGINAL}.", ".") for name in model.state_dict() if is_replaced(model, name)}
     return (missing - copied) | set(info.missing_keys)
-
-
-def _is_replaced(model: nn.Module, name: str) -> bool:
-    """Whether a weight is the base's of a module that an adapter has a copy of its own of."""
-    owner, found, _ = f".{name}".rpartition(f".{_ORIGINAL}.")
-    return bool(found) and hasattr(model.get_submodule(owner.lstrip(".")), "modules_to_save")
 
 
 def _gguf(file: Path) -> tuple[str, dict[str, Any]]:
@@ -498,34 +469,3 @@ def _cast_unquantised(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then the buffers that are saved with them; sorted by name.
-
-    What an adapter has replaced is left out: it is not used, and may be random.
-    """
-    every = model.named_parameters(remove_duplicate=False)
-    used = {id(value): (name, value) for name, value in [*every][::-1] if not _is_replaced(model, name)}
-    yield from sorted(used.values())
-    saved = {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in model.named_modules()
-        for name in module._buffers.keys() - module._non_persistent_buffers_set
-    }
-    buffers = (item for item in model.named_buffers() if item[0] in saved)
-    yield from sorted(item for item in buffers if not _is_replaced(model, item[0]))
-
-
-def _checksums(tensor: Tensor, width: int = 1 << 16) -> Tensor:
-    """Position-weighted sums of the bits of each `width` values, int64 on the CPU; float64 is seen in halves,
-    for an even number of flipped signs would cancel modulo 2^64."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    kind = torch.int32 if tensor.is_floating_point() and tensor.element_size() == 8 else None
-    flat = tensor.contiguous().flatten().view(kind or kinds[tensor.element_size()])
-    # Odd, and so far apart that neither one change nor one exchange can cancel modulo 2^64.
-    weights = 2 * torch.arange(width, device=flat.device) + 1
-    sums = [(block.long() * weights[: len(block)]).sum() for block in flat.split(width)]
-    return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)

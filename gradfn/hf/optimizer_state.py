@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from gradfn.errors import InputError
 from gradfn.hf.hub import listing, quiet, summary
-from gradfn.layers import AttentionInput, Bare, Embedding, Linear
-from gradfn.sites import Site, View, blocks_of, find_sites
+from gradfn.model.layers import AttentionInput, BareParameter, Embedding, Linear
+from gradfn.model.sites import Site, View, blocks_of, find_sites
 from gradfn.transforms import Transform, adafactor, adam
 from gradfn.types import Blocks
 
@@ -434,7 +434,12 @@ def _sides(site: Site, moment: _Moment) -> tuple[Tensor, Tensor] | None:
         return None
     if whole is not None and moment.eps == 0 and site.spec.shape == (whole.numel(), 1):
         return whole.reshape(-1).to(site.weight.device), whole.mean().reshape(1).to(site.weight.device)
-    if row is None or col is None or row.ndim > 1 or not isinstance(layer, Linear | Embedding | Bare):
+    if (
+        row is None
+        or col is None
+        or row.ndim > 1
+        or not isinstance(layer, Linear | Embedding | BareParameter)
+    ):
         return None
     if isinstance(layer, Linear):
         row, col = (col, row) if layer.transposed else (row, col)

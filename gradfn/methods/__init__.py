@@ -1,20 +1,28 @@
-"""Attribution methods, each a few lines: what is done to the training side and to the query side."""
+"""Attribution methods: inner products in the geometry of a curvature, their best rows, recipes by name."""
 
 from gradfn.methods.datainf import DataInf
 from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
 from gradfn.methods.recipes import RECIPES, Problem, Recipe, recipe_named
+from gradfn.methods.scoring import Method, TopK, best, dots, extremes, score, top_k
 
 __all__ = [
     "RECIPES",
     "DataInf",
+    "Method",
     "Problem",
     "Recipe",
+    "TopK",
+    "best",
+    "dots",
+    "extremes",
     "grad_cosine",
     "grad_dot",
     "influence",
     "recipe_named",
     "relatif",
+    "score",
+    "top_k",
     "trackstar",
 ]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.fold import Additive, Sums, refuse_empty, square_sum
+from gradfn.statistics.fold import Additive, FoldState, refuse_empty
+from gradfn.statistics.moments import square_sum
 from gradfn.transforms import Transform
-from gradfn.transforms.summed import Summed
+from gradfn.transforms.row_sum import RowSum
 from gradfn.types import Blocks
 
 
@@ -17,9 +18,9 @@ class _MeanSquares(Additive[dict[str, float]]):
     """The mean square of each block's entries."""
 
     def stage(self) -> Transform:
-        return Summed(square_sum)
+        return RowSum(square_sum)
 
-    def finalize(self, state: Sums) -> dict[str, float]:
+    def finalize(self, state: FoldState) -> dict[str, float]:
         refuse_empty(state)
         return {name: float(total.mean()) / state.count for name, total in state.blocks.items()}
 
@@ -32,7 +33,7 @@ class _Solved(Additive[Blocks]):
     dampings: dict[str, float]
 
     def stage(self) -> Transform:
-        return Summed(self._removed)
+        return RowSum(self._removed)
 
     def _removed(self, name: str, G: Tensor) -> Tensor:
         """`sum_b <g_b, q> / (lambda + |g_b|²) g_b` for every query q."""
@@ -41,7 +42,7 @@ class _Solved(Additive[Blocks]):
         shares = (queries @ rows.mT) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
         return shares @ rows
 
-    def finalize(self, state: Sums) -> Blocks:
+    def finalize(self, state: FoldState) -> Blocks:
         refuse_empty(state)
         solved = {}
         for name, removed in state.blocks.items():

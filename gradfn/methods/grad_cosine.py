@@ -1,6 +1,6 @@
 """Cosine of gradients: the inner product without the advantage of long gradients."""
 
-from gradfn.scoring import Method
+from gradfn.methods.scoring import Method
 from gradfn.transforms import Transform, chain, unit_normalize
 
 

@@ -1,6 +1,6 @@
 """Inner product of gradients: the effect of one plain gradient step, to first order."""
 
-from gradfn.scoring import Method
+from gradfn.methods.scoring import Method
 from gradfn.transforms import Transform, chain
 
 

@@ -1,8 +1,8 @@
 """Influence functions over a fitted curvature, and what differs from them in the norm."""
 
-from gradfn.curvature import Curvature
-from gradfn.scoring import Method, Norm
-from gradfn.spectrum import Damping
+from gradfn.linalg.spectrum import Damping
+from gradfn.methods.scoring import Method, Norm
+from gradfn.statistics import Curvature
 from gradfn.transforms import Transform, chain
 
 Dampings = Damping | float | tuple[Damping | None, ...] | None

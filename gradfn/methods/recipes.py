@@ -17,7 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradfn.curvature import (
+from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
+from gradfn.errors import InputError, StorageError
+from gradfn.linalg.spectrum import Damping
+from gradfn.methods.datainf import DataInf
+from gradfn.methods.grad_cosine import grad_cosine
+from gradfn.methods.grad_dot import grad_dot
+from gradfn.methods.influence import influence, relatif, trackstar
+from gradfn.methods.scoring import Method, Norm
+from gradfn.model.losses import causal_lm_loss
+from gradfn.model.sites import View
+from gradfn.statistics import (
     Curvature,
     ekfac,
     kfac,
@@ -27,18 +37,8 @@ from gradfn.curvature import (
     shampoo,
     tkfac,
 )
-from gradfn.errors import InputError, StorageError
-from gradfn.fold import fit, passes
-from gradfn.losses import causal_lm_loss
-from gradfn.methods.datainf import DataInf
-from gradfn.methods.grad_cosine import grad_cosine
-from gradfn.methods.grad_dot import grad_dot
-from gradfn.methods.influence import influence, relatif, trackstar
-from gradfn.sampling import sample_labels
-from gradfn.scoring import Method, Norm
-from gradfn.sites import View
-from gradfn.spectrum import Damping
-from gradfn.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
+from gradfn.statistics.fold import fit, passes
+from gradfn.statistics.labels import sample_labels
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import Joint, joint
 from gradfn.types import Blocks, Data, LossFn, Rows
@@ -291,7 +291,9 @@ def _checked(name: str, method: Callable[[Problem], Any]) -> Callable[[Problem],
     def checked(problem: Problem) -> Method:
         made = _told_as(name, method, problem)
         if not isinstance(made, Method):
-            raise InputError(f"{name} gives {type(made).__name__}, not a Method: return gf.Method(...), say")
+            raise InputError(
+                f"{name} gives {type(made).__name__}, not a Method: return gf.methods.Method(...), say"
+            )
         return made
 
     return checked

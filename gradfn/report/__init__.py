@@ -1,1 +1,8 @@
-"""What is shown of results: plots."""
+"""What a person looks at."""
+
+from gradfn.report.plots import Point, plot_lds
+
+__all__ = [
+    "Point",
+    "plot_lds",
+]

@@ -1,5 +1,6 @@
 """For tests of estimators: laws in one line, Hypothesis strategies, and the naive loops behind them."""
 
+from gradfn.engine.reference import naive_blocks
 from gradfn.testing.estimators import check_estimator
 from gradfn.testing.folds import check_fold
 from gradfn.testing.layers import check_layer
@@ -8,7 +9,6 @@ from gradfn.testing.naive import (
     assert_blocks_close,
     chain_difference,
     difference,
-    naive_blocks,
     naive_causal_lm_loss,
     recorded_shapes,
 )

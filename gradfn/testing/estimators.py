@@ -8,11 +8,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from gradfn.engine.reference import naive_blocks
 from gradfn.errors import InputError
 from gradfn.methods import grad_dot
-from gradfn.scoring import Method
+from gradfn.methods.scoring import Method
 from gradfn.testing.models import Draw
-from gradfn.testing.naive import naive_blocks
 from gradfn.testing.search import refute
 from gradfn.testing.strategies import Problem, check_kinds, problems
 from gradfn.types import Example, LossFn, Params

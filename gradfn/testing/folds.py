@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradfn.fold import Fold
+from gradfn.statistics.fold import Fold
 from gradfn.testing.models import Draw
 from gradfn.testing.naive import difference
 from gradfn.testing.search import first, refute
@@ -161,7 +161,7 @@ def check_fold(fold: Any, *, rows: st.SearchStrategy[Blocks] | None = None, tole
     Raises:
         BrokenLawError: naming the law, with the smallest case that breaks it.
 
-    >>> from gradfn.fold import adam_moments
+    >>> from gradfn.statistics.moments import adam_moments
     >>> check_fold(adam_moments())
     """
     laws = [_rows_untouched, *(partial(_broken, tolerance, name) for name in _LAWS)]

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradfn.data import collate
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.reference import definition, naive_blocks
 from gradfn.errors import InputError
-from gradfn.per_example import call, definition, params_of
-from gradfn.probes import probe_engine
-from gradfn.sites import View, blocks_of, find_sites
+from gradfn.model.params import call, params_of
+from gradfn.model.sites import View, blocks_of, find_sites
 from gradfn.testing.models import Draw, randomize, seeds
-from gradfn.testing.naive import chain_difference, difference, naive_blocks
+from gradfn.testing.naive import chain_difference, difference
 from gradfn.testing.search import first, refute
 from gradfn.testing.strategies import chains, shapes_of
 from gradfn.transforms import Transform, chain, dot, project

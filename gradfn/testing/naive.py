@@ -1,6 +1,6 @@
 """The oracle of every faster engine: plain autograd, one unpadded example at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradfn.sites import View, blocks_of, find_sites
 from gradfn.types import Blocks, Example, Params
 
 
@@ -54,80 +53,6 @@ def naive_token_loss(
     at = (targets != -100).nonzero()[:, 0]
     p = logits[at].softmax(-1)[range(len(at)), targets[at]]
     return -(p / (1 - p)).log().sum()
-
-
-WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers and convolutions but the LM head; of those that share a weight, the first."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    seen = set()
-    for path, module in model.named_modules():
-        counts = isinstance(module, WEIGHTED) or type(module).__name__ == "Conv1D"
-        if counts and module is not head and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            yield path, module
-
-
-def naive_grads(
-    loss: Callable[[Params, Example], Tensor], model: nn.Module, rows: Sequence[Example]
-) -> Params:
-    """Per-example gradients of all parameters, `{name: [rows, *parameter]}`, one `autograd.grad` an example.
-
-    >>> net = nn.Linear(2, 1, bias=False)
-    >>> def loss(params, e):
-    ...     return functional_call(net, params, e["x"]).sum()
-    >>> naive_grads(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["weight"]
-    tensor([[[3., 4.]]])
-    """
-    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    grads = [
-        torch.autograd.grad(
-            loss(params, example), list(params.values()), allow_unused=True, materialize_grads=True
-        )
-        for example in rows
-    ]
-    return {name: torch.stack(parts) for name, parts in zip(params, zip(*grads, strict=True), strict=True)}
-
-
-def naive_blocks(
-    loss: Callable[[Params, Example], Tensor],
-    model: nn.Module,
-    rows: Sequence[Example],
-    view: View | None = None,
-) -> Blocks:
-    """Per-example gradients as blocks, one `autograd.grad` an example.
-
-    Args:
-        loss: `loss(params, example) -> scalar`.
-        model: the module whose parameters `params` are.
-        rows: examples, not padded.
-        view: which weights, laid out by `blocks_of`; None is linear layers and convolutions
-            but the LM head, laid out here.
-
-    Returns:
-        `{module path: [rows, out, in (+ 1)]}`, the bias last.
-
-    >>> net = nn.Linear(2, 1)
-    >>> def loss(params, e):
-    ...     return functional_call(net, params, e["x"]).sum()
-    >>> naive_blocks(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["root"]
-    tensor([[[3., 4., 1.]]])
-    """
-    grads = naive_grads(loss, model, rows)
-    if view is not None:
-        return blocks_of(find_sites(model, view), grads)
-    blocks = {}
-    for path, module in _layers(model):
-        prefix = f"{path}." if path else ""
-        block = grads[f"{prefix}weight"].flatten(2)
-        block = block if isinstance(module, WEIGHTED) else block.mT
-        if getattr(module, "bias", None) is not None:
-            block = torch.cat([block, grads[f"{prefix}bias"][..., None]], -1)
-        blocks[path or "root"] = block
-    return blocks
 
 
 def difference(got: Blocks | Tensor, want: Blocks | Tensor, tolerance: float = 1e-9) -> str:

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gradfn.curvature.curvature import dense_spectrum, product_spectrum
 from gradfn.data import IGNORED
 from gradfn.errors import InputError
-from gradfn.losses import CausalLMLoss, model_loss
-from gradfn.maps import Kind
-from gradfn.per_example import call
-from gradfn.sites import View
-from gradfn.spectrum import Damping, Spectrum
+from gradfn.linalg.maps import Kind
+from gradfn.linalg.spectrum import Damping, Spectrum
+from gradfn.model.losses import CausalLMLoss, model_loss
+from gradfn.model.params import call
+from gradfn.model.sites import View
+from gradfn.statistics.curvature import dense_spectrum, product_spectrum
 from gradfn.testing.models import (
     VOCAB,
     Draw,

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradfn.data import collate
-from gradfn.probes import probe_engine
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.reference import naive_blocks
 from gradfn.testing.models import Draw, seeds
-from gradfn.testing.naive import chain_difference, difference, naive_blocks
+from gradfn.testing.naive import chain_difference, difference
 from gradfn.testing.search import first, refute
 from gradfn.testing.strategies import Problem, blocks, chains, check_kinds, problems, shapes_of
 from gradfn.transforms import Kronecker, Transform, chain

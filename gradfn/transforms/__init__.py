@@ -2,7 +2,8 @@
 
 from gradfn.transforms.chain import Blockwise, Chain, Kronecker, Rowwise, Transform, chain
 from gradfn.transforms.dot import Dot, SelfDot, dot
-from gradfn.transforms.fitted import Principal, principal
+from gradfn.transforms.fitted import Principal, principal, selected
+from gradfn.transforms.joint import Joint, joint
 from gradfn.transforms.lower import Lowered, lower
 from gradfn.transforms.normalize import (
     Adafactor,
@@ -14,6 +15,7 @@ from gradfn.transforms.normalize import (
 )
 from gradfn.transforms.precondition import Precondition, precondition
 from gradfn.transforms.project import Compress, Project, compress, project
+from gradfn.transforms.projection import parse_projection
 
 __all__ = [
     "Adafactor",
@@ -22,6 +24,7 @@ __all__ = [
     "Chain",
     "Compress",
     "Dot",
+    "Joint",
     "Kronecker",
     "Lowered",
     "Precondition",
@@ -36,9 +39,12 @@ __all__ = [
     "chain",
     "compress",
     "dot",
+    "joint",
     "lower",
+    "parse_projection",
     "precondition",
     "principal",
     "project",
+    "selected",
     "unit_normalize",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.kron import Kron
+from gradfn.linalg.kron import Kron
 from gradfn.types import Blocks, BlockSpec
 
 BlockFn = Callable[[Tensor], Tensor]

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.kron import Kron, Side
-from gradfn.maps import Select
+from gradfn.linalg.kron import Kron, Side
+from gradfn.linalg.maps import Select
 from gradfn.transforms.chain import BlockFn, Blockwise, Kronecker, digest
 from gradfn.transforms.precondition import digest_of, spectrum_of
 from gradfn.transforms.projection import quoted
 from gradfn.types import BlockSpec
 
 if TYPE_CHECKING:
-    from gradfn.spectrum import Spectrum
+    from gradfn.linalg.spectrum import Spectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def principal(spectra: "Mapping[str, Spectrum]", dims: tuple[int, int], path: st
         InputError: dimensions below 1; when applied, a curvature of other blocks or without factors.
 
     >>> import torch
-    >>> from gradfn.curvature.curvature import product_spectrum
+    >>> from gradfn.statistics.curvature import product_spectrum
     >>> H = {"mlp": product_spectrum(torch.eye(3), torch.diag(torch.tensor([1.0, 9.0])))}
     >>> principal(H, (3, 1))({"mlp": torch.tensor([[[1.0, 2.0]] * 3])})["mlp"].abs()
     tensor([[[2.],

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.kron import Kron
+from gradfn.linalg.kron import Kron
 from gradfn.transforms.chain import (
     BlockFn,
     Blockwise,
@@ -31,7 +31,7 @@ from gradfn.transforms.chain import (
 )
 from gradfn.transforms.dot import Dot, SelfDot
 from gradfn.transforms.normalize import UnitNormalize
-from gradfn.transforms.summed import FactorSummed, Summed
+from gradfn.transforms.row_sum import FactorSum, RowSum
 from gradfn.types import Blocks, BlockSpec
 
 DENSE_ELEMENTS = 1 << 24
@@ -75,7 +75,7 @@ class BlockPlan:
     share: Share | None = None
     total: bool = False
     merged: bool = False
-    of_factors: FactorSummed | None = None
+    of_factors: FactorSum | None = None
 
     def with_matrices(self) -> "BlockPlan":
         """The same, with every map of the Kron written out as a matrix."""
@@ -126,7 +126,7 @@ class _Partial(Blockwise):
 class _Total(Blockwise):
     """The sum over rows of one block, as one row."""
 
-    summed: Summed
+    summed: RowSum
 
     @property
     def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -159,11 +159,11 @@ def _split(
         case (UnitNormalize(), Dot() as last):
             unit = replace(last, unit=True)
             return (*blocks, _Partial(unit)), unit.finish
-        case (Summed() as last,):
+        case (RowSum() as last,):
             return (*blocks, _Total(last)), _only_row
-        case (FactorSummed() as last,):
+        case (FactorSum() as last,):
             return (*blocks, last), _only_row
-        case (first, *_, FactorSummed() as last):
+        case (first, *_, FactorSum() as last):
             raise InputError(
                 f"{last.noun} is fitted from factors, so {first} cannot come before it: leave it out"
             )
@@ -215,7 +215,7 @@ def lower(transform: Transform, specs: Iterable[BlockSpec], shared: frozenset[st
 
 def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: list[bool]) -> BlockPlan:
     """The plan of one block; `acts` notes which stages change its shape."""
-    if stages and isinstance(stages[-1], FactorSummed):
+    if stages and isinstance(stages[-1], FactorSum):
         return _factor_plan(stages[:-1], stages[-1], spec, acts)
     kron, inside, behind, is_linear = Kron(), [], [], True
     # An empty batch tells every stage's output shape without any work.
@@ -253,7 +253,7 @@ def _share(last: Dot | SelfDot, spec: BlockSpec, dense: tuple[int, ...]) -> Shar
 
 
 def _factor_plan(
-    stages: tuple[Transform, ...], last: FactorSummed, spec: BlockSpec, acts: list[bool]
+    stages: tuple[Transform, ...], last: FactorSum, spec: BlockSpec, acts: list[bool]
 ) -> BlockPlan:
     """A statistic of the factors: only Krons may come before it."""
     kron, (out, into) = Kron(), spec.shape

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.kron import Kron
+from gradfn.linalg.kron import Kron
 from gradfn.transforms.chain import Blockwise, Kronecker, Rowwise
 from gradfn.types import Blocks, BlockSpec
 

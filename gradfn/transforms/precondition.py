@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.kron import Kron
-from gradfn.spectrum import Damping, Spectrum
+from gradfn.linalg.kron import Kron
+from gradfn.linalg.spectrum import Damping, Spectrum
 from gradfn.transforms.chain import Blockwise, Kronecker, Transform
 from gradfn.types import BlockSpec
 

@@ -8,8 +8,8 @@ from typing import ClassVar, SupportsIndex, get_args
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.kron import Kron, Side, apply_side
-from gradfn.maps import Kind, random_map
+from gradfn.linalg.kron import Kron, Side, apply_side
+from gradfn.linalg.maps import Kind, random_map
 from gradfn.transforms.chain import BlockFn, Blockwise, Chain, Kronecker
 from gradfn.types import BlockSpec
 
@@ -109,7 +109,7 @@ def project(
 
     Args:
         dim: `(out, in)` of the projected block; a number is both, and 0 the full gradient (no projection).
-        kind: "rademacher", "gaussian", "orthonormal", "mask", "sjlt" or "fjlt"; see `gradfn.maps`.
+        kind: "rademacher", "gaussian", "orthonormal", "mask", "sjlt" or "fjlt"; see `gradfn.linalg.maps`.
         seed: key of the draw; maps are never stored.
         nonzeros: of each column of an sjlt.
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from gradfn.errors import InputError
-from gradfn.maps import Kind, square_side
+from gradfn.linalg.maps import Kind, square_side
 from gradfn.transforms.chain import Chain, Transform, chain
 from gradfn.transforms.joint import joint
 from gradfn.transforms.project import Compress, Project, compress, project

@@ -614,7 +614,7 @@ def test_a_full_disk_keeps_what_is_complete(command, ok, segmented, monkeypatch,
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, fill)
 
-    monkeypatch.setattr("gradfn.store._write_file", full)
+    monkeypatch.setattr("gradfn.runs.store._write_file", full)
     result = command(*made)
     assert (result.status, result.err.count("\n")) == (1, 1)
     assert re.search(r"cannot write .*h5 \(No space left on device\): free some space and run", result.err)
@@ -662,7 +662,7 @@ def test_an_export_that_fails(command, model, corpus, tmp_path, monkeypatch):
     ("import nosuchmodule", r"m.py failed \(ModuleNotFoundError: No module named 'nosuchmodule'\): mend it"),
     ("def f(problem):\n    return problem.nosuch", r"m.py:f failed \(AttributeError: .*nosuch.*\): mend it"),
     ("class f:\n    pass", r"m.py:f failed \(TypeError: .*\): mend it"),
-    ("def f(problem):\n    return 3", "m.py:f gives int, not a Method: return gf.Method"),
+    ("def f(problem):\n    return 3", "m.py:f gives int, not a Method: return gf.methods.Method"),
 ])  # fmt: skip
 def test_faults_of_a_recipes_own_file(refused, model, corpus, tmp_path, text, words):
     (tmp_path / "m.py").write_text(text)

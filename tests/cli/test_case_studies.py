@@ -9,7 +9,8 @@ import torch
 from tiny import DOCUMENTS, QUERIES, make_model, make_tokenizer, save
 
 import gradfn as gf
-from gradfn.testing.naive import naive_blocks, naive_causal_lm_loss
+from gradfn.engine.reference import naive_blocks
+from gradfn.testing.naive import naive_causal_lm_loss
 
 COLUMNS = ("--prompt_column", "prompt", "--completion-column", "completion")
 STEPS, DAMPING = 3, 0.1

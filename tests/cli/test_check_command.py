@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import DOCUMENTS, write_jsonl
 
-from gradfn.check import BlockError, Difference, Noise
 from gradfn.cli import check as module
 from gradfn.cli import inputs
+from gradfn.engine.check import BlockError, Difference, Noise
+from gradfn.engine.precision import features_of
 from gradfn.hf.models import load_model
-from gradfn.precision import features_of
 
 FEW = ("--split", "train[:4]")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradfn.masks import load_mask, open_mask
+from gradfn.runs.masks import load_mask, open_mask
 
 WHOLE = ("--projection", "none", "--precision", "fp64")
 PAIR = ("--prompt-column", "prompt", "--completion-column", "completion")

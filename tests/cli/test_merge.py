@@ -89,7 +89,7 @@ def test_a_fit_in_two_passes_says_what_comes_next(ok, command, base, tmp_path):
     assert "shard 2 of 2 of the second sums" in result.err
     ok(*fit, "--shard", "2/2")
     assert "hessian.h5" in ok("merge", tmp_path / "run")
-    found, expected = (gf.load_curvature(tmp_path / name) for name in ("run", "whole"))
+    found, expected = (gf.runs.load_curvature(tmp_path / name) for name in ("run", "whole"))
     for name, one in found.items():
         want = expected[name].dense().numpy()
         np.testing.assert_allclose(one.dense().numpy(), want, atol=1e-4 * np.abs(want).max())

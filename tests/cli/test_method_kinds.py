@@ -7,7 +7,7 @@ import torch
 
 import gradfn as gf
 from gradfn.methods import RECIPES
-from gradfn.store import differing
+from gradfn.runs.store import differing
 
 
 def scores_of(run):
@@ -74,7 +74,7 @@ def test_a_run_keeps_the_curvature_that_its_method_fits(ok, base, tmp_path, monk
         unlike = differing(mine.settings, theirs.settings)
     before = scores_of(tmp_path / "run")
     assert unlike == {}
-    kept, alone = (gf.load_curvature(tmp_path / run) for run in ("run", "H"))
+    kept, alone = (gf.runs.load_curvature(tmp_path / run) for run in ("run", "H"))
     assert list(kept) == list(alone)
     for block, one in alone.items():  # projected rows that are kept are rotated as blocks, not as factors
         torch.testing.assert_close(
@@ -87,7 +87,7 @@ def test_a_run_keeps_the_curvature_that_its_method_fits(ok, base, tmp_path, monk
     (tmp_path / "run" / "scores.h5").unlink()
     for path in (tmp_path / "run" / "segments").glob("scores-*"):
         path.unlink()
-    monkeypatch.setattr("gradfn.hessians.fit", never)
+    monkeypatch.setattr("gradfn.runs.curvatures.fit", never)
     ok(*ask)
     np.testing.assert_array_equal(scores_of(tmp_path / "run"), before)
 
@@ -99,7 +99,7 @@ def test_a_curvature_that_was_made_otherwise_is_not_taken(command, ok, base, tmp
     assert result.status == 2
     assert "was made with other settings (hessian.kind is" in result.err
     ok(*ask, "--overwrite")
-    assert gf.load_curvature(tmp_path).kind == "ekfac"
+    assert gf.runs.load_curvature(tmp_path).kind == "ekfac"
 
 
 def test_every_checkpoint_keeps_its_own(ok, base, model, tmp_path):
@@ -115,5 +115,5 @@ def test_every_checkpoint_keeps_its_own(ok, base, model, tmp_path):
         f"{model},{model}",
     )
     for number in (1, 2):
-        assert gf.load_curvature(tmp_path / f"checkpoint-{number}").kind == "kfac"
+        assert gf.runs.load_curvature(tmp_path / f"checkpoint-{number}").kind == "kfac"
     assert not (tmp_path / "hessian.h5").exists()

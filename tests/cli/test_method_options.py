@@ -9,11 +9,11 @@ from tiny import QUERIES, make_model, make_tokenizer, save, write_jsonl
 
 import gradfn as gf
 from gradfn.cli.options import Kind
+from gradfn.engine.stream import gather
 from gradfn.hf.datasets import tokenize
-from gradfn.masks import projection_named
 from gradfn.methods import RECIPES, Problem
 from gradfn.methods.recipes import group_means
-from gradfn.stream import gather
+from gradfn.runs.masks import projection_named
 from gradfn.transforms.projection import lenient
 
 TASKS = ("where", "who", "where")
@@ -233,7 +233,7 @@ def test_the_influence_of_rows_on_themselves(ok, base, neox, sides, fitted, tmp_
     out = ok("score", tmp_path / "run", *ask)
     assert "self-influence" in out
     grads = gf.collect(gf.load_model(neox), sides[0], view=gf.View(tokens=by == "token"))
-    H = gf.precondition(gf.load_curvature(fitted)) if method == "ekfac" else gf.chain()
+    H = gf.precondition(gf.runs.load_curvature(fitted)) if method == "ekfac" else gf.chain()
     expected = sum((H(grads)[name] * G).flatten(1).sum(1) for name, G in grads.items())
     assert_same(scores_of(tmp_path / "run"), expected[:, None])
     assert (scores_of(tmp_path / "run") >= 0).all()
@@ -248,9 +248,9 @@ def test_the_influence_of_rows_on_themselves(ok, base, neox, sides, fitted, tmp_
 def test_labels_are_drawn_from_the_model_with_the_seed(ok, base, neox, sides, problem, queries, tmp_path):
     net, labels = gf.load_model(neox), ("--labels", "model", "--seed", 3)
     ok("hessian", tmp_path / "H", *base, "--method", "kfac", *labels)
-    drawn = gf.sample_labels(gf.causal_lm_loss(net), sides[0], 3)
+    drawn = gf.statistics.sample_labels(gf.causal_lm_loss(net), sides[0], 3)
     expected, data = gf.fit(gf.kfac(), net, drawn), gf.fit(gf.kfac(), net, sides[0])
-    found = gf.load_curvature(tmp_path / "H")
+    found = gf.runs.load_curvature(tmp_path / "H")
     for name, one in expected.items():
         torch.testing.assert_close(found[name].values, one.values)
         assert not torch.allclose(data[name].values, one.values)
@@ -265,7 +265,7 @@ def test_curvatures_of_every_kind_are_those_of_the_library(ok, base, neox, sides
     out = ok("hessian", tmp_path / "H", *base, "--method", kind.replace("_", "-"))
     assert f"{kind}, 8 blocks, 12 rows" in words(out)
     expected = gf.fit(getattr(gf, kind)(), gf.load_model(neox), sides[0], gf.project(dim))
-    found = gf.load_curvature(tmp_path / "H")
+    found = gf.runs.load_curvature(tmp_path / "H")
     assert (found.kind, found.rows, list(found)) == (kind, 12, list(expected))
     for name, one in expected.items():
         torch.testing.assert_close(found[name].values, one.values)
@@ -277,7 +277,7 @@ def test_curvatures_of_every_kind_are_those_of_the_library(ok, base, neox, sides
 
 def test_partitions_change_nothing(ok, base, fitted, tmp_path):
     ok("hessian", tmp_path / "H", *base, "--method", "ekfac", "--partitions", 2)
-    assert gf.load_curvature(tmp_path / "H").digest == gf.load_curvature(fitted).digest
+    assert gf.runs.load_curvature(tmp_path / "H").digest == gf.runs.load_curvature(fitted).digest
 
 
 def test_a_mixed_curvature(ok, base, neox, queries, tmp_path):
@@ -285,16 +285,16 @@ def test_a_mixed_curvature(ok, base, neox, queries, tmp_path):
     ok("hessian", tmp_path / "train", *base)
     ok("hessian", tmp_path / "query", "--model", neox, "--dataset", queries, *pair)
     ends = (tmp_path / "query", tmp_path / "train")
-    H_query, H_train = map(gf.load_curvature, ends)
+    H_query, H_train = map(gf.runs.load_curvature, ends)
 
     out = ok("mix", tmp_path / "quarter", *ends, "--coefficient", 0.25)
     assert "0.25 of the queries', 0.75 of the training rows'" in out
-    for name, one in gf.load_curvature(tmp_path / "quarter").items():
+    for name, one in gf.runs.load_curvature(tmp_path / "quarter").items():
         expected = 0.25 * H_query[name].dense() + 0.75 * H_train[name].dense()
         torch.testing.assert_close(one.dense(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
     out = ok("mix", tmp_path / "mixed", *ends, "--target_downweight_components", 5)
-    coefficient = gf.mixing_coefficient(H_query, H_train, 5)
+    coefficient = gf.statistics.mixing_coefficient(H_query, H_train, 5)
     assert f"{coefficient:.4g} of the queries'" in out
     with gf.open_store(tmp_path / "mixed", "hessian") as store:
         assert store.settings["hessian"]["coefficient"] == coefficient

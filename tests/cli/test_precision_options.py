@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gradfn.cli import inputs
+from gradfn.engine.precision import features_of
 from gradfn.hf.models import load_model
-from gradfn.precision import features_of
-from gradfn.store import open_store
+from gradfn.runs.store import open_store
 
 ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
 

@@ -10,8 +10,8 @@ import torch
 import gradfn as gf
 from gradfn import example
 from gradfn.hf.datasets import tokenize
-from gradfn.masks import load_mask, open_mask
-from gradfn.selective import selective_mask
+from gradfn.runs.masks import load_mask, open_mask
+from gradfn.statistics.mask import selective_mask
 from gradfn.transforms import compress, principal, project
 from gradfn.transforms.joint import joint
 
@@ -93,7 +93,7 @@ def test_pca_projects_onto_a_fitted_curvature(base, neox, corpus, queries, comma
     with gf.open_store(tmp_path / "build") as store:
         got = {name: store.read(name) for name in store.names("gradients/")}
     model, train = gf.load_model(neox), tokenize(gf.load_rows(corpus), gf.load_tokenizer(neox))
-    expected = gf.collect(model, train, principal(gf.load_curvature(H), (4, 5)))
+    expected = gf.collect(model, train, principal(gf.runs.load_curvature(H), (4, 5)))
     assert isinstance(expected, dict)
     for name, G in expected.items():
         np.testing.assert_allclose(got[f"gradients/{name}"], G, rtol=1e-3, atol=1e-5)

@@ -92,7 +92,7 @@ def test_the_groups_of_queries(command, ok, otherwise, base, tmp_path):
 def test_the_file_of_a_recipe(ok, otherwise, base, tmp_path):
     mine = tmp_path / "mine.py"
     solved = (
-        "from gradfn import Method\n"
+        "from gradfn.methods import Method\n"
         "def solved(problem):\n"
         "    both = problem.stage, problem.stage\n"
         "    return Method(*both, solve=lambda q: {n: TIMES * v for n, v in q.items()})\n"
@@ -114,7 +114,7 @@ def test_a_query_side_that_a_recipe_has_from_elsewhere(ok, otherwise, base, tmp_
         "import os\nimport gradfn as gf\n"
         "def sides(problem):\n"
         "    unit = [gf.unit_normalize()] if os.environ['UNIT'] == '1' else []\n"
-        "    return gf.Method(problem.stage, gf.chain(problem.stage, *unit))\n"
+        "    return gf.methods.Method(problem.stage, gf.chain(problem.stage, *unit))\n"
     )
     ask = ("score", tmp_path / "run", *base, *ASK, "--method", f"{tmp_path}/mine.py:sides")
     monkeypatch.setenv("UNIT", "1")
@@ -234,7 +234,7 @@ def test_two_curvatures_are_kept_apart(ok, base, tmp_path):
         assert "resumed" in ok("score", run, *ask)
         assert times(run) == kept
         both[which] = scores_of(run)
-        assert gf.load_curvature(run).digest != gf.load_curvature(run / "hessian-2").digest
+        assert gf.runs.load_curvature(run).digest != gf.runs.load_curvature(run / "hessian-2").digest
     ok("score", tmp_path / "logra", *base, *ASK, "--method", "logra", "--projection", "rademacher:16x16")
     np.testing.assert_allclose(both[True], scores_of(tmp_path / "logra"), rtol=1e-4)
     assert not np.allclose(both[False], both[True])

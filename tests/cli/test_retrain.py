@@ -11,8 +11,8 @@ import gradfn as gf
 from gradfn.cli import retrain as module
 from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import model_seed, open_truth
-from gradfn.per_example import params_of
-from gradfn.training import Training, train
+from gradfn.model.params import params_of
+from gradfn.train.training import Training, train
 
 SMALL = ("--subsets", 3, "--epochs", 1, "--batch-size", 3)
 
@@ -150,7 +150,7 @@ def test_models_that_do_not_stack_are_told(ok, folder, base, monkeypatch):
     def awkward(self, batch):
         return original(self, batch) if bool(batch["input_ids"].sum() >= 0) else None
 
-    from gradfn.losses import CausalLMLoss
+    from gradfn.model.losses import CausalLMLoss
 
     original = CausalLMLoss.batched
     monkeypatch.setattr(CausalLMLoss, "batched", awkward)

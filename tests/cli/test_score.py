@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfn as gf
 from gradfn import example
-from gradfn.sites import find_sites
+from gradfn.model.sites import find_sites
 
 RATE = 1e-4  # small, but the norms inside work in float32
 ASK = ("--query", "The capital of Peru is", "--completion", " Lima")

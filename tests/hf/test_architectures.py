@@ -7,11 +7,11 @@ import torch
 import transformers as hf
 
 from gradfn.data import collate
-from gradfn.losses import causal_lm_loss, model_loss
-from gradfn.per_example import call
-from gradfn.probes import probe_engine
-from gradfn.sites import View
-from gradfn.stream import collect
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.stream import collect
+from gradfn.model.losses import causal_lm_loss, model_loss
+from gradfn.model.params import call
+from gradfn.model.sites import View
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss
 from gradfn.testing.strategies import randomize
 from gradfn.transforms import chain, project, unit_normalize

@@ -23,9 +23,9 @@ from gradfn.hf.models import (
     context_length,
     load_model,
     load_tokenizer,
-    model_fingerprint,
     tokenizer_fingerprint,
 )
+from gradfn.model.fingerprint import model_fingerprint
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers.optimization import Adafactor as HFAdafactor
 import gradfn as gf
 from gradfn.errors import InputError
 from gradfn.hf.optimizer_state import _NORM_PATTERNS, _decayed, _Moment, _sides, load_optimizer_state
-from gradfn.sites import blocks_of, find_sites
+from gradfn.model.sites import blocks_of, find_sites
 from gradfn.testing import assert_blocks_close
 from gradfn.testing.strategies import randomize
 from gradfn.transforms.normalize import Adafactor, Adam

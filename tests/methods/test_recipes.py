@@ -6,15 +6,15 @@ from torch import nn
 from torch.func import functional_call
 
 from gradfn import InputError, collect, project
-from gradfn.curvature import ekfac, kfac, second_moment, shampoo, tkfac
-from gradfn.fold import fit
-from gradfn.maps import random_map
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.stream import gather
+from gradfn.linalg.maps import random_map
+from gradfn.linalg.spectrum import Damping
 from gradfn.methods import RECIPES, Problem, recipe_named
 from gradfn.methods.recipes import group_means
-from gradfn.probes import probe_engine
-from gradfn.scoring import Method, score
-from gradfn.spectrum import Damping
-from gradfn.stream import gather
+from gradfn.methods.scoring import Method, score
+from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics.fold import fit
 from gradfn.transforms import adam, chain, compress
 from gradfn.transforms.joint import joint
 from gradfn.types import Rows
@@ -198,7 +198,7 @@ def test_one_of_your_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "import gradfn as gf\n"
-        "from gradfn.curvature import kfac\n"
+        "from gradfn.statistics import kfac\n"
         "from gradfn.methods import influence, Recipe\n"
         "def mine(problem):\n"
         "    return influence(problem.fit(kfac()), problem.stage, damping=problem.damping)\n"

@@ -40,7 +40,7 @@ def supervising_padding(model, loss, train, query):
             batch["labels"] = batch["labels"].clamp_min(0)
         return gf.probe_engine(model, loss)(batch).values
 
-    return gf.dots(grads(train), grads(query))
+    return gf.methods.dots(grads(train), grads(query))
 
 
 def random_scores(model, loss, train, query):

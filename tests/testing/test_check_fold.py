@@ -5,16 +5,17 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import strategies as st
 
-from gradfn.fold import AdamMoments, Mean, Sums, adam_moments, mean, total
+from gradfn.statistics.fold import FoldState
+from gradfn.statistics.moments import AdamMoments, Mean, adam_moments, mean, total
 from gradfn.testing import BrokenLawError, check_fold
-from gradfn.transforms.summed import Summed
+from gradfn.transforms.row_sum import RowSum
 
 
 def plus(a, b, scale=1.0):
     if not a.blocks or not b.blocks:
         return a if a.blocks else b
     sums = {name: (a.blocks[name] + b.blocks[name]) * scale for name in a.blocks}
-    return Sums(a.count + b.count, sums)
+    return FoldState(a.count + b.count, sums)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class BatchMeans(AdamMoments):
     """The square of a chunk's sum."""
 
     def stage(self):
-        return Summed(lambda name, G: G.double().sum(0).square())
+        return RowSum(lambda name, G: G.double().sum(0).square())
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class InPlace(Mean):
             return a if a.blocks else b
         for name, sums in a.blocks.items():
             sums += b.blocks[name]
-        return Sums(a.count + b.count, a.blocks)
+        return FoldState(a.count + b.count, a.blocks)
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class LastWins(Mean):
 
     def update(self, state, blocks):
         share = {name: G.double().sum(0) for name, G in blocks.items()}
-        return plus(state, Sums(len(next(iter(blocks.values()))), share))
+        return plus(state, FoldState(len(next(iter(blocks.values()))), share))
 
     def merge(self, a, b):
-        return Sums(a.count + b.count, b.blocks or a.blocks)
+        return FoldState(a.count + b.count, b.blocks or a.blocks)
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class NotNeutral(Mean):
     """A count of one for no rows."""
 
     def init(self):
-        return Sums(1, {})
+        return FoldState(1, {})
 
     def merge(self, a, b):
-        return Sums(a.count + b.count, plus(a, b).blocks)
+        return FoldState(a.count + b.count, plus(a, b).blocks)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class FirstEight(AdamMoments):
     """Rows of a chunk beyond the eighth are forgotten."""
 
     def stage(self):
-        return Summed(lambda name, G: G[:8].double().square().sum(0))
+        return RowSum(lambda name, G: G[:8].double().square().sum(0))
 
 
 @dataclass(frozen=True)

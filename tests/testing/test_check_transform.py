@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
-from gradfn.kron import Kron
+from gradfn.linalg.kron import Kron
 from gradfn.testing import BrokenLawError, chains, check_estimator, check_transform
 from gradfn.transforms import adafactor, dot, project, unit_normalize
 from gradfn.transforms.chain import Blockwise, Kronecker, Rowwise

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gradfn.errors import InputError
-from gradfn.maps import DENSE, Select, Sketch, random_map, random_matrix
+from gradfn.linalg.maps import DENSE, Select, Sketch, random_map, random_matrix
 from gradfn.testing import assert_blocks_close
 from gradfn.transforms import compress, project
 
@@ -25,7 +25,7 @@ def test_a_side_that_is_small_already_is_left_as_it_is():
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_parts_of_a_large_matrix_are_drawn_apart(kind, monkeypatch):
-    monkeypatch.setattr("gradfn.maps.DRAW_ELEMENTS", 2 * 64)
+    monkeypatch.setattr("gradfn.linalg.maps.DRAW_ELEMENTS", 2 * 64)
     assert len(random_matrix(0, "a", "left", (6, 64), kind).unique(dim=0)) == 6
 
 

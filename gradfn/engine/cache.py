@@ -1,0 +1,135 @@
+"""Rows of gradients that a fit made, kept for the passes that come after it.
+
+A method with a curvature goes over the training rows twice, to fit and to score, and both passes begin with
+the same projection. What the first pass projects is small, so it is kept, and the second begins there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradfn.engine.engine import Engine
+from gradfn.memory import free_memory
+from gradfn.transforms import Chain, Transform, chain
+from gradfn.transforms.row_sum import RowSum
+from gradfn.types import Batch, Blocks, Data, Example, Rows
+
+KEPT_BYTES = 1 << 30
+"""Rows that take more are made again instead."""
+
+
+@dataclass(eq=False)
+class Kept:
+    """Data that keeps the transformed gradients of its rows when a statistic is fitted over them.
+
+    A pass of the same model, loss and view whose chain begins with the same transform then starts from what
+    was kept, without the model; a model whose weights were written to since is another one. It changes no
+    result beyond rounding. Kept are only rows of a transform (never the untransformed gradients), in the
+    CPU's memory, and only where they take at most `KEPT_BYTES` and a quarter of what is free; everything else
+    runs as it does over the data itself.
+
+    Args:
+        data: any examples.
+        transform: what both passes begin with, the method's normalisation and projection.
+
+    >>> from torch import nn
+    >>> import gradfn as gf
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
+    >>> rows = Kept([{"x": torch.tensor([1.0, 2.0])}] * 3, gf.project(1))
+    >>> H = gf.fit(gf.second_moment(), net, rows, rows.transform, loss=loss)
+    >>> rows.held
+    3
+    """
+
+    data: Data
+    transform: Transform
+    _made_by: tuple[Any, ...] = field(default=(), init=False, repr=False)
+    _values: Blocks = field(default_factory=dict, init=False, repr=False)
+    _losses: Tensor = field(default_factory=lambda: torch.zeros(0), init=False, repr=False)
+    _there: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), init=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> Example:
+        return self.data[row]
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the data tells of its rows: ids, texts, lengths, a fingerprint."""
+        if name.startswith("_") or name == "data":
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    @property
+    def held(self) -> int:
+        """How many rows are kept."""
+        return int(self._there.sum())
+
+    def recall(self, engine: Engine) -> Callable[[np.ndarray], Rows] | None:
+        """What gives an engine's results for rows by their numbers from what is kept; None: not all is."""
+        rest = self._rest(engine)
+        if rest is None or self._maker(engine) != self._made_by or self.held < len(self):
+            return None
+        device = next(engine.model.parameters()).device
+
+        def results(numbers: np.ndarray) -> Rows:
+            at = torch.from_numpy(numbers)
+            blocks = {name: value[at].to(device) for name, value in self._values.items()}
+            return Rows(rest(blocks), self._losses[at].to(device))
+
+        return results
+
+    def keeping(self, engine: Engine) -> Callable[[np.ndarray, Batch], Rows]:
+        """What runs an engine and, where it sums over rows that are worth it, keeps these first."""
+        rest = self._rest(engine) if engine.summed else None
+        if rest is None:
+            return lambda numbers, batch: engine(batch)
+        base = replace(engine, transform=chain(self.transform), _lowered=None)
+        if self._bytes(base) > min(KEPT_BYTES, free_memory() // 4):
+            return lambda numbers, batch: engine(batch)
+        if self._maker(engine) != self._made_by:
+            self._made_by, self._values = self._maker(engine), {}
+            self._there = np.zeros(len(self), bool)
+
+        def run(numbers: np.ndarray, batch: Batch) -> Rows:
+            made = base(batch)
+            assert isinstance(made.values, dict)
+            self._keep(numbers, made.values, made.losses)
+            return Rows(rest(made.values), made.losses)
+
+        return run
+
+    def _rest(self, engine: Engine) -> Chain | None:
+        """The stages of an engine behind the kept ones; None where it does not begin with them."""
+        first, stages = chain(self.transform).stages, chain(engine.transform).stages
+        by_factors = engine.summed and not isinstance(stages[-1], RowSum)
+        if not first or by_factors or engine.view.tokens or stages[: len(first)] != first:
+            return None
+        return Chain(stages[len(first) :])
+
+    def _maker(self, engine: Engine) -> tuple[Any, ...]:
+        weights = [(weight.data_ptr(), weight._version) for weight in engine.model.parameters()]
+        return engine.model, weights, engine.loss, engine.view, {site.block for site in engine.sites}
+
+    def _bytes(self, base: Engine) -> int:
+        plans = base.lowered().plans.items()
+        empty = {n: torch.empty(0, *plan.shape, dtype=plan.dtype, device=plan.device) for n, plan in plans}
+        rows = base.lowered().finish(empty)
+        assert isinstance(rows, dict)
+        return len(self) * sum(v.shape[1:].numel() * v.element_size() for v in rows.values())
+
+    def _keep(self, numbers: np.ndarray, values: Blocks, losses: Tensor) -> None:
+        if not self._values:
+            self._losses = losses.new_empty(len(self), device="cpu")
+            self._values = {n: v.new_empty(len(self), *v.shape[1:], device="cpu") for n, v in values.items()}
+        at = torch.from_numpy(numbers)
+        for name, value in values.items():
+            self._values[name][at] = value.cpu()
+        self._losses[at] = losses.cpu()
+        self._there[numbers] = True

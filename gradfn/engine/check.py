@@ -1,0 +1,343 @@
+"""Can these gradients be trusted: which weights they cover, whether they are right, how far they are rounded.
+
+Three questions, three functions: `coverage` of the model's parameters, `equality` of the engine with the
+definition, `noise` of batches and of the precision.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradfn.data import collate
+from gradfn.engine.engine import Engine
+from gradfn.engine.reference import naive_blocks
+from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, collect, labelled
+from gradfn.errors import InputError
+from gradfn.model.layers import Conv, Embedding, Experts, Linear, NormScale
+from gradfn.model.losses import causal_lm_loss
+from gradfn.model.sites import Site, View, all_sites, find_sites, output_head
+from gradfn.transforms import Transform, project
+from gradfn.types import Blocks, Data, Example, LossFn
+
+EngineName = Literal["probe", "vmap(grad)"]
+FINE = 0.999
+"""A cosine from which on nothing need be said."""
+RANKS = 0.99
+"""A cosine from which on rankings hold."""
+
+
+@dataclass(frozen=True)
+class Covered:
+    """The parameters of one kind whose modules have one place in the model's pattern.
+
+    Args:
+        pattern: the modules' path, numbers as `*`: `model.layers.*.mlp.up_proj`.
+        kind: linear, convolution, experts, embedding, norm, LM head or other; several where a weight is tied.
+        modules: how many modules the pattern stands for.
+        parameters: numbers in their weights and biases; a tied weight counts once, under its first name.
+        engine: what makes their gradient; None: they are not attributed.
+        reason: why they are not: left out by default, excluded, not included, or not an adapter; empty where
+            they are.
+    """
+
+    pattern: str
+    kind: str
+    modules: int
+    parameters: int
+    engine: EngineName | None
+    reason: str
+
+
+def coverage(
+    model: nn.Module, view: View | None = None, *, sites: Sequence[Site] | None = None
+) -> tuple[Covered, ...]:
+    """Say of every parameter of the model what makes its gradient, or why nothing does.
+
+    Args:
+        model: any module.
+        view: which weights are attributed; None is the default of `View`.
+        sites: `engine.sites` of an engine of this view that has run: it knows which weights no probe sees.
+            None: as before a run.
+
+    Returns:
+        What is attributed first, by kind, in the model's order; `parameters` add up to the model's.
+
+    Raises:
+        InputError: nothing is left to attribute; see `find_sites`.
+
+    >>> [(row.pattern, row.kind, row.parameters, row.engine) for row in coverage(nn.Sequential(
+    ...     nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)))]
+    [('*', 'linear', 26, 'probe'), ('*', 'norm', 8, None)]
+    """
+    view = view or View()
+    sites = find_sites(model, view) if sites is None else sites
+    owners: dict[str, list[Site]] = {}
+    for site in all_sites(model):
+        for name in site.names:
+            owners.setdefault(name, []).append(site)
+    chosen = {name: site.probed for site in sites for name in site.names}
+    head, adapters = output_head(model), hasattr(model, "peft_config")
+    groups: dict[tuple[str, str, EngineName | None, str], list[tuple[str, int]]] = {}
+    for name, parameter in model.named_parameters():
+        engine: EngineName | None = None
+        if name in chosen:
+            engine = "probe" if chosen[name] else "vmap(grad)"
+        kind = ", ".join(dict.fromkeys(_kind(site, head) for site in owners[name]))
+        reason = "" if engine else _reason(owners[name], view, adapters)
+        path = name.removesuffix("weight").removesuffix("bias").removesuffix(".") or "root"
+        key = (_pattern(path), kind, engine, reason)
+        groups.setdefault(key, []).append((path, parameter.numel()))
+    rows = [
+        Covered(pattern, kind, len({path for path, _ in found}), sum(size for _, size in found), engine, why)
+        for (pattern, kind, engine, why), found in groups.items()
+    ]
+    return tuple(sorted(rows, key=_place))
+
+
+_KINDS = {
+    Linear: "linear",
+    Conv: "convolution",
+    Experts: "experts",
+    Embedding: "embedding",
+    NormScale: "norm",
+}
+_ORDER = (*_KINDS.values(), "LM head", "other")
+
+
+def _place(row: Covered) -> tuple[bool, int, str, str]:
+    """What is attributed first, then by kind, then by engine or reason."""
+    return row.engine is None, _ORDER.index(row.kind.split(", ")[0]), row.kind, row.engine or row.reason
+
+
+def _kind(site: Site, head: nn.Module | None) -> str:
+    if site.module is head:
+        return "LM head"
+    return next((name for kind, name in _KINDS.items() if isinstance(site.layer, kind)), "other")
+
+
+def _pattern(path: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _reason(owners: Sequence[Site], view: View, adapters: bool) -> str:
+    if any(fnmatchcase(site.path or "root", glob) for site in owners for glob in view.exclude):
+        return "excluded"
+    if view.include:
+        return "not included"
+    if adapters and not any("lora_" in site.path for site in owners):
+        return "not an adapter"
+    return "left out by default"
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """How far the engine's gradient of one block is from the definition's, over all rows together.
+
+    Args:
+        block: its name.
+        error: `|got - want| / |want|`.
+        cosine: between the two.
+    """
+
+    block: str
+    error: float
+    cosine: float
+
+
+def equality(engine: Engine, rows: Sequence[Example]) -> tuple[BlockError, ...]:
+    """Compare an engine with the definition, block by block, on rows that it sees as one padded batch.
+
+    The definition is plain autograd of the engine's loss, one unpadded example at a time, then the engine's
+    transform. A block whose norm is below the rounding of the whole gradient is measured against that.
+
+    Args:
+        engine: see `probe_engine`; its view is by example.
+        rows: a few examples with the same keys, best of different lengths.
+
+    Returns:
+        One a block, the worst first.
+
+    Raises:
+        InputError: a view by token, a transform that ends in scores, or weights that are no floats.
+
+    >>> from gradfn.engine.engine import probe_engine
+    >>> net = nn.Linear(2, 1)
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).square().sum()
+    >>> equality(probe_engine(net, loss), [{"x": torch.ones(2)}])[0].error < 1e-6
+    True
+    """
+    if engine.view.tokens:
+        raise InputError("the definition is a gradient of each example: view the engine by example")
+    fixed = next((n for n, p in engine.model.named_parameters() if not p.is_floating_point()), None)
+    if fixed is not None:
+        raise InputError(
+            f"{fixed} is quantised, so autograd has no gradient of it: check the model unquantised"
+        )
+    rows = [labelled(rows, row) for row in range(len(rows))]
+    got = engine(collate(rows)).values
+    parts = [engine.transform(naive_blocks(engine.loss, engine.model, [row], engine.view)) for row in rows]
+    if not isinstance(got, dict):
+        raise InputError("scores have no blocks: check an engine whose transform does not end in dot")
+    want = {name: torch.cat([part[name].cpu() for part in parts]) for name in got}  # pyright: ignore
+    dtype = next(p.dtype for p in engine.model.parameters())
+    floor = torch.finfo(dtype).eps * float(_flat(want).norm())
+    errors = [_block_error(name, got[name].cpu(), want[name], floor) for name in got]
+    return tuple(sorted(errors, key=lambda error: -error.error))
+
+
+def _block_error(name: str, got: Tensor, want: Tensor, floor: float) -> BlockError:
+    a, b = got.double().flatten(), want.double().flatten()
+    size = max(float(b.norm()), floor)
+    if size == 0:
+        return BlockError(name, float(a.norm()), 1.0 if not bool(a.any()) else 0.0)
+    cosine = 1.0 if float(b.norm()) <= floor else float(_cosines(a[None], b[None]))
+    return BlockError(name, float((a - b).norm()) / size, cosine)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far rows of gradients are from the same rows made in another way, over all blocks together.
+
+    Args:
+        cosine, worst_cosine: between the two, the rows' median and lowest.
+        error, worst_error: `|a - b| / |b|`, the rows' median and highest.
+        row: the number of the row with the lowest cosine.
+    """
+
+    cosine: float
+    worst_cosine: float
+    error: float
+    worst_error: float
+    row: int
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What rounding does to rows of gradients.
+
+    Args:
+        batching: rows made in batches against the same rows made alone.
+        precision: rows made alone against the reference's made alone; None where there is no reference.
+    """
+
+    batching: Difference
+    precision: Difference | None
+
+    @property
+    def worst_cosine(self) -> float:
+        """The lowest cosine of any row, in either comparison."""
+        return min(part.worst_cosine for part in (self.batching, self.precision) if part is not None)
+
+
+def row_difference(got: Blocks, want: Blocks) -> Difference:
+    """Compare rows with the same rows made in another way; two zero rows are equal.
+
+    >>> rows = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> row_difference({"a": rows + torch.tensor([[0.0], [0.1]])}, {"a": rows}).row
+    1
+    """
+    a, b = _flat(got), _flat(want)
+    gaps, sizes = (a - b).norm(dim=1), b.norm(dim=1)
+    errors = torch.where(gaps == 0, 0.0, gaps / sizes)
+    cosines = _cosines(a, b)
+    row = int(cosines.argmin())
+    return Difference(
+        float(cosines.median()), float(cosines[row]), float(errors.median()), float(errors.max()), row
+    )
+
+
+def _flat(blocks: Blocks) -> Float[Tensor, "rows numbers"]:
+    return torch.cat([value.cpu().double().flatten(1) for value in blocks.values()], 1)
+
+
+def _cosines(a: Float[Tensor, "rows numbers"], b: Float[Tensor, "rows numbers"]) -> Float[Tensor, " rows"]:
+    """1 where both are zero, 0 where one is."""
+    both = (a.norm(dim=1) == 0) & (b.norm(dim=1) == 0)
+    return torch.where(both, 1.0, torch.cosine_similarity(a, b, eps=0)).nan_to_num(0.0).clamp(-1, 1)
+
+
+def noise(
+    model: nn.Module,
+    data: Data,
+    *,
+    reference: nn.Module | None = None,
+    make_loss: Callable[[nn.Module], LossFn] = causal_lm_loss,
+    transform: Transform | None = None,
+    view: View | None = None,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    progress: Progress | None = None,
+) -> Noise:
+    """Measure what batches, and the precision, do to rows of gradients.
+
+    In exact arithmetic a row does not depend on its batch. In floating point it does: other shapes are summed
+    in another order, by another kernel.
+
+    Args:
+        model: the model in the precision that is asked about.
+        data: examples of different lengths, so that padding matters.
+        reference: the same model in float32; `model` itself, where `inside` is what is asked about.
+        make_loss: the loss of a model.
+        transform: of the rows that are compared; None is `project(16)`.
+        view, token_batch_size, progress: see `collect`.
+        inside: the context in which the model's rows are made, and not the reference's; see
+            `gradfn.engine.precision.multiplying`.
+
+    Raises:
+        InputError: see `collect`.
+
+    >>> net = nn.Linear(3, 1)
+    >>> def make_loss(model):
+    ...     return lambda p, e: torch.func.functional_call(model, p, e["x"]).square().sum()
+    >>> noise(net, [{"x": torch.ones(3)}] * 4, make_loss=make_loss).worst_cosine > 0.999999
+    True
+    """
+
+    def rows(model: nn.Module, size: int) -> Blocks:
+        made = collect(
+            model, data, transform or project(16), loss=make_loss(model), view=view, token_batch_size=size,
+            progress=progress,
+        )  # fmt: skip
+        if not isinstance(made, dict):
+            raise InputError("scores are no rows of gradients: give a transform that does not end in dot")
+        return made
+
+    with inside():
+        alone, together = rows(model, 1), rows(model, token_batch_size)
+    exact = None if reference is None else row_difference(alone, rows(reference, 1))
+    return Noise(row_difference(together, alone), exact)
+
+
+def advice(worst_cosine: float, measured: Mapping[str, float] | None = None) -> str:
+    """What to do about noise, in one sentence.
+
+    From a cosine of 0.999 on (the worst row's) the settings are fine, from 0.99 on for ranking. Below, the
+    first of the other settings that reaches 0.99 is recommended, else the best of those that help.
+
+    Args:
+        worst_cosine: `Noise.worst_cosine` of the settings asked about.
+        measured: the same of other settings, the cheapest first.
+
+    >>> advice(0.9999)
+    'fine: the worst row keeps a cosine of 0.999900'
+    >>> advice(0.5, {"--attention eager": 0.6, "--precision fp32": 0.999})
+    'use --precision fp32: the worst row keeps a cosine of 0.999000 there, and of 0.500000 here'
+    """
+    here = f"the worst row keeps a cosine of {worst_cosine:.6f}"
+    if worst_cosine >= FINE:
+        return f"fine: {here}"
+    if worst_cosine >= RANKS:
+        return f"fine for ranking: {here}"
+    better = {name: cosine for name, cosine in (measured or {}).items() if cosine > worst_cosine}
+    if not better:
+        return f"none of the settings tried helps: {here}"
+    best = next((name for name in better if better[name] >= RANKS), max(better, key=better.__getitem__))
+    there = f"the worst row keeps a cosine of {better[best]:.6f} there"
+    return f"use {best}: {there}, and of {worst_cosine:.6f} here"

@@ -1,0 +1,134 @@
+"""The oracle of every faster engine: per-example gradients by definition.
+
+Twice: `vmap(grad(loss), in_dims=(None, 0))(params, batch)`, and a loop of plain autograd over single rows.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from gradfn.model.sites import View, blocks_of, find_sites
+from gradfn.types import Batch, Blocks, Example, LossFn, Params
+
+
+def per_example_grads(loss: LossFn, params: Params, batch: Batch, *, chunk_size: int | None = None) -> Params:
+    """The gradient of each example's own loss, `d loss(params, example_b) / d params`.
+
+    This is the definition that every faster engine is tested against. It holds `[batch, *parameter]` for
+    every parameter at once.
+
+    Args:
+        loss: `loss(params, example) -> scalar`, pure.
+        params: the parameters to differentiate with respect to.
+        batch: tensors `[batch, ...]`.
+        chunk_size: how many examples at a time; None means all.
+
+    Returns:
+        `{name: [batch, *parameter]}`, in units of loss per unit of parameter.
+
+    >>> def loss(p, e):
+    ...     return (p["w"] @ e["x"]) ** 2
+    >>> per_example_grads(loss, {"w": torch.ones(2)}, {"x": torch.eye(2)})["w"]
+    tensor([[2., 0.],
+            [0., 2.]])
+    """
+    # vmap wants a dict, not any mapping (a BatchEncoding, say).
+    return vmap(grad(loss), in_dims=(None, 0), chunk_size=chunk_size)(params, dict(batch))
+
+
+def definition(loss: LossFn, params: Params, batch: Batch) -> Params:
+    """`per_example_grads`, one example at a time where the model cannot be mapped over (data-dependent code).
+
+    >>> def loss(p, e):
+    ...     return p["w"] * (e["x"] if bool(e["x"] > 0) else 0)
+    >>> definition(loss, {"w": torch.ones(())}, {"x": torch.tensor([3.0, -1.0])})["w"]
+    tensor([3., 0.])
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # it is the definition, not fast
+            return per_example_grads(loss, params, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        pass  # what is wrong with the loss itself is raised below
+    size = len(next(iter(batch.values())))
+    rows = [grad(loss)(params, {key: value[row] for key, value in batch.items()}) for row in range(size)]
+    return {name: torch.stack([row[name] for row in rows]) for name in params}
+
+
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers and convolutions but the LM head; of those that share a weight, the first."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    seen = set()
+    for path, module in model.named_modules():
+        counts = isinstance(module, WEIGHTED) or type(module).__name__ == "Conv1D"
+        if counts and module is not head and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            yield path, module
+
+
+def naive_grads(
+    loss: Callable[[Params, Example], Tensor], model: nn.Module, rows: Sequence[Example]
+) -> Params:
+    """Per-example gradients of all parameters, `{name: [rows, *parameter]}`, one `autograd.grad` an example.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> def loss(params, e):
+    ...     return functional_call(net, params, e["x"]).sum()
+    >>> naive_grads(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["weight"]
+    tensor([[[3., 4.]]])
+    """
+    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    grads = [
+        torch.autograd.grad(
+            loss(params, example), list(params.values()), allow_unused=True, materialize_grads=True
+        )
+        for example in rows
+    ]
+    return {name: torch.stack(parts) for name, parts in zip(params, zip(*grads, strict=True), strict=True)}
+
+
+def naive_blocks(
+    loss: Callable[[Params, Example], Tensor],
+    model: nn.Module,
+    rows: Sequence[Example],
+    view: View | None = None,
+) -> Blocks:
+    """Per-example gradients as blocks, one `autograd.grad` an example.
+
+    Args:
+        loss: `loss(params, example) -> scalar`.
+        model: the module whose parameters `params` are.
+        rows: examples, not padded.
+        view: which weights, laid out by `blocks_of`; None is linear layers and convolutions
+            but the LM head, laid out here.
+
+    Returns:
+        `{module path: [rows, out, in (+ 1)]}`, the bias last.
+
+    >>> net = nn.Linear(2, 1)
+    >>> def loss(params, e):
+    ...     return functional_call(net, params, e["x"]).sum()
+    >>> naive_blocks(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["root"]
+    tensor([[[3., 4., 1.]]])
+    """
+    grads = naive_grads(loss, model, rows)
+    if view is not None:
+        return blocks_of(find_sites(model, view), grads)
+    blocks = {}
+    for path, module in _layers(model):
+        prefix = f"{path}." if path else ""
+        block = grads[f"{prefix}weight"].flatten(2)
+        block = block if isinstance(module, WEIGHTED) else block.mT
+        if getattr(module, "bias", None) is not None:
+            block = torch.cat([block, grads[f"{prefix}bias"][..., None]], -1)
+        blocks[path or "root"] = block
+    return blocks

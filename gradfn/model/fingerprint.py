@@ -1,0 +1,71 @@
+"""Which model this is: a digest of its weights."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["model_fingerprint"]
+
+ORIGINAL = "original_module"
+"""Peft's name of a module that an adapter replaces."""
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """16 hex digits of the names, types, shapes and values of all parameters and saved buffers.
+
+    Values enter as position-weighted sums of their bits, `sum_i (2i + 1) v_i` modulo 2^64 in blocks of
+    65,536 (float64 as two values): exact, the same on every device, and different when any one value changes
+    or two trade places.
+    A tied weight counts once, so tying matters too.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = model_fingerprint(layer)
+    >>> _ = layer.weight.data[0].neg_()
+    >>> before == model_fingerprint(layer)
+    False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _saved_tensors(model):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(_checksums(tensor.detach()).numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def is_replaced(model: nn.Module, name: str) -> bool:
+    """Whether a weight is the base's of a module that an adapter has a copy of its own of."""
+    owner, found, _ = f".{name}".rpartition(f".{ORIGINAL}.")
+    return bool(found) and hasattr(model.get_submodule(owner.lstrip(".")), "modules_to_save")
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then the buffers that are saved with them; sorted by name.
+
+    What an adapter has replaced is left out: it is not used, and may be random.
+    """
+    every = model.named_parameters(remove_duplicate=False)
+    used = {id(value): (name, value) for name, value in [*every][::-1] if not is_replaced(model, name)}
+    yield from sorted(used.values())
+    saved = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
+    buffers = (item for item in model.named_buffers() if item[0] in saved)
+    yield from sorted(item for item in buffers if not is_replaced(model, item[0]))
+
+
+def _checksums(tensor: Tensor, width: int = 1 << 16) -> Tensor:
+    """Position-weighted sums of the bits of each `width` values, int64 on the CPU; float64 is seen in halves,
+    for an even number of flipped signs would cancel modulo 2^64."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = torch.int32 if tensor.is_floating_point() and tensor.element_size() == 8 else None
+    flat = tensor.contiguous().flatten().view(kind or kinds[tensor.element_size()])
+    # Odd, and so far apart that neither one change nor one exchange can cancel modulo 2^64.
+    weights = 2 * torch.arange(width, device=flat.device) + 1
+    sums = [(block.long() * weights[: len(block)]).sum() for block in flat.split(width)]
+    return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)

@@ -1,0 +1,26 @@
+"""Run directories: gradients, scores, curvatures and masks on disk, and what they were made with."""
+
+from gradfn.runs.curvatures import hessian, load_curvature, mix_runs
+from gradfn.runs.gradients import build, reduce, score_run
+from gradfn.runs.masks import load_mask, mask_run, projection_named
+from gradfn.runs.merge import hessian_shard, merge_run
+from gradfn.runs.shards import parse_shard
+from gradfn.runs.store import Store, open_store, open_writer
+
+__all__ = [
+    "Store",
+    "build",
+    "hessian",
+    "hessian_shard",
+    "load_curvature",
+    "load_mask",
+    "mask_run",
+    "merge_run",
+    "mix_runs",
+    "open_store",
+    "open_writer",
+    "parse_shard",
+    "projection_named",
+    "reduce",
+    "score_run",
+]

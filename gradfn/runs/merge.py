@@ -1,0 +1,310 @@
+"""Curvatures fitted in shards, and merging what array jobs wrote."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
+from gradfn.errors import InputError
+from gradfn.model.losses import causal_lm_loss
+from gradfn.model.sites import View
+from gradfn.runs.curvatures import Labels, fit_settings, load_curvature, write_curvature
+from gradfn.runs.gradients import Settings
+from gradfn.runs.shards import (
+    Shard,
+    complete_shards,
+    join_shards,
+    joinable_shards,
+    refuse_gaps,
+    shard_rows,
+    shard_run,
+    shards_of,
+)
+from gradfn.runs.store import Store, Writer, differing, open_store, open_writer, remove_kind
+from gradfn.statistics import Curvature, ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics.fold import Additive, FoldState, TwoPass, check_fit, fit_sums
+from gradfn.statistics.labels import check_drawn, sample_labels
+from gradfn.transforms import Transform
+from gradfn.types import Data, LossFn
+
+SUMS = ("sums", "second_sums")
+"""Kinds of store with the sums that the shards of a curvature made, in the first and second pass."""
+SUMMED = "fit/sums"
+"""Where a merged curvature keeps which sums it is of."""
+BASIS = "basis"
+"""The kind of store with what the first of two passes gave."""
+FOLDS = (second_moment, kfac, ekfac, shampoo, tkfac)
+
+
+def hessian_shard(
+    run: str | Path,
+    model: nn.Module,
+    data: Data,
+    fold: Any,
+    transform: Transform | None = None,
+    *,
+    shard: Shard,
+    labels: Labels = "data",
+    seed: int = 0,
+    loss: LossFn | None = None,
+    view: View | None = None,
+    partitions: int = 1,
+    token_batch_size: int = TOKEN_BATCH_SIZE,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write one part's sums of a curvature, for `merge_run` to add up and decompose.
+
+    Of a fit in two passes (ekfac) the sums are the first pass's until these have been merged, and then the
+    second's.
+
+    Args:
+        run: the run directory, common to all parts.
+        shard: which part of the rows.
+        fold, model, data, transform, labels, seed, loss, view, partitions, token_batch_size, settings,
+            overwrite, progress: see `hessian`.
+
+    Returns:
+        Which pass the sums are of, 1 or 2.
+
+    Raises:
+        InputError: see `fit`; more shards than rows; the directory holds sums made otherwise.
+    """
+    known = fit_settings(model, data, fold, transform, labels, seed, loss, view, settings)
+    _fold_named(str(fold))
+    check_fit(fold, model, transform, loss=loss, view=view, partitions=partitions)
+    if labels == "model":
+        check_drawn(loss or causal_lm_loss(model))
+    rows, number = shard_rows(lengths_of(data), shard), shard.number
+    basis = _basis(run, known, overwrite) if isinstance(fold, TwoPass) else None
+    if basis is not None:
+        fold, known = fold.then(basis), {**known, "basis": basis.digest}
+    one = fold.first if isinstance(fold, TwoPass) else fold
+    kind = SUMS[basis is not None]
+    with open_writer(
+        shard_run(run, shard), kind, known, shard.count, overwrite, part=(number - 1, number)
+    ) as writer:
+        if writer.missing([(number - 1, number)]):
+            if basis is None:  # second sums would be of another first pass
+                remove_kind(shard_run(run, shard), SUMS[1])
+            if labels == "model":
+                loss = loss or causal_lm_loss(model)
+                data = sample_labels(loss, data, seed, rows=rows, token_batch_size=token_batch_size)
+            sums = fit_sums(
+                one, model, data, transform, rows=rows, loss=loss, view=view, partitions=partitions,
+                token_batch_size=token_batch_size, progress=progress,
+            )  # fmt: skip
+            writer.write(number - 1, number, _sum_arrays(sums, rows))
+        writer.finish()
+    return 1 + (basis is not None)
+
+
+def _basis(run: str | Path, settings: Settings, overwrite: bool) -> Curvature | None:
+    """What a merged first pass gave; None before that, and where another one is to be replaced."""
+    if not (Path(run) / f"{BASIS}.h5").exists():
+        return None
+    with open_store(run, BASIS) as store:
+        unlike = differing(store.settings, settings)
+    if unlike and not overwrite:
+        shown = ", ".join(f"{key} is {a} there and {b} here" for key, (a, b) in [*unlike.items()][:4])
+        raise InputError(
+            f"the first pass in {run} was made otherwise ({shown}): add --overwrite to begin "
+            "anew, or write to another directory"
+        )
+    return None if unlike else load_curvature(run, BASIS)
+
+
+def _sum_arrays(sums: FoldState, rows: range) -> dict[str, np.ndarray]:
+    """Sums over a part as one row of a store."""
+    blocks = {f"{SUMS[0]}/{name}": total[None].cpu().numpy() for name, total in sums.blocks.items()}
+    shapes = {f"shapes/{name}": np.array([shape]) for name, shape in sums.shapes.items()}
+    rounding = torch.tensor([torch.finfo(sums.dtype).eps], dtype=sums.dtype).numpy()
+    return {"rows/count": np.array([sums.count]), "rows/span": np.array([[rows.start, rows.stop]]),
+            "rows/rounding": rounding, **blocks, **shapes}  # fmt: skip
+
+
+def _read_sums(store: Store) -> FoldState:
+    def read(prefix: str) -> dict[str, np.ndarray]:
+        return {n.removeprefix(prefix): store.read(n, *store.span)[0] for n in store.names(prefix)}
+
+    blocks = {name: torch.from_numpy(total) for name, total in read(f"{SUMS[0]}/").items()}
+    shapes = {name: tuple(map(int, shape)) for name, shape in read("shapes/").items()}
+    count, kept = int(store.read("rows/count", *store.span)[0]), store.names("rows/rounding")
+    # Sums of earlier versions do not say what they were made in, and are taken as they were then.
+    rounding = store.read("rows/rounding", *store.span) if kept else np.zeros(1)
+    return FoldState(count, blocks, shapes, torch.from_numpy(rounding).dtype)
+
+
+def _fold_named(name: str) -> Any:
+    """The statistic that the settings of a fitted curvature name."""
+    known = {str(make()): make() for make in FOLDS}
+    if name not in known:
+        names = ", ".join(make.__name__ for make in FOLDS)
+        raise InputError(f"{name} is not fitted in shards: choose one of {names}, or leave out the shard")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What `merge_run` made.
+
+    Args:
+        kind: "store", "scores", "hessian", another kind of store; "basis" for the first of two passes, after
+            which every shard is to be run once more.
+        path: the index file.
+        shards: how many parts it was made of.
+    """
+
+    kind: str
+    path: Path
+    shards: int
+
+
+def merge_run(run: str | Path, *, overwrite: bool = False) -> list[Joined]:
+    """Join what the parts of array jobs wrote, `RUN/shards/I-of-N`, to what one process would have written.
+
+    The parts at each of several checkpoints, `RUN/checkpoint-K/shards/I-of-N`, are joined too, and first.
+    Everything is checked before anything is written, but for whether the disk has room; it may be repeated.
+
+    Args:
+        overwrite: replace what is in the run and was made otherwise, without shards, or of shards that have
+            been made again since.
+
+    Raises:
+        InputError: there are no shards; some are missing, incomplete, overlap, or were made differently; what
+            is there was not made of them.
+        StorageError: the disk is full or failed.
+    """
+    checkpoints = sorted(Path(run).glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    plans = [plan for path in [*checkpoints, Path(run)] if (plan := _planned(path, overwrite)) is not None]
+    if not plans:
+        raise InputError(
+            f"{run} has no shards: write them with --shard I/N of build, score, hessian or retrain"
+        )
+    return [joined for plan in plans for joined in _carried_out(plan, overwrite)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """A curvature, or the first of two passes to one, and the sums that it is made of."""
+
+    kind: str
+    settings: Settings
+    fold: Additive[Curvature]
+    stores: Sequence[Store]
+
+    def curvature(self) -> Curvature:
+        state = self.fold.init()
+        for store in self.stores:
+            state = self.fold.add(state, _read_sums(store))
+        return self.fold.finalize(state)
+
+    def digest(self) -> str:
+        """16 hex digits that tell these sums from others."""
+        digest = hashlib.sha256()
+        for store in self.stores:
+            for name in store.names():
+                digest.update(f"{name} ".encode() + store.read(name, *store.span).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What there is to join in one run directory: how many parts of each kind, and a curvature to fit."""
+
+    run: Path
+    counts: dict[str, int]
+    fit: _Fit | None
+
+
+def _planned(run: Path, overwrite: bool) -> _Plan | None:
+    """What is to be done in a run directory; None where it has no parts. Refuses all that will not do."""
+    kinds = shards_of(run)
+    if not kinds:
+        return None
+    # The first sums come first: where they are unlike, second ones lack for that reason.
+    sums = {kind: complete_shards(run, kind) for kind in SUMS if kind in kinds}
+    counts = {
+        kind: len(joinable_shards(run, kind, overwrite=overwrite)) for kind in kinds if kind not in SUMS
+    }
+    for kind, stores in sums.items():
+        spans = [store.read("rows/span", *store.span)[0] for store in stores]
+        refuse_gaps(run, kind, [(int(a), int(b)) for a, b in spans], stores[0].settings["data"]["rows"])
+    fit = _fit_of(run, sums.get(SUMS[0], []), sums.get(SUMS[1], [])) if sums else None
+    if fit is not None and not overwrite:
+        _refuse_other_fit(run, fit)
+    return _Plan(run, counts, fit)
+
+
+def _fit_of(run: Path, firsts: Sequence[Store], seconds: Sequence[Store]) -> _Fit:
+    """The curvature that the sums are for; of the first of two passes, what the second needs."""
+    if not firsts:
+        return _second_fit(run, seconds)
+    settings = firsts[0].settings
+    fold = _fold_named(settings["hessian"]["kind"])
+    if not isinstance(fold, TwoPass):
+        return _Fit("hessian", settings, fold, firsts)
+    first = _Fit(BASIS, settings, fold.first, firsts)
+    if not seconds:
+        return first
+    # What the second pass was given counts, and on another machine the same sums may give another rounding.
+    basis = _kept_basis(run, settings) or first.curvature()
+    if differing(seconds[0].settings, {**settings, "basis": basis.digest}):
+        raise InputError(
+            f"the second pass of the shards of {run} was made after another first pass: run all shards again "
+            "with --overwrite, then merge"
+        )
+    return _Fit("hessian", settings, fold.then(basis), seconds)
+
+
+def _second_fit(run: Path, seconds: Sequence[Store]) -> _Fit:
+    """The curvature of a second pass alone: once the first is merged, its shards may be deleted."""
+    settings = {key: value for key, value in seconds[0].settings.items() if key != "basis"}
+    basis = _kept_basis(run, settings)
+    if basis is None or basis.digest != seconds[0].settings["basis"]:
+        raise InputError(
+            f"the second pass of the shards of {run} was made after a first pass that is not in "
+            f"{run / BASIS}.h5: put that back, or run all shards again with --overwrite, then merge"
+        )
+    return _Fit("hessian", settings, _fold_named(settings["hessian"]["kind"]).then(basis), seconds)
+
+
+def _kept_basis(run: Path, settings: Settings) -> Curvature | None:
+    if not (run / f"{BASIS}.h5").exists():
+        return None
+    with open_store(run, BASIS) as store:
+        return None if differing(store.settings, settings) else load_curvature(run, BASIS)
+
+
+def _refuse_other_fit(run: Path, fit: _Fit) -> None:
+    """Refuse a curvature in the run that is not of these sums."""
+    if not Writer(run, fit.kind, dict(fit.settings), 1).complete:
+        return
+    with open_store(run, fit.kind) as there:
+        digest = str(there.fixed(SUMMED)[0]) if SUMMED in there.header.fixed else None
+    if digest is None:
+        raise InputError(
+            f"the curvature in {run} is of a run without --shard: add --overwrite to take that of the shards"
+        )
+    if digest != fit.digest():
+        raise InputError(
+            f"the {fit.kind} in {run} is not of the sums of its shards, which were made again: add "
+            "--overwrite to take these"
+        )
+
+
+def _carried_out(plan: _Plan, overwrite: bool) -> Iterator[Joined]:
+    for kind, count in plan.counts.items():
+        yield Joined(kind, join_shards(plan.run, kind, overwrite=overwrite), count)
+    if (fit := plan.fit) is not None:
+        with open_writer(plan.run, fit.kind, fit.settings, 1, overwrite) as writer:
+            if not writer.complete:
+                write_curvature(writer, fit.curvature(), {SUMMED: [fit.digest()]})
+        yield Joined(fit.kind, plan.run / f"{fit.kind}.h5", len(fit.stores))

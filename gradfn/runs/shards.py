@@ -1,0 +1,328 @@
+"""Parts of an array job: which rows each of them does, and joining what they wrote.
+
+Part I of N writes to a run directory of its own, `RUN/shards/I-of-N`, and needs nothing of the others. The
+parts may be written on other machines and copied there. Joining links (or copies) their segments into
+`RUN`, which is then what one process would have written.
+"""
+
+import filecmp
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from gradfn.errors import InputError
+from gradfn.runs.store import Span, Store, Writer, differing, open_part, open_store, open_writer
+
+__all__ = [
+    "Shard", "complete_shards", "in_words", "is_complete", "join_shards", "joinable_shards", "listed",
+    "parse_shard", "refuse_gaps", "shard_rows", "shard_run", "shards_of",
+]  # fmt: skip
+
+FOLDER = "shards"
+TRACES = (r"\.([a-z_]+)\.lock", r"([a-z_]+)\.h5", r"segments/([a-z_]+)-\d{10,}-\d{10,}\.h5")
+"""Files of a part that tell of which kinds it has something."""
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """Part `number`, from 1 to `count`.
+
+    Raises:
+        InputError: a number that is not between 1 and the count.
+
+    >>> str(Shard(2, 8))
+    '2/8'
+    """
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise InputError(
+                f"a shard is I/N with I from 1 to N, not {self}: give 1/{max(1, self.count)}, say"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+def parse_shard(text: str | None) -> Shard | None:
+    """Read what --shard says.
+
+    Raises:
+        InputError: anything but I/N with I from 1 to N.
+
+    >>> parse_shard("2/8")
+    Shard(number=2, count=8)
+    """
+    if text is None:
+        return None
+    if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip(), re.ASCII)):
+        raise InputError(f"--shard takes I/N, the I-th of N parts, not {text!r}: give 2/8, say")
+    return Shard(int(match[1]), int(match[2]))
+
+
+def shard_rows(sizes: Int[np.ndarray, " rows"], shard: Shard) -> range:
+    """The rows of one part: contiguous, none without a row, and balanced by size.
+
+    Args:
+        sizes: how much work each row is: its tokens, or ones.
+        shard: which part; all parts together are all rows.
+
+    Raises:
+        InputError: more parts than rows.
+
+    >>> [shard_rows(np.array([9, 1, 1, 1, 6]), Shard(number, 3)) for number in (1, 2, 3)]
+    [range(0, 1), range(1, 4), range(4, 5)]
+    """
+    rows, count = len(sizes), shard.count
+    if count > rows:
+        raise InputError(
+            f"{rows} rows do not go into {count} shards: give --shard I/{max(rows, 1)} or fewer parts"
+        )
+    ends = np.concatenate([[0], np.cumsum(np.maximum(sizes, 1), dtype=np.float64)])
+    middles = (ends[:-1] + ends[1:]) / 2
+    each = np.arange(count + 1)
+    nearest = np.searchsorted(middles, each * ends[-1] / count)
+    bounds = np.minimum(np.maximum.accumulate(nearest - each) + each, rows - count + each)
+    return range(int(bounds[shard.number - 1]), int(bounds[shard.number]))
+
+
+def shard_run(run: str | Path, shard: Shard | None) -> Path:
+    """The run directory of a part; of no part, the run itself.
+
+    >>> shard_run("runs/index", Shard(2, 8)).as_posix()
+    'runs/index/shards/2-of-8'
+    """
+    return Path(run) if shard is None else Path(run) / FOLDER / f"{shard.number}-of-{shard.count}"
+
+
+def shards_of(run: str | Path) -> dict[str, list[Shard]]:
+    """The parts in a run directory of which something is there, complete or not, by the kind of store.
+
+    >>> import tempfile
+    >>> run = tempfile.mkdtemp()
+    >>> with open_writer(shard_run(run, Shard(1, 2)), "store", {}, rows=4, part=(0, 2)):
+    ...     shards_of(run)
+    {'store': [Shard(number=1, count=2)]}
+    """
+    found: dict[str, set[Shard]] = {}
+    for folder in (Path(run) / FOLDER).glob("*"):
+        if not (match := re.fullmatch(r"(\d+)-of-(\d+)", folder.name)):
+            continue
+        shard = Shard(int(match[1]), int(match[2]))
+        for path in [*folder.glob("*"), *folder.glob("segments/*")]:
+            names = (re.fullmatch(trace, path.relative_to(folder).as_posix()) for trace in TRACES)
+            for name in filter(None, names):
+                found.setdefault(name[1], set()).add(shard)
+    return {kind: sorted(found[kind]) for kind in sorted(found)}
+
+
+def is_complete(run: str | Path, kind: str, shard: Shard) -> bool:
+    """Whether a part has all its rows."""
+    return (shard_run(run, shard) / f"{kind}.h5").exists()
+
+
+def complete_shards(run: str | Path, kind: str) -> list[Store]:
+    """Open the parts of one kind, in order, after checking that together they are all rows, each once.
+
+    Raises:
+        InputError: parts are missing, incomplete, overlap, or were made with different settings.
+    """
+    found = shards_of(run).get(kind, [])
+    if not found:
+        raise InputError(f"{run} has no shards of its {in_words(kind)}: write them with --shard I/N")
+    _refuse_several_counts(run, kind, found)
+    count = found[0].count
+    missing = [number for number in range(1, count + 1) if Shard(number, count) not in found]
+    unfinished = [shard.number for shard in found if not is_complete(run, kind, shard)]
+    _refuse_lacking(run, kind, count, missing, "missing", "")
+    _refuse_lacking(run, kind, count, unfinished, "incomplete", " again, which resumes")
+    stores = [open_part(shard_run(run, shard), kind) for shard in found]
+    _refuse_unlike(run, kind, stores)
+    refuse_gaps(run, kind, [store.span for store in stores], stores[0].rows)
+    return stores
+
+
+def joinable_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> list[Store]:
+    """Open the parts of one kind after checking also that what the run has already is made of them.
+
+    Args:
+        overwrite: what is there will be replaced.
+
+    Raises:
+        InputError: see `complete_shards`; what is there was made otherwise, without parts, or of parts that
+            have been made again since.
+    """
+    stores = complete_shards(run, kind)
+    if not overwrite:
+        writer = Writer(Path(run), kind, stores[0].settings, stores[0].rows)
+        _refuse_other_rows(writer, kind, stores)
+    return stores
+
+
+def join_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> Path:
+    """Join all parts of one kind to `RUN/<kind>.h5`, which appears complete or not at all; may be repeated.
+
+    Args:
+        overwrite: replace what is there and was made otherwise, or not in these parts.
+
+    Returns:
+        The path of the index.
+
+    Raises:
+        InputError: see `joinable_shards`.
+        StorageError: the disk is full or failed; what is joined so far is kept.
+
+    >>> import tempfile
+    >>> run = tempfile.mkdtemp()
+    >>> for shard in (Shard(1, 2), Shard(2, 2)):
+    ...     rows = shard_rows(np.ones(5, int), shard)
+    ...     part = rows.start, rows.stop
+    ...     with open_writer(shard_run(run, shard), "store", {}, rows=5, part=part) as writer:
+    ...         writer.write(*part, {"loss": np.arange(*part)})
+    ...         _ = writer.finish()
+    >>> from gradfn.runs.store import open_store
+    >>> open_store(join_shards(run, "store")).read("loss")
+    array([0, 1, 2, 3, 4])
+    """
+    stores = joinable_shards(run, kind, overwrite=overwrite)
+    first = stores[0]
+    with open_writer(run, kind, first.settings, first.rows, overwrite) as writer:
+        if not writer.complete:
+            for span, path in _segments_of(stores).items():
+                if span not in writer.done:
+                    writer.take(path)
+        return writer.finish({name: first.fixed(name) for name in first.header.fixed})
+
+
+def _segments_of(stores: Sequence[Store]) -> dict[Span, Path]:
+    """The segments of all parts by their rows."""
+    return {
+        span: path
+        for store in stores
+        for span, path in zip(store.header.segments, store.files(), strict=True)
+    }
+
+
+def _refuse_other_rows(writer: Writer, kind: str, stores: Sequence[Store]) -> None:
+    """Refuse rows that the run has and that are not those of the parts."""
+    ours, segments = _segments_of(stores), sorted((writer.run / "segments").glob(f"{kind}-*-*.h5"))
+    named = {path.name: span for span, path in ours.items()}
+    for there in segments:
+        if there.name not in named:
+            start, stop = map(int, there.stem.split("-")[-2:])
+            raise InputError(
+                f"{writer.run} has rows {start} to {stop} of a run without --shard: add --overwrite to take "
+                "those of the shards, or run that command again without --shard"
+            )
+        if not _same_file(there, ours[named[there.name]]):
+            _refuse_remade(writer.run, kind, named[there.name])
+    if writer.complete and not segments:
+        with open_store(writer.run, kind) as joined:
+            for store in stores:
+                if not _same_rows(joined, store):
+                    _refuse_remade(writer.run, kind, store.span)
+
+
+def _refuse_remade(run: Path, kind: str, rows: Span) -> None:
+    raise InputError(
+        f"rows {rows[0]} to {rows[1]} of the {in_words(kind)} of {run} are not those of its shards, which "
+        "were made again: add --overwrite to take these"
+    )
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.samefile(b) or filecmp.cmp(a, b, shallow=False)
+
+
+def _same_rows(joined: Store, part: Store) -> bool:
+    """Whether a copy has the rows of a part, bit for bit."""
+
+    def alike(name: str) -> bool:
+        a, b = (store.read(name, *part.span) for store in (joined, part))
+        if a.dtype == object:
+            return a.tolist() == b.tolist()
+        return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+    return joined.names() == part.names() and all(map(alike, part.names()))
+
+
+def _refuse_several_counts(run: str | Path, kind: str, found: Sequence[Shard]) -> None:
+    counts = sorted({shard.count for shard in found})
+    if len(counts) > 1:
+        a, b = (next(shard for shard in found if shard.count == count) for count in counts[:2])
+        raise InputError(
+            f"{run} has shards {a} and {b} of its {in_words(kind)}, which overlap: delete "
+            f"{shard_run(run, b)} and the others of {b.count}, or those of {a.count}"
+        )
+
+
+def _refuse_lacking(
+    run: str | Path, kind: str, count: int, numbers: Sequence[int], lack: str, again: str
+) -> None:
+    if numbers:
+        one = len(numbers) == 1
+        named = f"shard{'' if one else 's'} {listed(numbers)} of {count} of the {in_words(kind)} of {run}"
+        commands = "its command" if one else "their commands"
+        raise InputError(
+            f"{named} {'is' if one else 'are'} {lack}: run {commands}{again} (--shard {numbers[0]}/{count}), "
+            "then merge"
+        )
+
+
+def _refuse_unlike(run: str | Path, kind: str, stores: Sequence[Store]) -> None:
+    first, count = _made_with(stores[0]), len(stores)
+    for number, store in enumerate(stores, 1):
+        if differences := differing(first, _made_with(store)):
+            shown = ", ".join(f"{key} is {a} and {b}" for key, (a, b) in [*differences.items()][:4])
+            raise InputError(
+                f"shards 1/{count} and {number}/{count} of the {in_words(kind)} of {run} were made "
+                f"differently ({shown}): make one of them again with --overwrite"
+            )
+
+
+def _made_with(store: Store) -> dict[str, Any]:
+    """What all parts have in common: settings, the number of rows, the names of queries."""
+    named = {name: store.fixed(name).tolist() for name in store.header.fixed if name.endswith("/id")}
+    return {**store.settings, "rows": store.rows, **named}
+
+
+def refuse_gaps(run: str | Path, kind: str, spans: Sequence[tuple[int, int]], rows: int) -> None:
+    """Refuse parts that were cut differently, so that they do not follow one another."""
+    ends, starts = [0, *(stop for _, stop in spans)], [*(start for start, _ in spans), rows]
+    for number, (end, start) in enumerate(zip(ends, starts, strict=True), 1):
+        if end != start:
+            wrong = f"overlap in rows {start} to {end}" if start < end else f"leave out rows {end} to {start}"
+            at = f"{min(number, len(spans))}/{len(spans)}"
+            raise InputError(
+                f"the shards of the {in_words(kind)} of {run} {wrong}, at shard {at}: make them again with "
+                "--overwrite"
+            )
+
+
+def in_words(kind: str) -> str:
+    """A kind of store in a sentence.
+
+    >>> in_words("second_sums")
+    'second sums'
+    """
+    return kind.replace("_", " ")
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers in words: all of a few, the first of many.
+
+    >>> listed([1]), listed([1, 3, 4])
+    ('1', '1, 3 and 4')
+    """
+    shown = [str(number) for number in numbers[:8]]
+    if len(numbers) > 8:
+        return f"{', '.join(shown)} and {len(numbers) - 8} more"
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))

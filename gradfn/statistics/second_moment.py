@@ -1,0 +1,50 @@
+"""The second moment of (projected) gradients, one dense matrix a block."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradfn.statistics.curvature import Curvature, decomposed, dense_spectrum
+from gradfn.statistics.fold import Additive, FoldState, refuse_empty
+from gradfn.transforms import Transform
+from gradfn.transforms.row_sum import RowSum
+
+
+def _gram(name: str, G: Tensor) -> Tensor:
+    flat = G.flatten(1).to(torch.promote_types(G.dtype, torch.float32))
+    return flat.mT @ flat
+
+
+@dataclass(frozen=True)
+class SecondMoment(Additive[Curvature]):
+    """`H = 1/N sum_b vec(P_b) vec(P_b)ᵀ`; see `second_moment`."""
+
+    gives_curvature = True
+
+    def stage(self) -> Transform:
+        """The Gram matrix of the rows."""
+        return RowSum(_gram)
+
+    def finalize(self, state: FoldState) -> Curvature:
+        """Divide and decompose."""
+        refuse_empty(state)
+        spectra = {
+            name: decomposed(name, dense_spectrum, total / state.count, state.dtype)
+            for name, total in state.blocks.items()
+        }
+        return Curvature("second_moment", spectra, state.count)
+
+
+def second_moment() -> SecondMoment:
+    """Fit the second moment of every (projected) block, `H = 1/N sum_b vec(P_b) vec(P_b)ᵀ`.
+
+    Of a block `[p, q]` it is a dense matrix `[p q, p q]`: project first.
+
+    >>> fold = second_moment()
+    >>> fold.finalize(fold.update(fold.init(), {"mlp": torch.tensor([[[1.0]], [[3.0]]])}))["mlp"].values
+    tensor([[5.]], dtype=torch.float64)
+
+    Source: the empirical Fisher matrix, Martens, arXiv:1412.1193, section 11.
+    """
+    return SecondMoment()

@@ -1,0 +1,54 @@
+"""Shampoo's curvature, from the rows and columns of every example's gradient."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gradfn.statistics.curvature import Curvature, decomposed, product_spectrum
+from gradfn.statistics.fold import Additive, FoldState, refuse_empty
+from gradfn.transforms import Transform
+from gradfn.transforms.row_sum import RowSum
+
+
+def _grams(name: str, G: Tensor) -> Tensor:
+    """`sum_b G_b G_bᵀ` and `sum_b G_bᵀ G_b`, one after the other."""
+    G = G.to(torch.promote_types(G.dtype, torch.float32))
+    across, down = G.movedim(0, 1).flatten(1), G.flatten(0, 1)
+    return torch.cat([(across @ across.mT).flatten(), (down.mT @ down).flatten()])
+
+
+@dataclass(frozen=True)
+class Shampoo(Additive[Curvature]):
+    """`H ~ E_b[G_b G_bᵀ]^1/2 ⊗ E_b[G_bᵀ G_b]^1/2`; see `shampoo`."""
+
+    gives_curvature = True
+
+    def stage(self) -> Transform:
+        """Both Gram matrices of the rows."""
+        return RowSum(_grams)
+
+    def finalize(self, state: FoldState) -> Curvature:
+        """Divide and decompose, block by block."""
+        refuse_empty(state)
+        spectra = {}
+        for name, sums in state.blocks.items():
+            out, into = state.shapes[name][-2:]
+            left, right = sums.split([out * out, into * into])
+            scales = 1 / state.count, 1 / state.count
+            whole = partial(product_spectrum, exponent=0.5, scales=scales, dtype=state.dtype)
+            spectra[name] = decomposed(name, whole, left.view(out, out), right.view(into, into))
+        return Curvature("shampoo", spectra, state.count)
+
+
+def shampoo() -> Shampoo:
+    """Fit Shampoo's curvature, `H ~ E_b[G_b G_bᵀ]^1/2 ⊗ E_b[G_bᵀ G_b]^1/2`, of every example's own gradient.
+
+    >>> fold = shampoo()
+    >>> fold.finalize(fold.update(fold.init(), {"mlp": torch.tensor([[[3.0]]])}))["mlp"].values.round()
+    tensor([[9.]], dtype=torch.float64)
+
+    Source: Gupta et al., arXiv:1802.09568, section 3.
+    """
+    return Shampoo()

@@ -1,0 +1,100 @@
+"""The subject of attribution: a model, its losses, and which weights are seen how finely, as one value."""
+
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, TypedDict, Unpack
+
+from torch import nn
+
+from gradfn.errors import InputError
+from gradfn.model.losses import causal_lm_loss
+from gradfn.model.sites import View
+from gradfn.types import LossFn
+
+TOKEN_BATCH_SIZE = 4096
+"""Tokens a batch, padding included, unless told otherwise."""
+
+
+class SubjectOptions(TypedDict, total=False):
+    """What may be said of a bare model, as keywords; see `Subject`."""
+
+    loss: LossFn | None
+    query_loss: LossFn | None
+    view: View | None
+    token_batch_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """All that per-example gradients depend on, but for the data and the transform.
+
+    Every function that runs an engine takes a subject, or a model with the same options as keywords:
+    `gf.score(Subject(net, loss), ...)` is `gf.score(net, ..., loss=loss)`.
+
+    Args:
+        model: the module that is attributed.
+        loss: the loss of training rows, `loss(params, example) -> scalar`; None means next-token
+            cross-entropy, `causal_lm_loss(model)`.
+        query_loss: the loss of queries; None means `loss`.
+        view: which weights, by attention head or not, by token or not; None means all weight matrices.
+        token_batch_size: tokens a batch, padding included. It changes no result.
+
+    >>> net = nn.Linear(3, 1)
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).square().sum()
+    >>> import torch
+    >>> Subject(net, loss).for_queries().loss is loss
+    True
+    """
+
+    model: nn.Module
+    loss: LossFn = None  # pyright: ignore[reportAssignmentType]
+    query_loss: LossFn = None  # pyright: ignore[reportAssignmentType]
+    view: View = None  # pyright: ignore[reportAssignmentType]
+    token_batch_size: int = TOKEN_BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        loss = causal_lm_loss(self.model) if self.loss is None else self.loss
+        object.__setattr__(self, "loss", loss)
+        object.__setattr__(self, "query_loss", loss if self.query_loss is None else self.query_loss)
+        object.__setattr__(self, "view", self.view or View())
+
+    def for_queries(self) -> "Subject":
+        """The same for queries: their loss, and whole gradients even where rows are seen by token."""
+        return replace(self, loss=self.query_loss, view=replace(self.view, tokens=False))
+
+    def at(self, model: nn.Module) -> "Subject":
+        """The same at a checkpoint: another model of this architecture, in the losses too.
+
+        Raises:
+            InputError: a loss that does not say which model it is of.
+        """
+        loss = _moved(self.loss, self.model, model)
+        query_loss = loss if self.query_loss is self.loss else _moved(self.query_loss, self.model, model)
+        return replace(self, model=model, loss=loss, query_loss=query_loss)
+
+
+def _moved(loss: Any, old: nn.Module, new: nn.Module) -> LossFn:
+    if not is_dataclass(loss) or getattr(loss, "model", None) is not old:
+        raise InputError(
+            f"the loss {loss!r} does not hold the model in a field `model`: make a Subject for each "
+            "checkpoint"
+        )
+    return replace(loss, model=new)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def subject_of(model: nn.Module | Subject, **options: Unpack[SubjectOptions]) -> Subject:
+    """The subject itself, or one made of a model and options.
+
+    Raises:
+        InputError: options beside a subject, which has its own.
+
+    >>> subject_of(Subject(nn.Linear(1, 1), lambda p, e: p["weight"].sum()), token_batch_size=1)
+    Traceback (most recent call last):
+    gradfn.errors.InputError: a Subject has its own token_batch_size: change it with dataclasses.replace
+    """
+    if isinstance(model, Subject):
+        if options:
+            given = ", ".join(options)
+            raise InputError(f"a Subject has its own {given}: change it with dataclasses.replace")
+        return model
+    return Subject(model, **options)  # pyright: ignore[reportArgumentType]
