@@ -351,13 +351,14 @@ def run_sweep(folder: Path, kind: str) -> dict[str, Any]:
     turns: dict[str, list[float]] = {"one": [], "ten": []}
     for _ in range(int(os.environ["REPEATS"])):
         for side, dampings in (("one", (0.1,)), ("ten", SWEEP)):
+            subject = gf.Subject(model, token_batch_size=size.batch * size.length)
             problem = gf.methods.Problem(
-                model, data, data[: size.queries], projection=projection,
-                damping=tuple(map(gf.Damping, dampings)), token_batch_size=size.batch * size.length,
+                subject, data, data[: size.queries], projection=projection,
+                damping=tuple(map(gf.Damping, dampings)),
             )  # fmt: skip
             begin = time.perf_counter()
             method = recipe_named(kind).method(problem)
-            gf.score(model, data, problem.query, method=method, token_batch_size=problem.token_batch_size)
+            gf.score(subject, data, problem.query, method=method)
             turns[side].append(time.perf_counter() - begin)
     return {"turns": turns}
 

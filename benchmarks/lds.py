@@ -359,14 +359,15 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
             by_block = gf.model.blocks_of(gf.model.find_sites(model), moments)
             normalize = gf.chain(gf.adam({name: v[0] for name, v in by_block.items()}))
         rows = gf.engine.Kept(setting.train, gf.chain(normalize, projection))
+        subject = gf.Subject(model, loss, token_batch_size=setting.batch)
         problem = Problem(
-            model, rows, setting.query, loss, normalize=normalize, projection=projection,
-            damping=entry.dampings, token_batch_size=setting.batch,
+            subject, rows, setting.query, normalize=normalize, projection=projection,
+            damping=entry.dampings,
         )  # fmt: skip
         method = recipe.method(problem)
-        queries = gf.collect(model, setting.query, method.query, loss=loss, token_batch_size=setting.batch)
+        queries = gf.collect(subject, setting.query, method.query_transform)
         numbers = sum(int(np.prod(G.shape[1:])) for G in queries.values())
-        engine = gf.probe_engine(model, loss, method.scorer(queries))
+        engine = gf.probe_engine(model, loss, method.against(queries))
         results.append(gather(engine, rows, token_batch_size=setting.batch))
     joined = (times_doubt if recipe.combine is times_doubt else weighted_sum)(results, stack.weights)
     return joined.unflatten(1, (len(entry.dampings), -1)).movedim(1, 0), numbers

@@ -33,6 +33,7 @@ from .statistics import (
     shampoo,
     tkfac,
 )
+from .subject import Subject
 from .transforms import (
     adam,
     chain,
@@ -51,6 +52,7 @@ __all__ = [
     "Documents",
     "InputError",
     "StorageError",
+    "Subject",
     "View",
     "adam",
     "adam_moments",

@@ -13,7 +13,8 @@ from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping, DampingKind
-from gradfn.methods.scoring import Method, score
+from gradfn.methods.inner_product import InnerProduct
+from gradfn.methods.scoring import score
 from gradfn.model.losses import CausalLMLoss
 from gradfn.model.sites import View, find_sites
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
@@ -257,7 +258,12 @@ def test_chains_with_curvatures_are_lowered_to_the_same(data, problem, budget, s
     common = {"loss": problem.loss, "token_batch_size": budget}
     if scored:
         got = score(
-            problem.model, problem.rows, problem.rows[:1], method=Method(made, made), by_block=True, **common
+            problem.model,
+            problem.rows,
+            problem.rows[:1],
+            method=InnerProduct(made, made),
+            by_block=True,
+            **common,
         )
     else:
         got = collect(problem.model, problem.rows, made, **common)
@@ -275,7 +281,7 @@ def test_scores_are_what_dense_algebra_makes_of_the_rows(data, fitted, norm):
     problem, kind, before = fitted
     H = fit(KINDS[kind](), problem.model, problem.rows, before, loss=problem.loss)
     several = tuple(data.draw(st.lists(dampings(factored=kind != "second_moment"), min_size=1, max_size=3)))
-    method = Method(before, before, H, several, norm)
+    method = InnerProduct(before, before, H, several, norm)
     rows = before(naive_blocks(problem.reference, problem.model, problem.rows))
     expected = []
     for damping in several:
@@ -295,8 +301,8 @@ def test_self_influence_is_the_score_against_oneself(data, fitted, given):
     problem, kind, before = fitted
     H = fit(KINDS[kind](), problem.model, problem.rows, before, loss=problem.loss) if given else None
     several = tuple(data.draw(st.lists(dampings(), min_size=1, max_size=3))) if given else (None,)
-    method = Method(before, before, H, several)
-    own = collect(problem.model, problem.rows, method.self_scorer(), loss=problem.loss)
+    method = InnerProduct(before, before, H, several)
+    own = collect(problem.model, problem.rows, method.against_itself(), loss=problem.loss)
     scores = score(problem.model, problem.rows, problem.rows, method=method, loss=problem.loss)
     rows = len(problem.rows)
     assert_blocks_close(own, torch.stack([part.diagonal() for part in scores.split(rows, 1)], 1), 1e-9)
@@ -307,7 +313,7 @@ def test_cosines_in_a_curvature_lie_in_the_unit_interval_and_are_1_with_oneself(
     problem, kind, before = fitted
     H = fit(KINDS[kind](), problem.model, problem.rows, before, loss=problem.loss)
     damping = data.draw(dampings())
-    method = Method(before, before, H, (damping,), "cosine")
+    method = InnerProduct(before, before, H, (damping,), "cosine")
     cosines = score(problem.model, problem.rows, problem.rows, method=method, loss=problem.loss)
     assert bool((cosines.abs() <= 1 + 1e-9).all())
     assert_blocks_close(cosines, cosines.T)

@@ -38,6 +38,7 @@ from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import CausalLMLoss, ModelLoss, causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head
 from gradfn.runs.gradients import loss_settings, merged
+from gradfn.subject import Subject as LibrarySubject
 
 Options = Mapping[str, Any]
 DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"}
@@ -82,6 +83,10 @@ class Subject:
     def multiplying(self) -> AbstractContextManager[None]:
         """Where gradients are made: float32 matrices are multiplied as the precision says."""
         return multiplying(self.products, next(self.model.parameters()).device)
+
+    def bare(self) -> LibrarySubject:
+        """The subject as the library knows it."""
+        return LibrarySubject(self.model, self.loss, self.query_loss, self.view, self.token_batch_size)
 
     def engine_options(self) -> dict[str, Any]:
         """What every function that runs the engine over training rows takes."""

@@ -103,7 +103,7 @@ def _of_model(options: inputs.Options, dims: Dims) -> _Given:
     how: dict[str, Any] = {"query": query.fingerprint(), "data": inputs.anchored(options["dataset"])}
     if subject.query_loss is not subject.loss:
         how["query_loss"] = subject.loss_settings(subject.query_loss)
-    known = describe(subject.model, train, before, loss=subject.loss, view=subject.view)
+    known = describe(subject.bare(), train, before)
     shapes = {site.block: site.spec.shape for site in find_sites(subject.model, subject.view)}
     return _Given(shapes, merged(known, {**subject.settings(), "mask": {**_settings(options), **how}}), fit)
 

@@ -26,8 +26,8 @@ from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
 from gradfn.hf.datasets import load_rows, text_pair, text_query
 from gradfn.hf.models import context_length
+from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
-from gradfn.methods.scoring import Method
 from gradfn.runs.gradients import (
     base_of,
     ends_in_unit_norm,
@@ -139,9 +139,9 @@ def load_queries(
     rows: Any | None,
     documents: Corpus | None,
     options: Options,
-    method: Method,
+    method: InnerProduct,
     wanted: dict[str, Any],
-) -> tuple[Queries, Method]:
+) -> tuple[Queries, InnerProduct]:
     """Make (or read) the queries' gradients, and the method that takes them as they are.
 
     Args:
@@ -151,7 +151,7 @@ def load_queries(
     """
     if documents is None:
         return _stored_queries(options["query_path"], method, wanted)
-    column, transform = options.get("group_column"), method.query
+    column, transform = options.get("group_column"), method.query_transform
     unit = column is not None and ends_in_unit_norm(transform)
     if unit:  # a mean of gradients is normalised, not of directions
         transform = chain(*chain(transform).stages[:-1])
@@ -267,11 +267,11 @@ def check_stored(path: str, wanted: dict[str, Any], name: str) -> None:
         )
 
 
-def _stored_queries(path: str, method: Method, wanted: dict[str, Any]) -> tuple[Queries, Method]:
+def _stored_queries(path: str, method: InnerProduct, wanted: dict[str, Any]) -> tuple[Queries, InnerProduct]:
     """Query gradients from a store, and the method for what has been done to them already."""
     with open_gradients(path) as store:
         made, what = store.settings, f"the query gradients in {path}"
-        base = base_of({"transform": method.query.settings()})
+        base = base_of({"transform": method.query_transform.settings()})
         layers = {**wanted["layers"], "tokens": False}
         refuse_mismatch(
             {**made, "transform": base_of(made)}, {**wanted, "layers": layers, "transform": base}, what
@@ -280,7 +280,7 @@ def _stored_queries(path: str, method: Method, wanted: dict[str, Any]) -> tuple[
         method = _continued(method, tail, what)
         gradients = read_gradients(store)
         ids, texts = list(store.read("rows/id")), list(store.read("rows/text"))
-    if not tail and method.curvature is None and ends_in_unit_norm(method.query):
+    if not tail and method.curvature is None and ends_in_unit_norm(method.query_transform):
         gradients = unit_normalize()(gradients)
     # The same directory may hold other gradients of the same data tomorrow.
     how = {key: made[key] for key in ("loss", "transform", "aggregation") if key in made}
@@ -288,7 +288,7 @@ def _stored_queries(path: str, method: Method, wanted: dict[str, Any]) -> tuple[
     return Queries(gradients, {"query": about}, ids, texts, texts), method
 
 
-def _continued(method: Method, tail: Sequence[dict[str, Any]], what: str) -> Method:
+def _continued(method: InnerProduct, tail: Sequence[dict[str, Any]], what: str) -> InnerProduct:
     """The method from where stored query gradients are: behind nothing, a unit norm, a curvature, or both."""
     H, unit = method.curvature, bool(tail) and tail[-1]["transform"] == "UnitNormalize"
     powers = [stage for stage in tail if stage["transform"] == "Precondition"]
@@ -297,7 +297,7 @@ def _continued(method: Method, tail: Sequence[dict[str, Any]], what: str) -> Met
             raise InputError(
                 f"{what} have unit norm, which comes after a curvature: make them again without it"
             )
-        if unit and not ends_in_unit_norm(method.query) and method.norm != "cosine":
+        if unit and not ends_in_unit_norm(method.query_transform) and method.norm != "cosine":
             raise InputError(
                 f"{what} were made with unit norm, which cannot be undone: add --unit-normalize (cosine), or "
                 "make them again without"
@@ -323,4 +323,4 @@ def _continued(method: Method, tail: Sequence[dict[str, Any]], what: str) -> Met
     if needed == -1.0:
         return replace(method, curvature=None, norm="none", damping=(None,))
     half = precondition(H, -0.5, method.damping[0])
-    return Method(chain(method.train, half), method.query, norm="cosine")
+    return InnerProduct(chain(method.row_transform, half), method.query_transform, norm="cosine")

@@ -12,7 +12,8 @@ from gradfn.cli.show import check_exports, console, count, facts
 from gradfn.cli.stages import curvature_for, dampings_of, normalizer
 from gradfn.cli.tell import check_top, ranks_needed, show_all
 from gradfn.errors import InputError
-from gradfn.methods.scoring import Method, extremes
+from gradfn.methods.inner_product import InnerProduct
+from gradfn.methods.scoring import extremes
 from gradfn.runs.gradients import (
     GRADIENTS,
     base_of,
@@ -67,11 +68,11 @@ def _check_losses(settings: inputs.Options, options: inputs.Options) -> None:
     inputs.check_columns(options, inputs.task_of(how))
 
 
-def _ranked(store: Store, queries: Queries, method: Method, by: str, options: inputs.Options) -> Ranked:
-    best = extremes(stored_scores(store, method.scorer(queries.gradients)), ranks_needed(options))
+def _ranked(store: Store, queries: Queries, method: InnerProduct, by: str, options: inputs.Options) -> Ranked:
+    best = extremes(stored_scores(store, method.against(queries.gradients)), ranks_needed(options))
     if by not in ("module", "head"):
         return Ranked(*best)
-    scorer = method.scorer(queries.gradients, by_block=True)
+    scorer = method.against(queries.gradients, by_block=True)
     return Ranked(*best).with_shares(options["top"], lambda row: stored_shares(store, row, scorer))
 
 
@@ -86,7 +87,7 @@ def _check_tail(settings: inputs.Options, options: inputs.Options) -> None:
         )
 
 
-def _method(subject: Subject, store: Store, options: inputs.Options) -> tuple[Method, dict[str, Any]]:
+def _method(subject: Subject, store: Store, options: inputs.Options) -> tuple[InnerProduct, dict[str, Any]]:
     """Rows as they are stored, queries through the store's transform; what a curvature must agree with."""
     settings, what = store.settings, f"the store {options['store']}"
     state = settings.get("optimizer_state", {}).get("path")
@@ -97,10 +98,10 @@ def _method(subject: Subject, store: Store, options: inputs.Options) -> tuple[Me
     unit, path = options["unit_normalize"] or bool(tail_of(settings)), options["hessian_path"]
     if path is None:
         norm = [unit_normalize()] if unit else []
-        return Method(chain(*norm), chain(base, *norm)), wanted
+        return InnerProduct(chain(*norm), chain(base, *norm)), wanted
     dampings = dampings_of(options)
     H = curvature_for(path, wanted, dampings)
-    return Method(chain(), chain(base), H, dampings, "cosine" if unit else "none"), wanted
+    return InnerProduct(chain(), chain(base), H, dampings, "cosine" if unit else "none"), wanted
 
 
 def run_query(**options: Any) -> None:
@@ -135,7 +136,7 @@ def run_query(**options: Any) -> None:
         show_all(out, subject, known, shown, ranked, by, options)
 
 
-def _in_words(method: Method) -> str:
-    cosine = method.norm == "cosine" or ends_in_unit_norm(method.train)
+def _in_words(method: InnerProduct) -> str:
+    cosine = method.norm == "cosine" or ends_in_unit_norm(method.row_transform)
     kind = "" if method.curvature is None else f", {method.curvature.kind}"  # pyright: ignore
     return f"{'cosine' if cosine else 'inner product'}{kind}"

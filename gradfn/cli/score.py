@@ -40,8 +40,9 @@ from gradfn.engine.stream import Progress, gather, stream_to_host
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import locate_model
-from gradfn.methods.recipes import RECIPES, Keep, Problem, Recipe, times_doubt, weighted_sum
-from gradfn.methods.scoring import Method, extremes, extremes_of, on_device_of
+from gradfn.methods.inner_product import InnerProduct, on_device_of
+from gradfn.methods.recipes import RECIPES, Persist, Problem, Recipe, times_doubt, weighted_sum
+from gradfn.methods.scoring import extremes, extremes_of
 from gradfn.runs.curvatures import hessian
 from gradfn.runs.gradients import SHARES, Summary, merged, score_run, unprobed, write_scores
 from gradfn.runs.shards import Shard, parse_shard, shard_run
@@ -116,7 +117,9 @@ class Case:
         """Whether scores are told apart by block."""
         return str(self.options["by"]) in ("module", "head")
 
-    def prepare(self, subject: Subject, run: str | None) -> tuple[Queries, Method, Data, dict[str, Any]]:
+    def prepare(
+        self, subject: Subject, run: str | None
+    ) -> tuple[Queries, InnerProduct, Data, dict[str, Any]]:
         """The queries' gradients, the method, the rows, and what a run records of them, for one checkpoint.
 
         Args:
@@ -142,13 +145,15 @@ class Case:
 
     def _method(
         self, subject: Subject, stages: Stages, wanted: dict[str, Any], train: Data, run: str | None
-    ) -> Method:
+    ) -> InnerProduct:
         """The recipe's method; what it will not go with is refused before a curvature is fitted."""
         fits = self.recipe.curvature and stages.curvature is None and self.name in RECIPES
         if fits and self.options["query_path"] is not None:
             check_stored(self.options["query_path"], wanted, self.name)
         with subject.multiplying():
             method = self.recipe.method(self._problem(subject, stages, train, run))
+        if not isinstance(method, InnerProduct):
+            raise InputError(f"{self.name} gives no inner product of gradients: call gf.score in Python")
         if stages.curvature is not None and method.curvature is not stages.curvature:
             raise InputError(
                 f"{self.name} takes no curvature that was fitted before: leave out --hessian-path"
@@ -160,13 +165,13 @@ class Case:
             )
         return method
 
-    def _own(self, method: Method, stages: Stages) -> dict[str, Any]:
+    def _own(self, method: InnerProduct, stages: Stages) -> dict[str, Any]:
         """What tells a recipe of somebody's own from another of its name, and what a solution may look at."""
         if self.recipe.file is None:
             return {}
         told: dict[str, Any] = {"file": self.recipe.file}
-        query = chain(method.query).settings()
-        if query != chain(method.train).settings():
+        query = chain(method.query_transform).settings()
+        if query != chain(method.row_transform).settings():
             told["query"] = query
         if method.solve is not None:
             told |= {"dampings": list(map(str, stages.dampings)), "labels": self.options["labels"].value,
@@ -180,7 +185,7 @@ class Case:
             return []
         return [("note", "no --optimizer-state, so rows are not scaled by Adam's moments, as LESS has them")]
 
-    def _unlike_trackstar(self, stages: Stages, method: Method) -> list[tuple[str, str]]:
+    def _unlike_trackstar(self, stages: Stages, method: InnerProduct) -> list[tuple[str, str]]:
         """A note where there are fewer directions than TrackStar is to count less."""
         H, components = method.curvature, self.options["target_downweight_components"]
         if self.name != "trackstar" or stages.curvature is not None or H is None:
@@ -190,7 +195,7 @@ class Case:
         note = ("note", f"{few} --target-downweight-components: the last counts")
         return [note] if directions < components else []
 
-    def _keep(self, subject: Subject, stages: Stages, train: Data, run: str) -> Keep:
+    def _keep(self, subject: Subject, stages: Stages, train: Data, run: str) -> Persist:
         """What fits a curvature over the training rows as `gradfn hessian` would, and takes the one there.
 
         A recipe that fits several finds the first in the run, and those after it in directories of theirs.
@@ -211,12 +216,12 @@ class Case:
 
     def _problem(self, subject: Subject, stages: Stages, train: Data, run: str | None) -> Problem:
         options = self.options
+        asked = [] if self.asked is None else self.asked
         return Problem(
-            subject.model, train, [] if self.asked is None else self.asked, subject.loss,
-            subject.query_loss, stages.normalize, stages.projection, stages.curvature, stages.dampings,
-            options["labels"].value, options["seed"], options["target_downweight_components"],
-            replace(subject.view, tokens=False), options["partitions"], subject.token_batch_size,
-            progress_bar, None if run is None else self._keep(subject, stages, train, run),
+            subject.bare(), train, asked, stages.normalize, stages.projection, stages.curvature,
+            stages.dampings, options["labels"].value, options["seed"],
+            options["target_downweight_components"], options["partitions"], progress_bar,
+            None if run is None else self._keep(subject, stages, train, run),
         )  # fmt: skip
 
     def _data(self) -> dict[str, Any]:
@@ -361,7 +366,7 @@ def _next(case: Case) -> list[tuple[str, str]]:
     return next_facts(case.options["run"], case.shard, ", and this without --shard shows the rows")
 
 
-def damping_names(method: Method) -> list[str]:
+def damping_names(method: InnerProduct) -> list[str]:
     """The dampings that scores come for, as the command line spells them."""
     return ["none" if damping is None else str(damping) for damping in method.damping]
 
@@ -427,8 +432,8 @@ def _settings_of(run: Path) -> dict[str, Any]:
 
 
 def _write_scores(
-    case: Case, subject: Subject, run: str, train: Data, queries: Queries, shown: Queries, method: Method,
-    settings: dict[str, Any], progress: Progress,
+    case: Case, subject: Subject, run: str, train: Data, queries: Queries, shown: Queries,
+    method: InnerProduct, settings: dict[str, Any], progress: Progress,
 ) -> Summary:  # fmt: skip
     return score_run(
         run, subject.model, train, None if case.options["self_influence"] else queries.gradients, method,
@@ -452,16 +457,18 @@ def _resumed_facts(resumed: int, subject: Subject) -> list[tuple[str, str]]:
     return [("resumed", f"from {count(resumed, noun)} that were there already")] if resumed else []
 
 
-def _engine(subject: Subject, queries: Queries, method: Method, *, by_block: bool) -> Engine:
+def _engine(subject: Subject, queries: Queries, method: InnerProduct, *, by_block: bool) -> Engine:
     """What gives the scores of rows against the queries (or themselves), or of each block its share."""
     if queries.gradients:
-        scorer = method.scorer(on_device_of(subject.model, queries.gradients), by_block=by_block)
+        scorer = method.against(on_device_of(subject.model, queries.gradients), by_block=by_block)
     else:
-        scorer = method.self_scorer(by_block=by_block)
+        scorer = method.against_itself(by_block=by_block)
     return probe_engine(subject.model, subject.loss, scorer, view=subject.view)
 
 
-def _with_shares(ranked: Ranked, case: Case, subject: Subject, queries: Queries, method: Method) -> Ranked:
+def _with_shares(
+    ranked: Ranked, case: Case, subject: Subject, queries: Queries, method: InnerProduct
+) -> Ranked:
     """Score the rows that are shown again, by block, rather than keep the shares of all rows."""
     asked = ranked.asked(case.options["top"])
     rows = list(asked)

@@ -10,7 +10,7 @@ from gradfn.errors import InputError
 from gradfn.hf.optimizer_state import load_optimizer_state
 from gradfn.linalg.spectrum import Damping, parse_dampings
 from gradfn.methods import RECIPES, Problem, Recipe, influence, recipe_named
-from gradfn.methods.scoring import Norm
+from gradfn.methods.inner_product import Norm
 from gradfn.runs.curvatures import load_curvature, open_curvature
 from gradfn.runs.gradients import refuse_mismatch
 from gradfn.runs.masks import refuse_foreign

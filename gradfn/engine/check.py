@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from gradfn.data import collate
 from gradfn.engine.engine import Engine
 from gradfn.engine.reference import naive_blocks
-from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, collect, labelled
+from gradfn.engine.stream import Progress, collect, labelled
 from gradfn.errors import InputError
 from gradfn.model.layers import Conv, Embedding, Experts, Linear, NormScale
 from gradfn.model.losses import causal_lm_loss
 from gradfn.model.sites import Site, View, all_sites, find_sites, output_head
+from gradfn.subject import TOKEN_BATCH_SIZE
 from gradfn.transforms import Transform, project
 from gradfn.types import Blocks, Data, Example, LossFn
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -18,13 +18,9 @@ from gradfn.engine.cache import Kept
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.errors import InputError
 from gradfn.memory import free_memory
-from gradfn.model.losses import causal_lm_loss
-from gradfn.model.sites import View
+from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
-from gradfn.types import Batch, Blocks, Data, Example, LossFn, Rows
-
-TOKEN_BATCH_SIZE = 4096
-"""Tokens a batch, padding included, unless told otherwise."""
+from gradfn.types import Batch, Blocks, Data, Example, Rows
 
 TRIAL_TOKENS = 4
 """Rows that are shorter say nothing of how a model treats positions."""
@@ -381,25 +377,21 @@ def _map(function: Callable[[Tensor], Tensor], values: Blocks | Tensor) -> Block
 
 
 def collect(
-    model: nn.Module,
+    model: nn.Module | Subject,
     data: Data,
     transform: Transform | None = None,
     *,
-    loss: LossFn | None = None,
-    view: View | None = None,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> Blocks | Tensor:
     """Per-example gradients of all rows, transformed, in memory.
 
     Args:
-        model: the module to attribute.
+        model: what is attributed: a `Subject`, or a module with a subject's `options` as keywords.
         data: examples, each a mapping of tensors.
         transform: applied to every example's blocks; None is the full gradient.
-        loss: `loss(params, example)`; None means next-token cross-entropy, `causal_lm_loss(model)`.
-        view: which weights, by head or not, by token or not; None is all linear layers, see `View`.
-        token_batch_size: tokens a batch, padding included; changes no result.
         progress: called with the tokens done.
+        options: `loss`, `view`, `token_batch_size`; see `Subject`.
 
     Returns:
         `{module path: [rows, ...]}` on the CPU, or `[rows, queries]` where the transform ends in `dot`. By
@@ -414,5 +406,6 @@ def collect(
     >>> collect(net, [{"x": torch.ones(3)}] * 5, loss=loss)["root"].shape
     torch.Size([5, 1, 4])
     """
-    engine = probe_engine(model, loss or causal_lm_loss(model), transform, view=view)
-    return gather(engine, data, token_batch_size=token_batch_size, progress=progress).values
+    subject = subject_of(model, **options)
+    engine = probe_engine(subject.model, subject.loss, transform, view=subject.view)
+    return gather(engine, data, token_batch_size=subject.token_batch_size, progress=progress).values

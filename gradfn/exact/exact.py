@@ -24,12 +24,13 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradfn.data import IGNORED, collate, plan_batches
-from gradfn.engine.stream import TOKEN_BATCH_SIZE, labelled, lengths_of
+from gradfn.engine.stream import labelled, lengths_of
 from gradfn.errors import InputError
 from gradfn.model.layers import Layer, Linear
 from gradfn.model.losses import CausalLMLoss, shifted_labels, token_losses
 from gradfn.model.params import call
 from gradfn.model.sites import Site
+from gradfn.subject import TOKEN_BATCH_SIZE
 from gradfn.types import Batch, Blocks, Data, Example, LossFn, Params
 
 __all__ = [

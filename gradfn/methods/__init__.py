@@ -1,18 +1,23 @@
 """Attribution methods: inner products in the geometry of a curvature, their best rows, recipes by name."""
 
+from gradfn.methods.attribution import Attribution, Joined, Scorer
 from gradfn.methods.datainf import DataInf
 from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
+from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import RECIPES, Problem, Recipe, recipe_named
-from gradfn.methods.scoring import Method, TopK, best, dots, extremes, score, top_k
+from gradfn.methods.scoring import TopK, best, dots, extremes, score, top_k
 
 __all__ = [
     "RECIPES",
+    "Attribution",
     "DataInf",
-    "Method",
+    "InnerProduct",
+    "Joined",
     "Problem",
     "Recipe",
+    "Scorer",
     "TopK",
     "best",
     "dots",

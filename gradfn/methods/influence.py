@@ -1,7 +1,7 @@
 """Influence functions over a fitted curvature, and what differs from them in the norm."""
 
 from gradfn.linalg.spectrum import Damping
-from gradfn.methods.scoring import Method, Norm
+from gradfn.methods.inner_product import InnerProduct, Norm
 from gradfn.statistics import Curvature
 from gradfn.transforms import Transform, chain
 
@@ -10,7 +10,7 @@ Dampings = Damping | float | tuple[Damping | None, ...] | None
 
 def influence(
     curvature: Curvature, *stages: Transform, damping: Dampings = 0.1, norm: Norm = "none"
-) -> Method:
+) -> InnerProduct:
     """`score(z, q) = <T grad z, H^-1 T grad q>`, the effect of z's weight on q's loss.
 
     Args:
@@ -18,7 +18,7 @@ def influence(
             same stages.
         stages: `T`, applied to both sides before the curvature.
         damping: a number c adds `c mean(lambda)` of each block; see `Damping`. Several: scores for each.
-        norm: see `Method`.
+        norm: see `InnerProduct`.
 
     >>> H = Curvature("ekfac", {}, 0)
     >>> influence(H, damping=0.01).damping
@@ -27,10 +27,10 @@ def influence(
     Source: Koh and Liang, arXiv:1703.04730, section 2; Grosse et al., arXiv:2308.03296, section 2.
     """
     both = chain(*stages)
-    return Method(both, both, curvature, dampings_of(damping), norm)
+    return InnerProduct(both, both, curvature, dampings_of(damping), norm)
 
 
-def trackstar(curvature: Curvature, *stages: Transform, damping: Dampings = 0.1) -> Method:
+def trackstar(curvature: Curvature, *stages: Transform, damping: Dampings = 0.1) -> InnerProduct:
     """`score(z, q) = cos(H^-1/2 T grad z, H^-1/2 T grad q)`, TrackStar's.
 
     Args:
@@ -46,7 +46,7 @@ def trackstar(curvature: Curvature, *stages: Transform, damping: Dampings = 0.1)
     return influence(curvature, *stages, damping=damping, norm="cosine")
 
 
-def relatif(curvature: Curvature, *stages: Transform, damping: Dampings = 0.1) -> Method:
+def relatif(curvature: Curvature, *stages: Transform, damping: Dampings = 0.1) -> InnerProduct:
     """`score(z, q) = <T grad z, H^-1 T grad q> / |H^-1 T grad z|`, relative influence.
 
     >>> relatif(Curvature("ekfac", {}, 0)).norm

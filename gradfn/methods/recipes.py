@@ -1,6 +1,6 @@
 """Methods by name: what each of them fits, and over what.
 
-A recipe is a function of a `Problem` that gives a `Method`. One in a file of your own works the same:
+A recipe is a function of a `Problem` that gives an `Attribution`. One in a file of your own works the same:
 
     def mine(problem):
         return gf.influence(problem.fit(gf.kfac()), problem.stage, damping=problem.damping)
@@ -15,18 +15,16 @@ from runpy import run_path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
-from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
+from gradfn.engine.stream import Progress, lengths_of
 from gradfn.errors import InputError, StorageError
 from gradfn.linalg.spectrum import Damping
+from gradfn.methods.attribution import Attribution, Combine, best_query, times_doubt, weighted_sum
 from gradfn.methods.datainf import DataInf
 from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
-from gradfn.methods.scoring import Method, Norm
-from gradfn.model.losses import causal_lm_loss
-from gradfn.model.sites import View
+from gradfn.methods.inner_product import InnerProduct, Norm
 from gradfn.statistics import (
     Curvature,
     ekfac,
@@ -39,12 +37,13 @@ from gradfn.statistics import (
 )
 from gradfn.statistics.fold import fit, passes
 from gradfn.statistics.labels import sample_labels
+from gradfn.subject import Subject
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import Joint, joint
-from gradfn.types import Blocks, Data, LossFn, Rows
+from gradfn.types import Blocks, Data
 
 Watch = Callable[[str, int], AbstractContextManager[Progress | None]]
-Keep = Callable[[Any, Transform, Progress | None], Curvature]
+Persist = Callable[[Any, Transform, Progress | None], Curvature]
 
 
 def _unwatched(what: str, total: int) -> AbstractContextManager[None]:
@@ -56,10 +55,8 @@ class Problem:
     """What a recipe may look at: one checkpoint of a model, its training rows and its queries.
 
     Args:
-        model: the checkpoint.
+        subject: the checkpoint, with its losses; a curvature is fitted in its view, but never by token.
         train, query: training rows and queries.
-        loss: the training rows' loss; None means next-token cross-entropy.
-        query_loss: the queries' loss; None means `loss`.
         normalize: the optimizer's normalisation, applied to gradients of training rows (and, where the
             method says so, of queries) before the projection.
         projection: the random projection of both sides.
@@ -67,17 +64,15 @@ class Problem:
         damping: of the curvature.
         labels: "data", or "model" to draw the labels of curvatures from the model, with `seed`.
         components: TrackStar's number of directions to count less.
-        view, partitions, token_batch_size: see `fit`.
+        partitions: see `fit`.
         watch: `watch(what, tokens)` gives a context with a progress callback, or None.
-        keep: `keep(fold, transform, progress)` fits a curvature over the training rows and keeps it on disk,
-            or takes the one there; None: it is fitted and not kept.
+        persist: `persist(fold, transform, progress)` fits a curvature over the training rows and writes it
+            to disk, or reads the one there; None: it is fitted and stays in memory.
     """
 
-    model: nn.Module
+    subject: Subject
     train: Data
     query: Data
-    loss: LossFn | None = None
-    query_loss: LossFn | None = None
     normalize: Transform = field(default_factory=chain)
     projection: Transform = field(default_factory=chain)
     curvature: Curvature | None = None
@@ -85,11 +80,9 @@ class Problem:
     labels: Literal["data", "model"] = "data"
     seed: int = 0
     components: int = 1000
-    view: View | None = None
     partitions: int = 1
-    token_batch_size: int = TOKEN_BATCH_SIZE
     watch: Watch = field(default=_unwatched, repr=False)
-    keep: Keep | None = field(default=None, repr=False)
+    persist: Persist | None = field(default=None, repr=False)
 
     @property
     def stage(self) -> Transform:
@@ -104,49 +97,24 @@ class Problem:
             transform: None means `stage`.
             queries: fit it over the queries, with their loss.
         """
-        if self.curvature is not None and not queries and getattr(fold, "gives_curvature", False):
+        is_curvature = getattr(fold, "gives_curvature", False) and not queries
+        if self.curvature is not None and is_curvature:
             return self.curvature
-        loss = (self.query_loss if queries else None) or self.loss or causal_lm_loss(self.model)
+        subject = self.subject.for_queries() if queries else self.subject
+        subject = replace(subject, view=replace(subject.view, tokens=False))
         data = self.query if queries else self.train
         if queries and not len(data):
             raise InputError("this method fits a curvature over the queries: give --query, or --hessian-path")
         total = int(lengths_of(data).sum()) * passes(fold) * self.partitions
         transform = self.stage if transform is None else transform
-        if self.keep is not None and not queries and getattr(fold, "gives_curvature", False):
+        if self.persist is not None and is_curvature:
             with self.watch("curvature", total) as progress:
-                return self.keep(fold, transform, progress)
+                return self.persist(fold, transform, progress)
         if self.labels == "model":
-            data = sample_labels(loss, data, self.seed, token_batch_size=self.token_batch_size)
+            size = subject.token_batch_size
+            data = sample_labels(subject.loss, data, self.seed, token_batch_size=size)
         with self.watch("curvature", total) as progress:
-            return fit(
-                fold, self.model, data, transform, loss=loss,
-                view=self.view, partitions=self.partitions, token_batch_size=self.token_batch_size,
-                progress=progress,
-            )  # fmt: skip
-
-
-Combine = Callable[[Sequence[Rows], Sequence[float]], Tensor]
-"""Scores `[rows, queries]` and losses of every checkpoint, and their weights, to scores."""
-
-
-def weighted_sum(checkpoints: Sequence[Rows], weights: Sequence[float]) -> Tensor:
-    """`sum_m w_m score_m`."""
-    parts = [weight * one.values for one, weight in zip(checkpoints, weights, strict=True)]  # pyright: ignore
-    return torch.stack(parts).sum(0)
-
-
-def best_query(checkpoints: Sequence[Rows], weights: Sequence[float]) -> Tensor:
-    """The largest of a row's scores over the queries, `[rows, 1]`: LESS selects rows for any of its tasks."""
-    return weighted_sum(checkpoints, weights).amax(1, keepdim=True)
-
-
-def times_doubt(checkpoints: Sequence[Rows], weights: Sequence[float]) -> Tensor:
-    """TRAK's: the mean score times the mean of `1 - p`, where the loss is minus the log of the odds of p."""
-    if not sum(weights) > 0:
-        raise InputError("trak takes means over checkpoints: give weights with a sum above 0")
-    scores = weighted_sum(checkpoints, weights)
-    parts = [weight * one.losses.sigmoid() for one, weight in zip(checkpoints, weights, strict=True)]
-    return scores * (torch.stack(parts).sum(0) / sum(weights))[:, None].to(scores)
+            return fit(fold, subject, data, transform, partitions=self.partitions, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -165,7 +133,7 @@ class Recipe:
         file: 16 hex digits of the file that it is from; None: gradfn's own.
     """
 
-    method: Callable[[Problem], Method]
+    method: Callable[[Problem], Attribution]
     projection: str = "rademacher:16x16"
     criterion: str | None = None
     combine: Combine = weighted_sum
@@ -186,11 +154,11 @@ class Recipe:
         return self.norm == "none" and not self.solves
 
 
-def _influence_of(fold: Callable[[], Any]) -> Callable[[Problem], Method]:
+def _influence_of(fold: Callable[[], Any]) -> Callable[[Problem], InnerProduct]:
     return lambda problem: influence(problem.fit(fold()), problem.stage, damping=problem.damping)
 
 
-def _trackstar(problem: Problem) -> Method:
+def _trackstar(problem: Problem) -> InnerProduct:
     H = problem.curvature
     if H is None:
         train, query = problem.fit(second_moment()), problem.fit(second_moment(), queries=True)
@@ -198,7 +166,7 @@ def _trackstar(problem: Problem) -> Method:
     return trackstar(H, problem.stage, damping=problem.damping)
 
 
-def _trak(problem: Problem) -> Method:
+def _trak(problem: Problem) -> InnerProduct:
     if any(isinstance(stage, Joint) for stage in chain(problem.projection).stages):
         whole = problem
     else:
@@ -206,8 +174,8 @@ def _trak(problem: Problem) -> Method:
     return influence(whole.fit(second_moment()), whole.stage, damping=problem.damping)
 
 
-def _less(problem: Problem) -> Method:
-    return Method(problem.stage, problem.projection, norm="cosine")
+def _less(problem: Problem) -> InnerProduct:
+    return InnerProduct(problem.stage, problem.projection, norm="cosine")
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,11 +194,11 @@ class _Solve:
         return {"damping": self.damping, "labels": labels, "seed": seed if labels == "model" else None}
 
 
-def _datainf(problem: Problem) -> Method:
+def _datainf(problem: Problem) -> InnerProduct:
     (damping,) = problem.damping if len(problem.damping) == 1 else (None,)
     if damping is None or damping.kind != "relative" or not damping.value:
         raise InputError("datainf takes one relative damping above 0: give --damping 0.1, say")
-    return Method(problem.stage, problem.stage, solve=_Solve(problem, damping.value))
+    return InnerProduct(problem.stage, problem.stage, solve=_Solve(problem, damping.value))
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -278,21 +246,23 @@ def recipe_named(name: str) -> Recipe:
     found = _told_as(path, run_path, path).get(attribute)
     if not callable(found) and not isinstance(found, Recipe):
         raise InputError(
-            f"{path} has no recipe {attribute}: define a function {attribute}(problem) -> Method"
+            f"{path} has no recipe {attribute}: define a function {attribute}(problem) that returns an "
+            "attribution"
         )
     recipe = found if isinstance(found, Recipe) else Recipe(found)  # pyright: ignore[reportArgumentType]
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return replace(recipe, method=_checked(name, recipe.method), file=digest)
 
 
-def _checked(name: str, method: Callable[[Problem], Any]) -> Callable[[Problem], Method]:
+def _checked(name: str, method: Callable[[Problem], Any]) -> Callable[[Problem], Attribution]:
     """A recipe of somebody's own, whose faults are told as its file's."""
 
-    def checked(problem: Problem) -> Method:
+    def checked(problem: Problem) -> Attribution:
         made = _told_as(name, method, problem)
-        if not isinstance(made, Method):
+        if not isinstance(made, Attribution):
             raise InputError(
-                f"{name} gives {type(made).__name__}, not a Method: return gf.methods.Method(...), say"
+                f"{name} gives {type(made).__name__}, not an attribution: return "
+                "gf.methods.InnerProduct(...), say"
             )
         return made
 

@@ -2,23 +2,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress
+from gradfn.engine.stream import Progress
 from gradfn.linalg.spectrum import Spectrum
-from gradfn.model.losses import causal_lm_loss
-from gradfn.model.sites import View
 from gradfn.runs.gradients import Settings, describe, merged, refuse_mismatch
 from gradfn.runs.store import Overwrite, Store, Writer, open_store, open_writer
 from gradfn.statistics import Curvature, mix, mixing_coefficient
 from gradfn.statistics.fold import check_fit, fit
 from gradfn.statistics.labels import check_drawn, sample_labels
+from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
-from gradfn.types import Data, LossFn
+from gradfn.types import Data
 
 CURVATURE = "curvature/"
 Labels = Literal["data", "model"]
@@ -28,20 +27,18 @@ SHARED = ("gradfn", "model", "layers", "transform", "tokenizer", "processor", "m
 
 def hessian(
     run: str | Path,
-    model: nn.Module,
+    model: nn.Module | Subject,
     data: Data,
     fold: Any,
     transform: Transform | None = None,
     *,
     labels: Labels = "data",
     seed: int = 0,
-    loss: LossFn | None = None,
-    view: View | None = None,
     partitions: int = 1,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     overwrite: Overwrite = False,
     progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> Curvature:
     """Fit a curvature and write it to `RUN/hessian.h5`; what is there is taken if it was made alike.
 
@@ -49,36 +46,33 @@ def hessian(
         run: the run directory.
         fold: `second_moment()`, `kfac()`, `ekfac()`, `shampoo()` or `tkfac()`.
         labels: "data", or "model" for labels drawn from the model with `seed`; see `sample_labels`.
-        model, data, transform, loss, view, partitions, token_batch_size, progress: see `fit`.
+        model, data, transform, partitions, progress, options: see `fit`.
         settings, overwrite: see `build`.
 
     Raises:
         InputError: see `fit`; the directory holds a curvature made otherwise.
     """
-    known = fit_settings(model, data, fold, transform, labels, seed, loss, view, settings)
-    check_fit(fold, model, transform, loss=loss, view=view, partitions=partitions)
+    subject = subject_of(model, **options)
+    known = fit_settings(subject, data, fold, transform, labels, seed, settings)
+    check_fit(fold, subject, transform, partitions=partitions)
     if labels == "model":
-        check_drawn(loss or causal_lm_loss(model))
+        check_drawn(subject.loss)
     with _curvature_writer(run, known, overwrite) as writer:
         if writer.complete:
             return load_curvature(run)
         if labels == "model":
-            loss = loss or causal_lm_loss(model)
-            data = sample_labels(loss, data, seed, token_batch_size=token_batch_size)
-        curvature: Curvature = fit(
-            fold, model, data, transform, loss=loss, view=view, partitions=partitions,
-            token_batch_size=token_batch_size, progress=progress,
-        )  # fmt: skip
+            data = sample_labels(subject.loss, data, seed, token_batch_size=subject.token_batch_size)
+        curvature: Curvature = fit(fold, subject, data, transform, partitions=partitions, progress=progress)
         write_curvature(writer, curvature)
     return curvature
 
 
 def fit_settings(
-    model: nn.Module, data: Data, fold: Any, transform: Transform | None, labels: Labels, seed: int,
-    loss: LossFn | None, view: View | None, settings: Settings | None,
+    subject: Subject, data: Data, fold: Any, transform: Transform | None, labels: Labels, seed: int,
+    settings: Settings | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What a fitted curvature depends on."""
-    known = describe(model, data, transform, loss=loss, view=view)
+    known = describe(subject, data, transform)
     how = {"kind": str(fold), "labels": labels, "seed": seed if labels == "model" else None}
     return merged({**known, "hessian": how}, settings)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 import torch
@@ -12,19 +12,20 @@ from torch import Tensor, nn
 import gradfn
 from gradfn.data import offsets_of
 from gradfn.engine.engine import Engine, probe_engine
-from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, gather, lengths_of
+from gradfn.engine.stream import Progress, lengths_of
 from gradfn.errors import InputError
-from gradfn.methods.scoring import Method, on_device_of
+from gradfn.methods.attribution import Attribution, Queries, Scorer
+from gradfn.methods.inner_product import EngineScorer, InnerProduct
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.layers import Linear
-from gradfn.model.losses import CausalLMLoss, ModelLoss, causal_lm_loss
+from gradfn.model.losses import CausalLMLoss, ModelLoss
 from gradfn.model.sites import View, find_sites, uncovered
 from gradfn.runs.shards import Shard, shard_rows, shard_run
 from gradfn.runs.store import Overwrite, Store, differing, open_part, open_store, open_writer
 from gradfn.statistics.fold import sums_of
 from gradfn.statistics.moments import mean, total
+from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform, UnitNormalize, chain, unit_normalize
-from gradfn.transforms.precondition import digest_of
 from gradfn.transforms.projection import Loaders, lenient, parse_projection
 from gradfn.types import Blocks, Data, LossFn, Rows
 
@@ -65,22 +66,15 @@ def unprobed(engine: Engine) -> tuple[str, ...]:
     return tuple(dict.fromkeys(site.path or "root" for site in engine.sites if not site.probed))
 
 
-def describe(
-    model: nn.Module,
-    data: Data,
-    transform: Transform | None,
-    *,
-    loss: LossFn | None = None,
-    view: View | None = None,
-) -> dict[str, Any]:
+def describe(subject: Subject, data: Data, transform: Transform | None) -> dict[str, Any]:
     """What the rows of a run depend on, as plain values: model, data, loss, layers and transform."""
     fingerprint = getattr(data, "fingerprint", None)
     return {
         "gradfn": gradfn.__version__,
-        "model": {"fingerprint": model_fingerprint(model)},
+        "model": {"fingerprint": model_fingerprint(subject.model)},
         "data": {"fingerprint": fingerprint() if callable(fingerprint) else None, "rows": len(data)},
-        "loss": loss_settings(loss),
-        "layers": (view or View()).settings(),
+        "loss": loss_settings(subject.loss),
+        "layers": subject.view.settings(),
         "transform": chain(transform or chain()).settings(),
     }
 
@@ -172,8 +166,10 @@ def plan_slices(
     return [*slices, (start, len(lengths))]
 
 
-def _row_bytes(engine: Engine) -> int:
-    plans = engine.lowered().plans.values()
+def _row_bytes(scorer: Scorer) -> int:
+    if not isinstance(scorer, EngineScorer):
+        return 0  # scores that no engine makes are few numbers a row
+    plans = scorer.engine.lowered().plans.values()
     return sum(int(np.prod(plan.shape)) * plan.dtype.itemsize for plan in plans)
 
 
@@ -240,28 +236,28 @@ def _names(data: Data, tokens: bool, kept: Mapping[str, Any]) -> dict[str, list[
 def _write_run(
     run: str | Path,
     kind: str,
-    engine: Engine,
+    scorer: Scorer,
+    subject: Subject,
     data: Data,
     settings: Settings,
     arrays: Callable[[Blocks | Tensor], dict[str, np.ndarray]],
     *,
-    token_batch_size: int,
     overwrite: Overwrite,
     progress: Progress | None,
     shard: Shard | None,
     fixed: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Run the engine over the rows that are missing, a segment at a time, and join the segments.
+    """Make the rows that are missing, a segment at a time, and join the segments.
 
     By token, a segment holds the tokens of whole documents.
     """
-    tokens, lengths = engine.view.tokens, lengths_of(data)
+    tokens, lengths = subject.view.tokens, lengths_of(data)
     bounds = offsets_of(lengths if tokens else np.ones(len(data), np.int64))
     own, part = _own_rows(lengths, bounds, shard)
     beside = _token_arrays if tokens else _row_arrays
     kept = _kept(data, bounds, tokens, fixed)
-    row_bytes = _row_bytes(engine) * np.diff(bounds)[own.start : own.stop]
-    plan = plan_slices(lengths[own.start : own.stop], token_batch_size, row_bytes)
+    row_bytes = _row_bytes(scorer) * np.diff(bounds)[own.start : own.stop]
+    plan = plan_slices(lengths[own.start : own.stop], subject.token_batch_size, row_bytes)
     edges = [(int(bounds[own.start + a]), int(bounds[own.start + b])) for a, b in plan]
     slices = [(start, stop) for start, stop in edges if start < stop]
     target, total = shard_run(run, shard), int(bounds[own.stop] - bounds[own.start])
@@ -273,13 +269,14 @@ def _write_run(
         if progress:
             progress(int(lengths[own.start : own.stop].sum()) - todo)
         for rows in missing:
-            result = gather(engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
+            result = scorer(data, rows, progress=progress)
             start, stop = int(bounds[rows.start]), int(bounds[rows.stop])
             writer.write(start, stop, {**arrays(result.values), **beside(data, rows, result)})
         path = writer.finish(kept)
     with open_part(target, kind) as store:
         zero = int(store.read("rows/zero", *store.span).sum())
-    return Summary(path, total, _unsupervised(data, own), zero, resumed, unprobed(engine))
+    layers = unprobed(scorer.engine) if isinstance(scorer, EngineScorer) else ()
+    return Summary(path, total, _unsupervised(data, own), zero, resumed, layers)
 
 
 def _own_rows(lengths: np.ndarray, bounds: np.ndarray, shard: Shard | None) -> tuple[range, Any]:
@@ -315,17 +312,15 @@ def _gradient_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
 
 def build(
     run: str | Path,
-    model: nn.Module,
+    model: nn.Module | Subject,
     data: Data,
     transform: Transform | None = None,
     *,
-    loss: LossFn | None = None,
-    view: View | None = None,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     overwrite: Overwrite = False,
     shard: Shard | None = None,
     progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> Summary:
     """Write the transformed gradient of every row to `RUN/store.h5`; a killed run resumes where it was.
 
@@ -334,7 +329,7 @@ def build(
 
     Args:
         run: the run directory.
-        model, data, transform, loss, view, token_batch_size, progress: see `collect`.
+        model, data, transform, progress, options: see `collect`.
         settings: recorded beside what is known of the model, data and transform (paths, say).
         overwrite: replace what is there; "unlike": only where it was made otherwise.
         shard: do this part of the rows only, for `merge_run` to join.
@@ -343,52 +338,51 @@ def build(
         InputError: the directory holds a store made otherwise; a loss is not finite; more shards than rows.
         StorageError: the disk is full; what is complete is kept.
     """
-    transform = transform or chain()
-    known = describe(model, data, transform, loss=loss, view=view)
-    engine = probe_engine(model, loss or causal_lm_loss(model), transform, view=view)
+    subject, transform = subject_of(model, **options), transform or chain()
+    known = describe(subject, data, transform)
+    engine = probe_engine(subject.model, subject.loss, transform, view=subject.view)
+    scorer = EngineScorer(engine, subject.token_batch_size)
     return _write_run(
-        run, "store", engine, data, merged(known, settings), _gradient_arrays, shard=shard,
-        token_batch_size=token_batch_size, overwrite=overwrite, progress=progress,
+        run, "store", scorer, subject, data, merged(known, settings), _gradient_arrays, shard=shard,
+        overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
 
 def reduce(
     run: str | Path,
-    model: nn.Module,
+    model: nn.Module | Subject,
     data: Data,
     transform: Transform | None = None,
     *,
     aggregation: Aggregation = "mean",
-    loss: LossFn | None = None,
-    view: View | None = None,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> Summary:
     """Write the mean or sum of the rows' transformed gradients to `RUN/store.h5`, a store of one row.
 
     Args:
         aggregation: "mean" or "sum" over rows, of the transformed gradients.
-        run, model, data, transform, loss, view, token_batch_size, settings, overwrite, progress:
-            see `build`.
+        run, model, data, transform, settings, overwrite, progress, options: see `build`.
 
     Raises:
         InputError: the directory holds a store made otherwise; no rows; a view by token; a loss not finite.
     """
     if aggregation not in get_args(Aggregation):
         raise InputError(f"no aggregation {aggregation!r}: choose {' or '.join(get_args(Aggregation))}")
-    if view is not None and view.tokens:
+    subject = subject_of(model, **options)
+    if subject.view.tokens:
         raise InputError("gradients are reduced by example or by head, not by token: use build for tokens")
-    transform = transform or chain()
-    known = describe(model, data, transform, loss=loss, view=view)
+    transform, size = transform or chain(), subject.token_batch_size
+    known = describe(subject, data, transform)
     known = merged({**known, "aggregation": aggregation}, settings)
     fold = mean() if aggregation == "mean" else total()
     summed = chain(transform, fold.stage())
-    engine = probe_engine(model, loss or causal_lm_loss(model), summed, view=view)
+    engine = probe_engine(subject.model, subject.loss, summed, view=subject.view)
     with open_writer(run, "store", known, 1, overwrite) as writer:
         if not writer.complete:
-            sums, losses = sums_of(fold, engine, data, token_batch_size=token_batch_size, progress=progress)
+            sums, losses = sums_of(fold, engine, data, token_batch_size=size, progress=progress)
             blocks = fold.finalize(sums)
             count = len(data) if aggregation == "mean" else 1
             beside = Rows(blocks, torch.tensor([losses / count], dtype=torch.float64))
@@ -404,42 +398,36 @@ def reduce(
 
 def score_run(
     run: str | Path,
-    model: nn.Module,
+    model: nn.Module | Subject,
     train: Data,
-    queries: Blocks | None,
-    method: Method,
+    queries: Queries,
+    method: Attribution,
     *,
     by_block: bool = False,
-    loss: LossFn | None = None,
-    view: View | None = None,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     fixed: Mapping[str, Any] | None = None,
     overwrite: Overwrite = False,
     shard: Shard | None = None,
     progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> Summary:
     """Write the scores of every row against queries to `RUN/scores.h5`, `/scores [rows, queries]` float32.
 
     Args:
-        queries: the queries' gradients after the method's `query`, `{block: [queries, ...]}`; None for the
-            rows' self-influence.
+        queries: query examples, or their gradients after the method's `query_transform`,
+            `{block: [queries, ...]}`; None for the rows' self-influence.
         method: see `score`; for several dampings the queries of one come after those of the other.
         by_block: write each block's share of the scores too, `/scores_by/<block>`.
         fixed: arrays about the queries, kept in the index.
-        run, model, train, loss, view, token_batch_size, settings, overwrite, shard, progress: see
-            `build`.
+        run, model, train, settings, overwrite, shard, progress, options: see `build`.
     """
-    known = {**describe(model, train, method.train, loss=loss, view=view), "by_block": by_block}
-    known["method"] = method_settings(method)
-    if queries is None:
-        scorer = method.self_scorer(by_block=by_block)
-    else:
-        scorer = method.scorer(on_device_of(model, queries), by_block=by_block)
-    engine = probe_engine(model, loss or causal_lm_loss(model), scorer, view=view)
+    subject = subject_of(model, **options)
+    transform = method.row_transform if isinstance(method, InnerProduct) else None
+    known = {**describe(subject, train, transform), "by_block": by_block, "method": method.settings()}
+    scorer = method.scorer(subject, queries, by_block=by_block)
     return _write_run(
-        run, "scores", engine, train, merged(known, settings), _score_arrays, shard=shard,
-        token_batch_size=token_batch_size, overwrite=overwrite, progress=progress, fixed=fixed,
+        run, "scores", scorer, subject, train, merged(known, settings), _score_arrays, shard=shard,
+        overwrite=overwrite, progress=progress, fixed=fixed,
     )  # fmt: skip
 
 
@@ -484,22 +472,6 @@ def _score_arrays(values: Blocks | Tensor) -> dict[str, np.ndarray]:
     total = sum(values.values(), torch.zeros(()))
     return {"scores": total.float().numpy(),
             **{SHARES + name: share.float().numpy() for name, share in values.items()}}  # fmt: skip
-
-
-def method_settings(method: Method) -> dict[str, Any]:
-    """What a run records of a method beside its transforms.
-
-    >>> method_settings(Method(chain(), chain()))
-    {'norm': 'none', 'curvature': None}
-    """
-    H = method.curvature
-    if H is None:
-        # A function tells nothing of itself; what solves may have settings, as transforms do.
-        told = getattr(method.solve, "settings", None)
-        solve = {} if told is None else {"solve": told()}
-        return {"norm": method.norm, "curvature": None, **solve}
-    dampings = [None if damping is None else str(damping) for damping in method.damping]
-    return {"norm": method.norm, "curvature": digest_of(H), "damping": dampings}
 
 
 LAST = ("Precondition", "UnitNormalize")

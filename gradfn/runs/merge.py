@@ -4,16 +4,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import nn
 
-from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, lengths_of
+from gradfn.engine.stream import Progress, lengths_of
 from gradfn.errors import InputError
-from gradfn.model.losses import causal_lm_loss
-from gradfn.model.sites import View
 from gradfn.runs.curvatures import Labels, fit_settings, load_curvature, write_curvature
 from gradfn.runs.gradients import Settings
 from gradfn.runs.shards import (
@@ -30,8 +28,9 @@ from gradfn.runs.store import Store, Writer, differing, open_store, open_writer,
 from gradfn.statistics import Curvature, ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import Additive, FoldState, TwoPass, check_fit, fit_sums
 from gradfn.statistics.labels import check_drawn, sample_labels
+from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
-from gradfn.types import Data, LossFn
+from gradfn.types import Data
 
 SUMS = ("sums", "second_sums")
 """Kinds of store with the sums that the shards of a curvature made, in the first and second pass."""
@@ -44,7 +43,7 @@ FOLDS = (second_moment, kfac, ekfac, shampoo, tkfac)
 
 def hessian_shard(
     run: str | Path,
-    model: nn.Module,
+    model: nn.Module | Subject,
     data: Data,
     fold: Any,
     transform: Transform | None = None,
@@ -52,13 +51,11 @@ def hessian_shard(
     shard: Shard,
     labels: Labels = "data",
     seed: int = 0,
-    loss: LossFn | None = None,
-    view: View | None = None,
     partitions: int = 1,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
     settings: Settings | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> int:
     """Write one part's sums of a curvature, for `merge_run` to add up and decompose.
 
@@ -68,8 +65,8 @@ def hessian_shard(
     Args:
         run: the run directory, common to all parts.
         shard: which part of the rows.
-        fold, model, data, transform, labels, seed, loss, view, partitions, token_batch_size, settings,
-            overwrite, progress: see `hessian`.
+        fold, model, data, transform, labels, seed, partitions, settings, overwrite, progress, options: see
+            `hessian`.
 
     Returns:
         Which pass the sums are of, 1 or 2.
@@ -77,11 +74,12 @@ def hessian_shard(
     Raises:
         InputError: see `fit`; more shards than rows; the directory holds sums made otherwise.
     """
-    known = fit_settings(model, data, fold, transform, labels, seed, loss, view, settings)
+    subject = subject_of(model, **options)
+    known = fit_settings(subject, data, fold, transform, labels, seed, settings)
     _fold_named(str(fold))
-    check_fit(fold, model, transform, loss=loss, view=view, partitions=partitions)
+    check_fit(fold, subject, transform, partitions=partitions)
     if labels == "model":
-        check_drawn(loss or causal_lm_loss(model))
+        check_drawn(subject.loss)
     rows, number = shard_rows(lengths_of(data), shard), shard.number
     basis = _basis(run, known, overwrite) if isinstance(fold, TwoPass) else None
     if basis is not None:
@@ -95,12 +93,11 @@ def hessian_shard(
             if basis is None:  # second sums would be of another first pass
                 remove_kind(shard_run(run, shard), SUMS[1])
             if labels == "model":
-                loss = loss or causal_lm_loss(model)
-                data = sample_labels(loss, data, seed, rows=rows, token_batch_size=token_batch_size)
+                size = subject.token_batch_size
+                data = sample_labels(subject.loss, data, seed, rows=rows, token_batch_size=size)
             sums = fit_sums(
-                one, model, data, transform, rows=rows, loss=loss, view=view, partitions=partitions,
-                token_batch_size=token_batch_size, progress=progress,
-            )  # fmt: skip
+                one, subject, data, transform, rows=rows, partitions=partitions, progress=progress
+            )
             writer.write(number - 1, number, _sum_arrays(sums, rows))
         writer.finish()
     return 1 + (basis is not None)

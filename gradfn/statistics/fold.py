@@ -8,20 +8,20 @@ of factors: float32 or better).
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, Unpack, runtime_checkable
 
 import numpy as np
 import torch
 from torch import nn
 
 from gradfn.engine.engine import Engine, probe_engine
-from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, lengths_of, stream
+from gradfn.engine.stream import Progress, lengths_of, stream
 from gradfn.errors import InputError
 from gradfn.memory import free_memory, release_memory
-from gradfn.model.losses import causal_lm_loss
-from gradfn.model.sites import Site, View
+from gradfn.model.sites import Site
+from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
 from gradfn.transforms import Dot, Rowwise, Transform, chain
-from gradfn.types import Blocks, Data, LossFn
+from gradfn.types import Blocks, Data
 
 State = TypeVar("State")
 Result = TypeVar("Result", covariant=True)
@@ -247,40 +247,37 @@ def _refuse_too_large(fold: Additive[Any], engine: Engine, parts: Sequence[Seque
 
 def check_fit(
     fold: Additive[Any] | TwoPass[Any],
-    model: nn.Module,
+    model: nn.Module | Subject,
     transform: Transform | None = None,
     *,
-    loss: LossFn | None = None,
-    view: View | None = None,
     partitions: int = 1,
+    **options: Unpack[SubjectOptions],
 ) -> None:
     """Refuse what a fit of these would refuse, before any data is looked at; see `fit`."""
-    first = fold.first if isinstance(fold, TwoPass) else fold
+    first, subject = fold.first if isinstance(fold, TwoPass) else fold, subject_of(model, **options)
     whole = chain(transform or chain(), first.stage())
-    engine = probe_engine(model, loss or causal_lm_loss(model), whole, view=view)
+    engine = probe_engine(subject.model, subject.loss, whole, view=subject.view)
     engine.lowered()
     _partitions(first, engine, partitions)
 
 
 def fit_sums(
     fold: Additive[Any],
-    model: nn.Module,
+    model: nn.Module | Subject,
     data: Data,
     transform: Transform | None = None,
     *,
     rows: range | None = None,
-    loss: LossFn | None = None,
-    view: View | None = None,
     partitions: int = 1,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> FoldState:
     """The sums that a statistic is made of, `fold.finalize` left out; those of parts of the rows add up.
 
     Args:
         fold: of one pass.
         rows: which rows of the data; None means all.
-        model, data, transform, loss, view, partitions, token_batch_size, progress: see `fit`.
+        model, data, transform, partitions, progress, options: see `fit`.
 
     >>> import torch
     >>> net = nn.Linear(1, 1, bias=False)
@@ -291,14 +288,15 @@ def fit_sums(
     >>> mean().merge(a, b).blocks
     {'root': tensor([[7.]], dtype=torch.float64)}
     """
-    loss, whole = loss or causal_lm_loss(model), chain(transform or chain(), fold.stage())
-    engine = probe_engine(model, loss, whole, view=view)
+    subject, whole = subject_of(model, **options), chain(transform or chain(), fold.stage())
+    engine = probe_engine(subject.model, subject.loss, whole, view=subject.view)
     parts = _partitions(fold, engine, partitions)
     _refuse_too_large(fold, engine, parts)
     state = fold.init()
     for sites in parts:
-        one = Engine(model, engine.loss, whole, sites, engine.view)
-        sums, _ = sums_of(fold, one, data, rows=rows, token_batch_size=token_batch_size, progress=progress)
+        one = Engine(subject.model, engine.loss, whole, sites, engine.view)
+        size = subject.token_batch_size
+        sums, _ = sums_of(fold, one, data, rows=rows, token_batch_size=size, progress=progress)
         dtype = coarser(state.dtype, sums.dtype)
         state = FoldState(sums.count, state.blocks | sums.blocks, state.shapes | sums.shapes, dtype)
     release_memory()  # sums are decomposed in large pieces
@@ -316,15 +314,13 @@ def passes(fold: Any) -> int:
 
 def fit(
     fold: Fold[State, Result] | Additive[Result] | TwoPass[Result],
-    model: nn.Module,
+    model: nn.Module | Subject,
     data: Data,
     transform: Transform | None = None,
     *,
-    loss: LossFn | None = None,
-    view: View | None = None,
     partitions: int = 1,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> Result:
     """Fit a statistic over the transformed per-example gradients of data.
 
@@ -333,7 +329,7 @@ def fit(
             `shampoo()`, `tkfac()`, or one of your own.
         partitions: fit the blocks in so many passes over the data, each with its share of them, so that
             fewer sums are held at a time; it changes no result.
-        model, data, transform, loss, view, token_batch_size, progress: see `collect`.
+        model, data, transform, progress, options: see `collect`.
 
     Returns:
         What the fold's `finalize` gives.
@@ -349,15 +345,13 @@ def fit(
     >>> fit(mean(), net, [{"x": torch.ones(1)}, {"x": torch.zeros(1)}], loss=loss)
     {'root': tensor([[[0.5000]]])}
     """
-    loss = loss or causal_lm_loss(model)
+    subject = subject_of(model, **options)
     if any(isinstance(stage, Dot) for stage in chain(transform or chain()).stages):
         raise TypeError("a fold needs blocks: the transform must not end in scores")
 
     def run(fold: Additive[Any]) -> Any:
-        return fold.finalize(fit_sums(
-            fold, model, data, transform, loss=loss, view=view, partitions=partitions,
-            token_batch_size=token_batch_size, progress=progress,
-        ))  # fmt: skip
+        sums = fit_sums(fold, subject, data, transform, partitions=partitions, progress=progress)
+        return fold.finalize(sums)
 
     if isinstance(fold, Additive):
         return run(fold)
@@ -365,9 +359,9 @@ def fit(
         return run(fold.then(run(fold.first)))
     if partitions != 1:
         raise InputError(f"{type(fold).__name__} is fitted in one pass: leave out partitions")
-    engine = probe_engine(model, loss, transform, view=view)
+    engine = probe_engine(subject.model, subject.loss, transform, view=subject.view)
     state = fold.init()
-    for _, result in stream(engine, data, token_batch_size=token_batch_size, progress=progress):
+    for _, result in stream(engine, data, token_batch_size=subject.token_batch_size, progress=progress):
         assert isinstance(result.values, dict)
         state = fold.update(state, result.values)
     return fold.finalize(state)

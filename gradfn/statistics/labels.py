@@ -10,10 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradfn.data import IGNORED, collate, plan_batches
-from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, labelled, lengths_of
+from gradfn.engine.stream import Progress, labelled, lengths_of
 from gradfn.errors import InputError
 from gradfn.model.losses import CausalLMLoss, ModelLoss, hidden_states, output_head, shifted_labels
 from gradfn.random import uniforms
+from gradfn.subject import TOKEN_BATCH_SIZE
 from gradfn.types import Batch, Data, Example, LossFn
 
 POSITIONS = 64

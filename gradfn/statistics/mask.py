@@ -1,23 +1,25 @@
 """Selective masks: which coordinates of a gradient keep the inner products with queries, learned."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradfn.engine.stream import TOKEN_BATCH_SIZE, collect
+from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.linalg.kron import Kron
 from gradfn.linalg.maps import Select
 from gradfn.memory import free_memory
-from gradfn.model.sites import View, find_sites
+from gradfn.model.sites import find_sites
 from gradfn.random import choice, normals
+from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Kronecker, Transform, chain
 from gradfn.transforms.fitted import SelectedFlat, SelectedSides, selected
-from gradfn.types import Blocks, BlockSpec, Data, LossFn
+from gradfn.types import Blocks, BlockSpec, Data
 
 Dims = int | tuple[int, int]
 
@@ -163,7 +165,7 @@ class _Only(Kronecker):
 
 
 def selective_mask(
-    model: nn.Module,
+    model: nn.Module | Subject,
     train: Data,
     query: Data,
     dims: Dims,
@@ -171,40 +173,38 @@ def selective_mask(
     rows: int = 512,
     seed: int = 0,
     before: Transform | None = None,
-    loss: LossFn | None = None,
-    query_loss: LossFn | None = None,
-    view: View | None = None,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
     watch: Watch | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> tuple[SelectedSides | SelectedFlat, dict[str, MaskReport]]:
     """Fit a selective mask to a model's gradients: `fit_mask`, as many layers at a time as memory holds.
 
     Args:
-        model: the module to attribute.
+        model: what is attributed: a `Subject`, or a module with a subject's `options` as keywords.
         train, query: training rows and queries.
         dims: see `fit_mask`.
         rows: how many training rows, drawn at random, and how many queries at most to look at.
         before: what is done to gradients before the mask (an optimizer's normalisation).
-        loss, query_loss, view, token_batch_size: see `score`.
+        options: see `Subject`.
         seed, watch: see `fit_mask`.
 
     Raises:
         InputError: see `fit_mask`; a layer whose gradients of so many rows do not fit in memory.
     """
-    sizes = {site.block: site.spec.shape for site in find_sites(model, view)}
+    subject = subject_of(model, **options)
+    sizes = {site.block: site.spec.shape for site in find_sites(subject.model, subject.view)}
     some = [
         [data[row] for row in drawn_rows(len(data), rows, seed, name)]
         for data, name in ((train, "rows"), (query, "queries"))
     ]
-    losses = loss, query_loss or loss
+    sides = subject, replace(subject, loss=subject.query_loss)
 
     def gradients(names: list[str]) -> list[Blocks]:
-        only, sides = chain(before or chain(), _Only(frozenset(names))), []
-        for data, one in zip(some, losses, strict=True):
-            made = collect(model, data, only, loss=one, view=view, token_batch_size=token_batch_size)
+        only, gradients = chain(before or chain(), _Only(frozenset(names))), []
+        for data, side in zip(some, sides, strict=True):
+            made = collect(side, data, only)
             assert isinstance(made, dict)
-            sides.append({name: made[name] for name in names})
-        return sides
+            gradients.append({name: made[name] for name in names})
+        return gradients
 
     return fit_by_parts(sizes, sum(map(len, some)), gradients, dims, seed=seed, watch=watch)
 

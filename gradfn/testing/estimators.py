@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradfn.engine.reference import naive_blocks
 from gradfn.errors import InputError
 from gradfn.methods import grad_dot
-from gradfn.methods.scoring import Method
+from gradfn.methods.inner_product import InnerProduct
 from gradfn.testing.models import Draw
 from gradfn.testing.search import refute
 from gradfn.testing.strategies import Problem, check_kinds, problems
@@ -42,13 +42,13 @@ def _asked(draw: Draw, cases: st.SearchStrategy[Problem]) -> Asked:
     return Asked(problem.model, problem.loss, rows, queries, problem.reference)
 
 
-def _plain_scores(method: Method, case: Asked) -> Tensor:
+def _plain_scores(method: InnerProduct, case: Asked) -> Tensor:
     """A method by its definition: its transforms, applied to gradients made one row at a time."""
     train, query = (naive_blocks(case.plain, case.model, rows) for rows in (case.train, case.query))
-    query = method.query(query)
-    if not isinstance(query, dict) or not isinstance(method.train(train), dict):
+    query = method.query_transform(query)
+    if not isinstance(query, dict) or not isinstance(method.row_transform(train), dict):
         raise InputError("a reference method must give blocks on both sides: leave the scores to the check")
-    return method.scorer(query)(train)  # pyright: ignore[reportReturnType]
+    return method.against(query)(train)  # pyright: ignore[reportReturnType]
 
 
 def _copied(case: Asked) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ _COMPARE = {"exact": _wrong_number, "scale": _wrong_scale, "ranking": _wrong_ord
 
 def check_estimator(
     scores: Scores,
-    reference: Method | Scores | None = None,
+    reference: InnerProduct | Scores | None = None,
     *,
     agreement: str = "exact",
     kinds: Sequence[str] = ("mlp", "lm"),
@@ -137,7 +137,7 @@ def check_estimator(
 
     def law(case: Asked) -> str:
         asked = case.model, case.loss, case.train, case.query
-        want = _plain_scores(plain, case) if isinstance(plain, Method) else plain(*asked)
+        want = _plain_scores(plain, case) if isinstance(plain, InnerProduct) else plain(*asked)
         before = _copied(case)
         got = scores(*asked)
         if not isinstance(got, Tensor):

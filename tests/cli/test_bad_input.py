@@ -662,7 +662,7 @@ def test_an_export_that_fails(command, model, corpus, tmp_path, monkeypatch):
     ("import nosuchmodule", r"m.py failed \(ModuleNotFoundError: No module named 'nosuchmodule'\): mend it"),
     ("def f(problem):\n    return problem.nosuch", r"m.py:f failed \(AttributeError: .*nosuch.*\): mend it"),
     ("class f:\n    pass", r"m.py:f failed \(TypeError: .*\): mend it"),
-    ("def f(problem):\n    return 3", "m.py:f gives int, not a Method: return gf.methods.Method"),
+    ("def f(problem):\n    return 3", "m.py:f gives int, not an attribution: return gf.methods.InnerProduct"),
 ])  # fmt: skip
 def test_faults_of_a_recipes_own_file(refused, model, corpus, tmp_path, text, words):
     (tmp_path / "m.py").write_text(text)

@@ -14,6 +14,7 @@ from gradfn.hf.datasets import tokenize
 from gradfn.methods import RECIPES, Problem
 from gradfn.methods.recipes import group_means
 from gradfn.runs.masks import projection_named
+from gradfn.subject import Subject
 from gradfn.transforms.projection import lenient
 
 TASKS = ("where", "who", "where")
@@ -87,7 +88,7 @@ def problem(sides):
         spelled = recipe.projection if dim is None else f"rademacher:{dim}x{dim}"
         projection = lenient(projection_named(spelled))
         loss = gf.causal_lm_loss(net, criterion=recipe.criterion or "cross_entropy")
-        return Problem(net, *sides, loss, projection=projection, **changes)
+        return Problem(Subject(net, loss), *sides, projection=projection, **changes)
 
     return make
 
@@ -95,8 +96,12 @@ def problem(sides):
 def rows_of(problem, name):
     """Scores and losses of one checkpoint, from the library."""
     method = RECIPES[name].method(problem)
-    queries = gf.collect(problem.model, problem.query, method.query, loss=problem.loss)
-    return gather(gf.probe_engine(problem.model, problem.loss, method.scorer(queries)), problem.train)
+    queries = gf.collect(
+        problem.subject.model, problem.query, method.query_transform, loss=problem.subject.loss
+    )
+    return gather(
+        gf.probe_engine(problem.subject.model, problem.subject.loss, method.against(queries)), problem.train
+    )
 
 
 @pytest.fixture(scope="module")

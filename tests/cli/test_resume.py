@@ -92,10 +92,10 @@ def test_the_groups_of_queries(command, ok, otherwise, base, tmp_path):
 def test_the_file_of_a_recipe(ok, otherwise, base, tmp_path):
     mine = tmp_path / "mine.py"
     solved = (
-        "from gradfn.methods import Method\n"
+        "from gradfn.methods import InnerProduct\n"
         "def solved(problem):\n"
         "    both = problem.stage, problem.stage\n"
-        "    return Method(*both, solve=lambda q: {n: TIMES * v for n, v in q.items()})\n"
+        "    return InnerProduct(*both, solve=lambda q: {n: TIMES * v for n, v in q.items()})\n"
     )
     ask = ("score", tmp_path / "run", *base, *ASK, "--method", f"{mine}:solved")
     mine.write_text(solved.replace("TIMES", "1.0"))
@@ -114,13 +114,13 @@ def test_a_query_side_that_a_recipe_has_from_elsewhere(ok, otherwise, base, tmp_
         "import os\nimport gradfn as gf\n"
         "def sides(problem):\n"
         "    unit = [gf.unit_normalize()] if os.environ['UNIT'] == '1' else []\n"
-        "    return gf.methods.Method(problem.stage, gf.chain(problem.stage, *unit))\n"
+        "    return gf.methods.InnerProduct(problem.stage, gf.chain(problem.stage, *unit))\n"
     )
     ask = ("score", tmp_path / "run", *base, *ASK, "--method", f"{tmp_path}/mine.py:sides")
     monkeypatch.setenv("UNIT", "1")
     ok(*ask)
     monkeypatch.setenv("UNIT", "0")
-    otherwise("method.query is", *ask)
+    otherwise("method.query_transform is", *ask)
 
 
 # --- ids are in no fingerprint of the data

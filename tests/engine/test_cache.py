@@ -12,6 +12,7 @@ from gradfn.engine import cache as kept
 from gradfn.engine.cache import Kept
 from gradfn.engine.stream import collect
 from gradfn.methods.recipes import recipe_named
+from gradfn.subject import Subject
 from gradfn.types import Blocks
 
 Watched = tuple[nn.Module, list[dict[str, torch.Tensor]], Callable[..., torch.Tensor], list[int]]
@@ -34,7 +35,7 @@ def watched() -> Watched:
 
 def problem_of(watched: Watched, train: Any, projection: Any) -> gf.methods.Problem:
     net, data, loss, _ = watched
-    return gf.methods.Problem(net, train, data[:2], loss, projection=projection, token_batch_size=3)
+    return gf.methods.Problem(Subject(net, loss, token_batch_size=3), train, data[:2], projection=projection)
 
 
 ANY = ["gaussian:2x3", "joint > sjlt:16", "mask:4x4 > sjlt:6"]

@@ -12,9 +12,10 @@ from gradfn.linalg.maps import random_map
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import RECIPES, Problem, recipe_named
 from gradfn.methods.recipes import group_means
-from gradfn.methods.scoring import Method, score
+from gradfn.methods.scoring import score
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import fit
+from gradfn.subject import Subject
 from gradfn.transforms import adam, chain, compress
 from gradfn.transforms.joint import joint
 from gradfn.types import Rows
@@ -30,7 +31,7 @@ def problem(seed=0, **changes):
         z = functional_call(net, params, (e["x"][None],))
         return nn.functional.cross_entropy(z, e["y"][None])
 
-    return Problem(net, data[:9], data[9:], loss, **changes)
+    return Problem(Subject(net, loss), data[:9], data[9:], **changes)
 
 
 def flat(blocks):
@@ -38,11 +39,14 @@ def flat(blocks):
 
 
 def sides(p, transform=None):
-    return [collect(p.model, part, transform or p.stage, loss=p.loss) for part in (p.train, p.query)]
+    return [
+        collect(p.subject.model, part, transform or p.stage, loss=p.subject.loss)
+        for part in (p.train, p.query)
+    ]
 
 
 def scores(name, p):
-    return score(p.model, p.train, p.query, method=RECIPES[name].method(p), loss=p.loss)
+    return score(p.subject.model, p.train, p.query, method=RECIPES[name].method(p), loss=p.subject.loss)
 
 
 def damped(H, c=0.1, power=-1.0):
@@ -83,7 +87,7 @@ def test_logra_block_by_block():
 def test_influence_functions(name, fold):
     p = problem()
     train, query = sides(p)
-    H = fit(fold(), p.model, p.train, loss=p.loss)
+    H = fit(fold(), p.subject.model, p.train, loss=p.subject.loss)
     expected = sum(train[n].flatten(1) @ damped(H[n].dense()) @ query[n].flatten(1).T for n in train)
     torch.testing.assert_close(scores(name, p), expected, rtol=1e-5, atol=1e-8)
 
@@ -91,7 +95,7 @@ def test_influence_functions(name, fold):
 def test_relatif():
     p = problem()
     train, query = sides(p)
-    H = fit(ekfac(), p.model, p.train, loss=p.loss)
+    H = fit(ekfac(), p.subject.model, p.train, loss=p.subject.loss)
     inverse = {n: damped(H[n].dense()) for n in train}
     products = sum(train[n].flatten(1) @ inverse[n] @ query[n].flatten(1).T for n in train)
     norms = flat({n: train[n].flatten(1) @ inverse[n] for n in train}).norm(dim=1)
@@ -120,21 +124,23 @@ def test_trak_over_checkpoints():
     expected, doubts, made = [], [], []
     for seed in (0, 1):
         p = problem(seed, projection=project(2), damping=(Damping(0.01),))
-        net = p.model
+        net = p.subject.model
 
         def log_odds(params, e, net=net):
             p = functional_call(net, params, (e["x"][None],)).softmax(-1)[0, e["y"]]
             return -(p / (1 - p)).log()
 
-        p = Problem(p.model, p.train, p.query, log_odds, projection=p.projection, damping=p.damping)
+        p = Problem(
+            Subject(p.subject.model, log_odds), p.train, p.query, projection=p.projection, damping=p.damping
+        )
         train, query = map(flat, sides(p))
         expected.append(train @ damped(second(train), 0.01) @ query.T)
         chances = torch.stack([net(e["x"]).softmax(-1)[e["y"]] for e in p.train])
         doubts.append((1 - chances).detach())
 
         method = RECIPES["trak"].method(p)
-        queries = collect(p.model, p.query, method.query, loss=p.loss)
-        made.append(gather(probe_engine(p.model, p.loss, method.scorer(queries)), p.train))
+        queries = collect(p.subject.model, p.query, method.query_transform, loss=p.subject.loss)
+        made.append(gather(probe_engine(p.subject.model, p.subject.loss, method.against(queries)), p.train))
     whole = torch.stack(expected).mean(0) * torch.stack(doubts).mean(0)[:, None]
     torch.testing.assert_close(RECIPES["trak"].combine(made, [0.5, 0.5]), whole.float(), check_dtype=False)
 
@@ -158,7 +164,7 @@ def test_less_normalises_training_rows_alone_and_takes_the_best_group():
     assert names == ["a", "b"]
     method = RECIPES["less"].method(p)
 
-    got = gather(probe_engine(p.model, p.loss, method.scorer(groups)), p.train)
+    got = gather(probe_engine(p.subject.model, p.subject.loss, method.against(groups)), p.train)
     rows = torch.stack([(query["0"][[0, 2]].mean(0)), query["0"][1]]).flatten(1)
     torch.testing.assert_close(groups["0"].flatten(1), rows)
     cosines = nn.functional.normalize(train) @ nn.functional.normalize(flat(groups)).T
@@ -181,7 +187,7 @@ def test_datainf():
 
 def test_a_curvature_that_was_fitted_before_is_taken():
     p = problem()
-    H = fit(ekfac(), p.model, p.query, loss=p.loss)
+    H = fit(ekfac(), p.subject.model, p.query, loss=p.subject.loss)
     given = problem(curvature=H)
     train, query = sides(p)
     expected = sum(train[n].flatten(1) @ damped(H[n].dense()) @ query[n].flatten(1).T for n in train)
@@ -207,9 +213,9 @@ def test_one_of_your_own(tmp_path):
     p = problem()
     for name in ("mine", "full"):
         method = recipe_named(f"{path}:{name}").method(p)
-        assert isinstance(method, Method)
+        assert isinstance(method, InnerProduct)
         torch.testing.assert_close(
-            score(p.model, p.train, p.query, method=method, loss=p.loss), scores("kfac", p)
+            score(p.subject.model, p.train, p.query, method=method, loss=p.subject.loss), scores("kfac", p)
         )
     assert recipe_named(f"{path}:full").projection == "none"
     with pytest.raises(InputError, match="has no recipe other"):

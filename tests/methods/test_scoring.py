@@ -7,7 +7,8 @@ from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import grad_cosine, grad_dot
-from gradfn.methods.scoring import Method, best, dots, extremes, score, top_k
+from gradfn.methods.inner_product import InnerProduct
+from gradfn.methods.scoring import best, dots, extremes, score, top_k
 from gradfn.model.sites import View
 from gradfn.statistics import ekfac, kfac, second_moment
 from gradfn.statistics.fold import fit
@@ -41,7 +42,7 @@ def test_a_row_scores_itself_with_its_squared_norm():
 def test_a_query_transform_that_gives_scores_is_refused():
     ending = dot({"root": torch.ones(1, 1, 3).double()})
     with pytest.raises(TypeError, match="must give blocks"):
-        score(MODEL, ROWS, ROWS, method=Method(chain(), ending), loss=LOSS)
+        score(MODEL, ROWS, ROWS, method=InnerProduct(chain(), ending), loss=LOSS)
 
 
 class Scaled(torch.nn.Module):
@@ -189,7 +190,7 @@ class TestCurvature:
         net, loss, train, query = case
         H = fit(kind(), net, train, loss=loss)
         dampings = (Damping(0.1), Damping(0.01, "absolute"), Damping(1.0))
-        got = score(net, train, query, method=Method(chain(), chain(), H, dampings, norm), loss=loss)
+        got = score(net, train, query, method=InnerProduct(chain(), chain(), H, dampings, norm), loss=loss)
         assert got.shape == (6, 9)
         rows, queries = (collect(net, part, loss=loss) for part in (train, query))
         for i, damping in enumerate(dampings):
@@ -209,13 +210,13 @@ class TestCurvature:
         H = fit(ekfac(), net, train, loss=loss)
         rows, queries = (collect(net, part, loss=loss) for part in (train, query))
         half = precondition(H, -0.5)
-        one = score(net, train, query, method=Method(chain(), chain(), H), loss=loss)
+        one = score(net, train, query, method=InnerProduct(chain(), chain(), H), loss=loss)
         torch.testing.assert_close(one, dots(half(rows), half(queries)))
 
     def test_shares_by_block_sum_to_the_score(self, case):
         net, loss, train, query = case
         H = fit(kfac(), net, train, loss=loss)
-        method = Method(chain(), chain(), H, (Damping(0.1), Damping(1.0)), "cosine")
+        method = InnerProduct(chain(), chain(), H, (Damping(0.1), Damping(1.0)), "cosine")
         shares = score(net, train, query, method=method, loss=loss, by_block=True)
         torch.testing.assert_close(sum(shares.values()), score(net, train, query, method=method, loss=loss))
 
@@ -226,21 +227,21 @@ class TestCurvature:
             name: torch.zeros(1, *G.shape[1:]).double() for name, G in collect(net, train, loss=loss).items()
         }
         for norm in ("none", "cosine", "relative"):
-            scorer = Method(chain(), chain(), H, norm=norm).scorer(zero)
+            scorer = InnerProduct(chain(), chain(), H, norm=norm).against(zero)
             assert not scorer(collect(net, train, loss=loss)).any()
 
     def test_dampings_without_a_curvature_are_refused(self):
         with pytest.raises(InputError, match="several dampings need a curvature"):
-            Method(chain(), chain(), damping=(Damping(0.1), Damping(1.0)))
+            InnerProduct(chain(), chain(), damping=(Damping(0.1), Damping(1.0)))
         with pytest.raises(InputError, match="one damping or more"):
-            Method(chain(), chain(), damping=())
+            InnerProduct(chain(), chain(), damping=())
 
     @pytest.mark.parametrize("kind", [None, ekfac, second_moment])
     def test_self_influence(self, case, kind):
         net, loss, train, _ = case
         H = None if kind is None else fit(kind(), net, train, loss=loss)
         dampings = (Damping(0.1),) if H is None else (Damping(0.1), Damping(1.0))
-        scorer = Method(chain(), chain(), H, dampings).self_scorer()
+        scorer = InnerProduct(chain(), chain(), H, dampings).against_itself()
         got = collect(net, train, scorer, loss=loss)
         rows = collect(net, train, loss=loss)
         for i, damping in enumerate(dampings):

@@ -64,7 +64,7 @@ def test_stored_scores_are_scores_on_the_fly(model, documents, tmp_path, name):
     made = TRANSFORMS[name]
     gf.build(tmp_path / "run", model, documents, made)
     blocks = gf.collect(model, queries, made)
-    live = gf.score(model, documents, queries, method=gf.methods.Method(made, made))
+    live = gf.score(model, documents, queries, method=gf.methods.InnerProduct(made, made))
     with gf.open_store(tmp_path / "run") as store:
         chunks = list(runs.stored_scores(store, gf.dot(blocks), rows_per_chunk=3))
         (whole,) = runs.stored_scores(store, gf.dot(blocks))
@@ -86,7 +86,7 @@ def test_a_unit_norm_can_be_added_to_stored_rows(model, documents, tmp_path):
     cosine = gf.grad_cosine(gf.project(4))
     blocks = gf.collect(model, documents, cosine.query)
     with gf.open_store(tmp_path / "run") as store:
-        stored = torch.cat(list(runs.stored_scores(store, gf.grad_cosine().scorer(blocks))))
+        stored = torch.cat(list(runs.stored_scores(store, gf.grad_cosine().against(blocks))))
     torch.testing.assert_close(
         stored, gf.score(model, documents, documents, method=cosine), rtol=1e-4, atol=1e-5
     )
@@ -251,7 +251,7 @@ def test_settings_of_another_run_are_refused(llama, documents, tmp_path):
 
 def test_what_describes_a_run_changes_with_all_that_rows_depend_on(documents):
     def described(model, data=documents, transform=None, **options):
-        return runs.describe(model, data, transform, **options)
+        return runs.describe(gf.Subject(model, **options), data, transform)
 
     model = make_model()
     variants = [
@@ -310,8 +310,8 @@ def test_shares_sum_to_the_scores(model, documents, tmp_path):
         np.testing.assert_allclose(sum(shares.values()), scores.read("scores"), rtol=1e-4, atol=1e-5)
         for name, share in runs.stored_shares(store, 2, gf.dot(queries, by_block=True)).items():
             np.testing.assert_allclose(share.numpy(), shares[name][2], rtol=1e-4, atol=1e-5)
-        unit = runs.stored_shares(store, 2, gf.grad_cosine().scorer(queries, by_block=True))
-        (whole,) = runs.stored_scores(store, gf.grad_cosine().scorer(queries))
+        unit = runs.stored_shares(store, 2, gf.grad_cosine().against(queries, by_block=True))
+        (whole,) = runs.stored_scores(store, gf.grad_cosine().against(queries))
         torch.testing.assert_close(sum(unit.values()), whole[2], rtol=1e-4, atol=1e-6)
 
 

@@ -481,10 +481,16 @@ def test_scores_in_shards_are_the_scores(model, documents, tmp_path, count, by_b
     made = gf.chain(gf.project(3), gf.unit_normalize())
     queries = gf.collect(model, documents.select([2, 5]), made)
     how = {"by_block": by_block, "fixed": {"queries/id": ["a", "b"]}}
-    runs.score_run(tmp_path / "whole", model, documents, queries, gf.methods.Method(made, made), **how)
+    runs.score_run(tmp_path / "whole", model, documents, queries, gf.methods.InnerProduct(made, made), **how)
     for shard in all_of(count):
         runs.score_run(
-            tmp_path / "run", model, documents, queries, gf.methods.Method(made, made), shard=shard, **how
+            tmp_path / "run",
+            model,
+            documents,
+            queries,
+            gf.methods.InnerProduct(made, made),
+            shard=shard,
+            **how,
         )
     merge_run(tmp_path / "run")
     same(everything_in(tmp_path / "run", "scores"), everything_in(tmp_path / "whole", "scores"), rtol=1e-6)
@@ -495,7 +501,13 @@ def test_shards_scored_against_queries_of_other_names(model, documents, tmp_path
         fixed, plain = {"queries/id": [*names]}, gf.chain()
         queries = gf.collect(model, documents.select([2, 5]))
         runs.score_run(
-            tmp_path, model, documents, queries, gf.methods.Method(plain, plain), shard=shard, fixed=fixed
+            tmp_path,
+            model,
+            documents,
+            queries,
+            gf.methods.InnerProduct(plain, plain),
+            shard=shard,
+            fixed=fixed,
         )
     refused(
         tmp_path, r"^shards 1/2 and 2/2 .* were made differently \(queries/id.1 is b and c\): make one of"

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from gradfn import InputError, View, chain, collect, fit, project, score
 from gradfn.linalg.spectrum import Damping, Spectrum, eigh
-from gradfn.methods import Method
+from gradfn.methods import InnerProduct
 from gradfn.methods.datainf import DataInf
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
@@ -132,7 +132,7 @@ def test_a_layer_without_gradients_gets_a_curvature_of_zero(kind):
     H = fit(FOLDS[kind](), net, data, loss=squares(net))
     assert not H["0"].values.any()
     assert H["1"].values.any()
-    scores = score(net, data, data, method=Method(chain(), chain(), H), loss=squares(net))
+    scores = score(net, data, data, method=InnerProduct(chain(), chain(), H), loss=squares(net))
     assert bool(torch.isfinite(scores).all())
     assert bool(scores.any())
 
@@ -187,19 +187,19 @@ def test_tiny_gradients_in_float32_are_scored_like_others(norm):
     for scale in (1.0, 1e-11):
         loss = lambda params, e, scale=scale: scale * squares(net)(params, e)  # noqa: E731
         H = fit(ekfac(), net, data, loss=loss)
-        method = Method(chain(), chain(), H, norm=norm)
+        method = InnerProduct(chain(), chain(), H, norm=norm)
         scores = score(net, data, data[:2], method=method, loss=loss)
         made.append(scores / scale if norm == "relative" else scores)
-        made.append(collect(net, data, method.self_scorer(), loss=loss))
+        made.append(collect(net, data, method.against_itself(), loss=loss))
     torch.testing.assert_close(made[2], made[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(made[3], made[1], rtol=1e-3, atol=1e-4)
 
 
 def test_what_has_no_self_influence_or_no_damping_says_so():
     with pytest.raises(InputError, match="no self-influence"):
-        Method(chain(), chain(), solve=lambda queries: queries).self_scorer()
+        InnerProduct(chain(), chain(), solve=lambda queries: queries).against_itself()
     with pytest.raises(InputError, match="not both"):
-        Method(chain(), chain(), {}, solve=lambda queries: queries)
+        InnerProduct(chain(), chain(), {}, solve=lambda queries: queries)
     for damping in (0.0, -1.0, float("nan")):
         with pytest.raises(InputError, match="above 0"):
             DataInf({}, damping)
@@ -289,6 +289,6 @@ def test_one_row_against_itself():
     net, data = mlp(), rows(1)
     for kind, make in FOLDS.items():
         H = fit(make(), net, data, loss=squares(net))
-        method = Method(chain(), chain(), H, (Damping(0.1),), "cosine")
+        method = InnerProduct(chain(), chain(), H, (Damping(0.1),), "cosine")
         scores = score(net, data, data, method=method, loss=squares(net))
         assert float(scores) == pytest.approx(1.0), kind
