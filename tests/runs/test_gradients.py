@@ -84,7 +84,7 @@ def test_rows_are_read_a_bounded_part_at_a_time(llama, documents, tmp_path, monk
 def test_a_unit_norm_can_be_added_to_stored_rows(model, documents, tmp_path):
     gf.build(tmp_path / "run", model, documents, gf.project(4))
     cosine = gf.grad_cosine(gf.project(4))
-    blocks = gf.collect(model, documents, cosine.query)
+    blocks = gf.collect(model, documents, cosine.query_transform)
     with gf.open_store(tmp_path / "run") as store:
         stored = torch.cat(list(runs.stored_scores(store, gf.grad_cosine().against(blocks))))
     torch.testing.assert_close(
