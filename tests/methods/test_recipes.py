@@ -11,6 +11,7 @@ from gradfn.engine.stream import gather
 from gradfn.linalg.maps import random_map
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import RECIPES, Problem, recipe_named
+from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
 from gradfn.methods.scoring import score
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
