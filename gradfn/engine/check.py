@@ -19,7 +19,7 @@ from gradfn.engine.engine import Engine
 from gradfn.engine.reference import naive_blocks
 from gradfn.engine.stream import TOKEN_BATCH_SIZE, Progress, collect, labelled
 from gradfn.errors import InputError
-from gradfn.model.layers import Conv, Embedding, Experts, Linear, NormScale
+from gradfn.model.layers import KINDS
 from gradfn.model.losses import causal_lm_loss
 from gradfn.model.sites import Site, View, all_sites, find_sites, output_head
 from gradfn.transforms import Transform, project
@@ -100,14 +100,7 @@ def coverage(
     return tuple(sorted(rows, key=_place))
 
 
-_KINDS = {
-    Linear: "linear",
-    Conv: "convolution",
-    Experts: "experts",
-    Embedding: "embedding",
-    NormScale: "norm",
-}
-_ORDER = (*_KINDS.values(), "LM head", "other")
+_ORDER = (*(kind for kind in KINDS if kind != "other"), "LM head", "other")
 
 
 def _place(row: Covered) -> tuple[bool, int, str, str]:
@@ -116,9 +109,7 @@ def _place(row: Covered) -> tuple[bool, int, str, str]:
 
 
 def _kind(site: Site, head: nn.Module | None) -> str:
-    if site.module is head:
-        return "LM head"
-    return next((name for kind, name in _KINDS.items() if isinstance(site.layer, kind)), "other")
+    return "LM head" if site.module is head else site.layer.kind
 
 
 def _pattern(path: str) -> str:

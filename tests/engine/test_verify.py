@@ -13,11 +13,11 @@ from torch.func import functional_call
 from transformers import T5Config, T5ForConditionalGeneration
 
 from gradfn.data import collate
-from gradfn.engine import verify as look
+from gradfn.engine import verify
 from gradfn.engine.check import equality
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import collect
-from gradfn.engine.verify import differing
+from gradfn.engine.verify import unequal_blocks
 from gradfn.errors import InputError
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.model.params import call
@@ -349,23 +349,26 @@ def test_the_rows_to_look_at_are_those_that_say_something():
     ids = torch.arange(12).view(4, 3)
     labels = ids.clone()
     labels[[0, 2]] = -100
-    assert look.trial({"input_ids": ids, "labels": labels})["input_ids"].tolist() == [[3, 4, 5], [9, 10, 11]]
-    assert look.trial({"x": ids})["x"].tolist() == ids[:2].tolist()
-    assert look.trial({"x": ids[:1]})["x"].tolist() == ids[:1].tolist()
+    assert verify.two_rows({"input_ids": ids, "labels": labels})["input_ids"].tolist() == [
+        [3, 4, 5],
+        [9, 10, 11],
+    ]
+    assert verify.two_rows({"x": ids})["x"].tolist() == ids[:2].tolist()
+    assert verify.two_rows({"x": ids[:1]})["x"].tolist() == ids[:1].tolist()
 
 
 def test_of_long_rows_the_look_sees_the_first_label_of_each_and_what_is_before_it():
     ids = torch.arange(300).view(3, 100)
     labels = ids.clone()
     labels[0, :70], labels[1, :20] = -100, -100  # positions 69 and 19 are the first with a target
-    seen = look.trial({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+    seen = verify.two_rows({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
     assert seen["input_ids"][:, 0].tolist() == [61, 111]
     assert (seen["labels"] == -100).sum(1).tolist() == [9, 9]
-    assert {value.shape for value in seen.values()} == {(2, look.LOOK_TOKENS)}
+    assert {value.shape for value in seen.values()} == {(2, verify.VERIFY_TOKENS)}
     labels[:, :99] = -100
-    assert look.trial({"input_ids": ids, "labels": labels})["labels"][:, -1].tolist() == [99, 199]
+    assert verify.two_rows({"input_ids": ids, "labels": labels})["labels"][:, -1].tolist() == [99, 199]
     labels[:] = ids
-    assert look.trial({"input_ids": ids, "labels": labels})["input_ids"][:, 0].tolist() == [0, 100]
+    assert verify.two_rows({"input_ids": ids, "labels": labels})["input_ids"][:, 0].tolist() == [0, 100]
 
 
 def test_only_the_end_of_long_rows_is_learned_and_positions_are_still_seen_to_be_nobodys():
@@ -382,11 +385,11 @@ def test_only_the_end_of_long_rows_is_learned_and_positions_are_still_seen_to_be
 @pytest.mark.parametrize("backend", ["mkldnn", "cuda"])
 def test_how_far_a_gradient_may_move_depends_on_how_matrices_are_multiplied(backend):
     products = getattr(torch.backends, backend).matmul
-    exact, before = look.tolerance([torch.float32]), products.fp32_precision
-    assert look.tolerance([torch.float64]) < exact < look.tolerance([torch.bfloat16, torch.float32])
+    exact, before = verify.tolerance([torch.float32]), products.fp32_precision
+    assert verify.tolerance([torch.float64]) < exact < verify.tolerance([torch.bfloat16, torch.float32])
     try:
         products.fp32_precision = "tf32"
-        assert exact < look.tolerance([torch.float32]) < look.tolerance([torch.bfloat16])
+        assert exact < verify.tolerance([torch.float32]) < verify.tolerance([torch.bfloat16])
     finally:
         products.fp32_precision = before
 
@@ -402,7 +405,7 @@ def test_memory_that_runs_out_is_not_taken_for_a_module_of_another_kind():
         with pytest.raises(torch.OutOfMemoryError, match="no memory"):
             engine(collate(rows_for(ROW)))
         assert all(site.probed for site in engine.sites)
-        assert not engine.known.singly
+        assert not engine.facts.singly
 
 
 @dataclass(frozen=True)
@@ -421,7 +424,8 @@ def looks_of(engine, batch, monkeypatch):
     looks = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            "gradfn.engine.engine.differing", lambda *args: (looks.append(args), differing(*args))[1]
+            "gradfn.engine.engine.unequal_blocks",
+            lambda *args: (looks.append(args), unequal_blocks(*args))[1],
         )
         engine(batch)
     return len(looks)
@@ -497,7 +501,7 @@ def test_what_one_engine_learns_the_others_know():
 def test_what_is_known_of_a_model_goes_with_it():
     model = randomize(nn.Sequential(nn.Linear(4, 3)), 0)
     probe_engine(model, Penalised(model, 0.0))(collate(rows_for(ROW)))
-    assert model in look._KNOWN
+    assert model in verify._FACTS
     gone = ref(model)
     del model
     gc.collect()
