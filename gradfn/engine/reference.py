@@ -82,7 +82,7 @@ def naive_grads(
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> def loss(params, e):
-    ...     return functional_call(net, params, e["x"]).sum()
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
     >>> naive_grads(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["weight"]
     tensor([[[3., 4.]]])
     """
@@ -116,7 +116,7 @@ def naive_blocks(
 
     >>> net = nn.Linear(2, 1)
     >>> def loss(params, e):
-    ...     return functional_call(net, params, e["x"]).sum()
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
     >>> naive_blocks(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["root"]
     tensor([[[3., 4., 1.]]])
     """
