@@ -93,7 +93,7 @@ def test_a_model_that_was_trained_on_is_another_one(watched: Watched):
     torch.testing.assert_close(made, plain)
 
 
-def test_rows_that_take_too_much_are_not_kept(watched: Watched, monkeypatch: pytest.MonkeyPatch):
+def test_rows_that_take_too_much_are_not_cached(watched: Watched, monkeypatch: pytest.MonkeyPatch):
     net, data, loss, _ = watched
     projection = gf.project(2)
     monkeypatch.setattr(cache, "CACHE_BYTES", 7 * 2 * 4 * 8 - 1)
@@ -107,7 +107,7 @@ def test_rows_that_take_too_much_are_not_kept(watched: Watched, monkeypatch: pyt
         torch.testing.assert_close(again[name].dense(), one.dense())
 
 
-def test_whole_gradients_and_plain_passes_are_not_kept(watched: Watched):
+def test_whole_gradients_and_plain_passes_are_not_cached(watched: Watched):
     net, data, loss, _ = watched
     rows = CachedRows(data, gf.chain())
     gf.fit(gf.ekfac(), net, rows, loss=loss)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tiny import language_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import gradfn as gf
 from gradfn.engine.tap import _ATTACHED, RepeatedCallError
@@ -393,6 +394,21 @@ def test_running_statistics_see_each_batch_once():
     grads = {n: p.grad[None] for n, p in tapped.named_parameters()}
     sums = {n: G.sum(0, keepdim=True) for n, G in rows.blocks.items()}
     assert_blocks_close(sums, blocks_of(find_sites(tapped, EVERYTHING), grads))
+
+
+def test_the_experts_of_a_mixture_have_blocks():
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3,
+             "num_experts_per_tok": 2, "max_position_embeddings": 8}  # fmt: skip
+    model = randomize(MixtralForCausalLM(MixtralConfig(**sizes)), 0)
+    model.set_experts_implementation("eager")
+    batch = case("gpt2")[-1]
+    dense = naive(model, lm_loss, batch)
+    with gf.tap(model, project(3)) as tapped:
+        for rows in (slice(0, 3), slice(3, 4)):
+            lm_loss(model, {key: value[rows] for key, value in batch.items()}).backward()
+    assert any(name.endswith("gate_up_proj") for name in dense)
+    assert_blocks_close(tapped.blocks, project(3)(dense))
 
 
 def test_frozen_weights_have_blocks_and_no_gradient():
