@@ -138,7 +138,7 @@ def pullback(width: int, transform: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """From a layer's input and output gradient to its transformed gradients, as the engine does it."""
     plan = lower(transform, [BlockSpec("layer", (width, width))]).plans["layer"]
     layer = Linear(width, width, False)
-    return lambda x, g: plan.within(layer.contract(layer.keep(x, plan.kron.right), g, plan.kron, False))
+    return lambda x, g: plan.within(layer.contract(layer.save_input(x, plan.kron.right), g, plan.kron, False))
 
 
 def job_factors(repeats: int) -> None:

@@ -358,7 +358,7 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
             moments = {name: value[number : number + 1] for name, value in stack.moments.items()}
             by_block = gf.model.blocks_of(gf.model.find_sites(model), moments)
             normalize = gf.chain(gf.adam({name: v[0] for name, v in by_block.items()}))
-        rows = gf.engine.Kept(setting.train, gf.chain(normalize, projection))
+        rows = gf.engine.CachedRows(setting.train, gf.chain(normalize, projection))
         subject = gf.Subject(model, loss, token_batch_size=setting.batch)
         problem = Problem(
             subject, rows, setting.query, normalize=normalize, projection=projection,

@@ -34,7 +34,7 @@ from gradfn.cli.tell import (
     unprobed_facts,
 )
 from gradfn.data import Corpus
-from gradfn.engine.cache import Kept
+from gradfn.engine.cache import CachedRows
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.engine.stream import Progress, gather, stream_to_host
 from gradfn.errors import InputError
@@ -131,7 +131,7 @@ class Case:
         told = ("method", f"{self.name}, {gradients_line(stages.base)}")
         rows = [*subject_facts(subject, self.train), *shard_facts(self.train, self.shard)]
         console().print(facts([*rows, told, *self._unlike_less()]))
-        train = Kept(self.train, stages.base)
+        train = CachedRows(self.train, stages.base)
         method = self._method(subject, stages, wanted, train, run)
         if lines := self._unlike_trackstar(stages, method):
             console().print(facts(lines))

@@ -26,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gradfn.data import IGNORED, collate, plan_batches
 from gradfn.engine.stream import labelled, lengths_of
 from gradfn.errors import InputError
-from gradfn.model.layers import Layer, Linear
 from gradfn.model.losses import CausalLMLoss, shifted_labels, token_losses
 from gradfn.model.params import call
 from gradfn.model.sites import Site
@@ -654,8 +653,7 @@ def params_of_blocks(sites: Sequence[Site], blocks: Blocks) -> Params:
         if site.names[0] in params:  # of a shared weight
             continue
         layer = site.layer
-        whole = type(layer) is Linear and layer.rows is None and layer.columns is None
-        if not whole and type(layer).block is not Layer.block:
+        if not layer.is_whole:
             raise InputError(
                 f"the block {site.block} is not one weight laid out whole, so it has no inverse map: "
                 f"--exclude {site.path}, and no heads"
@@ -664,10 +662,7 @@ def params_of_blocks(sites: Sequence[Site], blocks: Blocks) -> Params:
             raise InputError(f"there is no block {site.block}: give the blocks of all {len(sites)} sites")
         G = blocks[site.block]
         weight = G[..., :-1] if layer.bias else G
-        if isinstance(layer, Linear):
-            params[site.names[0]] = weight.mT if layer.transposed else weight
-        else:
-            params[site.names[0]] = weight.reshape(len(G), *site.weight.shape)
+        params[site.names[0]] = layer.unblock(weight, site.weight.shape)
         if layer.bias:
             params[site.names[1]] = G[..., -1]
     return params

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from gradfn.errors import InputError
 from gradfn.hf.hub import listing, quiet, summary
-from gradfn.model.layers import AttentionInput, BareParameter, Embedding, Linear
 from gradfn.model.sites import Site, View, blocks_of, find_sites
 from gradfn.transforms import Transform, adafactor, adam
 from gradfn.types import Blocks
@@ -429,22 +428,15 @@ def _checked(v: Tensor, name: str, path: Path) -> Tensor:
 
 def _sides(site: Site, moment: _Moment) -> tuple[Tensor, Tensor] | None:
     """Row and column means of a block's second moment, of an Adafactor that estimated it with rank 1."""
-    layer, row, col, whole = site.layer, moment.row, moment.col, moment.whole
-    if layer.bias or isinstance(layer, AttentionInput) or not moment.positive:
+    row, col, whole = moment.row, moment.col, moment.whole
+    if site.layer.bias or not moment.positive:
         return None
     if whole is not None and moment.eps == 0 and site.spec.shape == (whole.numel(), 1):
         return whole.reshape(-1).to(site.weight.device), whole.mean().reshape(1).to(site.weight.device)
-    if (
-        row is None
-        or col is None
-        or row.ndim > 1
-        or not isinstance(layer, Linear | Embedding | BareParameter)
-    ):
+    sides = None if row is None or col is None or row.ndim > 1 else site.layer.rank_one(row, col)
+    if sides is None:
         return None
-    if isinstance(layer, Linear):
-        row, col = (col, row) if layer.transposed else (row, col)
-        row = row if layer.rows is None else row[layer.rows]
-        col = col if layer.columns is None else col[layer.columns]
+    row, col = sides
     return row.to(site.weight.device), (col * row.mean()).to(site.weight.device)
 
 
