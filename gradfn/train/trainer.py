@@ -204,7 +204,7 @@ class Trainer:
                 state = step.state
 
     def _step(self, state: State, rows: Tensor, counts: Tensor, move: Update) -> Step:
-        """A step of many models: `vmap` of `make_step`, but by plain autograd of the summed losses, for speed."""
+        """A step of many models: as `vmap` of `make_step`, but faster, by autograd of the summed losses."""
         leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
         device = next(iter(leaves.values())).device
         real = (torch.arange(rows.shape[1]) < counts[:, None]).to(device)
