@@ -83,8 +83,8 @@ def load_model(
         missing = _add_adapter(model, path, place, missing, PRECISIONS[precision])
     if missing:
         raise InputError(
-            f"{path} lacks weights of {type(model).__name__}, such as {min(missing)} "
-            f"({len(missing)} in all), which would be random numbers: give a model that was saved with its head for {task}"
+            f"{path} lacks weights of {type(model).__name__}, such as {min(missing)} ({len(missing)} in "
+            f"all), which would be random numbers: give a model that was saved with its head for {task}"
         )
     if getattr(model, "is_quantized", False):
         _cast_unquantised(model, PRECISIONS[precision])

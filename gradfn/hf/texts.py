@@ -98,7 +98,7 @@ def text_query(
     docs = _fit(docs, 0, max_length, truncation)
     if docs.supervised[0] == 0:
         raise InputError(
-            f"the query {docs.texts[0]!r} leaves nothing to predict (its length in tokens: {docs.lengths[0]}): "
+            f"the query {docs.texts[0]!r} leaves nothing to predict (tokens in all: {docs.lengths[0]}): "
             "give a longer text, or allow more tokens"
         )
     return docs

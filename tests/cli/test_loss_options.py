@@ -410,7 +410,7 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
     for path, data, said in (
         (model, good, "chats need a tokenizer with a chat template, and this one has none"),
         (odd, good, "writes the prompt of row 0 differently without the answer"),
-        (plain, mute, "the chat of row 0 has no message of the assistant's: leave it out"),
+        (plain, mute, "the chat of row 0 has no message of the assistant: leave it out"),
         (plain, words, "row 0 of column 'messages' is no chat: give a list of role and content"),
     ):
         result = command("build", tmp_path / "run", "--model", path, "--dataset", data)
@@ -438,7 +438,7 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
         (["--task", "classification", "--label-column", "x", "--prompt-column", "p"], "reads a text: give"),
         (["--messages-column", "m", "--prompt-column", "p"], "--messages-column stands alone"),
         (["--reward-column", "r", "--advantage-column", "a"], "rewards or advantages weigh the rows: give"),
-        (["--reward-column", "n"], "these rows have no prompts: give a prompt_column or .* as advantage_column"),
+        (["--reward-column", "n"], "these rows have no prompts: give .* as advantage_column"),
         (["--advantage-column", "n"], "no column 'n' in the dataset, which has .*give another adv"),
         (["--advantage-column", "text"], "row 0 has 'The capital of France.*' in column 'text', exp"),
         (["--loss", "kl", "--reference", "missing/model"], "no model 'missing/model'"),

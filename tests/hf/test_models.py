@@ -203,7 +203,7 @@ def test_a_kernel_in_the_place_of_another_is_refused(neox_folder, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
 def test_a_device_that_is_not_here(neox_folder, device):
-.*: use device='cpu'"):
+    with pytest.raises(InputError, match=rf"device '{device}' cannot be used here .*: use device='cpu'"):
         load_model(neox_folder, device=device)
 
 
