@@ -197,7 +197,7 @@ def test_a_kernel_in_the_place_of_another_is_refused(neox_folder, monkeypatch):
     eager = AutoModelForCausalLM.from_pretrained(neox_folder, attn_implementation="eager")
     monkeypatch.setattr(models, "load_pretrained", lambda *args, **options: (eager, {"missing_keys": []}))
     monkeypatch.setattr(models, "_adapter_of", lambda *args: None)
-    with pytest.raises(InputError, match="neox.* has no sdpa attention, only eager: use that, or leave it"):
+    with pytest.raises(InputError, match=r"neox.* has no sdpa attention, only eager: use that, or leave it"):
         load_model(neox_folder, attention="sdpa")
 
 
