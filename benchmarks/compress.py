@@ -39,7 +39,7 @@ from gradfn.evaluate.subsets import random_subsets
 from gradfn.linalg.kron import apply_side
 from gradfn.linalg.maps import random_map
 from gradfn.model.layers import Linear
-from gradfn.train.training import Training, train
+from gradfn.train import Training, train
 from gradfn.transforms import compress, lower, project
 from gradfn.types import BlockSpec
 

@@ -42,13 +42,13 @@ from gradfn.evaluate.comparison import Compared, compare, damping_curve
 from gradfn.evaluate.scored import Scored
 from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import Truth, retrain
-from gradfn.exact.exact import cg, gauss_newton_product, params_of_blocks
+from gradfn.exact import cg, gauss_newton_product, params_of_blocks
 from gradfn.methods import RECIPES, Problem
 from gradfn.methods.recipes import times_doubt, weighted_sum
 from gradfn.report.plots import Point, plot_lds, plot_runs
 from gradfn.runs.masks import projection_named
 from gradfn.statistics.mask import selective_mask
-from gradfn.train.training import Training, learning_rate, make_trainer, train
+from gradfn.train import Training, learning_rate, make_trainer, train
 from gradfn.transforms import chain, compress
 from gradfn.transforms.joint import joint
 from gradfn.transforms.projection import lenient

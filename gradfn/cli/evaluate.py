@@ -25,7 +25,7 @@ from gradfn.evaluate.retrieval import recall_at, reciprocal_rank, source_name
 from gradfn.evaluate.scored import Scored, in_words, open_scored, refuse_other_data
 from gradfn.evaluate.subsets import FEWEST
 from gradfn.evaluate.truth import Truth, open_truth
-from gradfn.hf.datasets import load_rows, row_names
+from gradfn.hf import load_rows, row_names
 from gradfn.report.plots import check_plot, plot_runs
 
 Row = Mapping[str, Any]

@@ -16,24 +16,22 @@ from gradfn import example
 from gradfn.data import Corpus, Documents, Images, Pairs
 from gradfn.engine.precision import Products, multiplying, products_of
 from gradfn.errors import InputError
-from gradfn.hf.datasets import (
-    check_vocabulary,
-    tokenize,
-    tokenize_pairs,
-    with_labels,
-    with_weights,
-)
-from gradfn.hf.images import load_images
-from gradfn.hf.masking import mask_tokens, masking_of
-from gradfn.hf.models import (
+from gradfn.hf import (
     check_device,
+    check_vocabulary,
     context_length,
+    load_images,
     load_model,
     load_processor,
     load_tokenizer,
     processor_fingerprint,
+    tokenize,
+    tokenize_pairs,
     tokenizer_fingerprint,
+    with_labels,
+    with_weights,
 )
+from gradfn.hf.masking import mask_tokens, masking_of
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import CausalLMLoss, ModelLoss, causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head

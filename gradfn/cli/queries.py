@@ -24,8 +24,7 @@ from gradfn.data import Corpus, Images, Pairs
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
-from gradfn.hf.datasets import load_rows, text_pair, text_query
-from gradfn.hf.models import context_length
+from gradfn.hf import context_length, load_rows, text_pair, text_query
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
 from gradfn.runs.gradients import (

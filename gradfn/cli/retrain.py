@@ -21,7 +21,7 @@ from gradfn.evaluate.truth import Truth, retrain, subsets_of_models
 from gradfn.model.params import params_of
 from gradfn.random import words
 from gradfn.runs.shards import parse_shard, shard_run
-from gradfn.train.training import Start, Training
+from gradfn.train import Start, Training
 
 SUBSETS = 50
 """Random subsets, unless told."""

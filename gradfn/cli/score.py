@@ -38,8 +38,8 @@ from gradfn.engine.cache import CachedRows
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.engine.stream import Progress, gather, stream_to_host
 from gradfn.errors import InputError
-from gradfn.hf.datasets import load_rows
-from gradfn.hf.models import locate_model
+from gradfn.hf import load_rows
+from gradfn.hf.locate import locate_model
 from gradfn.methods.inner_product import InnerProduct, on_device_of
 from gradfn.methods.recipes import RECIPES, Persist, Problem, Recipe, times_doubt, weighted_sum
 from gradfn.methods.scoring import extremes, extremes_of

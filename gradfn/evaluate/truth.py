@@ -18,7 +18,7 @@ from gradfn.model.losses import ModelLoss
 from gradfn.runs.gradients import loss_settings, merged, storable
 from gradfn.runs.shards import Shard, shard_rows, shard_run
 from gradfn.runs.store import Store, open_part, open_store, open_writer
-from gradfn.train.training import (
+from gradfn.train import (
     Losses,
     Progress,
     Start,

@@ -12,7 +12,7 @@ from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import Truth, model_seed, open_truth, retrain
 from gradfn.model.losses import model_loss
 from gradfn.runs.shards import Shard, join_shards
-from gradfn.train.training import Trainer, Training, initial_params, train
+from gradfn.train import Trainer, Training, initial_params, train
 
 TRAINING = Training(epochs=2, batch_size=3, learning_rate=0.05, optimizer="adam")
 NET = nn.Linear(4, 3).double()
