@@ -72,7 +72,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     parameters = [(m, dict(m._parameters)) for m in modules if m._parameters]
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it has no gradient of single parameters
+        torch.backends.mha.set_fastpath_enabled(False)  # vmap has no rule for its kernels
         for parameter in trainable:
             parameter.requires_grad_(False)
         for module in training:
