@@ -39,8 +39,8 @@ class Documents:
         texts: what to show of each row.
         extras: one number a row by name: "weight", which multiplies a row's loss; "labels", a class or a
             number, which replaces the labels of tokens. With "labels", examples have an attention mask.
-        masked: whether labels are those of masked tokens. Then any position may be supervised, also the first,
-            and examples have an attention mask.
+        masked: whether labels are those of masked tokens. Then any position may be supervised, also the
+            first, and examples have an attention mask.
         token_types: which of two texts each token belongs to, int32 `[tokens]`, for models that read this;
             None is 0 everywhere.
 
@@ -372,8 +372,8 @@ def offsets_of(lengths: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " bound
 def plan_batches(lengths: Int64[np.ndarray, " rows"], token_batch_size: int) -> list[np.ndarray]:
     """Cut rows, longest first, into batches with `rows * longest <= token_batch_size`.
 
-    A row longer than the budget is a batch of its own. The largest batches come first, so that running out
-    of memory happens at once and not after an hour; equal lengths keep their order.
+    A row longer than the budget is a batch of its own. The largest batches come first, so that memory runs
+    out at once or never. Rows of equal length stay in their order.
 
     Args:
         lengths: tokens of each row.
@@ -406,7 +406,7 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack examples into a batch; sequences of unequal length are padded on the right.
 
     `labels` are padded with -100 and everything else with 0; a batch of empty sequences is one position long.
-    Where `input_ids` are padded and nothing says so, an `attention_mask` does.
+    Where `input_ids` are padded, an `attention_mask` is added.
 
     Args:
         examples: mappings with the same keys; tensors of one key differ in shape only if they have one axis.
@@ -415,7 +415,7 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         One tensor a key, with a leading batch axis.
 
     Raises:
-        InputError: no examples, different keys, values that are no tensors, or shapes that cannot be padded.
+        InputError: no examples, different keys, values that are not tensors, or shapes that cannot be padded.
 
     >>> short, long = make_documents([[5], [6, 7]])
     >>> collate([short, long])["labels"]
@@ -458,7 +458,7 @@ def _chosen(count: int, rows: Any) -> Int64[np.ndarray, " chosen"]:
     """The numbers of the rows that a list, an array, a tensor, a mask, a slice or a number selects."""
     which = rows if isinstance(rows, slice) else np.asarray(rows)
     if isinstance(which, np.ndarray) and which.size == 0:
-        which = which.astype(np.int64)  # an empty list has no kind of its own
+        which = which.astype(np.int64)  # an empty list would be one of floats
     return np.atleast_1d(np.arange(count)[which])
 
 
@@ -467,5 +467,5 @@ def _flat(rows: Sequence[Sequence[int]], lengths: Int64[np.ndarray, " rows"]) ->
         return np.fromiter(map(index, chain.from_iterable(rows)), np.int32, count=int(lengths.sum()))
     except (TypeError, OverflowError) as error:
         raise InputError(
-            f"token ids and labels are whole numbers of 32 bits ({error}): mend the rows"
+            f"token ids and labels are whole numbers of 32 bits ({error}): correct the rows"
         ) from error

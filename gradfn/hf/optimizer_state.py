@@ -93,25 +93,26 @@ class _Moment:
 def load_optimizer_state(path: str | Path, model: nn.Module, view: View | None = None) -> Transform:
     """The scaling of gradients in an optimizer's saved state, as the transform `adam` or `adafactor`.
 
-    Parameters are found by name. A file without names is read in the order whose shapes all agree, among the
-    usual ones: `model.named_parameters()`, and the two groups (decayed, not decayed) of transformers' Trainer.
-    No code in the file is run.
+    Parameters are found by name. A file without names is read in the one usual order whose shapes all agree:
+    `model.named_parameters()`, or the two groups (decayed, not decayed) of transformers' Trainer. No code in
+    the file is run.
 
     Args:
         path: a torch `state_dict` (.pt, .pth, .bin) of Adam, AdamW, NAdam, RAdam, RMSprop or Adafactor; a
             Trainer's checkpoint folder, or the optimizer.pt in it; or a .safetensors file of second moments,
-            `<parameter>.exp_avg_sq`, `exp_avg_sq.<parameter>` or `<parameter>`, which must have been corrected
-            for their bias; they get Adam's usual epsilon of 1e-8.
+            `<parameter>.exp_avg_sq`, `exp_avg_sq.<parameter>` or `<parameter>`, which must have been
+            corrected for their bias; they get Adam's usual epsilon of 1e-8.
         model: the model that was trained.
         view: which weights get a block.
 
     Returns:
         `adam(second_moment, eps)`. Of an Adafactor, `adafactor` of row and column means, if the estimates of
-        all blocks have rank 1; otherwise `adam` of the estimates with eps 0. The rank is higher for blocks with
-        a bias column or more than two axes (fused experts, convolutions), or where torch's floor is reached.
+        all blocks have rank 1; otherwise `adam` of the estimates with eps 0. The rank is higher for blocks
+        with a bias column or more than two axes (fused experts, convolutions), or where torch's floor is
+        reached.
 
     Raises:
-        InputError: the file holds no second moments, is of another model, or could be read in several orders.
+        InputError: the file holds no second moments, is of another model, or fits several orders.
 
     >>> import tempfile
     >>> from safetensors.torch import save_file
@@ -197,8 +198,8 @@ def _load_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
         raise InputError(
-            f"{path} does not hold only tensors and plain values, and anything else could run code, so it was "
-            "not loaded: save optimizer.state_dict() of an optimizer that is not quantised"
+            f"{path} holds more than tensors and plain values, which could run code, so it was not loaded: "
+            "save optimizer.state_dict() of an optimizer that is not quantised"
         ) from error
     except torch.OutOfMemoryError:
         raise
@@ -341,8 +342,8 @@ def _moment_of(name: str, entries: Mapping[str, _Entry], shape: tuple[int, ...],
     entry = entries.get(name)
     if entry is None or not entry.state:
         raise InputError(
-            f"{path} has no state of {name}, which was frozen or has another name there: exclude its layer from "
-            "the view, or give the state of an optimizer that trained it"
+            f"{path} has no state of {name}, which was frozen or has another name there: exclude its layer "
+            "from the view, or give the state of an optimizer that trained it"
         )
     _refuse_kind(name, entry.state, path)
     found = _shape_of(entry.state)
@@ -449,7 +450,7 @@ def _dense_blocks(sites: Sequence[Site], moments: Mapping[str, _Moment], eps: fl
         for block, v in blocks.items():
             if not bool(v.all()):
                 raise InputError(
-                    f"the second moment of {block} has zeros and the optimizer an eps of 0, so gradients would be "
-                    "divided by zero: exclude it from the view, or train with an eps"
+                    f"the second moment of {block} has zeros and the optimizer an eps of 0, so gradients "
+                    "would be divided by zero: exclude it from the view, or train with an eps"
                 )
     return blocks

@@ -48,8 +48,8 @@ class Curvature(Mapping[str, Spectrum]):
 def mix(a: Curvature, b: Curvature, coefficient: float) -> Curvature:
     """Mix two curvatures of the same blocks, `H = coefficient * H_a + (1 - coefficient) * H_b`.
 
-    Curvatures with Kronecker factors mix factor by factor. If the weights are in proportion to their rows, and
-    all rows have equally many positions, the result is the fit over both data sets.
+    Curvatures with Kronecker factors mix factor by factor. With weights in proportion to their rows, all
+    with equally many positions, the result is the fit over both data sets.
 
     Args:
         a, b: curvatures of one kind (second_moment, kfac).

@@ -101,8 +101,9 @@ def fit_mask(
         mean_q corr_b(<G_b, Q_q>, <m G_b, Q_q>)
 
     with the gradient passed straight through m to sigmoid(s). The result is the best mask of all steps.
-    (GraSS maximises the correlation under m = sigmoid(s) and an L1 penalty; but every uniform m has the correlation
-    1, so this does not say which coordinates to choose.)
+
+    (GraSS maximises the correlation under m = sigmoid(s) and an L1 penalty. But every uniform m has the
+    correlation 1, so this does not say which coordinates to choose.)
 
     Args:
         rows: gradients of training rows, `{block: [rows, out, in]}`, 3 or more.

@@ -288,7 +288,7 @@ def curved(folder, ok, model, corpus, queries):
         (["--method", "ekfac", "--damping", "some:1"], "no damping 'some': choose relative, absolute, trunc"),
         (
             ["--method", "ekfac", "--damping", "1,1.0"],
-            "--damping 1,1.0 names a damping twice: name each once",
+            "'1,1.0' has the same damping twice: give each once",
         ),
         (
             ["--method", "ekfac", "--damping", "factored:1"],

@@ -102,6 +102,6 @@ def test_one_query_cannot_be_chosen_on_and_reported(world):
     influence, subsets, losses = world
     run = Scored("one", noisy(influence, 0.2, 1.0)[:, :, :1], ("1", "0.1"), ["a"], ["q"], {})
     with pytest.raises(
-        InputError, match=r"chosen on some queries and reported on others, and there is 1: give"
+        InputError, match=r"chosen on some queries and reported on others, so 1 are too few: give"
     ):
         compare([run], subsets, losses[:, :1])
