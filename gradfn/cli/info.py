@@ -7,7 +7,7 @@ from typing import Any
 
 from gradfn.cli.show import console, count, facts
 from gradfn.runs.shards import in_words, is_complete, listed, shards_of
-from gradfn.runs.store import Store, index_path, open_store
+from gradfn.store import Store, index_path, open_store
 
 KINDS = ("store", "scores", "hessian", "basis", "mask", "truth")
 

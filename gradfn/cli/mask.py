@@ -18,8 +18,8 @@ from gradfn.errors import InputError
 from gradfn.model.sites import find_sites
 from gradfn.runs.gradients import describe, merged, open_gradients
 from gradfn.runs.masks import FEWEST, Mask, Reports, block_shapes, check_stores, mask_run, stored_mask
-from gradfn.runs.store import index_path
 from gradfn.statistics.mask import Dims, Watch, check_dims, selective_mask
+from gradfn.store import index_path
 from gradfn.transforms import chain
 from gradfn.transforms.projection import is_number, quoted
 

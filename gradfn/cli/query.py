@@ -26,7 +26,7 @@ from gradfn.runs.gradients import (
     transform_of,
 )
 from gradfn.runs.masks import LOADERS
-from gradfn.runs.store import Store, index_path
+from gradfn.store import Store, index_path
 from gradfn.transforms import chain, unit_normalize
 from gradfn.transforms.joint import JOINT
 

@@ -46,8 +46,8 @@ from gradfn.methods.scoring import extremes, extremes_of
 from gradfn.runs.curvatures import hessian
 from gradfn.runs.gradients import SHARES, Summary, merged, score_run, unprobed, write_scores
 from gradfn.runs.shards import Shard, parse_shard, shard_run
-from gradfn.runs.store import Overwrite, open_part, open_store
 from gradfn.statistics import Curvature
+from gradfn.store import Overwrite, open_part, open_store
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import joint
 from gradfn.types import Data, Rows

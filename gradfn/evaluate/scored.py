@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.evaluate.truth import Truth
-from gradfn.runs.store import open_store
+from gradfn.store import open_store
 
 SHOWN = 3
 """Ids that a refusal shows."""

@@ -17,7 +17,7 @@ from gradfn.evaluate.subsets import FEWEST, check_subsets
 from gradfn.model.losses import ModelLoss
 from gradfn.runs.gradients import loss_settings, merged, storable
 from gradfn.runs.shards import Shard, shard_rows, shard_run
-from gradfn.runs.store import Store, open_part, open_store, open_writer
+from gradfn.store import Store, open_part, open_store, open_writer
 from gradfn.train import (
     Losses,
     Progress,

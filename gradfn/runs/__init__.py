@@ -5,7 +5,7 @@ from gradfn.runs.gradients import build, reduce, score_run
 from gradfn.runs.masks import load_mask, mask_run, projection_named
 from gradfn.runs.merge import hessian_shard, merge_run
 from gradfn.runs.shards import parse_shard
-from gradfn.runs.store import Store, open_store, open_writer
+from gradfn.store import Store, open_store, open_writer
 
 __all__ = [
     "Store",

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from gradfn.engine.stream import Progress
 from gradfn.linalg.spectrum import Spectrum
 from gradfn.runs.gradients import Settings, describe, merged, refuse_mismatch
-from gradfn.runs.store import Overwrite, Store, Writer, open_store, open_writer
 from gradfn.statistics import Curvature, mix, mixing_coefficient
 from gradfn.statistics.fold import check_fit, fit
 from gradfn.statistics.labels import check_drawn, sample_labels
+from gradfn.store import Overwrite, Store, Writer, open_store, open_writer
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Data

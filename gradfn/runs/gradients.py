@@ -21,9 +21,9 @@ from gradfn.model.layers import Linear
 from gradfn.model.losses import CausalLMLoss, ModelLoss
 from gradfn.model.sites import View, find_sites, uncovered
 from gradfn.runs.shards import Shard, shard_rows, shard_run
-from gradfn.runs.store import Overwrite, Store, differing, open_part, open_store, open_writer
 from gradfn.statistics.fold import sums_of
 from gradfn.statistics.moments import mean, total
+from gradfn.store import Overwrite, Store, differing, open_part, open_store, open_writer
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform, UnitNormalize, chain, unit_normalize
 from gradfn.transforms.projection import Loaders, lenient, parse_projection

@@ -12,8 +12,8 @@ from torch import Tensor
 from gradfn.errors import InputError
 from gradfn.runs.curvatures import load_curvature, open_curvature
 from gradfn.runs.gradients import GRADIENTS, refuse_mismatch
-from gradfn.runs.store import Store, differing, open_store, open_writer
 from gradfn.statistics.mask import Dims, MaskReport, Watch, drawn_rows, fit_by_parts
+from gradfn.store import Store, differing, open_store, open_writer
 from gradfn.transforms import Chain, Transform, chain
 from gradfn.transforms.fitted import Principal, SelectedFlat, SelectedSides, principal, selected
 from gradfn.transforms.projection import Loaders, is_number, parse_projection

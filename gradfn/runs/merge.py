@@ -24,10 +24,10 @@ from gradfn.runs.shards import (
     shard_run,
     shards_of,
 )
-from gradfn.runs.store import Store, Writer, differing, open_store, open_writer, remove_kind
 from gradfn.statistics import Curvature, ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import Additive, FoldState, TwoPass, check_fit, fit_sums
 from gradfn.statistics.labels import check_drawn, sample_labels
+from gradfn.store import Store, Writer, differing, open_store, open_writer, remove_kind
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Data

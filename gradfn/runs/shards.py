@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gradfn.errors import InputError
-from gradfn.runs.store import Span, Store, Writer, differing, open_part, open_store, open_writer
+from gradfn.store import Span, Store, Writer, differing, open_part, open_store, open_writer
 
 __all__ = [
     "Shard", "complete_shards", "in_words", "is_complete", "join_shards", "joinable_shards", "listed",
@@ -188,7 +188,7 @@ def join_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> Path:
     ...     with open_writer(shard_run(run, shard), "store", {}, rows=5, part=part) as writer:
     ...         writer.write(*part, {"loss": np.arange(*part)})
     ...         _ = writer.finish()
-    >>> from gradfn.runs.store import open_store
+    >>> from gradfn.store import open_store
     >>> open_store(join_shards(run, "store")).read("loss")
     array([0, 1, 2, 3, 4])
     """

@@ -16,7 +16,7 @@ from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
 from gradfn.evaluate.overlap import jaccard, top_overlap
 from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
 from gradfn.evaluate.selection import halves
-from gradfn.runs.store import open_writer
+from gradfn.store import open_writer
 
 ROWS, QUERIES, SUBSETS, SEEDS = 10, 8, 20, 2
 ROW_IDS = [f"r{n}" for n in range(ROWS)]

@@ -11,7 +11,6 @@ import gradfn as gf
 from gradfn.errors import InputError
 from gradfn.model.sites import View
 from gradfn.runs import gradients as runs
-from gradfn.runs import store
 from gradfn.runs.merge import hessian_shard, merge_run
 from gradfn.runs.shards import (
     Shard,
@@ -22,8 +21,9 @@ from gradfn.runs.shards import (
     shard_run,
     shards_of,
 )
-from gradfn.runs.store import open_part, open_store, open_writer
 from gradfn.statistics import ekfac, fold, kfac, second_moment, shampoo, tkfac
+from gradfn.store import open_part, open_store, open_writer
+from gradfn.store import writer as writing
 
 SIZES = (5, 3, 8, 1, 4, 7, 2, 6, 1, 3, 5)
 
@@ -171,7 +171,7 @@ def test_where_no_link_can_be_made_segments_are_copied(tmp_path, monkeypatch):
 def test_a_join_that_was_killed_is_repeated(tmp_path, monkeypatch):
     for shard in all_of(3):
         write(tmp_path, shard)
-    linked, link = [], store._link_or_copy
+    linked, link = [], writing.link_or_copy
 
     def dies(path, target):
         if linked:
@@ -180,7 +180,7 @@ def test_a_join_that_was_killed_is_repeated(tmp_path, monkeypatch):
         link(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_link_or_copy", dies)
+        patch.setattr(writing, "link_or_copy", dies)
         with pytest.raises(KeyboardInterrupt):
             join_shards(tmp_path, "store")
     assert len(list((tmp_path / "segments").glob("*.h5"))) == 1
