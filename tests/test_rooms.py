@@ -37,10 +37,12 @@ TESTED_ELSEWHERE = {
     "linalg/maps": "tests/transforms/test_project.py",
     "linalg/spectrum": "tests/statistics/test_curvature.py",
     "memory": "tests/engine/test_cache.py",
+    "methods/attribution": "tests/methods/test_methods.py",
     "methods/datainf": "tests/methods/test_methods.py",
     "methods/grad_cosine": "tests/methods/test_methods.py",
     "methods/grad_dot": "tests/methods/test_methods.py",
     "methods/influence": "tests/methods/test_methods.py",
+    "methods/inner_product": "tests/methods/test_methods.py",
     "model/fingerprint": "tests/hf/test_models.py",
     "model/params": "tests/model/test_losses.py",
     "model/sites": "tests/model/test_layers.py",
@@ -56,7 +58,7 @@ TESTED_ELSEWHERE = {
     "transforms/precondition": "tests/statistics/test_curvature.py",
     "transforms/projection": "tests/transforms/test_project.py",
     "transforms/row_sum": "tests/transforms/test_chain.py",
-    "evaluate/scored": "tests/evaluate/test_comparison.py",
+    "evaluate/scored": "tests/cli/test_evaluate.py",
     "subject": "tests/engine/test_engine.py",
     "types": "tests/engine/test_engine.py",
 }
@@ -64,7 +66,7 @@ TESTED_ELSEWHERE = {
 
 
 def room_of(module):
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 @cache

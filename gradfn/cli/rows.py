@@ -7,7 +7,7 @@ from typing import Any, overload
 import numpy as np
 
 from gradfn.data import Corpus, Documents
-from gradfn.methods.scoring import TopK
+from gradfn.scores import TopK
 from gradfn.store import Store
 
 BEFORE, AFTER = 6, 4

@@ -6,7 +6,7 @@ appears under its name complete or not at all, and never changes afterwards, so 
 segment in flight and nothing else. A store knows no model: what its rows depend on are plain JSON values.
 """
 
-from gradfn.store.arrays import ArraySpec, Values
+from gradfn.store.arrays import ArraySpec, Values, storable
 from gradfn.store.compare import MISSING, differing, in_words
 from gradfn.store.directory import index_path, remove_kind
 from gradfn.store.file import Span
@@ -28,4 +28,5 @@ __all__ = [
     "open_store",
     "open_writer",
     "remove_kind",
+    "storable",
 ]

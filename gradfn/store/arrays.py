@@ -10,6 +10,8 @@ import numpy as np
 from gradfn.errors import InputError
 
 Values = np.ndarray | Sequence[str]
+TEXT_CHARACTERS = 4096
+"""Characters of a text that are stored, enough to recognise it; strings in a store have one width."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,15 @@ def decoded(array: np.ndarray) -> np.ndarray:
         return array
     texts = [text.decode("utf-8", "surrogatepass") for text in array.ravel()]
     return np.array(texts, dtype=object).reshape(array.shape)
+
+
+def storable(texts: Iterable[str]) -> list[str]:
+    """Texts as a store holds them: their first 4096 characters, without the NULs that HDF5 would end in.
+
+    >>> storable(["a\\0b\\0", "c" * 5000])[0], len(storable(["c" * 5000])[0])
+    ('a\\x00b', 4096)
+    """
+    return [text[:TEXT_CHARACTERS].rstrip("\0") for text in texts]
 
 
 def check_array_names(names: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Settings beside each other: which leaves differ, and what is refused for it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -57,13 +57,18 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:
+def in_words(differences: Mapping[str, tuple[Any, Any]], show: Callable[[Any], str] | None = None) -> str:
     """What `differing` found, in an error message: both values of the first eight settings.
+
+    Args:
+        differences: what `differing` returns.
+        show: how to write a value; None means `shown`, which tells `1` from `"1"`.
 
     >>> in_words(differing({"dim": 16, "seed": 0}, {"dim": 32}))
     'dim is 16 there and 32 here, seed is 0 there and nothing here'
     """
-    pairs = [f"{key} is {shown(a)} there and {shown(b)} here" for key, (a, b) in differences.items()]
+    show = show or shown
+    pairs = [f"{key} is {show(a)} there and {show(b)} here" for key, (a, b) in differences.items()]
     more = f" and {len(pairs) - SHOWN} more settings differ" if len(pairs) > SHOWN else ""
     return ", ".join(pairs[:SHOWN]) + more
 

@@ -19,7 +19,9 @@ import numpy as np
 from gradfn.errors import InputError, StorageError
 from gradfn.store.arrays import ArraySpec
 
-FORMAT = 1
+FORMAT = 2
+"""What is written. Scores of format 1 have no axis of dampings; other kinds are as they were."""
+READABLE = (1, 2)
 CHUNK_BYTES = 1 << 20
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Version 1.10 of the format is the first with virtual datasets, and checksums its own metadata.
@@ -39,6 +41,8 @@ class Header:
         arrays: of rows, each as one row of it is.
         fixed: arrays without a row dimension.
         segments: the rows of the files that an index joins; empty for a file that holds its rows itself.
+        request: what was asked for, such as a command and its options: recorded, and never compared.
+        format: the version of the layout.
     """
 
     kind: str
@@ -49,6 +53,8 @@ class Header:
     arrays: dict[str, ArraySpec]
     fixed: dict[str, ArraySpec] = field(default_factory=dict)
     segments: tuple[Span, ...] = ()
+    request: dict[str, Any] = field(default_factory=dict)
+    format: int = field(default_factory=lambda: FORMAT)
 
 
 def _digest(*texts: str) -> str:
@@ -56,7 +62,7 @@ def _digest(*texts: str) -> str:
 
 
 def _put_header(file: h5py.File, header: Header) -> None:
-    manifest = {"format": FORMAT, **vars(header)}
+    manifest = dict(vars(header))
     settings = json.dumps(manifest.pop("settings"))
     text = json.dumps(manifest, default=vars)
     # HDF5 checksums its metadata and our arrays, but not the heap where long attributes lie.
@@ -71,9 +77,10 @@ def get_header(file: h5py.File) -> Header:
     if file.attrs["checksum"] != _digest(settings, text):
         raise ValueError("checksum of the settings")
     manifest = json.loads(text)
-    if (made := manifest.pop("format")) != FORMAT:
+    if manifest["format"] not in READABLE:
         raise InputError(
-            f"{file.filename} has format {made} and this gradfn reads {FORMAT}: use the gradfn that made it"
+            f"{file.filename} has format {manifest['format']} and this gradfn reads "
+            f"{' and '.join(map(str, READABLE))}: use the gradfn that made it"
         )
     for group in ("arrays", "fixed"):
         manifest[group] = {

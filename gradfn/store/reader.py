@@ -48,6 +48,11 @@ class Store:
         return self.header.settings
 
     @property
+    def request(self) -> dict[str, Any]:
+        """What was asked for, as given to `open_writer`."""
+        return self.header.request
+
+    @property
     def rows(self) -> int:
         """The number of rows."""
         return self.header.rows

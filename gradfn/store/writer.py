@@ -37,6 +37,12 @@ Overwrite = bool | Literal["unlike"]
 
 
 def _refuse_other_settings(path: Path, there: Header, here: Header) -> None:
+    if there.format != here.format:
+        raise InputError(
+            f"{path} was written by an older gradfn, in format {there.format}, which can be read but not "
+            f"resumed in format {here.format}: give `overwrite=True` to make it again, or write to another "
+            "directory"
+        )
     differences = differing(there.settings, here.settings)
     if there.rows != here.rows:
         differences["rows"] = (there.rows, here.rows)
@@ -55,12 +61,20 @@ class Writer:
         complete: whether the index is there and joins all rows, so that nothing is left to do.
     """
 
-    def __init__(self, run: Path, kind: str, settings: dict[str, Any], rows: int, part: Span | None = None):
+    def __init__(
+        self,
+        run: Path,
+        kind: str,
+        settings: dict[str, Any],
+        rows: int,
+        part: Span | None = None,
+        request: dict[str, Any] | None = None,
+    ):
         self.run = run
         self.index = run / f"{kind}.h5"
         self._span = (0, rows) if part is None else part
         self._joins = part is None
-        self._header = Header(kind, rows, *self._span, settings, arrays={})
+        self._header = Header(kind, rows, *self._span, settings, arrays={}, request=request or {})
         self.done: list[Span] = []
         for path in segments_of(run, kind):
             self._adopt(path)
@@ -281,6 +295,7 @@ def open_writer(
     *,
     part: Span | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
+    request: Mapping[str, Any] | None = None,
 ) -> Iterator[Writer]:
     """Open a run directory to write `rows` rows of one kind, or to resume doing so.
 
@@ -296,6 +311,8 @@ def open_writer(
         part: `(start, stop)` of the rows that this directory holds, for `open_part`; None: all of them.
         names: arrays of strings that no setting tells, of all rows or without a row dimension: those that are
             there must be the same.
+        request: what was asked for, such as a command and its options, as plain JSON values: stored in every
+            file, and never compared.
 
     Raises:
         InputError: what is there was made with other settings or names, is damaged, or is being written.
@@ -308,12 +325,13 @@ def open_writer(
     ...         writer.write(start, stop, {"gradients/layer": np.ones((stop - start, 2))})
     ...     writer.finish().name
     'store.h5'
+    >>> from gradfn.store import open_store
     >>> with open_store(run) as store:
     ...     store.read("gradients/layer").shape
     (3, 2)
     """
     run, rows = Path(run), operator.index(rows)
-    settings = canonical(settings)
+    settings, asked = canonical(settings), canonical(request or {})
     _checked_target(run, kind, rows)
     with disk_errors(run):
         (run / "segments").mkdir(parents=True, exist_ok=True)
@@ -324,12 +342,12 @@ def open_writer(
             if overwrite is True:
                 remove_all(run, kind)
         try:
-            writer = Writer(run, kind, settings, rows, part)
+            writer = Writer(run, kind, settings, rows, part, asked)
             writer.check_names(names or {})
         except InputError:
             if overwrite != "unlike":
                 raise
             with disk_errors(run):
                 remove_all(run, kind)
-            writer = Writer(run, kind, settings, rows, part)
+            writer = Writer(run, kind, settings, rows, part, asked)
         yield writer

@@ -9,13 +9,8 @@ import torch
 
 from gradfn.cli import inputs
 from gradfn.engine.precision import features_of
-<<<<<<< HEAD
 from gradfn.hf import load_model
-from gradfn.runs.store import open_store
-=======
-from gradfn.hf.models import load_model
 from gradfn.store import open_store
->>>>>>> 8877378 (refactor: gradfn/store, a room of its own below linalg; test: the order of the rooms, and tests that mirror them)
 
 ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
 
