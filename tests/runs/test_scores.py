@@ -139,6 +139,12 @@ def test_dampings_of_joined_and_own_attributions():
     class Own:
         damping = (Damping(0.1), None)
 
+        def scorer(self, subject, query, *, by_block=False):
+            raise NotImplementedError
+
+        def settings(self):
+            return {}
+
     H = {"a": Spectrum(None, torch.eye(2), torch.ones(1, 2))}
     damped = InnerProduct(gf.chain(), gf.chain(), H, damping=(Damping(0.5), None))
     assert runs.damping_names(damped) == ("0.5", "none")
