@@ -15,7 +15,7 @@ from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
 from gradfn.hf.answers import Answer, answers
 from gradfn.hf.tokenizers import writes_numbers
 from gradfn.model.losses import CausalLMLoss
-from gradfn.runs.gradients import layer_summary
+from gradfn.runs.rows import layer_summary
 from gradfn.transforms import Transform, chain
 
 KNOWN_RANKS = 5

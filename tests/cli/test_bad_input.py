@@ -614,7 +614,7 @@ def test_a_full_disk_keeps_what_is_complete(command, ok, segmented, monkeypatch,
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, fill)
 
-    monkeypatch.setattr("gradfn.runs.store._write_file", full)
+    monkeypatch.setattr("gradfn.store.file._write_file", full)
     result = command(*made)
     assert (result.status, result.err.count("\n")) == (1, 1)
     assert re.search(r"cannot write .*h5 \(No space left on device\): free some space and run", result.err)

@@ -16,7 +16,8 @@ from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
 from gradfn.evaluate.overlap import jaccard, top_overlap
 from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
 from gradfn.evaluate.selection import halves
-from gradfn.runs.store import open_writer
+from gradfn.scores import Scores
+from gradfn.store import open_writer
 
 ROWS, QUERIES, SUBSETS, SEEDS = 10, 8, 20, 2
 ROW_IDS = [f"r{n}" for n in range(ROWS)]
@@ -27,13 +28,8 @@ SOURCES = torch.arange(QUERIES) % 4
 def write_scores(run, scores, *, dampings=("",), rows=None, queries=None, settings=None):
     """What `gradfn score RUN` writes, for scores `[dampings, rows, queries]` at hand."""
     queries = QUERY_IDS if queries is None else queries
-    names = [f"{q} (damping {d})" for d in dampings for q in queries] if len(dampings) > 1 else queries
-    known = {"data": {"fingerprint": "d"}, "query": {"fingerprint": "q"},
-             "method": {"damping": list(dampings)} if dampings != ("",) else {}}  # fmt: skip
-    with open_writer(run, "scores", {**known, **(settings or {})}, scores.shape[1]) as writer:
-        flat = torch.cat([*scores], 1).float().numpy()
-        writer.write(0, len(flat), {"scores": flat, "rows/id": np.array(rows or ROW_IDS, object)})
-        writer.finish({"queries/id": np.array(names, object)})
+    known = {"data": {"fingerprint": "d"}, "query": {"fingerprint": "q"}, **(settings or {})}
+    Scores(scores.float(), rows or ROW_IDS, queries, tuple(dampings), settings=known).save(run)
     return run
 
 
@@ -348,13 +344,11 @@ def test_runs_of_one_name_are_told_by_their_paths(ok, world, tmp_path):
 
 
 def test_joined_scores_are_read_by_their_first_checkpoint(ok, world, tmp_path):
-    first = {"method": {"damping": ["1", "0.1"]}, "data": {"fingerprint": "d"}}
-    run = tmp_path / "joined"
-    with open_writer(run, "scores", {"checkpoints": [{"settings": first}]}, ROWS) as writer:
-        flat = torch.cat([world.far, world.near], 1).numpy()
-        writer.write(0, ROWS, {"scores": flat, "rows/id": np.array(ROW_IDS, object)})
-        names = [f"{q} (damping {d})" for d in ("1", "0.1") for q in QUERY_IDS]
-        writer.finish({"queries/id": np.array(names, object)})
+    first = {"data": {"fingerprint": "d"}}
+    run = write_scores(
+        tmp_path / "joined", torch.stack([world.far, world.near]), dampings=("1", "0.1"),
+        settings={"checkpoints": [{"settings": first}]},
+    )  # fmt: skip
     ok("evaluate", "lds", world.truth, run, "--jsonl", tmp_path / "t.jsonl")
     assert json.loads((tmp_path / "t.jsonl").read_text())["damping"] == "0.1"
 
