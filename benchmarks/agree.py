@@ -617,7 +617,7 @@ def compare_projected(ours: Ours, theirs: Mapping[str, Any]) -> list[Line]:
     values = ours.short({name: one.values for name, one in H.items()})
     mixed = gf.mix(H_query, H, gf.statistics.mixing_coefficient(H_query, H, 20))
     method = gf.trackstar(mixed, stage)
-    scores = gf.score(ours.model, ours.documents, ours.queries, method=method, loss=ours.loss)
+    scores = gf.score(ours.model, ours.documents, ours.queries, method=method, loss=ours.loss).matrix
     float32 = "bergson's sums are float32"
     return [
         Line(f"second moments, p = {P}", "bergson", worst(dense, theirs, "moments/"), SINGLE, float32),
@@ -630,7 +630,7 @@ def compare_scores(ours: Ours, theirs: Mapping[str, Any]) -> list[Line]:
     import gradfn as gf
 
     def scores(method: Any) -> Any:
-        return gf.score(ours.model, ours.documents, ours.queries, method=method, loss=ours.loss)
+        return gf.score(ours.model, ours.documents, ours.queries, method=method, loss=ours.loss).matrix
 
     H = gf.fit(gf.ekfac(), ours.model, ours.documents, loss=ours.loss)
     cosine, influence = scores(gf.grad_cosine()), scores(gf.influence(H, damping=0.1))
@@ -744,7 +744,7 @@ class Side:
 
         dampings = gf.Damping(0.1), gf.Damping(1e-8 * scale, "absolute")
         method = gf.influence(curvature, damping=dampings)
-        scores: Any = gf.score(self.model, self.train, self.query, method=method, loss=self.loss)
+        scores: Any = gf.score(self.model, self.train, self.query, method=method, loss=self.loss).matrix
         return dict(zip(DAMPINGS, (scores * scale).split(len(self.query), dim=1), strict=True))
 
 

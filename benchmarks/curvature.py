@@ -202,7 +202,7 @@ def run_ours_ekfac(folder: Path) -> dict[str, Any]:
             H = gf.fit(gf.ekfac().then(basis), model, data, **options)
         with watched(report, "query and scores"):
             method = gf.influence(H, damping=0.1)
-            scores: Any = gf.score(model, data, data[: size.queries], method=method, **options)
+            scores: Any = gf.score(model, data, data[: size.queries], method=method, **options).matrix
     return report | {"scores": scores.flatten().tolist()}
 
 

@@ -22,6 +22,7 @@ from .linalg import Damping
 from .methods import best, grad_cosine, grad_dot, influence, relatif, score, top_k, trackstar
 from .model import View, causal_lm_loss, model_loss
 from .runs import build, hessian, open_store, reduce
+from .scores import Scores
 from .statistics import (
     adam_moments,
     ekfac,
@@ -51,6 +52,7 @@ __all__ = [
     "Damping",
     "Documents",
     "InputError",
+    "Scores",
     "StorageError",
     "Subject",
     "View",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from matrices import score
 
 from gradfn.data import IGNORED
 from gradfn.engine.engine import probe_engine
@@ -14,7 +15,6 @@ from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping, DampingKind
 from gradfn.methods.inner_product import InnerProduct
-from gradfn.methods.scoring import score
 from gradfn.model.losses import CausalLMLoss
 from gradfn.model.sites import View, find_sites
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac

@@ -4,10 +4,11 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import score
 
 from gradfn.engine.stream import collect
 from gradfn.methods import grad_cosine, grad_dot
-from gradfn.methods.scoring import dots, score
+from gradfn.methods.scoring import dots
 from gradfn.scores import top_k
 from gradfn.testing import assert_blocks_close, chains, naive_blocks, problems, seeds
 from gradfn.testing.strategies import shapes_of

@@ -107,7 +107,7 @@ class Joined:
     ...     return torch.func.functional_call(net, params, e["x"]).sum()
     >>> both = Joined([(None, gf.grad_dot()), (None, gf.grad_dot())], weights=[1.0, 0.5])
     >>> data = [{"x": torch.tensor([1.0, 2.0])}]
-    >>> gf.score(net, data, data, method=both, loss=loss)
+    >>> gf.score(net, data, data, method=both, loss=loss).matrix
     tensor([[7.5000]])
     """
 

@@ -11,7 +11,7 @@ from gradfn.engine import Engine, collect, gather, probe_engine
 from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping, Spectrum
-from gradfn.methods.attribution import Queries
+from gradfn.methods.attribution import Attribution, Joined, Queries
 from gradfn.subject import Subject
 from gradfn.transforms import Dot, SelfDot, Transform, chain, dot, unit_normalize
 from gradfn.transforms.precondition import Rotate, RotateFlat, digest_of, precondition
@@ -160,3 +160,18 @@ def on_device_of(model: nn.Module, blocks: Blocks) -> Blocks:
     """Blocks on the device where the model's gradients are made."""
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in blocks.items()}
+
+
+def damping_names(method: Attribution) -> tuple[str, ...]:
+    """The dampings that scores come for, as the command line spells them; `("",)` where none is chosen.
+
+    >>> from gradfn.methods import grad_dot
+    >>> damping_names(grad_dot())
+    ('',)
+    """
+    if isinstance(method, Joined):
+        return damping_names(method.parts[0][1])
+    plain = method.curvature is None if isinstance(method, InnerProduct) else method.damping == (None,)
+    if plain:
+        return ("",)
+    return tuple("none" if damping is None else str(damping) for damping in method.damping)

@@ -6,17 +6,18 @@ query's loss.
 
 from typing import Unpack
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradfn.data import offsets_of
 from gradfn.engine.engine import Engine
-from gradfn.engine.stream import Progress, result_numbers, results_per_row, stream_to_host
+from gradfn.engine.stream import Progress, lengths_of, result_numbers, results_per_row, stream_to_host
 from gradfn.errors import InputError
-from gradfn.methods.attribution import Attribution
-from gradfn.methods.inner_product import EngineScorer
-from gradfn.scores import TopK, extremes, extremes_of_parts
+from gradfn.methods.attribution import Attribution, Queries
+from gradfn.methods.inner_product import EngineScorer, damping_names
+from gradfn.scores import SELF, Scores, TopK, extremes, extremes_of_parts
 from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
 from gradfn.transforms import dot
 from gradfn.types import Blocks, Data
@@ -25,40 +26,71 @@ from gradfn.types import Blocks, Data
 def score(
     model: nn.Module | Subject,
     train: Data,
-    query: Data,
+    query: Queries,
     *,
     method: Attribution,
     by_block: bool = False,
     progress: Progress | None = None,
     **options: Unpack[SubjectOptions],
-) -> Blocks | Float[Tensor, "rows queries"]:
+) -> Scores:
     """Score every training row against every query, without keeping any row's gradient.
 
     Args:
         model: what is attributed: a `Subject`, or a module with a subject's `options` as keywords.
         train: training examples.
-        query: query examples; their gradients are held in memory.
+        query: query examples, whose gradients are held in memory, or these gradients; None: each row is
+            scored against itself.
         method: how, `grad_dot(...)` or `grad_cosine(...)`, say.
-        by_block: keep each module's (or, by the view, each head's) share of a score apart.
+        by_block: keep each module's (or, by the view, each head's) share of a score apart, as `shares`.
         progress: called with the tokens done.
         options: `loss`, `query_loss`, `view`, `token_batch_size`; see `Subject`.
 
     Returns:
-        float scores `[rows, queries]`; positive = proponent. For several dampings the queries of one come
-        after those of the other, `[rows, dampings * queries]`. By block `{module path: [rows, queries]}`,
-        which sums to them. Where the view is by token, a row is a token of a training row, as in `collect`.
+        `Scores`, `values [dampings, rows, queries]`; positive = proponent. Where the view is by token, a row
+        is a token of a training row.
 
     >>> from gradfn.methods import grad_dot
     >>> net = nn.Linear(2, 1, bias=False)
     >>> def loss(params, e):
     ...     return torch.func.functional_call(net, params, e["x"]).sum()
     >>> data = [{"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([0.0, 2.0])}]
-    >>> score(net, data, data, method=grad_dot(), loss=loss)
+    >>> score(net, data, data, method=grad_dot(), loss=loss).matrix
     tensor([[1., 0.],
             [0., 4.]])
     """
-    scorer = method.scorer(subject_of(model, **options), query, by_block=by_block)
-    return scorer(train, progress=progress).values
+    subject, dampings = subject_of(model, **options), damping_names(method)
+    values, losses = method.scorer(subject, query, by_block=by_block)(train, progress=progress)
+    shares = values if isinstance(values, dict) else {}
+    total = sum(shares.values(), torch.zeros(())) if isinstance(values, dict) else values
+    by_damping = {name: _by_damping(part, len(dampings)) for name, part in shares.items()}
+    scores, queries = _by_damping(total, len(dampings)), names_of(query)
+    if scores.shape[2] != len(queries):  # a joined attribution may be of other columns than the queries
+        queries = [str(number) for number in range(scores.shape[2])]
+    rows, documents, positions = names_of(train), None, None
+    if subject.view.tokens:
+        lengths = lengths_of(train)
+        documents = torch.from_numpy(np.repeat(np.arange(len(train)), lengths))
+        positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))
+        rows = [rows[document] for document in documents.tolist()]
+    losses = None if subject.view.tokens else losses
+    return Scores(scores, rows, queries, dampings, documents, positions, by_damping, losses)
+
+
+def _by_damping(values: Tensor, dampings: int) -> Float[Tensor, "dampings rows queries"]:
+    return values.unflatten(1, (dampings, -1)).movedim(1, 0)
+
+
+def names_of(examples: Queries) -> list[str]:
+    """The names of examples, or of queries by their gradients: their ids, or else their numbers.
+
+    >>> names_of([{}, {}]), names_of(None)
+    (['0', '1'], ['self-influence'])
+    """
+    if examples is None:
+        return [SELF]
+    ids = getattr(examples, "ids", None)
+    count = len(next(iter(examples.values()))) if isinstance(examples, dict) else len(examples)
+    return [str(number) for number in range(count)] if ids is None else [str(name) for name in ids]
 
 
 def dots(rows: Blocks, queries: Blocks) -> Float[Tensor, "rows queries"]:
@@ -104,8 +136,8 @@ def best(
 ) -> tuple[TopK, TopK]:
     """The `k` strongest proponents and the `k` strongest opponents of every query, in one pass.
 
-    Equal to `extremes([score(...)], k)`; of an inner product only one batch of scores is held at a time, so
-    any number of rows will do. Where the view is by token, a row is a token of a training row.
+    Equal to `extremes([score(...).matrix], k)`; of an inner product only one batch of scores is held at a
+    time, so any number of rows will do. Where the view is by token, a row is a token of a training row.
 
     Args:
         k: how many of each; fewer are returned where there are fewer rows.

@@ -17,7 +17,6 @@ from gradfn.engine.stream import Progress, lengths_of
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Scorer
 from gradfn.methods.inner_product import EngineScorer
-from gradfn.model.layers import Linear
 from gradfn.model.sites import View, find_sites, uncovered
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.shards import Shard, shard_rows, shard_run
@@ -247,5 +246,5 @@ def layer_summary(model: nn.Module, view: View | None = None) -> str:
     everything = sum(p.numel() for p in model.parameters())
     share = 1 - sum(uncovered(model, sites).values()) / everything
     count = len({site.path for site in sites})
-    kind = "linear layer" if all(isinstance(site.layer, Linear) for site in sites) else "layer"
+    kind = "linear layer" if all(site.layer.kind == "linear" for site in sites) else "layer"
     return f"{count} {kind}{'' if count == 1 else 's'}, {share:.0%} of {everything:,} parameters"

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
-from gradfn.methods.attribution import Attribution, Joined, Queries
-from gradfn.methods.inner_product import InnerProduct
+from gradfn.methods.attribution import Attribution, Queries
+from gradfn.methods.inner_product import InnerProduct, damping_names
+from gradfn.methods.scoring import names_of
 from gradfn.runs.gradients import GRADIENTS, blocks_of, read_gradients
 from gradfn.runs.provenance import Provenance, Settings, describe
 from gradfn.runs.rows import RunRows, Summary, write_rows
 from gradfn.runs.shards import Shard
-from gradfn.scores import KIND, SELF, SHARES, Columns
+from gradfn.scores import KIND, SHARES, Columns
 from gradfn.store import Overwrite, Store
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
@@ -62,7 +63,7 @@ def score_run(
     transform = method.row_transform if isinstance(method, InnerProduct) else None
     how: dict[str, Any] = {"by_block": by_block, "method": method.settings()}
     made = describe(subject, train, transform).merged(how).merged(settings)
-    names = _query_ids(queries) if query_ids is None else list(query_ids)
+    names = names_of(queries) if query_ids is None else list(query_ids)
     columns = Columns(names, list(query_texts), damping_names(method))
     scorer = method.scorer(subject, queries, by_block=by_block)
     rows = RunRows(run, KIND, made, train, subject.view.tokens, shard, overwrite, columns.arrays())
@@ -100,29 +101,6 @@ def write_scores(
             part = {name: values[start - first : stop - first] for name, values in arrays.items()}
             writer.write(start, stop, part)
         return rows.finish(writer)
-
-
-def damping_names(method: Attribution) -> tuple[str, ...]:
-    """The dampings that scores come for, as the command line spells them; `("",)` where none is chosen.
-
-    >>> from gradfn.methods import grad_dot
-    >>> damping_names(grad_dot())
-    ('',)
-    """
-    if isinstance(method, Joined):
-        return damping_names(method.parts[0][1])
-    plain = method.curvature is None if isinstance(method, InnerProduct) else method.damping == (None,)
-    if plain:
-        return ("",)
-    return tuple("none" if damping is None else str(damping) for damping in method.damping)
-
-
-def _query_ids(queries: Queries) -> list[str]:
-    if queries is None:
-        return [SELF]
-    ids = getattr(queries, "ids", None)
-    count = len(next(iter(queries.values()))) if isinstance(queries, dict) else len(queries)
-    return [str(number) for number in range(count)] if ids is None else [str(name) for name in ids]
 
 
 def _score_arrays(values: Blocks | Tensor, columns: Columns) -> Mapping[str, np.ndarray]:

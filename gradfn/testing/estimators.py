@@ -12,13 +12,14 @@ from gradfn.engine.reference import naive_blocks
 from gradfn.errors import InputError
 from gradfn.methods import grad_dot
 from gradfn.methods.inner_product import InnerProduct
+from gradfn.scores import Scores as Scored
 from gradfn.testing.models import Draw
 from gradfn.testing.search import refute
 from gradfn.testing.strategies import Problem, check_kinds, problems
 from gradfn.types import Example, LossFn, Params
 
-Scores = Callable[[nn.Module, LossFn, Sequence[Example], Sequence[Example]], Tensor]
-"""`scores(model, loss, train rows, query rows) -> [rows, queries]`, positive for proponents."""
+Scores = Callable[[nn.Module, LossFn, Sequence[Example], Sequence[Example]], Tensor | Scored]
+"""`scores(model, loss, train rows, query rows) -> [rows, queries]`, or `gf.Scores`; positive = proponent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,8 @@ def check_estimator(
         asked = case.model, case.loss, case.train, case.query
         want = _plain_scores(plain, case) if isinstance(plain, InnerProduct) else plain(*asked)
         before = _copied(case)
-        got = scores(*asked)
+        made = scores(*asked)
+        got = made.matrix if isinstance(made, Scored) else made
         if not isinstance(got, Tensor):
             return f"scores are a {type(got).__name__}: give a tensor [rows, queries]"
         for name, value in _copied(case).items():

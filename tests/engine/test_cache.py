@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrices import score
 from torch import nn
 
 import gradfn as gf
@@ -51,7 +52,7 @@ def test_scores_are_those_of_two_passes(watched: Watched, name: str, spelled: st
     def scores(train: Any) -> tuple[torch.Tensor, int]:
         method = recipe_named(name).method(problem_of(watched, train, projection))
         before = len(calls)
-        made: Any = gf.score(net, train, data[:2], method=method, loss=loss, token_batch_size=3)
+        made: Any = score(net, train, data[:2], method=method, loss=loss, token_batch_size=3)
         return made, len(calls) - before
 
     (plain, many), (again, few) = scores(data), scores(CachedRows(data, projection))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matrices import score
 from torch import nn
 from torch.func import functional_call
 
@@ -13,7 +14,6 @@ from gradfn.linalg.spectrum import Damping
 from gradfn.methods import RECIPES, Problem, recipe_named
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
-from gradfn.methods.scoring import score
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import fit
 from gradfn.subject import Subject

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from matrices import score
 from tiny import language_model
 
 from gradfn.data import make_documents
@@ -8,7 +9,7 @@ from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import grad_cosine, grad_dot
 from gradfn.methods.inner_product import InnerProduct
-from gradfn.methods.scoring import best, dots, score
+from gradfn.methods.scoring import best, dots
 from gradfn.model.sites import View
 from gradfn.scores import extremes
 from gradfn.statistics import ekfac, kfac, second_moment

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from matrices import score
 from tiny import language_model
 from torch import nn
 from torch.func import functional_call
@@ -12,7 +13,7 @@ from gradfn.data import collate
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.methods import grad_dot
-from gradfn.methods.scoring import dots, score
+from gradfn.methods.scoring import dots
 from gradfn.model.losses import _check, advantages, causal_lm_loss, model_loss, token_losses
 from gradfn.model.params import params_of
 from gradfn.testing import assert_blocks_close, naive_blocks, naive_causal_lm_loss

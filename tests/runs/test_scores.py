@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matrices import score
 
 import gradfn as gf
 from gradfn.errors import InputError
@@ -20,7 +21,7 @@ def test_stored_scores_are_scores_on_the_fly(model, documents, tmp_path, transfo
     queries = documents.select([2, 5])
     gf.build(tmp_path / "run", model, documents, transform)
     blocks = gf.collect(model, queries, transform)
-    live = gf.score(model, documents, queries, method=gf.methods.InnerProduct(transform, transform))
+    live = score(model, documents, queries, method=gf.methods.InnerProduct(transform, transform))
     with gf.open_store(tmp_path / "run") as store:
         chunks = list(runs.stored_scores(store, gf.dot(blocks), rows_per_chunk=3))
         (whole,) = runs.stored_scores(store, gf.dot(blocks))
@@ -44,7 +45,7 @@ def test_a_unit_norm_can_be_added_to_stored_rows(model, documents, tmp_path):
     with gf.open_store(tmp_path / "run") as store:
         stored = torch.cat(list(runs.stored_scores(store, gf.grad_cosine().against(blocks))))
     torch.testing.assert_close(
-        stored, gf.score(model, documents, documents, method=cosine), rtol=1e-4, atol=1e-5
+        stored, score(model, documents, documents, method=cosine), rtol=1e-4, atol=1e-5
     )
     torch.testing.assert_close(stored.diag()[[0, 1, 2]], torch.ones(3))
     assert (stored[3] == 0).all()  # a row with nothing to supervise
@@ -61,7 +62,7 @@ def test_score_run_writes_what_load_reads(model, documents, tmp_path):
     assert (scores.row_ids, scores.query_ids) == (documents.ids, ["row 1", "row 4"])
     assert scores.query_texts == ["a text that ends in NUL", "another"]
     assert (scores.dampings, scores.documents, scores.shares) == (("",), None, {})
-    torch.testing.assert_close(scores.matrix, gf.score(model, documents, queries, method=method))
+    torch.testing.assert_close(scores.matrix, score(model, documents, queries, method=method))
     assert scores.losses is not None
     assert torch.equal(scores.losses == 0, torch.from_numpy(documents.supervised == 0))
 
@@ -92,7 +93,7 @@ def test_scores_of_tokens_sum_to_those_of_their_documents(llama, documents, tmp_
     assert scores.positions.tolist() == [at for length in documents.lengths.tolist() for at in range(length)]
     assert scores.row_ids == [documents.ids[row] for row in scores.documents.tolist()]
     sums = torch.zeros(8, 1).index_add_(0, scores.documents, scores.matrix)
-    torch.testing.assert_close(sums, gf.score(llama, documents, queries, method=method), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums, score(llama, documents, queries, method=method), rtol=1e-4, atol=1e-4)
 
 
 def test_scores_at_hand_are_written_like_those_of_an_engine(llama, documents, tmp_path):
@@ -131,7 +132,7 @@ def test_scores_with_a_curvature_on_disk(llama, documents, tmp_path):
     runs.score_run(tmp_path, llama, documents, queries, method)
     scores = Scores.load(tmp_path)
     assert scores.dampings == ("0.1", "1")
-    live = gf.score(llama, documents, documents.select([1]), method=method)
+    live = score(llama, documents, documents.select([1]), method=method)
     torch.testing.assert_close(scores.values[:, :, 0].T, live, rtol=1e-4, atol=1e-4)
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from matrices import score
 from tiny import language_model
 from torch import nn
 from torch.func import functional_call
 
-from gradfn import InputError, View, chain, collect, fit, project, score
+from gradfn import InputError, View, chain, collect, fit, project
 from gradfn.linalg.spectrum import Damping, Spectrum, eigh
 from gradfn.methods import InnerProduct
 from gradfn.methods.datainf import DataInf

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matrices import score
 from torch import nn
 from torch.func import functional_call
 
@@ -95,7 +96,7 @@ def test_undamped_scores_of_a_singular_curvature_are_those_of_its_pseudo_inverse
     H = fit(FOLDS[kind](), net, data, loss=loss_of(net))
     dampings = None, Damping(0.0), Damping(0.0, "absolute"), Damping(1e-9, "truncated")
     method = gf.influence(H, damping=dampings)
-    scores = gf.score(net, data, queries, method=method, loss=loss_of(net))
+    scores = score(net, data, queries, method=method, loss=loss_of(net))
     for part in scores.double().split(3, 1):
         assert (part - want).norm() <= TOLERANCE[dtype] * want.norm()
 
