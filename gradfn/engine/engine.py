@@ -233,7 +233,7 @@ class Engine:
 
     def _losses(self, batch: Batch, slots: Blocks, contract: MakeContract) -> Float[Tensor, " batch"]:
         """The losses of the batch, in one forward pass with a probe behind every attributed layer."""
-        size, params = _size(batch), params_of(self.model)
+        size = _size(batch)
         batched: Callable[[Batch], Tensor] | None = getattr(self.loss, "batched", None)
 
         def probes(slots: Blocks, **of: int | Tensor | None) -> AbstractContextManager[None]:
@@ -246,6 +246,7 @@ class Engine:
         if batched is not None:
             with probes(slots, size=size), fast_attention():
                 return batched(batch)
+        params = params_of(self.model)
 
         def one(slots: Blocks, example: Batch) -> Tensor:
             with probes(slots, mark=next(iter(example.values()))):
