@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -50,6 +51,11 @@ def _plain_scores(method: InnerProduct, case: Asked) -> Tensor:
     if not isinstance(query, dict) or not isinstance(method.row_transform(train), dict):
         raise InputError("a reference method must give blocks on both sides: leave the scores to the check")
     return method.against(query)(train)  # pyright: ignore[reportReturnType]
+
+
+def _matrix(scores: Any) -> Any:
+    """What an estimator of somebody's own gives, which may be anything, as a matrix where it is `Scores`."""
+    return scores.matrix if isinstance(scores, Scored) else scores
 
 
 def _copied(case: Asked) -> dict[str, Tensor]:
@@ -138,10 +144,9 @@ def check_estimator(
 
     def law(case: Asked) -> str:
         asked = case.model, case.loss, case.train, case.query
-        want = _plain_scores(plain, case) if isinstance(plain, InnerProduct) else plain(*asked)
+        want = _plain_scores(plain, case) if isinstance(plain, InnerProduct) else _matrix(plain(*asked))
         before = _copied(case)
-        made = scores(*asked)
-        got = made.matrix if isinstance(made, Scored) else made
+        got = _matrix(scores(*asked))
         if not isinstance(got, Tensor):
             return f"scores are a {type(got).__name__}: give a tensor [rows, queries]"
         for name, value in _copied(case).items():
