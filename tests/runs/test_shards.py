@@ -47,7 +47,7 @@ def all_of(count):
 def everything_in(run, kind="store"):
     with open_store(run, kind) as there:
         arrays = {name: there.read(name) for name in there.names()}
-        return arrays, {name: there.fixed(name) for name in there.header.fixed}, there.settings
+        return arrays, {name: there.index_array(name) for name in there.header.index_arrays}, there.settings
 
 
 def same(a, b, rtol=1e-9):
@@ -270,7 +270,7 @@ def test_rows_of_a_run_without_shards_are_not_mixed_in(tmp_path):
     for shard in all_of(2):
         write(tmp_path, shard)
     with pytest.raises(
-        InputError, match=r"has rows 0 to 3 of a run without --shard: add --overwrite to take"
+        InputError, match=r"has rows 0 to 3 of a run without shards: give `overwrite=True` to take"
     ):
         merge_run(tmp_path)
     merge_run(tmp_path, overwrite=True)
@@ -283,7 +283,7 @@ def test_all_rows_of_a_run_without_shards_are_not_taken_for_those_of_the_shards(
     with open_writer(tmp_path, "store", {}, 5) as writer:
         writer.write(0, 5, {"value": np.arange(5) + 100.0})
         writer.finish()
-    refused(tmp_path, r"has rows 0 to 5 of a run without --shard: add --overwrite to take")
+    refused(tmp_path, r"has rows 0 to 5 of a run without shards: give `overwrite=True` to take")
     merge_run(tmp_path, overwrite=True)
     np.testing.assert_array_equal(everything_in(tmp_path)[0]["value"], np.arange(5) * 10.0)
 
@@ -481,7 +481,7 @@ def test_shards_without_tokens(model, tmp_path):
 def test_scores_in_shards_are_the_scores(model, documents, tmp_path, count, by_block):
     made = gf.chain(gf.project(3), gf.unit_normalize())
     queries = gf.collect(model, documents.select([2, 5]), made)
-    how = {"by_block": by_block, "fixed": {"queries/id": ["a", "b"]}}
+    how = {"by_block": by_block, "query_ids": ["a", "b"]}
     score_run(tmp_path / "whole", model, documents, queries, gf.methods.InnerProduct(made, made), **how)
     for shard in all_of(count):
         score_run(
@@ -499,7 +499,7 @@ def test_scores_in_shards_are_the_scores(model, documents, tmp_path, count, by_b
 
 def test_shards_scored_against_queries_of_other_names(model, documents, tmp_path):
     for shard, names in zip(all_of(2), ["ab", "ac"], strict=True):
-        fixed, plain = {"queries/id": [*names]}, gf.chain()
+        plain = gf.chain()
         queries = gf.collect(model, documents.select([2, 5]))
         score_run(
             tmp_path,
@@ -508,7 +508,7 @@ def test_shards_scored_against_queries_of_other_names(model, documents, tmp_path
             queries,
             gf.methods.InnerProduct(plain, plain),
             shard=shard,
-            fixed=fixed,
+            query_ids=[*names],
         )
     refused(
         tmp_path,
@@ -688,7 +688,9 @@ def test_a_curvature_fitted_without_shards_is_replaced_only_when_told(model, doc
     gf.hessian(tmp_path, model, documents, kfac(), gf.project(3))
     for shard in all_of(2):
         hessian_shard(tmp_path, model, documents, kfac(), gf.project(3), shard=shard)
-    refused(tmp_path, "^the curvature in .* is of a run without --shard: add --overwrite to take that of the")
+    refused(
+        tmp_path, "^the curvature in .* is of a run without shards: give `overwrite=True` to take that of the"
+    )
     assert merge_run(tmp_path, overwrite=True)[0].kind == "hessian"
 
 

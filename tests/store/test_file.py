@@ -110,7 +110,7 @@ def test_scores_are_not_copied_from_a_damaged_segment(tmp_path):
 
 
 def test_no_flipped_byte_anywhere_changes_what_is_read(tmp_path):
-    write(tmp_path, slices(12), fixed={"queries/text": TEXTS})
+    write(tmp_path, slices(12), index_arrays={"queries/text": TEXTS})
     path, places = segment(tmp_path, 0, 12), random.Random(0)
     whole = path.read_bytes()
     refusals = []
