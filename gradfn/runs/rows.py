@@ -61,7 +61,7 @@ class RunRows:
         tokens: whether a row of the file is a token.
         shard: the part of the rows to write; None means all.
         overwrite: see `open_writer`.
-        index_arrays: arrays without a row dimension, for the index; those called `.../id` are names to compare.
+        index_arrays: arrays of the index, without a row dimension; those called `.../id` are compared.
     """
 
     run: str | Path
