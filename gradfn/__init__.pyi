@@ -10,6 +10,7 @@ from . import model as model
 from . import report as report
 from . import runs as runs
 from . import statistics as statistics
+from . import store as store
 from . import testing as testing
 from . import train as train
 from . import transforms as transforms
@@ -22,6 +23,7 @@ from .linalg import Damping
 from .methods import best, grad_cosine, grad_dot, influence, relatif, score, top_k, trackstar
 from .model import View, causal_lm_loss, model_loss
 from .runs import build, hessian, open_store, reduce
+from .scores import Scores
 from .statistics import (
     adam_moments,
     ekfac,
@@ -51,6 +53,7 @@ __all__ = [
     "Damping",
     "Documents",
     "InputError",
+    "Scores",
     "StorageError",
     "Subject",
     "View",
@@ -101,6 +104,7 @@ __all__ = [
     "second_moment",
     "shampoo",
     "statistics",
+    "store",
     "tap",
     "testing",
     "text_query",
