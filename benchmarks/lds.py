@@ -460,7 +460,7 @@ def run_case(name: str, folder: Path, out: Path, plots: Path | None, only: Seque
         beside.append((entry, numbers, seconds))
         print(f"  {entry.name}: {seconds:.1f} s", flush=True)
     told = compare(runs, subsets, losses)
-    kept = truth.kept()
+    kept = truth.averaged()
     ceiling = noise_ceiling_estimate(
         truth.losses[kept][:, told.queries], truth.numbers[kept], seeds=truth.seeds[kept]
     )

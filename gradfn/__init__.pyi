@@ -10,6 +10,7 @@ from . import model as model
 from . import report as report
 from . import runs as runs
 from . import statistics as statistics
+from . import store as store
 from . import testing as testing
 from . import train as train
 from . import transforms as transforms
@@ -103,6 +104,7 @@ __all__ = [
     "second_moment",
     "shampoo",
     "statistics",
+    "store",
     "tap",
     "testing",
     "text_query",

@@ -254,7 +254,7 @@ class Scores:
             if "rows/id" in store.header.arrays:
                 row_ids = store.read("rows/id").tolist()
             else:
-                row_ids = store.fixed("documents/id")[beside["document"].numpy()].tolist()
+                row_ids = store.index_array("documents/id")[beside["document"].numpy()].tolist()
             return cls(
                 by_damping(KIND), row_ids, query_ids, dampings, beside.get("document"),
                 beside.get("position"),
@@ -270,17 +270,17 @@ def by_row(values: Float[Tensor, "dampings rows queries"]) -> Float[np.ndarray, 
 
 def columns_of(store: Store) -> Columns:
     """What stored scores are of."""
-    texts = store.fixed("queries/text").tolist() if "queries/text" in store.header.fixed else []
+    texts = store.index_array("queries/text").tolist() if "queries/text" in store.header.index_arrays else []
     if store.header.format == 1:
         return _columns_of_format_1(store, texts)
-    return Columns(store.fixed("queries/id").tolist(), texts, tuple(store.fixed("dampings")))
+    return Columns(store.index_array("queries/id").tolist(), texts, tuple(store.index_array("dampings")))
 
 
 def _columns_of_format_1(store: Store, texts: list[str]) -> Columns:
     """Of scores `[rows, dampings * queries]`, whose queries are named `query (damping x)`."""
     columns = store.shape(KIND)[1]
-    named = "queries/id" in store.header.fixed
-    names = store.fixed("queries/id").tolist() if named else [str(number) for number in range(columns)]
+    named = "queries/id" in store.header.index_arrays
+    names = store.index_array("queries/id").tolist() if named else [str(number) for number in range(columns)]
     joined = store.settings.get("checkpoints")
     made = joined[0]["settings"] if joined else store.settings
     given = made.get("method", {}).get("damping") or [""]
@@ -344,13 +344,13 @@ def extremes_of_parts(chunks: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[
     return highest, lowest
 
 
-def _extend(kept: TopK | None, chunk: Tensor, rows: Tensor, k: int, largest: bool) -> TopK:
-    """The best of those kept and of a chunk; equal scores stand in the order of their rows."""
+def _extend(best: TopK | None, chunk: Tensor, rows: Tensor, k: int, largest: bool) -> TopK:
+    """The best of those so far and of a chunk; equal scores stand in the order of their rows."""
     by_row = rows.argsort()
     new = _best_of(TopK(chunk[by_row].T, rows[by_row].expand(chunk.shape[1], -1)), k, largest)
-    if kept is None:
+    if best is None:
         return new
-    scores, rows = torch.cat([kept.scores, new.scores], 1), torch.cat([kept.rows, new.rows], 1)
+    scores, rows = torch.cat([best.scores, new.scores], 1), torch.cat([best.rows, new.rows], 1)
     by_row = rows.argsort(dim=1)
     return _best_of(TopK(scores.gather(1, by_row), rows.gather(1, by_row)), k, largest)
 

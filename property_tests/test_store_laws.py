@@ -73,7 +73,7 @@ def test_any_slicing_gives_back_what_was_written(data, table, kind, made):
             assert store.names() == list(arrays)
             assert differing(store.settings, made) == {}
             assert all(same(store.read(name), values) for name, values in arrays.items())
-            assert all(same(store.fixed(name), values) for name, values in fixed.items())
+            assert all(same(store.index_array(name), values) for name, values in fixed.items())
             start, stop = sorted(data.draw(st.tuples(*[st.integers(0, rows)] * 2)))
             for name, values in part(arrays, start, stop).items():
                 assert same(store.read(name, start, stop), values)

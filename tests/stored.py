@@ -45,11 +45,11 @@ def slices(step, rows=ROWS):
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def write(run, cuts=None, kind="store", settings=SETTINGS, rows=ROWS, fixed=None, **options):
+def write(run, cuts=None, kind="store", settings=SETTINGS, rows=ROWS, index_arrays=None, **options):
     with open_writer(run, kind, settings, rows, **options) as writer:
         for start, stop in writer.missing(cuts or slices(5, rows)):
             writer.write(start, stop, rows_of(start, stop))
-        return writer.finish(fixed)
+        return writer.finish(index_arrays)
 
 
 def assert_holds_rows(store, rows=ROWS):

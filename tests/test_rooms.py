@@ -27,11 +27,11 @@ UNTESTED = {
 }
 """Rooms whose tests do not mirror their files, and why."""
 TESTED_ELSEWHERE = {
+    "engine/contract": "tests/engine/test_engine.py",
     "errors": "tests/cli/test_app.py",
     "evaluate/selection": "tests/evaluate/test_comparison.py",
     "example/corpus": "tests/example/test_example.py",
     "example/train": "tests/example/test_example.py",
-    "hf/hub": "tests/hf/test_models.py",
     "hf/images": "tests/cli/test_images.py",
     "hf/masking": "tests/cli/test_masked_lm.py",
     "linalg/maps": "tests/transforms/test_project.py",
@@ -43,7 +43,8 @@ TESTED_ELSEWHERE = {
     "methods/grad_dot": "tests/methods/test_methods.py",
     "methods/influence": "tests/methods/test_methods.py",
     "methods/inner_product": "tests/methods/test_methods.py",
-    "model/fingerprint": "tests/hf/test_models.py",
+    "model/attach": "tests/engine/test_tap.py",
+    "model/convolution": "tests/model/test_layers.py",
     "model/params": "tests/model/test_losses.py",
     "model/sites": "tests/model/test_layers.py",
     "random": "tests/transforms/test_project.py",

@@ -168,7 +168,7 @@ def _leaving_one_out(truth: Truth) -> Truth:
 
 def _ceiling(truth: Truth, queries: Tensor, seed: int) -> Estimate | None:
     """The noise ceiling of the queries reported; None where one seed is left of each subset."""
-    kept = truth.kept()
+    kept = truth.averaged()
     if len(truth.seeds[kept].unique()) == 1:
         return None
     losses, numbers, seeds = truth.losses[kept][:, queries], truth.numbers[kept], truth.seeds[kept]
@@ -179,7 +179,7 @@ def _truth_facts(
     truth: Truth, told: Comparison, ceiling: Estimate | None, subsets: int, path: str
 ) -> list[tuple[str, str]]:
     rows = count(len(truth.row_ids), "row")
-    kept = truth.of_models(truth.kept())
+    kept = truth.of_models(truth.averaged())
     made = f"{count(subsets, 'subset')} x {_seeds(kept)}, of {rows}"
     lines = [("truth", path), ("models", made), *_diverged(truth, kept)]
     whole, reported = len(truth.query_ids), len(told.queries)

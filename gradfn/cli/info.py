@@ -54,7 +54,7 @@ def _lines(store: Store) -> Iterator[tuple[str, str]]:
         yield "scores", f"{count(store.rows, 'row')} x {queries}; positive = proponent"
     if store.header.kind in ("hessian", "basis"):
         kind, rows = store.read("fit/kind")[0], int(store.read("fit/rows")[0])
-        blocks = count(len(store.fixed("blocks")), "block")
+        blocks = count(len(store.index_array("blocks")), "block")
         label = "curvature" if store.header.kind == "hessian" else "first pass"
         yield label, f"{kind}, {blocks}, {count(rows, 'row')}"
     elif store.header.kind == "mask":

@@ -156,7 +156,7 @@ def stored_rows(store: Store, tokenizer: Any, by: str) -> ShownRows:
     """What a store knows of its rows."""
     if by != "token":
         return DocumentRows(StoredTexts(store, "rows/id"), StoredTexts(store, "rows/text"))
-    ids, offsets = store.fixed("documents/id").tolist(), store.fixed("tokens/offsets")
+    ids, offsets = store.index_array("documents/id").tolist(), store.index_array("tokens/offsets")
     return TokenRows(ids, offsets, lambda start, stop: store.read("rows/token", start, stop), tokenizer)
 
 

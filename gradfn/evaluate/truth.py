@@ -78,12 +78,12 @@ class Truth:
     margins: Float64[Tensor, "models queries"] | None = None
 
     def targets(self) -> tuple[Bool[Tensor, "subsets rows"], Float64[Tensor, "subsets queries"]]:
-        """The subsets, and the mean loss of each query over a subset's seeds, of the models `kept`."""
-        known = self.numbers[self.kept()].unique()
+        """The subsets, and the mean loss of each query over a subset's seeds, of the models `averaged`."""
+        known = self.numbers[self.averaged()].unique()
         firsts = [int((self.numbers == number).nonzero()[0]) for number in known]
         return self.subsets[firsts], self._means(self.losses)
 
-    def kept(self) -> Bool[Tensor, " models"]:
+    def averaged(self) -> Bool[Tensor, " models"]:
         """Which models to average: as many as leave each subset the same seeds.
 
         A seed changes the losses of all subsets alike, so a mean that lacks one differs by that. Left out are
@@ -93,7 +93,7 @@ class Truth:
         >>> truth = Truth(torch.eye(4).bool().repeat_interleave(2, 0), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
         ...     torch.tensor([0, 1] * 4), torch.zeros(8, 1).double(), torch.zeros(8).double(),
         ...     torch.arange(8) == 1, ["a", "b", "c", "d"], ["q"], {})
-        >>> truth.kept().int()
+        >>> truth.averaged().int()
         tensor([0, 0, 1, 1, 1, 1, 1, 1], dtype=torch.int32)
         """
         alive = torch.isin(self.numbers, self.numbers[~self.diverged])
@@ -119,9 +119,9 @@ class Truth:
         return None if self.margins is None else self._means(self.margins)
 
     def _means(self, values: Tensor) -> Tensor:
-        kept = self.kept()
-        known, of, counts = self.numbers[kept].unique(return_inverse=True, return_counts=True)
-        sums = values.new_zeros(len(known), values.shape[1]).index_add_(0, of, values[kept])
+        averaged = self.averaged()
+        known, of, counts = self.numbers[averaged].unique(return_inverse=True, return_counts=True)
+        sums = values.new_zeros(len(known), values.shape[1]).index_add_(0, of, values[averaged])
         return sums / counts[:, None]
 
 
@@ -159,14 +159,14 @@ def retrain(
     """Retrain models on subsets of the rows and write what they lose on the queries to `RUN/truth.h5`.
 
     A row of the store is a model, those of a subset side by side. A run that was killed resumes behind the
-    last models that are complete. Models that diverge are counted, and in no mean, see `Truth.kept`.
+    last models that are complete. Models that diverge are counted, and in no mean, see `Truth.averaged`.
 
     Args:
         run: the directory to write.
         start: what makes a model (called once a model, seeded), or the parameters that all start from.
         train, query: the rows, and the queries.
         loss, query_loss: of a row in training, and of a query where that is another one.
-        margin_loss: minus the margin of a query's right class, to be kept besides; None: that of a
+        margin_loss: minus the margin of a query's right class, which is recorded too; None: that of a
             `model_loss` of classification, and of other losses there is none.
         subsets: which rows to train on, see `random_subsets`.
         training: optimizer, schedule, batches.
@@ -302,10 +302,10 @@ def _losses(
         for name, asked in queries.items()
     }
     diverged = trained.diverged | ~torch.stack([values.isfinite().all(1) for values in made.values()]).all(0)
-    kept = {name: torch.where(diverged[:, None], torch.nan, values) for name, values in made.items()}
-    if "margins" in kept:
-        kept["margins"] = -kept["margins"]
-    return {**kept, "train_losses": trained.losses, "diverged": diverged}
+    finite = {name: torch.where(diverged[:, None], torch.nan, values) for name, values in made.items()}
+    if "margins" in finite:
+        finite["margins"] = -finite["margins"]
+    return {**finite, "train_losses": trained.losses, "diverged": diverged}
 
 
 def query_losses(
@@ -363,6 +363,6 @@ def open_truth(run: str | Path) -> Truth:
 def _read(store: Store) -> Truth:
     arrays = {name: torch.from_numpy(store.read(name, *store.span)) for name in store.names()}
     row_ids, query_ids, looped = (
-        [str(name) for name in store.fixed(key)] for key in ("rows/id", "queries/id", "looped")
+        [str(name) for name in store.index_array(key)] for key in ("rows/id", "queries/id", "looped")
     )
     return Truth(**arrays, row_ids=row_ids, query_ids=query_ids, settings=store.settings, looped=looped[0])

@@ -122,15 +122,15 @@ def _curvature_writer(
 
 def write_curvature(writer: Writer, curvature: Curvature, beside: Mapping[str, Any] | None = None) -> None:
     """Write one row that names the statistic, the arrays of every block beside it, and others given."""
-    fixed: dict[str, Any] = {"blocks": list(curvature), **(beside or {})}
+    arrays: dict[str, Any] = {"blocks": list(curvature), **(beside or {})}
     for name, one in curvature.items():
         parts = {"left": one.left, "right": one.right, "values": one.values}
         if one.sides is not None:
             parts |= {"left_values": one.sides[0], "right_values": one.sides[1]}
-        fixed |= {f"{CURVATURE}{name}/{key}": v.cpu().numpy() for key, v in parts.items() if v is not None}
+        arrays |= {f"{CURVATURE}{name}/{key}": v.cpu().numpy() for key, v in parts.items() if v is not None}
     if writer.missing([(0, 1)]):
         writer.write(0, 1, {"fit/kind": [curvature.kind], "fit/rows": np.array([curvature.rows])})
-    writer.finish(fixed)
+    writer.finish(arrays)
 
 
 def open_curvature(run: str | Path) -> Store:
@@ -149,14 +149,14 @@ def load_curvature(run: str | Path, kind: str = "hessian") -> Curvature:
         InputError: there is none, or it is damaged.
     """
     with open_store(run, kind) as store:
-        fixed = set(store.header.fixed)
+        arrays = set(store.header.index_arrays)
 
         def part(name: str, key: str) -> Tensor | None:
             path = f"{CURVATURE}{name}/{key}"
-            return torch.from_numpy(store.fixed(path)) if path in fixed else None
+            return torch.from_numpy(store.index_array(path)) if path in arrays else None
 
         spectra = {}
-        for name in store.fixed("blocks").tolist():
+        for name in store.index_array("blocks").tolist():
             left, right, values = (part(name, key) for key in ("left", "right", "values"))
             sides = part(name, "left_values"), part(name, "right_values")
             assert right is not None

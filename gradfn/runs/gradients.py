@@ -142,6 +142,7 @@ def blocks_of(arrays: Mapping[str, np.ndarray]) -> Blocks:
 def ends_in_unit_norm(transform: Transform) -> bool:
     """Whether a chain's last stage is the unit norm.
 
+    >>> from gradfn.transforms import unit_normalize
     >>> ends_in_unit_norm(chain(unit_normalize()))
     True
     """

@@ -173,12 +173,11 @@ def load_mask(run: str | Path) -> Mask:
     """
     with open_mask(run) as store:
         names, shapes = store.read("blocks/name").tolist(), store.read("blocks/shape").tolist()
-        fixed = store.header.fixed
         chosen = {
             name: tuple(
-                torch.from_numpy(store.fixed(path))
+                torch.from_numpy(store.index_array(path))
                 for side in (0, 1)
-                if (path := f"mask/{name}/{side}") in fixed
+                if (path := f"mask/{name}/{side}") in store.header.index_arrays
             )
             for name in names
         }

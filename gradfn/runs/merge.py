@@ -133,9 +133,9 @@ def _read_sums(store: Store) -> FoldState:
 
     blocks = {name: torch.from_numpy(total) for name, total in read(f"{SUMS[0]}/").items()}
     shapes = {name: tuple(map(int, shape)) for name, shape in read("shapes/").items()}
-    count, kept = int(store.read("rows/count", *store.span)[0]), store.names("rows/rounding")
-    # Sums of earlier versions do not say what they were made in, and are taken as they were then.
-    rounding = store.read("rows/rounding", *store.span) if kept else np.zeros(1)
+    count, rounded = int(store.read("rows/count", *store.span)[0]), store.names("rows/rounding")
+    # Sums of earlier versions do not say in which precision they were made: they are read as float64.
+    rounding = store.read("rows/rounding", *store.span) if rounded else np.zeros(1)
     return FoldState(count, blocks, shapes, torch.from_numpy(rounding).dtype)
 
 
@@ -302,7 +302,7 @@ def _refuse_other_fit(run: Path, fit: _Fit) -> None:
     if not Writer(run, fit.kind, fit.made.settings(), 1).complete:
         return
     with open_store(run, fit.kind) as there:
-        digest = str(there.fixed(SUMMED)[0]) if SUMMED in there.header.fixed else None
+        digest = str(there.index_array(SUMMED)[0]) if SUMMED in there.header.index_arrays else None
     if digest is None:
         raise InputError(
             f"the curvature in {run} is of a run without shards: give `overwrite=True` to take that of the "

@@ -309,8 +309,8 @@ def compare(there: Provenance, here: Provenance) -> dict[str, tuple[Any, Any]]:
 def _without_path(stage: Settings) -> Settings:
     """A stage without the path of the run that it was read from, since its digest tells which it is."""
     words = str(stage.get("projection")).split(":")
-    kept = PATHS.get(stage["transform"])
-    return stage if kept is None else {**stage, "projection": ":".join(words[:kept])}
+    count = PATHS.get(stage["transform"])
+    return stage if count is None else {**stage, "projection": ":".join(words[:count])}
 
 
 def refuse_mismatch(

@@ -60,7 +60,7 @@ class RunRows:
         tokens: whether a row of the file is a token.
         shard: the part of the rows to write; None means all.
         overwrite: see `open_writer`.
-        fixed: arrays without a row dimension, for the index; those called `.../id` are names to compare.
+        index_arrays: arrays of the index, without a row dimension; those called `.../id` are compared.
     """
 
     run: str | Path
@@ -70,7 +70,7 @@ class RunRows:
     tokens: bool
     shard: Shard | None
     overwrite: Overwrite
-    fixed: Mapping[str, Values] = field(default_factory=dict)
+    index_arrays: Mapping[str, Values] = field(default_factory=dict)
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " examples"]:
@@ -116,7 +116,10 @@ class RunRows:
 
     def open(self) -> AbstractContextManager[Writer]:
         """Open the run directory to write the rows, or to resume; see `open_writer`."""
-        every = {**self.fixed, **({"documents/id": self.ids(range(len(self.data)))} if self.tokens else {})}
+        every = {
+            **self.index_arrays,
+            **({"documents/id": self.ids(range(len(self.data)))} if self.tokens else {}),
+        }
         names = {name: list(values) for name, values in every.items() if name.endswith("/id")}
         if not self.tokens:
             names["rows/id"] = self.ids(range(len(self.data)))
@@ -129,9 +132,9 @@ class RunRows:
     def finish(self, writer: Writer) -> Path:
         """Write the index, with the names of documents where rows are tokens."""
         if not self.tokens:
-            return writer.finish(self.fixed)
+            return writer.finish(self.index_arrays)
         documents = {"tokens/offsets": self.bounds, "documents/id": self.ids(range(len(self.data)))}
-        return writer.finish({**self.fixed, **documents})
+        return writer.finish({**self.index_arrays, **documents})
 
     def ids(self, examples: range) -> list[str]:
         """The names of examples as a store holds them; their numbers, where they have none."""

@@ -200,7 +200,7 @@ def join_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> Path:
             for span, path in _segments_of(stores).items():
                 if span not in writer.done:
                     writer.take(path)
-        return writer.finish({name: first.fixed(name) for name in first.header.fixed})
+        return writer.finish({name: first.index_array(name) for name in first.header.index_arrays})
 
 
 def _segments_of(stores: Sequence[Store]) -> dict[Span, Path]:
@@ -290,7 +290,9 @@ def _refuse_unlike(run: str | Path, kind: str, stores: Sequence[Store]) -> None:
 
 def _made_with(store: Store) -> dict[str, Any]:
     """What all parts have in common: settings, the number of rows, the names of queries."""
-    named = {name: store.fixed(name).tolist() for name in store.header.fixed if name.endswith("/id")}
+    named = {
+        name: store.index_array(name).tolist() for name in store.header.index_arrays if name.endswith("/id")
+    }
     return {**store.settings, "rows": store.rows, **named}
 
 

@@ -39,7 +39,7 @@ class Header:
         rows: how many rows the run has; `start` and `stop` say which of them this file has.
         settings: all that the rows depend on, as plain JSON values.
         arrays: of rows, each as one row of it is.
-        fixed: arrays without a row dimension.
+        index_arrays: arrays without a row dimension.
         segments: the rows of the files that an index joins; empty for a file that holds its rows itself.
         request: what was asked for, such as a command and its options: recorded, and never compared.
         format: the version of the layout.
@@ -51,7 +51,7 @@ class Header:
     stop: int
     settings: dict[str, Any]
     arrays: dict[str, ArraySpec]
-    fixed: dict[str, ArraySpec] = field(default_factory=dict)
+    index_arrays: dict[str, ArraySpec] = field(default_factory=dict)
     segments: tuple[Span, ...] = ()
     request: dict[str, Any] = field(default_factory=dict)
     format: int = field(default_factory=lambda: FORMAT)
@@ -82,7 +82,9 @@ def get_header(file: h5py.File) -> Header:
             f"{file.filename} has format {manifest['format']} and this gradfn reads "
             f"{' and '.join(map(str, READABLE))}: use the gradfn that made it"
         )
-    for group in ("arrays", "fixed"):
+    if manifest["format"] == 1:
+        manifest["index_arrays"] = manifest.pop("fixed")
+    for group in ("arrays", "index_arrays"):
         manifest[group] = {
             name: ArraySpec(spec["dtype"], tuple(spec["shape"])) for name, spec in manifest[group].items()
         }

@@ -101,9 +101,9 @@ class Store:
             arrays = self._stored(names, start, stop)
             yield start, stop, {name: decoded(array) for name, array in arrays.items()}
 
-    def fixed(self, name: str) -> np.ndarray:
-        """Return an array without a row dimension; strings come as an object array of `str`."""
-        spec = self._look_up(name, self.header.fixed)
+    def index_array(self, name: str) -> np.ndarray:
+        """Return an array of the index, without a row dimension; strings come as objects of `str`."""
+        spec = self._look_up(name, self.header.index_arrays)
         with reading(self.path) as file:
             return decoded(_dataset(file, name)[...].reshape(spec.shape))
 

@@ -141,8 +141,8 @@ class Writer:
             if name in whole.arrays:
                 for start, stop in self.done:
                     self._refuse_others(name, there.read(name, start, stop), wanted[start:stop], start)
-            elif name in whole.fixed:
-                self._refuse_others(name, there.fixed(name), wanted)
+            elif name in whole.index_arrays:
+                self._refuse_others(name, there.index_array(name), wanted)
 
     def _refuse_others(self, name: str, found: Iterable[str], wanted: Sequence[str], first: int = 0) -> None:
         for row, (a, b) in enumerate(zip_longest(found, wanted, fillvalue=MISSING), first):
@@ -207,11 +207,11 @@ class Writer:
         self._header = replace(self._header, arrays=arrays)
         self.done = sorted([*self.done, (there.start, there.stop)])
 
-    def finish(self, fixed: Mapping[str, Values] | None = None) -> Path:
+    def finish(self, index_arrays: Mapping[str, Values] | None = None) -> Path:
         """Write the index, which joins all rows, and return its path; of a part, what says it is complete.
 
         Args:
-            fixed: arrays without a row dimension, such as the texts of the queries.
+            index_arrays: arrays without a row dimension, such as the texts of the queries.
 
         Raises:
             InputError: rows are missing, or a segment is damaged.
@@ -220,10 +220,10 @@ class Writer:
         if self.complete:
             return self.index
         self._check_all_done()
-        stored = {name: as_array(name, values) for name, values in (fixed or {}).items()}
+        stored = {name: as_array(name, values) for name, values in (index_arrays or {}).items()}
         check_array_names([*self._header.arrays, *stored])
         specs = {name: ArraySpec(array.dtype.str, array.shape) for name, array in stored.items()}
-        header = replace(self._header, fixed=specs, segments=tuple(self.done))
+        header = replace(self._header, index_arrays=specs, segments=tuple(self.done))
         join = (
             (_copied_index if header.kind in COPIED_KINDS else _linked_index)
             if self._joins
@@ -243,15 +243,15 @@ class Writer:
             )
 
 
-def _index_of_part(file: h5py.File, joined: "Store", fixed: Mapping[str, np.ndarray]) -> None:
+def _index_of_part(file: h5py.File, joined: "Store", index_arrays: Mapping[str, np.ndarray]) -> None:
     """Write the index of a part, which says that it is complete and which segments hold its rows."""
-    put_all(file, joined.header, fixed)
+    put_all(file, joined.header, index_arrays)
 
 
-def _linked_index(file: h5py.File, joined: "Store", fixed: Mapping[str, np.ndarray]) -> None:
+def _linked_index(file: h5py.File, joined: "Store", index_arrays: Mapping[str, np.ndarray]) -> None:
     """Join the segments by virtual datasets, so that any HDF5 tool reads the index as one file."""
     header = joined.header
-    put_all(file, header, fixed)
+    put_all(file, header, index_arrays)
     for name, spec in header.arrays.items():
         shape, dtype = joined.shape(name), spec.stored_dtype
         if 0 in shape:
@@ -264,9 +264,9 @@ def _linked_index(file: h5py.File, joined: "Store", fixed: Mapping[str, np.ndarr
         file.create_virtual_dataset(name, layout, fillvalue=np.nan if dtype.kind == "f" else None)
 
 
-def _copied_index(file: h5py.File, joined: "Store", fixed: Mapping[str, np.ndarray]) -> None:
+def _copied_index(file: h5py.File, joined: "Store", index_arrays: Mapping[str, np.ndarray]) -> None:
     """Copy the segments, a bounded part at a time, so that the index can be moved without them."""
-    put_all(file, replace(joined.header, segments=()), fixed)
+    put_all(file, replace(joined.header, segments=()), index_arrays)
     for name, spec in joined.header.arrays.items():
         dataset = new_dataset(file, name, joined.shape(name), spec.stored_dtype)
         row_bytes = max(1, spec.stored_dtype.itemsize * int(np.prod(spec.shape)))

@@ -115,8 +115,8 @@ def test_tokens_sum_to_the_document_and_are_where_they_are_said_to_be(ok, base, 
     expected = gf.score(net, documents, query, method=gf.grad_dot()).numpy()
     with gf.open_store(tmp_path / "run", "scores") as store:
         scores, owners = store.read("scores"), store.read("rows/document")
-        offsets = store.fixed("tokens/offsets")
-        assert store.fixed("documents/id").tolist() == documents.ids
+        offsets = store.index_array("tokens/offsets")
+        assert store.index_array("documents/id").tolist() == documents.ids
         assert store.read("rows/token").tolist() == documents.input_ids.tolist()
         positions = store.read("rows/position")
         assert "scores_by" not in str(store.names())
@@ -185,7 +185,7 @@ def test_a_token_store_that_lost_a_segment_resumes(ok, base, tmp_path, monkeypat
     assert len(segments) > 3
     with gf.open_store(run) as store:
         before = {name: store.read(name) for name in store.names()}
-        offsets = store.fixed("tokens/offsets")
+        offsets = store.index_array("tokens/offsets")
     spans = [tuple(map(int, path.stem.split("-")[1:])) for path in segments]
     assert {edge for span in spans for edge in span} <= set(offsets.tolist())  # whole documents
     shutil.copytree(run, tmp_path / "cut")

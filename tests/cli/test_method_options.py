@@ -27,7 +27,7 @@ def scores_of(run):
 
 def ids_of(run):
     with gf.open_store(run, "scores") as store:
-        return store.fixed("queries/id").tolist()
+        return store.index_array("queries/id").tolist()
 
 
 def words(out):

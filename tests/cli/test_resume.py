@@ -148,7 +148,7 @@ def test_rows_under_other_ids(ok, otherwise, neox, renamed, tmp_path, command_na
 
     def ids():
         with gf.open_store(tmp_path / "run", kind) as store:
-            return store.fixed("documents/id") if flags else store.read("rows/id")
+            return store.index_array("documents/id") if flags else store.read("rows/id")
 
     data, _ = renamed("a")
     asked = ASK if command_name == "score" else ()

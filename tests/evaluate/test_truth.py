@@ -222,7 +222,7 @@ def truth_of(diverged, subsets=4, seeds=3, key=0):
 ])  # fmt: skip
 def test_means_are_over_the_same_seeds_in_every_subset(diverged, subsets, seeds):
     truth, of_subset = truth_of(diverged)
-    kept = truth.of_models(truth.kept())
+    kept = truth.of_models(truth.averaged())
     assert kept.numbers.tolist() == [n for n in subsets for _ in seeds]
     assert kept.seeds.tolist() == [7000 + seed for seed in seeds] * len(subsets)
     chosen, targets = truth.targets()
@@ -235,7 +235,7 @@ def test_means_are_over_the_same_seeds_in_every_subset(diverged, subsets, seeds)
 
 def test_a_seed_that_diverges_often_is_left_out_of_all_subsets():
     truth, _ = truth_of([*range(1, 40, 2)][:14], subsets=20, seeds=2)
-    kept = truth.of_models(truth.kept())
+    kept = truth.of_models(truth.averaged())
     assert (len(kept.numbers), kept.seeds.unique().tolist()) == (20, [7000])
 
 

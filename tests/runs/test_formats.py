@@ -51,7 +51,7 @@ def test_a_store_of_tokens():
         assert store.rows == 276
         gradients = read_gradients(store, 0, 2)["model.layers.0.self_attn.q_proj"]
         assert gradients.flatten().tolist() == pytest.approx([-1.9778297e-10, 1.7140843e-03], rel=1e-7)
-        assert store.fixed("documents/id").tolist() == ROWS
+        assert store.index_array("documents/id").tolist() == ROWS
         assert (store.read("rows/document")[-1], store.read("rows/position")[-1]) == (5, 46)
         assert rebuild(store) == chain(project(1))
 

@@ -147,7 +147,7 @@ def test_a_quote_is_closed():
     ("sjlt:64 >", "^'sjlt:64 >' has an empty stage: write one on each side of a >, or none alone$"),
     ("", "^'' has an empty stage"),
     ("none > sjlt:64", "^none is the full gradient and stands alone, not in 'none > sjlt:64': leave it out$"),
-    ("selective", "^'selective' names no run: give selective:RUN, where gradfn mask fit made a mask$"),
+    ("selective", "^'selective' names no run: give selective:RUN, where `mask_run` wrote a mask$"),
     ("selective:", "^'selective' names no run"),
     ('selective:""', "^'selective' names no run"),
     ("pca:4x4:", "^'pca:4x4:' is no projection: give pca:64x64:RUN"),

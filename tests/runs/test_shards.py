@@ -47,7 +47,7 @@ def all_of(count):
 def everything_in(run, kind="store"):
     with open_store(run, kind) as there:
         arrays = {name: there.read(name) for name in there.names()}
-        return arrays, {name: there.fixed(name) for name in there.header.fixed}, there.settings
+        return arrays, {name: there.index_array(name) for name in there.header.index_arrays}, there.settings
 
 
 def same(a, b, rtol=1e-9):
@@ -94,7 +94,7 @@ def test_equal_rows_are_cut_evenly():
 
 def test_more_shards_than_rows():
     with pytest.raises(
-        InputError, match=r"^3 rows do not go into 4 shards: give --shard I/3 or fewer parts$"
+        InputError, match=r"^3 rows do not go into 4 shards: give `shard=Shard\(I, 3\)`, or fewer shards$"
     ):
         shard_rows(np.ones(3, int), Shard(1, 4))
 
@@ -107,7 +107,7 @@ def test_a_shard_is_read(text):
 
 @pytest.mark.parametrize("text", ["", "3", "2/", "a/b", "-1/4", "1.0/2", "1/2/3", "²/3"])
 def test_what_is_no_shard(text):
-    with pytest.raises(InputError, match=r"^--shard takes I/N, the I-th of N parts, not .*: give 2/8, say$"):
+    with pytest.raises(InputError, match=r"^a shard is I/N, the I-th of N parts, not .*: give 2/8, say$"):
         parse_shard(text)
 
 
@@ -201,12 +201,14 @@ def test_missing_shards_are_named(tmp_path):
     for number in (2, 3):
         write(tmp_path, Shard(number, 5))
     refused(
-        tmp_path, r"^shards 1, 4 and 5 of 5 of the store of .* are missing: run their commands \(--shard 1"
+        tmp_path,
+        r"^shards 1, 4 and 5 of 5 of the store of .* are missing: run their commands \(`shard=Shard\(1",
     )
     write(tmp_path, Shard(1, 5))
     write(tmp_path, Shard(4, 5))
     refused(
-        tmp_path, r"^shard 5 of 5 of the store of .* is missing: run its command \(--shard 5/5\), then merge$"
+        tmp_path,
+        r"^shard 5 of 5 of the store of .* is missing: run its command \(`shard=Shard\(5, 5\)`\), then merge",
     )
 
 
@@ -251,9 +253,7 @@ def test_shards_that_were_cut_differently(tmp_path, sizes, words):
         with open_writer(shard_run(tmp_path, shard), "store", {}, 5, part=(part.start, part.stop)) as writer:
             writer.write(part.start, part.stop, {"value": np.zeros(len(part))})
             writer.finish()
-    refused(
-        tmp_path, f"^the shards of the store of .* {words}, at shard 2/2: make them again with --overwrite"
-    )
+    refused(tmp_path, f"^the shards of the store of .* {words}, at shard 2/2: make them again with `over")
 
 
 def test_a_damaged_shard_is_refused(tmp_path):
@@ -270,7 +270,7 @@ def test_rows_of_a_run_without_shards_are_not_mixed_in(tmp_path):
     for shard in all_of(2):
         write(tmp_path, shard)
     with pytest.raises(
-        InputError, match=r"has rows 0 to 3 of a run without --shard: add --overwrite to take"
+        InputError, match=r"has rows 0 to 3 of a run without shards: give `overwrite=True` to take"
     ):
         merge_run(tmp_path)
     merge_run(tmp_path, overwrite=True)
@@ -283,7 +283,7 @@ def test_all_rows_of_a_run_without_shards_are_not_taken_for_those_of_the_shards(
     with open_writer(tmp_path, "store", {}, 5) as writer:
         writer.write(0, 5, {"value": np.arange(5) + 100.0})
         writer.finish()
-    refused(tmp_path, r"has rows 0 to 5 of a run without --shard: add --overwrite to take")
+    refused(tmp_path, r"has rows 0 to 5 of a run without shards: give `overwrite=True` to take")
     merge_run(tmp_path, overwrite=True)
     np.testing.assert_array_equal(everything_in(tmp_path)[0]["value"], np.arange(5) * 10.0)
 
@@ -359,11 +359,11 @@ def test_what_was_made_otherwise_is_replaced_only_when_told(tmp_path):
 
 
 def test_a_run_without_shards(tmp_path):
-    with pytest.raises(
-        InputError, match=r"has no shards: write them with --shard I/N of build, score, hessian or retrain$"
-    ):
+    with pytest.raises(InputError, match=r"has no shards: write them with `shard=Shard\(I, N\)` of build"):
         merge_run(tmp_path)
-    with pytest.raises(InputError, match=r"has no shards of its store: write them with --shard I/N$"):
+    with pytest.raises(
+        InputError, match=r"has no shards of its store: write them with `shard=Shard\(I, N\)`$"
+    ):
         complete_shards(tmp_path, "store")
 
 
@@ -392,7 +392,7 @@ def test_a_part_is_read_by_the_numbers_of_its_rows(tmp_path):
 def test_a_part_that_was_cut_otherwise_is_not_resumed(tmp_path, part, words):
     write(tmp_path, Shard(2, 2))
     mine = open_writer(shard_run(tmp_path, Shard(2, 2)), "store", {}, 5, part=part)
-    with pytest.raises(InputError, match=f"{words}: add --overwrite"), mine:
+    with pytest.raises(InputError, match=f"{words}: give `overwrite"), mine:
         pass
 
 
@@ -481,7 +481,7 @@ def test_shards_without_tokens(model, tmp_path):
 def test_scores_in_shards_are_the_scores(model, documents, tmp_path, count, by_block):
     made = gf.chain(gf.project(3), gf.unit_normalize())
     queries = gf.collect(model, documents.select([2, 5]), made)
-    how = {"by_block": by_block, "fixed": {"queries/id": ["a", "b"]}}
+    how = {"by_block": by_block, "query_ids": ["a", "b"]}
     score_run(tmp_path / "whole", model, documents, queries, gf.methods.InnerProduct(made, made), **how)
     for shard in all_of(count):
         score_run(
@@ -499,7 +499,7 @@ def test_scores_in_shards_are_the_scores(model, documents, tmp_path, count, by_b
 
 def test_shards_scored_against_queries_of_other_names(model, documents, tmp_path):
     for shard, names in zip(all_of(2), ["ab", "ac"], strict=True):
-        fixed, plain = {"queries/id": [*names]}, gf.chain()
+        plain = gf.chain()
         queries = gf.collect(model, documents.select([2, 5]))
         score_run(
             tmp_path,
@@ -508,7 +508,7 @@ def test_shards_scored_against_queries_of_other_names(model, documents, tmp_path
             queries,
             gf.methods.InnerProduct(plain, plain),
             shard=shard,
-            fixed=fixed,
+            query_ids=[*names],
         )
     refused(
         tmp_path,
@@ -625,7 +625,9 @@ def test_second_sums_alone_need_the_first_pass_that_they_are_of(model, documents
 
 def test_a_second_pass_of_another_first_one_is_refused(model, documents, tmp_path):
     fit_in_shards(tmp_path, model, documents, ekfac(), gf.project(3), 2)
-    with pytest.raises(InputError, match=r"^the first pass in .* was made otherwise \(.*\): add --overwrite"):
+    with pytest.raises(
+        InputError, match=r"^the first pass in .* was made with other settings \(.*\): give `over"
+    ):
         hessian_shard(tmp_path, model, documents, ekfac(), gf.project(2), shard=Shard(1, 2))
     for shard in all_of(2):
         how = {"shard": shard, "overwrite": True}
@@ -646,7 +648,7 @@ def test_second_sums_that_were_copied_beside_another_first_pass_are_refused(mode
         hessian_shard(tmp_path / "b", model, documents, ekfac(), gf.project(2), shard=shard)
     for path in (tmp_path / "a").glob("shards/**/*second_sums*"):
         shutil.copy(path, tmp_path / "b" / path.relative_to(tmp_path / "a"))
-    words = "made after another first pass: run all shards again with --overwrite, then merge"
+    words = "made after another first pass: run all shards again with `overwrite=True`, then merge"
     refused(tmp_path / "b", words)
     for shard in all_of(2):
         how = {"shard": shard, "overwrite": True}
@@ -678,7 +680,7 @@ def test_sums_that_were_made_again_replace_a_curvature_only_when_told(model, doc
         writer.write(*part.span, sums)
         writer.finish()
     refused(
-        tmp_path, "^the hessian in .* is not of the sums of its shards, which were made again: add --over"
+        tmp_path, "^the hessian in .* is not of the sums of its shards, which were made again: give `over"
     )
     merge_run(tmp_path, overwrite=True)
     assert gf.runs.load_curvature(tmp_path).digest != before
@@ -688,7 +690,9 @@ def test_a_curvature_fitted_without_shards_is_replaced_only_when_told(model, doc
     gf.hessian(tmp_path, model, documents, kfac(), gf.project(3))
     for shard in all_of(2):
         hessian_shard(tmp_path, model, documents, kfac(), gf.project(3), shard=shard)
-    refused(tmp_path, "^the curvature in .* is of a run without --shard: add --overwrite to take that of the")
+    refused(
+        tmp_path, "^the curvature in .* is of a run without shards: give `overwrite=True` to take that of the"
+    )
     assert merge_run(tmp_path, overwrite=True)[0].kind == "hessian"
 
 

@@ -57,12 +57,12 @@ def test_settings_far_over_64_kilobytes(tmp_path):
 
 
 def test_a_store_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_module, "FORMAT", 2)
+    monkeypatch.setattr(file_module, "FORMAT", 3)
     write(tmp_path)
     monkeypatch.undo()
     with pytest.raises(InputError) as error:
         open_store(tmp_path)
-    one_sentence(error, "format 2", "reads 1")
+    one_sentence(error, "format 3", "reads 1 and 2")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -110,7 +110,7 @@ def test_scores_are_not_copied_from_a_damaged_segment(tmp_path):
 
 
 def test_no_flipped_byte_anywhere_changes_what_is_read(tmp_path):
-    write(tmp_path, slices(12), fixed={"queries/text": TEXTS})
+    write(tmp_path, slices(12), index_arrays={"queries/text": TEXTS})
     path, places = segment(tmp_path, 0, 12), random.Random(0)
     whole = path.read_bytes()
     refusals = []

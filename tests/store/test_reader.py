@@ -56,13 +56,13 @@ def test_chunks_and_parts_agree_with_the_whole(tmp_path, kind, step):
 @pytest.mark.parametrize("kind", ["store", "scores"])
 def test_fixed_arrays_have_no_rows(tmp_path, kind):
     fixed = {"queries/text": TEXTS, "queries/norm": np.arange(3.0), "mean": np.array(2.5), "none": []}
-    write(tmp_path, kind=kind, fixed=fixed)
+    write(tmp_path, kind=kind, index_arrays=fixed)
     store = open_store(tmp_path, kind)
-    assert list(store.fixed("queries/text")) == TEXTS
-    assert np.array_equal(store.fixed("queries/norm"), fixed["queries/norm"])
-    assert store.fixed("mean").shape == ()
-    assert store.fixed("mean") == 2.5
-    assert store.fixed("none").shape == (0,)
+    assert list(store.index_array("queries/text")) == TEXTS
+    assert np.array_equal(store.index_array("queries/norm"), fixed["queries/norm"])
+    assert store.index_array("mean").shape == ()
+    assert store.index_array("mean") == 2.5
+    assert store.index_array("none").shape == (0,)
     assert "queries/text" not in store.names()
 
 
@@ -146,7 +146,7 @@ def test_what_is_not_a_store(tmp_path):
 def test_names_that_are_not_there(tmp_path):
     write(tmp_path)
     store = open_store(tmp_path)
-    for call in (store.read, store.shape, store.fixed):
+    for call in (store.read, store.shape, store.index_array):
         with pytest.raises(InputError) as error:
             call("gradients/nope")
         one_sentence(error, "no array 'gradients/nope'", "choose from")
