@@ -64,7 +64,7 @@ def check_plot(path: str | Path) -> None:
     if Path(path).suffix.lower().removeprefix(".") not in FORMATS:
         raise InputError(f"cannot plot to {path}: give a name that ends in .png, .pdf or .svg")
     if find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib, which is not here: pip install 'gradfn[plot]'")
+        raise InputError("plots need matplotlib, which is not installed: pip install 'gradfn[plot]'")
 
 
 def plot_lds(
@@ -96,7 +96,7 @@ def plot_lds(
     'lds.png'
     """
     if not points or any(point.x <= 0 for point in points):
-        raise InputError(f"{len(points)} points to plot, all of which need a positive x: give some that have")
+        raise InputError(f"{len(points)} points to plot: give at least one, and to each a positive x")
     for point in points:
         if not all(map(isfinite, point[1:])):
             raise InputError(f"{point} has a number that is not finite: leave it out")
@@ -145,7 +145,7 @@ def plot_runs(
         if not all(map(isfinite, one)):
             raise InputError(f"{name} has a number that is not finite, {one}: leave it out")
     if unknown := sorted({*(dampings or {})} - {*runs}):
-        raise InputError(f"there are dampings of {unknown[0]}, which is no run here: leave them out")
+        raise InputError(f"there are dampings of {unknown[0]}, but no run of that name: leave them out")
     panels = 2 if dampings else 1
     height = max(1.7, 1.05 + 0.36 * len(runs)) if panels == 1 else max(3.2, 1.05 + 0.36 * len(runs))
     with _figure(path, panels, (6.4 if panels == 1 else 10.4, height)) as axes:
@@ -162,7 +162,7 @@ def plot_runs(
 
 @contextmanager
 def _figure(path: str | Path, panels: int, size: tuple[float, float]) -> Iterator[Sequence[Any]]:
-    """Axes of a figure that is written, whole or not at all, once they are filled."""
+    """Axes of a figure, which is written as a whole when the context ends without an error."""
     check_plot(path)
     import matplotlib
     from matplotlib.figure import Figure
@@ -210,7 +210,7 @@ def _bars(
 
 
 def _band(axis: Any, ceiling: Estimate | None, *, vertical: bool) -> None:
-    """The noise ceiling with its interval, labelled where it is."""
+    """The noise ceiling with its interval and its label."""
     if ceiling is None:
         return
     span, line = (axis.axvspan, axis.axvline) if vertical else (axis.axhspan, axis.axhline)
@@ -313,7 +313,7 @@ def _end_labels(axis: Any, ends: Mapping[str, tuple[float, float]], colours: Map
 
 
 class Label(NamedTuple):
-    """From where to where a label reaches, and how high it stands, in points."""
+    """The ends of a label along x, and its height, in points."""
 
     left: float
     right: float

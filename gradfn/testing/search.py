@@ -111,7 +111,9 @@ def short(value: Any) -> str:
     if isinstance(value, nn.Module):
         return _short_module(value, set())
     if isinstance(value, Tensor):
-        return _short_tensor(value)
+        if value.numel() > FEW:
+            return f"{'tensor' if bool(value.any()) else 'zeros'} {list(value.shape)}"
+        return str((value.double().round(decimals=4) if value.is_floating_point() else value).tolist())
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {short(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -121,12 +123,6 @@ def short(value: Any) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__.split(".<locals>")[0]
     return str(value) if type(value).__repr__ is not object.__repr__ else f"{type(value).__name__}()"
-
-
-def _short_tensor(value: Tensor) -> str:
-    if value.numel() <= FEW:
-        return str(value.double().round(decimals=4).tolist() if value.is_floating_point() else value.tolist())
-    return f"{'zeros' if not bool(value.any()) else 'tensor'} {list(value.shape)}"
 
 
 def _short_dataclass(value: Any) -> str:

@@ -271,7 +271,7 @@ def blocks(draw: Draw, *, min_rows: int = 1, max_rows: int = 4) -> Blocks:
 
 
 def dampings(*, factored: bool = False) -> st.SearchStrategy[Damping]:
-    """Dampings of every kind, "factored" only if told to, of which not every curvature is capable."""
+    """Dampings of every kind; "factored" only on demand, since not every curvature allows it."""
     kinds = ["relative", "absolute", "truncated", "tikhonov", *(["factored"] if factored else [])]
     return st.builds(Damping, st.sampled_from([0.03, 0.3, 1.7]), st.sampled_from(kinds))
 

@@ -75,11 +75,6 @@ def _rows(values: Blocks | Tensor, rows: slice | list[int]) -> Blocks | Tensor:
     return {name: G[rows] for name, G in values.items()} if isinstance(values, dict) else values[rows]
 
 
-def _finite(values: Blocks | Tensor) -> bool:
-    parts = values.values() if isinstance(values, dict) else [values]
-    return all(bool(G.isfinite().all()) for G in parts)
-
-
 def _pure(case: Applied) -> str:
     before = {name: G.clone() for name, G in case.blocks.items()}
     first = case.transform(case.blocks)
@@ -126,7 +121,9 @@ def _dtype(case: Applied) -> str:
 
 def _zero_is_finite(case: Applied) -> str:
     zeros = {name: torch.zeros_like(G) for name, G in case.blocks.items()}
-    return "" if _finite(case.transform(zeros)) else "a gradient of zero gives numbers that are not finite"
+    made = case.transform(zeros)
+    finite = all(bool(G.isfinite().all()) for G in (made.values() if isinstance(made, dict) else [made]))
+    return "" if finite else "a gradient of zero gives numbers that are not finite"
 
 
 def _linear(tolerance: float, case: Applied) -> str:

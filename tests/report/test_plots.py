@@ -132,13 +132,13 @@ def test_what_cannot_be_plotted_is_refused_before_any_work(tmp_path, monkeypatch
         plot_lds(POINTS, tmp_path / "lds.txt")
     with pytest.raises(InputError, match="0 points to plot"):
         plot_lds([], tmp_path / "lds.png")
-    with pytest.raises(InputError, match="need a positive x"):
+    with pytest.raises(InputError, match="to each a positive x"):
         plot_lds([Point("one", 0, 0.1, 0.0, 0.2)], tmp_path / "lds.png")
     for wrong in ((math.nan, 0.1), (math.inf, 0.1), (2, math.nan), (2, -math.inf)):
         with pytest.raises(InputError, match=r"^Point\(name='one'.* has a number that is not finite"):
             plot_lds([Point("one", *wrong, 0.0, 0.2)], tmp_path / "lds.png")
     with pytest.raises(
-        InputError, match=r"^there are dampings of two, which is no run here: leave them out$"
+        InputError, match=r"^there are dampings of two, but no run of that name: leave them out$"
     ):
         plot_runs({"one": Estimate(0.1, 0.0, 0.2)}, tmp_path / "lds.png", dampings={"two": {}})
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_what_cannot_be_plotted_is_refused_before_any_work(tmp_path, monkeypatch
         plot_runs({"one": Estimate(0.1, math.nan, math.nan)}, tmp_path / "runs.png")
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"plots need matplotlib, which is not here: pip install 'gradfn\[plot\]'"
+        InputError, match=r"plots need matplotlib, which is not installed: pip install 'gradfn\[plot\]'"
     ):
         plot_runs(RUNS, tmp_path / "runs.png")
     assert [*tmp_path.iterdir()] == []

@@ -1,4 +1,4 @@
-"""How a case is found and told."""
+"""How a case is found and described."""
 
 import itertools
 import re
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradfn.testing import BrokenLawError, difference
-from gradfn.testing.search import refute, short, told
+from gradfn.testing.search import describe, refute, short
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def test_the_smallest_case_is_shown_with_its_rows():
 
 def test_of_many_rows_the_first_are_shown():
     case = Number(3, [{"x": torch.ones(1)}] * 41)
-    assert told(case).splitlines()[-2:] == ["  rows 11: {x: [1.0]}", "  rows: 29 more"]
+    assert describe(case).splitlines()[-2:] == ["  rows 11: {x: [1.0]}", "  rows: 29 more"]
 
 
 def test_what_is_not_a_function_is_said():
