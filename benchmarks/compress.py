@@ -39,7 +39,7 @@ from gradfn.evaluate.subsets import random_subsets
 from gradfn.linalg.kron import apply_side
 from gradfn.linalg.maps import random_map
 from gradfn.model.layers import Linear
-from gradfn.train.training import Training, train
+from gradfn.train import Training, train
 from gradfn.transforms import compress, lower, project
 from gradfn.types import BlockSpec
 
@@ -138,7 +138,7 @@ def pullback(width: int, transform: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """From a layer's input and output gradient to its transformed gradients, as the engine does it."""
     plan = lower(transform, [BlockSpec("layer", (width, width))]).plans["layer"]
     layer = Linear(width, width, False)
-    return lambda x, g: plan.within(layer.contract(layer.keep(x, plan.kron.right), g, plan.kron, False))
+    return lambda x, g: plan.within(layer.contract(layer.save_input(x, plan.kron.right), g, plan.kron, False))
 
 
 def job_factors(repeats: int) -> None:

@@ -39,16 +39,16 @@ import gradfn as gf
 from gradfn.engine.stream import gather
 from gradfn.evaluate.ceiling import noise_ceiling_estimate
 from gradfn.evaluate.comparison import Compared, compare, damping_curve
-from gradfn.evaluate.scored import Scored
 from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import Truth, retrain
-from gradfn.exact.exact import cg, gauss_newton_product, params_of_blocks
+from gradfn.exact import cg, gauss_newton_product, params_of_blocks
 from gradfn.methods import RECIPES, Problem
 from gradfn.methods.recipes import times_doubt, weighted_sum
 from gradfn.report.plots import Point, plot_lds, plot_runs
 from gradfn.runs.masks import projection_named
+from gradfn.scores import Scores
 from gradfn.statistics.mask import selective_mask
-from gradfn.train.training import Training, learning_rate, make_trainer, train
+from gradfn.train import Training, learning_rate, make_trainer, train
 from gradfn.transforms import chain, compress
 from gradfn.transforms.joint import joint
 from gradfn.transforms.projection import lenient
@@ -358,7 +358,7 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
             moments = {name: value[number : number + 1] for name, value in stack.moments.items()}
             by_block = gf.model.blocks_of(gf.model.find_sites(model), moments)
             normalize = gf.chain(gf.adam({name: v[0] for name, v in by_block.items()}))
-        rows = gf.engine.Kept(setting.train, gf.chain(normalize, projection))
+        rows = gf.engine.CachedRows(setting.train, gf.chain(normalize, projection))
         subject = gf.Subject(model, loss, token_batch_size=setting.batch)
         problem = Problem(
             subject, rows, setting.query, normalize=normalize, projection=projection,
@@ -456,7 +456,7 @@ def run_case(name: str, folder: Path, out: Path, plots: Path | None, only: Seque
         scores, numbers = score(setting, entry)
         seconds = time.perf_counter() - start
         dampings = tuple("none" if d is None else str(d) for d in entry.dampings)
-        runs.append(Scored(entry.name, scores, dampings, *ids, {}))
+        runs.append(Scores(scores, *ids, dampings, name=entry.name))
         beside.append((entry, numbers, seconds))
         print(f"  {entry.name}: {seconds:.1f} s", flush=True)
     told = compare(runs, subsets, losses)
@@ -494,7 +494,7 @@ def table(name: str, case: Case, told: Sequence[Compared], beside: Any, ceiling:
 
 
 def draw(
-    name: str, plots: Path, runs: Sequence[Scored], told: Sequence[Compared], beside: Any, ceiling: Any,
+    name: str, plots: Path, runs: Sequence[Scores], told: Sequence[Compared], beside: Any, ceiling: Any,
     subsets: Tensor, losses: Tensor, queries: Tensor,
 ) -> None:  # fmt: skip
     """LDS against dimension and against time, and damping curves."""

@@ -14,7 +14,7 @@ from . import testing as testing
 from . import train as train
 from . import transforms as transforms
 from .data import Documents, make_documents
-from .engine import collect, per_example_grads, probe_engine
+from .engine import collect, per_example_grads, probe_engine, tap
 from .errors import InputError, StorageError
 from .evaluate import retrain
 from .hf import load_model, load_rows, load_tokenizer, text_query, tokenize
@@ -101,6 +101,7 @@ __all__ = [
     "second_moment",
     "shampoo",
     "statistics",
+    "tap",
     "testing",
     "text_query",
     "tkfac",

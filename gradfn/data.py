@@ -1,4 +1,4 @@
-"""Tokenised documents, flat in memory; images, read when asked for; and how rows become batches."""
+"""Tokenised documents, pairs and images in rows, and how rows become batches."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -38,11 +38,11 @@ class Documents:
         ids: the name of each row.
         texts: what to show of each row.
         extras: one number a row by name: "weight", which multiplies a row's loss; "labels", a class or a
-            number, which stands in for the token labels and brings an attention mask with it.
-        masked: whether labels are of masked tokens: any position may be supervised, the first too, and an
-            attention mask says what is padding.
-        token_types: which of two texts each token is of, int32 `[tokens]`, for models that are told; None
-            is 0 everywhere.
+            number, which replaces the labels of tokens. With "labels", examples have an attention mask.
+        masked: whether labels are those of masked tokens. Then any position may be supervised, also the
+            first, and examples have an attention mask.
+        token_types: which of two texts each token belongs to, int32 `[tokens]`, for models that read this;
+            None is 0 everywhere.
 
     Raises:
         InputError: the fields do not describe the same rows.
@@ -92,7 +92,7 @@ class Documents:
         return len(self.ids)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        row = range(len(self))[row]  # bounds check and negative rows, as a list would
+        row = range(len(self))[row]  # checks bounds, and allows negative rows, like a list
         span = slice(self.offsets[row], self.offsets[row + 1])
         example = {
             "input_ids": torch.from_numpy(self.input_ids[span].astype(np.int64)),
@@ -116,7 +116,7 @@ class Documents:
         if "labels" in self.extras:
             return np.ones(len(self), np.int64)
         counts = np.zeros(len(self), np.int64)
-        filled = self.lengths > 0  # reduceat gives nonsense for empty rows
+        filled = self.lengths > 0  # reduceat would give wrong numbers for empty rows
         if filled.any():
             starts = self.offsets[:-1][filled]
             mask = self.labels != IGNORED
@@ -143,7 +143,7 @@ class Documents:
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits of token ids, labels, offsets, extras and token types, which are computed on."""
+        """16 hex digits of everything that gradients depend on: ids, labels, offsets, extras, token types."""
         digest = hashlib.sha256(b"masked" if self.masked else b"")
         for array, kind in ((self.input_ids, "<i4"), (self.labels, "<i4"), (self.offsets, "<i8")):
             digest.update(len(array).to_bytes(8, "little"))
@@ -155,11 +155,11 @@ class Documents:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Rows of an input and of the output that it is to be mapped to, for encoder-decoder models.
+    """Rows of an input and its output, for encoder-decoder models.
 
     Args:
-        inputs: what the encoder reads; its ids name the rows and its extras are theirs.
-        outputs: what the decoder is to say; every token of it is supervised.
+        inputs: what the encoder reads. Its ids and extras are those of the rows.
+        outputs: what the decoder should say. Every token of it is supervised.
 
     Raises:
         InputError: there are not as many inputs as outputs.
@@ -193,7 +193,7 @@ class Pairs:
 
     @property
     def texts(self) -> list[str]:
-        """What to show of each row: the input, and after an arrow the output."""
+        """What to show of each row: the input, an arrow, the output."""
         pairs = zip(self.inputs.texts, self.outputs.texts, strict=True)
         return [f"{asked} → {said}" for asked, said in pairs]
 
@@ -224,13 +224,13 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Rows of images, each with a class; the pixels of a row are made when it is asked for.
+    """Rows of images, each with a class. The pixels of a row are made when the row is read.
 
     Args:
-        pixels: of an image by its number, float `[channels, height, width]`, the same numbers every time.
-        digests: what the pixels of each image are made from, told apart by a text.
+        pixels: `pixels(image) -> [channels, height, width]`, float, the same numbers every time.
+        digests: a text for each image that is different if its pixels are.
         numbers: the image of each row, int64 `[rows]`.
-        tokens: what a row counts as in a batch, the same for all: its patches, say.
+        tokens: how many tokens a row counts as in a batch: the number of its patches, say.
         ids: the name of each row.
         texts: what to show of each row.
         extras: one number a row by name: "labels", the class; "weight", which multiplies a row's loss.
@@ -274,7 +274,7 @@ class Images:
 
     @property
     def lengths(self) -> Int64[np.ndarray, " rows"]:
-        """What each row counts as in a batch."""
+        """How many tokens each row counts as in a batch."""
         return np.full(len(self), self.tokens, np.int64)
 
     @property
@@ -290,7 +290,7 @@ class Images:
         return Images(self.pixels, self.digests, self.numbers[chosen], self.tokens, ids, texts, extras)
 
     def fingerprint(self) -> str:
-        """16 hex digits of what the pixels are made from, and of the extras."""
+        """16 hex digits of the images' digests and of the extras."""
         digest = hashlib.sha256("\0".join(self.digests[number] for number in map(int, self.numbers)).encode())
         _digest_extras(digest, self.extras)
         return digest.hexdigest()[:16]
@@ -317,13 +317,13 @@ def make_documents(
     """Documents from one sequence of token ids a row.
 
     Args:
-        input_ids: token ids, one sequence a row; empty rows are kept.
+        input_ids: token ids, one sequence a row, which may be empty.
         labels: the same shape, -100 where not supervised; `input_ids` themselves if not given.
         ids: the name of each row; row numbers if not given.
         texts: what to show of each row; empty if not given.
 
     Raises:
-        InputError: labels of another length than their row; what is no whole number.
+        InputError: labels of another length than their row; something that is not a whole number.
 
     >>> make_documents([[1, 2, 3]], [[-100, -100, 3]]).supervised
     array([1])
@@ -342,15 +342,15 @@ def make_documents(
 
 
 def check_lengths(lengths: Int64[np.ndarray, " rows"], others: Int64[np.ndarray, " _"], noun: str) -> None:
-    """Refuse what does not pair with tokens one to one.
+    """Refuse labels, or something like them, that are not one for each token.
 
     Args:
         lengths: tokens of each row.
-        others: labels, say, of each row.
-        noun: what the others are, in the plural.
+        others: the number of labels (or the like) of each row.
+        noun: what they are, in the plural, for the message.
 
     Raises:
-        InputError: naming the first row that differs.
+        InputError: a row has more or fewer; the first one is named.
     """
     if len(lengths) != len(others):
         raise InputError(
@@ -372,8 +372,8 @@ def offsets_of(lengths: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " bound
 def plan_batches(lengths: Int64[np.ndarray, " rows"], token_batch_size: int) -> list[np.ndarray]:
     """Cut rows, longest first, into batches with `rows * longest <= token_batch_size`.
 
-    A row longer than the budget is a batch of its own. The largest batches come first, so that running out
-    of memory happens at once and not after an hour; equal lengths keep their order.
+    A row longer than the budget is a batch of its own. The largest batches come first, so that memory runs
+    out at once or never. Rows of equal length stay in their order.
 
     Args:
         lengths: tokens of each row.
@@ -406,7 +406,7 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack examples into a batch; sequences of unequal length are padded on the right.
 
     `labels` are padded with -100 and everything else with 0; a batch of empty sequences is one position long.
-    Where `input_ids` are padded and nothing says so, an `attention_mask` does.
+    Where `input_ids` are padded, an `attention_mask` is added.
 
     Args:
         examples: mappings with the same keys; tensors of one key differ in shape only if they have one axis.
@@ -415,7 +415,7 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         One tensor a key, with a leading batch axis.
 
     Raises:
-        InputError: no examples, different keys, values that are no tensors, or shapes that cannot be padded.
+        InputError: no examples, different keys, values that are not tensors, or shapes that cannot be padded.
 
     >>> short, long = make_documents([[5], [6, 7]])
     >>> collate([short, long])["labels"]
@@ -458,7 +458,7 @@ def _chosen(count: int, rows: Any) -> Int64[np.ndarray, " chosen"]:
     """The numbers of the rows that a list, an array, a tensor, a mask, a slice or a number selects."""
     which = rows if isinstance(rows, slice) else np.asarray(rows)
     if isinstance(which, np.ndarray) and which.size == 0:
-        which = which.astype(np.int64)  # an empty list has no kind of its own
+        which = which.astype(np.int64)  # an empty list would be one of floats
     return np.atleast_1d(np.arange(count)[which])
 
 
@@ -467,5 +467,5 @@ def _flat(rows: Sequence[Sequence[int]], lengths: Int64[np.ndarray, " rows"]) ->
         return np.fromiter(map(index, chain.from_iterable(rows)), np.int32, count=int(lengths.sum()))
     except (TypeError, OverflowError) as error:
         raise InputError(
-            f"token ids and labels are whole numbers of 32 bits ({error}): mend the rows"
+            f"token ids and labels are whole numbers of 32 bits ({error}): correct the rows"
         ) from error

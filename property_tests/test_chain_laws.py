@@ -120,7 +120,7 @@ def test_every_site_of_a_tied_weight_counts_from_the_first_call():
     other.weight, other.bias = layer.weight, layer.bias
     model = torch.nn.Sequential(layer, other)
     engine = Engine(model, squared_error(model), chain(), find_sites(model))
-    assert engine.known.shared == {"0"}
+    assert engine.facts.shared == {"0"}
 
 
 @given(seeds(), seeds())

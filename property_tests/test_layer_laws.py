@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from tests.test_conformance import CASES
 
 from gradfn.testing import check_layer
+from tests.engine.test_conformance import CASES
 
 
 def inputs(shape):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from gradfn.engine.stream import collect
 from gradfn.methods import grad_cosine, grad_dot
-from gradfn.methods.scoring import dots, score, top_k
+from gradfn.methods.scoring import dots, score
+from gradfn.scores import top_k
 from gradfn.testing import assert_blocks_close, chains, naive_blocks, problems, seeds
 from gradfn.testing.strategies import shapes_of
 from gradfn.transforms import dot, unit_normalize

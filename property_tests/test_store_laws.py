@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gradfn.runs.store import differing, open_store, open_writer
+from gradfn.store import differing, open_store, open_writer
 
 DTYPES = st.sampled_from(["f2", "f4", "f8", "i4", "i8", "u1", "?", ">f4", "c8"])
 NAMES = st.sampled_from(["gradients/a.b", "gradients/a", "rows/id", "rows/loss", "scores", "grüße/日本"])

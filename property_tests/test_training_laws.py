@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from gradfn.testing.models import randomize
-from gradfn.train.training import Training, make_trainer
+from gradfn.train import Training, make_trainer
 
 ROWS = 9
 NET = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()

@@ -91,7 +91,7 @@ def test_select_takes_whatever_indexes(docs, rows):
 def test_tokens_that_are_no_numbers_of_32_bits():
     for rows in ([[2**40]], None), ([[5]], [[2**40]]):
         with pytest.raises(
-            InputError, match=r"^token ids and labels are whole numbers of 32 bits .*: mend the"
+            InputError, match=r"^token ids and labels are whole numbers of 32 bits .*: correct the"
         ):
             make_documents(*rows)
 

@@ -1,6 +1,7 @@
 """The Typer application and how errors are told."""
 
 import errno
+import re
 import sys
 from typing import Any
 
@@ -23,6 +24,21 @@ app = typer.Typer(
     },
 )
 
+FLAGS = {
+    "with `overwrite=True`": "with --overwrite",
+    "give `overwrite=True`": "add --overwrite",
+    "`merge_run`": "gradfn merge",
+    "`mask_run` wrote a mask": "gradfn mask fit made a mask",
+    "without `shard`": "without --shard",
+    "end the transform in `unit_normalize()`": "add --unit-normalize",
+    "`View(tokens=False)`": "--by example",
+    "without a projection, a unit norm and a curvature": "with --projection none, and without "
+    "--unit-normalize and --hessian-path",
+    "the same data and queries": "the same --dataset and --query",
+    "the same data, queries and tokenizer": "the same --dataset, --query, columns and tokenizer",
+}
+"""What messages of the library say, and how the command line says it."""
+
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 UsageError: Any = typer.BadParameter.__base__
@@ -43,10 +59,18 @@ def _sentence(error: Exception) -> str:
         return f"{error.format_message().rstrip('.')}: see {command} --help"  # pyright: ignore
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, InputError | StorageError) or full:
-        return str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+        return _with_flags(str(error.strerror if isinstance(error, OSError) and error.strerror else error))
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         return f"out of memory ({str(error) or 'RAM'}): lower --token-batch-size, or --projection-dim"
     return f"{type(error).__name__}: {error} (gradfn's fault: run again with --debug and tell us)"
+
+
+def _with_flags(text: str) -> str:
+    """A message of the library, in which arguments are named as the command line spells them."""
+    text = re.sub(r"`shard=Shard\((\w+), (\w+)\)`", r"--shard \1/\2", text)
+    for argument, flag in FLAGS.items():
+        text = text.replace(argument, flag)
+    return text
 
 
 def _version(wanted: bool) -> bool:

@@ -11,8 +11,9 @@ from gradfn.cli.show import console, count, facts, progress_bar
 from gradfn.cli.stages import dampings_of, load_stages
 from gradfn.cli.tell import gradients_line, subject_facts, unprobed_facts
 from gradfn.errors import InputError
-from gradfn.hf.datasets import load_rows
-from gradfn.runs.gradients import Summary, build, reduce
+from gradfn.hf import load_rows
+from gradfn.runs.gradients import build, reduce
+from gradfn.runs.rows import Summary
 from gradfn.runs.shards import Shard, parse_shard
 from gradfn.transforms import Chain
 

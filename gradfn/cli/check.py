@@ -29,8 +29,8 @@ from gradfn.engine.check import (
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.precision import EPS, multiplying
 from gradfn.errors import InputError
-from gradfn.hf.datasets import load_rows
-from gradfn.hf.models import PRECISIONS, context_length
+from gradfn.hf import context_length, load_rows
+from gradfn.hf.models import PRECISIONS
 from gradfn.transforms import project
 
 ROWS, TOKENS = 32, 4096

@@ -22,11 +22,13 @@ from gradfn.evaluate.correlation import correlation
 from gradfn.evaluate.mislabel import auroc, average_precision, check_k, precision_at
 from gradfn.evaluate.overlap import jaccard, top_overlap
 from gradfn.evaluate.retrieval import recall_at, reciprocal_rank, source_name
-from gradfn.evaluate.scored import Scored, in_words, open_scored, refuse_other_data
+from gradfn.evaluate.scored import evaluated_scores, in_words, made_of, refuse_other_data
 from gradfn.evaluate.subsets import FEWEST
 from gradfn.evaluate.truth import Truth, open_truth
-from gradfn.hf.datasets import load_rows, row_names
+from gradfn.hf import load_rows, row_names
 from gradfn.report.plots import check_plot, plot_runs
+from gradfn.runs.provenance import DataSource
+from gradfn.scores import Scores
 
 Row = Mapping[str, Any]
 
@@ -65,10 +67,10 @@ def run_brittleness(**options: Any) -> None:
 def run_mislabel(**options: Any) -> None:
     """Compare self-influence with the rows that are known to be wrong."""
     _check(options)
-    run = open_scored(options["run"])
-    if run.made.get("query") != "self":
+    run = evaluated_scores(options["run"])
+    if made_of(run.settings).query != "self":
         raise InputError(
-            f"{options['run']} has scores for {count(run.scores.shape[2], 'query')}, expected those of every "
+            f"{options['run']} has scores for {count(run.values.shape[2], 'query')}, expected those of every "
             "row with itself: make them with gradfn score --self"
         )
     wrong = _marked(run, options)
@@ -110,7 +112,7 @@ def run_overlap(**options: Any) -> None:
                 f"{path} has scores for {len(run.dampings)} dampings, and an overlap is of two scores: score "
                 "with one --damping"
             )
-    a, b, k = first.scores[0], second.scores[0], options["top"]
+    a, b, k = first.values[0], second.values[0], options["top"]
     found = {
         "overlap": mean_estimate(top_overlap(a, b, k)),
         "jaccard": mean_estimate(jaccard(a, b, k)),
@@ -132,7 +134,7 @@ def run_overlap(**options: Any) -> None:
 # --- lds and loo
 
 
-def _show_comparison(truth: Truth, runs: list[Scored], options: Options, *, title: str) -> None:
+def _show_comparison(truth: Truth, runs: list[Scores], options: Options, *, title: str) -> None:
     for run, path in zip(runs, options["runs"], strict=True):
         refuse_other_data(run, truth, path, options["truth"])
     subsets, losses = truth.targets()
@@ -323,15 +325,15 @@ def _signed(one: Estimate) -> str:
 # --- known answers
 
 
-def _marked(run: Scored, options: Options) -> Tensor:
+def _marked(run: Scores, options: Options) -> Tensor:
     """Which rows of the run are wrong, by the column of the dataset."""
-    column, recorded = options["label_column"], run.made.get("data", {})
-    path = options["dataset"] or recorded.get("path")
+    column, recorded = options["label_column"], made_of(run.settings).data or DataSource()
+    path = options["dataset"] or recorded.path
     if path is None:
         raise InputError(
             f"no dataset is known for {options['run']}: give the one that was scored as --dataset"
         )
-    rows = load_rows(path, options["split"] or recorded.get("split") or "train")
+    rows = load_rows(path, options["split"] or recorded.split or "train")
     if column not in rows.column_names:
         raise InputError(
             f"no column {column!r} in the dataset, which has {', '.join(rows.column_names)}: "
@@ -348,8 +350,8 @@ def _marked(run: Scored, options: Options) -> Tensor:
     return torch.tensor([bool(value) for value in values])
 
 
-def _mislabel_row(run: Scored, number: int, wrong: Tensor, k: int) -> dict[str, Any]:
-    scores = run.scores[number, :, 0]
+def _mislabel_row(run: Scores, number: int, wrong: Tensor, k: int) -> dict[str, Any]:
+    scores = run.values[number, :, 0]
     found = auroc(scores, wrong), average_precision(scores, wrong), precision_at(scores, wrong, k)
     names = ("auroc", "average_precision", "precision_at_k")
     shown = ("AUROC", "average precision", f"precision@{k}")
@@ -359,9 +361,9 @@ def _mislabel_row(run: Scored, number: int, wrong: Tensor, k: int) -> dict[str, 
     }  # fmt: skip
 
 
-def _sources(run: Scored, options: Options) -> tuple[Tensor, list[int]]:
+def _sources(run: Scores, options: Options) -> tuple[Tensor, list[int]]:
     """Which rows are known sources, `[rows, queries asked]`, and the numbers of the queries that have one."""
-    told = run.made.get("query")
+    told = made_of(run.settings).query
     path = options["query"] or (told.get("path") if isinstance(told, Mapping) else None)
     if path is None:
         raise InputError(f"no dataset of queries is known for {run.name}: give the one scored as --query")
@@ -401,9 +403,9 @@ def _refuse_other_ids(rows: Any, ids: Sequence[str], run: str, path: str, option
         )
 
 
-def _recall_rows(run: Scored, sources: Tensor, k: int) -> list[dict[str, Any]]:
+def _recall_rows(run: Scores, sources: Tensor, k: int) -> list[dict[str, Any]]:
     table = []
-    for damping, scores in zip(run.dampings, run.scores, strict=True):
+    for damping, scores in zip(run.dampings, run.values, strict=True):
         first, among = (mean_estimate(recall_at(scores, sources, n)) for n in (1, k))
         mrr = mean_estimate(reciprocal_rank(scores, sources))
         row = {"run": run.name, "damping": damping, "k": k, "queries": sources.shape[1]}
@@ -438,11 +440,11 @@ def _opened_truth(path: str) -> Truth:
     return truth
 
 
-def _opened(paths: Sequence[str]) -> list[Scored]:
+def _opened(paths: Sequence[str]) -> list[Scores]:
     """The runs, by the last part of their path, or the whole of it where that names two."""
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise InputError(f"a run is given twice in {', '.join(paths)}: give each once")
-    runs = [open_scored(path) for path in paths]
+    runs = [evaluated_scores(path) for path in paths]
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs

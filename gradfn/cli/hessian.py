@@ -10,7 +10,7 @@ from gradfn.cli.show import console, count, facts, progress_bar
 from gradfn.cli.stages import COMPONENTS, check_fit, load_stages
 from gradfn.cli.tell import gradients_line, subject_facts
 from gradfn.errors import InputError
-from gradfn.hf.datasets import load_rows
+from gradfn.hf import load_rows
 from gradfn.runs.curvatures import hessian, mix_runs
 from gradfn.runs.merge import hessian_shard
 from gradfn.runs.shards import Shard, parse_shard, shard_run

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from gradfn.cli.show import console, count, facts
-from gradfn.runs.shards import in_words, is_complete, listed, shards_of
-from gradfn.runs.store import Store, index_path, open_store
+from gradfn.runs.shards import is_complete, kind_name, listed, shards_of
+from gradfn.store import Store, index_path, open_store
 
 KINDS = ("store", "scores", "hessian", "basis", "mask", "truth")
 
@@ -39,7 +40,7 @@ def _shard_facts(run: str) -> Iterator[tuple[str, str]]:
             absent = sorted({*range(1, total + 1)} - {*done, *begun})
             states = (("complete", done), ("incomplete", begun), ("missing", absent))
             words = [f"{listed(numbers)} {state}" for state, numbers in states if numbers]
-            yield "shards", f"{in_words(kind)}, of {total}: {'; '.join(words)}"
+            yield "shards", f"{kind_name(kind)}, of {total}: {'; '.join(words)}"
 
 
 def _lines(store: Store) -> Iterator[tuple[str, str]]:
@@ -49,7 +50,7 @@ def _lines(store: Store) -> Iterator[tuple[str, str]]:
         name, shape = blocks[0].split("/", 1)[1], " x ".join(map(str, store.shape(blocks[0])[1:]))
         yield "gradients", f"{count(len(blocks), 'block')}, such as {name} [{shape}]"
     if "scores" in arrays:
-        queries = count(store.shape("scores")[1], "query")
+        queries = count(prod(store.shape("scores")[1:]), "query")
         yield "scores", f"{count(store.rows, 'row')} x {queries}; positive = proponent"
     if store.header.kind in ("hessian", "basis"):
         kind, rows = store.read("fit/kind")[0], int(store.read("fit/rows")[0])

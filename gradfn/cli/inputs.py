@@ -16,28 +16,26 @@ from gradfn import example
 from gradfn.data import Corpus, Documents, Images, Pairs
 from gradfn.engine.precision import Products, multiplying, products_of
 from gradfn.errors import InputError
-from gradfn.hf.datasets import (
-    check_vocabulary,
-    tokenize,
-    tokenize_pairs,
-    with_labels,
-    with_weights,
-)
-from gradfn.hf.images import load_images
-from gradfn.hf.masking import mask_tokens, masking_of
-from gradfn.hf.models import (
+from gradfn.hf import (
     check_device,
+    check_vocabulary,
     context_length,
+    load_images,
     load_model,
     load_processor,
     load_tokenizer,
     processor_fingerprint,
+    tokenize,
+    tokenize_pairs,
     tokenizer_fingerprint,
+    with_labels,
+    with_weights,
 )
+from gradfn.hf.masking import mask_tokens, masking_of
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import CausalLMLoss, ModelLoss, causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head
-from gradfn.runs.gradients import loss_settings, merged
+from gradfn.runs.provenance import loss_source
 from gradfn.subject import Subject as LibrarySubject
 
 Options = Mapping[str, Any]
@@ -73,7 +71,7 @@ class Subject:
     @property
     def task(self) -> str:
         """What the model does with a row."""
-        return task_of(loss_settings(self.loss))
+        return task_of(loss_source(self.loss).to_json())
 
     @property
     def attention(self) -> str | None:
@@ -124,10 +122,10 @@ class Subject:
 
     def loss_settings(self, loss: CausalLMLoss | ModelLoss) -> dict[str, Any]:
         """What a run records of a loss, and where its reference is."""
-        known = loss_settings(loss)
-        if known["reference"] is None or self.reference is None:
-            return known
-        return merged(known, {"reference": {"path": anchored(self.reference)}})
+        known = loss_source(loss)
+        if known.reference is None or self.reference is None:
+            return known.to_json()
+        return replace(known, reference=replace(known.reference, path=anchored(self.reference))).to_json()
 
 
 def anchored(path: str | Path) -> str:

@@ -1,6 +1,7 @@
 """`gradfn mask fit`: which coordinates of gradients to keep."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ from gradfn.cli.stages import normalizer
 from gradfn.cli.tell import subject_facts
 from gradfn.errors import InputError
 from gradfn.model.sites import find_sites
-from gradfn.runs.gradients import describe, merged, open_gradients
+from gradfn.runs.gradients import open_gradients
 from gradfn.runs.masks import FEWEST, Mask, Reports, block_shapes, check_stores, mask_run, stored_mask
-from gradfn.runs.store import index_path
+from gradfn.runs.provenance import Provenance, describe
 from gradfn.statistics.mask import Dims, Watch, check_dims, selective_mask
+from gradfn.store import index_path
 from gradfn.transforms import chain
 from gradfn.transforms.projection import is_number, quoted
 
@@ -73,7 +75,7 @@ class _Given(NamedTuple):
     """What a mask is fitted to: the blocks' shapes, what their gradients depend on, and the fit itself."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    settings: dict[str, Any]
+    settings: Provenance
     fit: Callable[[Watch], tuple[Mask, Reports]]
 
 
@@ -105,7 +107,8 @@ def _of_model(options: inputs.Options, dims: Dims) -> _Given:
         how["query_loss"] = subject.loss_settings(subject.query_loss)
     known = describe(subject.bare(), train, before)
     shapes = {site.block: site.spec.shape for site in find_sites(subject.model, subject.view)}
-    return _Given(shapes, merged(known, {**subject.settings(), "mask": {**_settings(options), **how}}), fit)
+    made = known.merged({**subject.settings(), "mask": {**_settings(options), **how}})
+    return _Given(shapes, made, fit)
 
 
 def _of_stores(options: inputs.Options, dims: Dims) -> _Given:
@@ -124,7 +127,7 @@ def _of_stores(options: inputs.Options, dims: Dims) -> _Given:
     console().print(facts(lines))
     asked = {key: query.settings[key] for key in ("data", "aggregation") if key in query.settings}
     how = {**_settings(options), "query": asked}
-    known = {**train.settings, "gradfn": gradfn.__version__, "mask": how}
+    known = replace(Provenance.of(train), version=gradfn.__version__, mask=how, request=None)
 
     def fit(watch: Watch) -> tuple[Mask, Reports]:
         return stored_mask(train, query, dims, rows=options["rows"], seed=options["seed"], watch=watch)

@@ -6,8 +6,8 @@ from gradfn.cli.inputs import Options
 from gradfn.errors import InputError
 from gradfn.linalg.maps import Kind
 from gradfn.runs.curvatures import open_curvature
-from gradfn.runs.gradients import transform_of
 from gradfn.runs.masks import LOADERS, projection_named
+from gradfn.runs.provenance import Provenance, rebuild
 from gradfn.transforms import Chain, chain
 from gradfn.transforms.project import Compress, Project
 from gradfn.transforms.projection import lenient
@@ -52,8 +52,8 @@ def projection_of(options: Options, default: str) -> Chain:
 def _of_curvature(path: str) -> Chain:
     """The projection that a curvature was fitted behind, with its seed."""
     with open_curvature(path) as store:
-        stages = [stage for stage in store.settings["transform"]["chain"] if "projection" in stage]
-    return chain(transform_of({"transform": {"chain": stages}}, loaders=LOADERS))
+        stages = [stage for stage in Provenance.of(store).stages if "projection" in stage]
+    return chain(rebuild({"transform": {"chain": stages}}, loaders=LOADERS))
 
 
 def _refuse_other_seed(path: str, stages: Chain, seed: int) -> None:

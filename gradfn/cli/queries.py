@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,11 @@ from gradfn.data import Corpus, Images, Pairs
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
-from gradfn.hf.datasets import load_rows, text_pair, text_query
-from gradfn.hf.models import context_length
+from gradfn.hf import context_length, load_rows, text_pair, text_query
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
-from gradfn.runs.gradients import (
-    base_of,
-    ends_in_unit_norm,
-    open_gradients,
-    read_gradients,
-    refuse_mismatch,
-    tail_of,
-)
+from gradfn.runs.gradients import ends_in_unit_norm, open_gradients, read_gradients
+from gradfn.runs.provenance import DataSource, Provenance, refuse_mismatch
 from gradfn.transforms import Transform, chain, precondition, unit_normalize
 from gradfn.transforms.precondition import digest_of
 from gradfn.types import Blocks
@@ -257,10 +250,9 @@ def check_stored(path: str, wanted: dict[str, Any], name: str) -> None:
         name: of the method.
     """
     with open_gradients(path) as store:
-        made, what = store.settings, f"the query gradients in {path}"
-    layers = {**wanted["layers"], "tokens": False}
-    refuse_mismatch({**made, "transform": base_of(made)}, {**wanted, "layers": layers}, what)
-    if tail_of(made):
+        made, what = Provenance.of(store), f"the query gradients in {path}"
+    refuse_mismatch(made.without_tail(), Provenance.of(wanted).by_row(), what)
+    if made.tail:
         raise InputError(
             f"{what} have unit norm or are behind a curvature, and {name} fits one of its own: make them "
             "again without --unit-normalize and --hessian-path"
@@ -270,25 +262,24 @@ def check_stored(path: str, wanted: dict[str, Any], name: str) -> None:
 def _stored_queries(path: str, method: InnerProduct, wanted: dict[str, Any]) -> tuple[Queries, InnerProduct]:
     """Query gradients from a store, and the method for what has been done to them already."""
     with open_gradients(path) as store:
-        made, what = store.settings, f"the query gradients in {path}"
-        base = base_of({"transform": method.query_transform.settings()})
-        layers = {**wanted["layers"], "tokens": False}
-        refuse_mismatch(
-            {**made, "transform": base_of(made)}, {**wanted, "layers": layers, "transform": base}, what
-        )
-        tail = tail_of(made)
+        made, what = Provenance.of(store), f"the query gradients in {path}"
+        asked = Provenance.of({**wanted, "transform": method.query_transform.settings()})
+        refuse_mismatch(made.without_tail(), asked.by_row().without_tail(), what)
+        tail = made.tail
         method = _continued(method, tail, what)
         gradients = read_gradients(store)
         ids, texts = list(store.read("rows/id")), list(store.read("rows/text"))
     if not tail and method.curvature is None and ends_in_unit_norm(method.query_transform):
         gradients = unit_normalize()(gradients)
     # The same directory may hold other gradients of the same data tomorrow.
-    how = {key: made[key] for key in ("loss", "transform", "aggregation") if key in made}
-    about = {"path": anchored(path), "fingerprint": made["data"]["fingerprint"], "rows": len(ids), **how}
-    return Queries(gradients, {"query": about}, ids, texts, texts), method
+    about = DataSource(
+        path=anchored(path), fingerprint=made.data and made.data.fingerprint, rows=len(ids), loss=made.loss,
+        transform=made.transform, aggregation=made.aggregation,
+    )  # fmt: skip
+    return Queries(gradients, {"query": about.to_json()}, ids, texts, texts), method
 
 
-def _continued(method: InnerProduct, tail: Sequence[dict[str, Any]], what: str) -> InnerProduct:
+def _continued(method: InnerProduct, tail: Sequence[Mapping[str, Any]], what: str) -> InnerProduct:
     """The method from where stored query gradients are: behind nothing, a unit norm, a curvature, or both."""
     H, unit = method.curvature, bool(tail) and tail[-1]["transform"] == "UnitNormalize"
     powers = [stage for stage in tail if stage["transform"] == "Precondition"]

@@ -13,20 +13,12 @@ from gradfn.cli.stages import curvature_for, dampings_of, normalizer
 from gradfn.cli.tell import check_top, ranks_needed, show_all
 from gradfn.errors import InputError
 from gradfn.methods.inner_product import InnerProduct
-from gradfn.methods.scoring import extremes
-from gradfn.runs.gradients import (
-    GRADIENTS,
-    base_of,
-    ends_in_unit_norm,
-    open_gradients,
-    refuse_mismatch,
-    stored_scores,
-    stored_shares,
-    tail_of,
-    transform_of,
-)
+from gradfn.runs.gradients import GRADIENTS, ends_in_unit_norm, open_gradients
 from gradfn.runs.masks import LOADERS
-from gradfn.runs.store import Store, index_path
+from gradfn.runs.provenance import Provenance, rebuild, refuse_mismatch
+from gradfn.runs.scores import stored_scores, stored_shares
+from gradfn.scores import extremes
+from gradfn.store import Store, index_path
 from gradfn.transforms import chain, unit_normalize
 from gradfn.transforms.joint import JOINT
 
@@ -62,7 +54,7 @@ def _check_losses(settings: inputs.Options, options: inputs.Options) -> None:
     how = settings["loss"]
     asked = str(options["query_loss"] or how["criterion"])
     reference = options["reference"]
-    if asked == "kl" and reference is None and how["reference"] is not None:
+    if asked == "kl" and reference is None and how.get("reference") is not None:
         reference = how["reference"].get("path")
     inputs.check_losses(inputs.task_of(how), [asked], reference=reference)
     inputs.check_columns(options, inputs.task_of(how))
@@ -78,7 +70,10 @@ def _ranked(store: Store, queries: Queries, method: InnerProduct, by: str, optio
 
 def _check_tail(settings: inputs.Options, options: inputs.Options) -> None:
     """Refuse stored rows to which too much has been done already."""
-    what, tail = f"the store {options['store']}", [stage["transform"] for stage in tail_of(settings)]
+    what, tail = (
+        f"the store {options['store']}",
+        [stage["transform"] for stage in Provenance.of(settings).tail],
+    )
     if "Precondition" in tail:
         raise InputError(f"{what} is behind a curvature, which is for queries: give it as --query-path")
     if tail and options["hessian_path"] is not None:
@@ -89,13 +84,13 @@ def _check_tail(settings: inputs.Options, options: inputs.Options) -> None:
 
 def _method(subject: Subject, store: Store, options: inputs.Options) -> tuple[InnerProduct, dict[str, Any]]:
     """Rows as they are stored, queries through the store's transform; what a curvature must agree with."""
-    settings, what = store.settings, f"the store {options['store']}"
-    state = settings.get("optimizer_state", {}).get("path")
+    made, what = Provenance.of(store), f"the store {options['store']}"
+    state = made.optimizer_state and made.optimizer_state.path
     normalize = None if state is None else normalizer(state, subject)
-    base = transform_of({"transform": base_of(settings)}, normalize, LOADERS)
+    base = rebuild(made.without_tail(), normalize, LOADERS)
     wanted = {**subject.settings(), "transform": chain(base).settings()}
-    refuse_mismatch({**settings, "transform": base_of(settings)}, wanted, what)
-    unit, path = options["unit_normalize"] or bool(tail_of(settings)), options["hessian_path"]
+    refuse_mismatch(made.without_tail(), wanted, what)
+    unit, path = options["unit_normalize"] or bool(made.tail), options["hessian_path"]
     if path is None:
         norm = [unit_normalize()] if unit else []
         return InnerProduct(chain(*norm), chain(base, *norm)), wanted

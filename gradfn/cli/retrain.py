@@ -15,13 +15,13 @@ from gradfn.cli.show import console, count, facts, progress_bar
 from gradfn.data import Corpus
 from gradfn.errors import InputError
 from gradfn.evaluate.brittleness import brittleness_subsets
-from gradfn.evaluate.scored import open_scored, refuse_other_data
+from gradfn.evaluate.scored import evaluated_scores, refuse_other_data
 from gradfn.evaluate.subsets import FEWEST, check_fraction, leave_one_out, random_subsets
 from gradfn.evaluate.truth import Truth, retrain, subsets_of_models
 from gradfn.model.params import params_of
 from gradfn.random import words
 from gradfn.runs.shards import parse_shard, shard_run
-from gradfn.train.training import Start, Training
+from gradfn.train import Start, Training
 
 SUBSETS = 50
 """Random subsets, unless told."""
@@ -129,7 +129,7 @@ def _without_one(rows: int, number: int | None, seed: int) -> Tensor:
 
 def _without_best(run: str, ks: list[int], train: Corpus, asked: Corpus, seed: int) -> Tensor:
     """All rows, those without the best of each query by scores of these rows and queries, and controls."""
-    scored = open_scored(run)
+    scored = evaluated_scores(run)
     fingerprints = {
         "data": {"fingerprint": train.fingerprint()},
         "query": {"fingerprint": asked.fingerprint()},
@@ -141,7 +141,7 @@ def _without_best(run: str, ks: list[int], train: Corpus, asked: Corpus, seed: i
             f"{run} has scores for {len(scored.dampings)} dampings, and rows are removed by one: score with "
             "one --damping"
         )
-    return brittleness_subsets(scored.scores[0], ks, seed=seed)
+    return brittleness_subsets(scored.values[0], ks, seed=seed)
 
 
 def start_of(subject: Subject, options: Options) -> Start:

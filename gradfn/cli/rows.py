@@ -7,8 +7,8 @@ from typing import Any, overload
 import numpy as np
 
 from gradfn.data import Corpus, Documents
-from gradfn.methods.scoring import TopK
-from gradfn.runs.store import Store
+from gradfn.scores import TopK
+from gradfn.store import Store
 
 BEFORE, AFTER = 6, 4
 """Tokens of context around a token."""

@@ -34,20 +34,23 @@ from gradfn.cli.tell import (
     unprobed_facts,
 )
 from gradfn.data import Corpus
-from gradfn.engine.cache import Kept
+from gradfn.engine.cache import CachedRows
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.engine.stream import Progress, gather, stream_to_host
 from gradfn.errors import InputError
-from gradfn.hf.datasets import load_rows
-from gradfn.hf.models import locate_model
+from gradfn.hf import load_rows
+from gradfn.hf.locate import locate_model
 from gradfn.methods.inner_product import InnerProduct, on_device_of
 from gradfn.methods.recipes import RECIPES, Persist, Problem, Recipe, times_doubt, weighted_sum
-from gradfn.methods.scoring import extremes, extremes_of
+from gradfn.methods.scoring import extremes_of
 from gradfn.runs.curvatures import hessian
-from gradfn.runs.gradients import SHARES, Summary, merged, score_run, unprobed, write_scores
+from gradfn.runs.provenance import Provenance
+from gradfn.runs.rows import Summary, unprobed
+from gradfn.runs.scores import damping_names, score_run, write_scores
 from gradfn.runs.shards import Shard, parse_shard, shard_run
-from gradfn.runs.store import Overwrite, open_part, open_store
+from gradfn.scores import SHARES, Columns, extremes
 from gradfn.statistics import Curvature
+from gradfn.store import Overwrite, open_part, open_store
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import joint
 from gradfn.types import Data, Rows
@@ -117,9 +120,7 @@ class Case:
         """Whether scores are told apart by block."""
         return str(self.options["by"]) in ("module", "head")
 
-    def prepare(
-        self, subject: Subject, run: str | None
-    ) -> tuple[Queries, InnerProduct, Data, dict[str, Any]]:
+    def prepare(self, subject: Subject, run: str | None) -> tuple[Queries, InnerProduct, Data, Provenance]:
         """The queries' gradients, the method, the rows, and what a run records of them, for one checkpoint.
 
         Args:
@@ -131,7 +132,7 @@ class Case:
         told = ("method", f"{self.name}, {gradients_line(stages.base)}")
         rows = [*subject_facts(subject, self.train), *shard_facts(self.train, self.shard)]
         console().print(facts([*rows, told, *self._unlike_less()]))
-        train = Kept(self.train, stages.base)
+        train = CachedRows(self.train, stages.base)
         method = self._method(subject, stages, wanted, train, run)
         if lines := self._unlike_trackstar(stages, method):
             console().print(facts(lines))
@@ -141,7 +142,7 @@ class Case:
             queries, method = load_queries(subject, self.query_rows, self.asked, options, method, wanted)
         known = {"recipe": self.name, **self._own(method, stages), **stages.settings, **queries.settings,
                  **self._data()}  # fmt: skip
-        return queries, method, train, merged(subject.settings(), known)
+        return queries, method, train, Provenance.of(subject.settings()).merged(known)
 
     def _method(
         self, subject: Subject, stages: Stages, wanted: dict[str, Any], train: Data, run: str | None
@@ -347,7 +348,7 @@ def _one_checkpoint(case: Case, subject: Subject) -> tuple[Queries, Ranked | Non
                                token_batch_size=subject.token_batch_size, progress=progress)  # fmt: skip
             lines = unprobed_facts(unprobed(engine))
         else:
-            summary = _write_scores(case, subject, run, train, queries, shown, method, settings, progress)
+            summary = _write_scores(case, subject, run, train, queries, method, settings, progress)
             lines = [*_score_facts(summary, subject, shown), *_next(case)]
             best = None if case.shard else extremes(score_chunks(run), ranks_needed(case.options))
     if lines:
@@ -366,32 +367,30 @@ def _next(case: Case) -> list[tuple[str, str]]:
     return next_facts(case.options["run"], case.shard, ", and this without --shard shows the rows")
 
 
-def damping_names(method: InnerProduct) -> list[str]:
-    """The dampings that scores come for, as the command line spells them."""
-    return ["none" if damping is None else str(damping) for damping in method.damping]
-
-
 def _checkpoints(case: Case, subject: Subject, weighted: Weighted) -> tuple[Queries, Ranked | None]:
     """Score the rows at every checkpoint, and join what they say."""
     run, results, resumed, shown = case.options["run"], [], [], self_query()
+    columns = Columns([])
     for number, (path, _) in enumerate(weighted, 1):
         one = subject if path is None else inputs.at_checkpoint(subject, path, case.options)
         part = None if run is None else str(Path(run) / f"checkpoint-{number}")
         queries, method, train, settings = case.prepare(one, part)
-        shown = queries.with_dampings(damping_names(method))
+        columns = Columns(queries.ids, queries.texts, damping_names(method))
+        shown = queries.with_dampings(columns.dampings)
         with one.multiplying(), progress_bar("scores", tokens_of(case.train, case.shard)) as progress:
             if part is None:
                 results.append(gather(_engine(one, queries, method, by_block=False), train,
                                       token_batch_size=one.token_batch_size, progress=progress))  # fmt: skip
             else:
-                summary = _write_scores(case, one, part, train, queries, shown, method, settings, progress)
+                summary = _write_scores(case, one, part, train, queries, method, settings, progress)
                 results.append(_read_scores(part, case.shard))
                 resumed.append(summary.resumed)
     scores = case.recipe.combine(results, [weight for _, weight in weighted])
     if scores.shape[1] != len(shown.ids):
         shown = shown.joined(case.name)
+        columns = Columns(shown.ids, shown.texts)
     if run is not None:
-        path = _write_joined(case, subject, run, weighted, shown, Rows(scores, results[-1].losses))
+        path = _write_joined(case, subject, run, weighted, columns, Rows(scores, results[-1].losses))
         shape = f"{count(len(scores), 'row')}, {count(scores.shape[1], 'query')}"
         lines = _resumed_facts(sum(resumed), subject)
         console().print(facts([("scores", f"{path} [{shape}]"), *lines, *_next(case)]))
@@ -409,20 +408,18 @@ def _read_scores(run: str, shard: Shard | None) -> Rows:
             if "rows/loss" in store.names("rows")
             else torch.zeros(0)
         )
-        return Rows(torch.from_numpy(store.read("scores", *store.span)), losses)
+        return Rows(torch.from_numpy(store.read("scores", *store.span)).flatten(1), losses)
 
 
 def _write_joined(
-    case: Case, subject: Subject, run: str, weighted: Weighted, shown: Queries,
-    result: Rows,
+    case: Case, subject: Subject, run: str, weighted: Weighted, columns: Columns, result: Rows
 ) -> Path:  # fmt: skip
     parts = [{"path": None if path is None else inputs.anchored(path), "weight": weight,
               "settings": _settings_of(shard_run(Path(run) / f"checkpoint-{number}", case.shard))}
              for number, (path, weight) in enumerate(weighted, 1)]  # fmt: skip
     return write_scores(
-        run, case.train, result, settings={"recipe": case.name, "checkpoints": parts},
-        fixed={"queries/id": shown.ids, "queries/text": shown.texts}, tokens=subject.view.tokens,
-        overwrite=_unlike(case.options), shard=case.shard,
+        run, case.train, result, columns, settings={"recipe": case.name, "checkpoints": parts},
+        tokens=subject.view.tokens, overwrite=_unlike(case.options), shard=case.shard,
     )  # fmt: skip
 
 
@@ -432,14 +429,13 @@ def _settings_of(run: Path) -> dict[str, Any]:
 
 
 def _write_scores(
-    case: Case, subject: Subject, run: str, train: Data, queries: Queries, shown: Queries,
-    method: InnerProduct, settings: dict[str, Any], progress: Progress,
+    case: Case, subject: Subject, run: str, train: Data, queries: Queries, method: InnerProduct,
+    settings: Provenance, progress: Progress,
 ) -> Summary:  # fmt: skip
     return score_run(
         run, subject.model, train, None if case.options["self_influence"] else queries.gradients, method,
         by_block=case.by_block, settings=settings, overwrite=_unlike(case.options), progress=progress,
-        shard=case.shard,
-        fixed={"queries/id": shown.ids, "queries/text": shown.texts}, **subject.engine_options(),
+        shard=case.shard, query_ids=queries.ids, query_texts=queries.texts, **subject.engine_options(),
     )  # fmt: skip
 
 
@@ -489,7 +485,7 @@ def _stored_shares(ranked: Ranked, run: str, top: int) -> Ranked:
 
         def of_row(row: int) -> dict[str, Any]:
             arrays = store.read_all(store.names(SHARES), row, row + 1)
-            return {name.removeprefix(SHARES): array[0] for name, array in arrays.items()}
+            return {name.removeprefix(SHARES): array[0].reshape(-1) for name, array in arrays.items()}
 
         return ranked.with_shares(top, of_row)
 
@@ -500,4 +496,4 @@ def score_chunks(run: str) -> Iterable[Tensor]:
 
     with open_store(run, "scores") as store:
         for _, _, arrays in store.chunks(["scores"], 65536):
-            yield torch.from_numpy(arrays["scores"])
+            yield torch.from_numpy(arrays["scores"]).flatten(1)

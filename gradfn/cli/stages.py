@@ -12,8 +12,8 @@ from gradfn.linalg.spectrum import Damping, parse_dampings
 from gradfn.methods import RECIPES, Problem, Recipe, influence, recipe_named
 from gradfn.methods.inner_product import Norm
 from gradfn.runs.curvatures import load_curvature, open_curvature
-from gradfn.runs.gradients import refuse_mismatch
 from gradfn.runs.masks import refuse_foreign
+from gradfn.runs.provenance import Provenance, refuse_mismatch
 from gradfn.statistics import Curvature
 from gradfn.transforms import Chain, Transform, chain, precondition, unit_normalize
 
@@ -102,8 +102,7 @@ def normalizer(path: str, subject: Subject) -> Transform:
 def curvature_for(path: str, wanted: Mapping[str, Any], dampings: Sequence[Damping]) -> Curvature:
     """The curvature in a run directory, for gradients made as `wanted` says, that can be damped so."""
     with open_curvature(path) as store:
-        layers = {**wanted["layers"], "tokens": False}
-        refuse_mismatch(store.settings, {**wanted, "layers": layers}, f"the curvature in {path}")
+        refuse_mismatch(store, Provenance.of(wanted).by_row(), f"the curvature in {path}")
     H = load_curvature(path)
     for damping in dampings:
         next(iter(H.values())).power(-1.0, damping)

@@ -13,9 +13,9 @@ from gradfn.data import Corpus, Documents
 from gradfn.errors import InputError
 from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
 from gradfn.hf.answers import Answer, answers
-from gradfn.hf.models import writes_numbers
+from gradfn.hf.tokenizers import writes_numbers
 from gradfn.model.losses import CausalLMLoss
-from gradfn.runs.gradients import layer_summary
+from gradfn.runs.rows import layer_summary
 from gradfn.transforms import Transform, chain
 
 KNOWN_RANKS = 5

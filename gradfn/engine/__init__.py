@@ -1,14 +1,16 @@
-"""Per-example gradients: the definition, the probes that are as right and faster, streams over data."""
+"""Per-example gradients: their definition, the probes that compute the same faster, streams over data."""
 
-from gradfn.engine.cache import Kept
+from gradfn.engine.cache import CachedRows
 from gradfn.engine.check import coverage, equality, noise
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.engine.reference import naive_blocks, naive_grads, per_example_grads
 from gradfn.engine.stream import collect, gather
+from gradfn.engine.tap import Tapped, tap
 
 __all__ = [
+    "CachedRows",
     "Engine",
-    "Kept",
+    "Tapped",
     "collect",
     "coverage",
     "equality",
@@ -18,4 +20,5 @@ __all__ = [
     "noise",
     "per_example_grads",
     "probe_engine",
+    "tap",
 ]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BAND = 64
-"""Queries a band."""
+"""How many queries a band has."""
 BAND_ELEMENTS = 1 << 20
-"""Attention weights of a band over the heads taken together: few enough for the CPU's cache."""
+"""How many attention weights the bands of all heads of one step have: they fit into the CPU's cache."""
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -55,9 +55,9 @@ def _joined(v: Tensor, feature: Tensor) -> Tensor:
 
 
 def _banded_backward(q: Tensor, k: Tensor, v: Tensor, go: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Fill `dq, dk, dv [heads, tokens, dim]` of a few heads; the other four have one more feature."""
+    """Fill `dq, dk, dv [heads, tokens, dim]` of a few heads; the other four tensors have one more feature."""
     tokens, dim = dq.shape[1:]
-    # Views are made once, for making them in the loop takes a tenth of its time.
+    # Making views inside the loop would take a tenth of its time.
     k_t, v_t, k_own = k.mT, v.mT, k[..., :dim]
     sides = q, go, q[..., :dim], go[..., :dim], dq
     bands = list(zip(range(0, tokens, BAND), *(side.split(BAND, 1) for side in sides), strict=True))
@@ -68,10 +68,10 @@ def _banded_backward(q: Tensor, k: Tensor, v: Tensor, go: Tensor, dq: Tensor, dk
         p.narrow(2, start, size).tril_()
         p_t = p.mT
         dv_part = torch.bmm(p_t, go_own)
-        p.mul_(torch.bmm(go_band, v_t.narrow(2, 0, stop)))  # from here on it is dz
+        p.mul_(torch.bmm(go_band, v_t.narrow(2, 0, stop)))  # p holds dz from here on
         dq_band.copy_(torch.bmm(p, k_own.narrow(1, 0, stop)))
         dk_part = torch.bmm(p_t, q_own)
-        if stop == tokens:  # the last band sees every key, so it fills what the others add to
+        if stop == tokens:  # the last band has every key: it writes, and the others add
             dv.copy_(dv_part)
             dk.copy_(dk_part)
         else:
@@ -83,7 +83,7 @@ _stock = F.scaled_dot_product_attention
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-    """`scaled_dot_product_attention`: ours where it applies, PyTorch's everywhere else."""
+    """`scaled_dot_product_attention` with our backward if it applies, else PyTorch's own."""
     scale = options.get("scale")
     plain = not args and set(options) <= {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
     eligible = (
@@ -106,7 +106,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options:
 
 @contextmanager
 def fast_attention() -> Iterator[None]:
-    """Let causal attention on the CPU use the faster backward; it changes no result.
+    """Use the faster backward for causal attention on the CPU inside the context; results are the same.
 
     >>> q = torch.ones(1, 1, 3, 2, requires_grad=True)
     >>> with fast_attention():

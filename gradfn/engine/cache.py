@@ -1,7 +1,7 @@
-"""Rows of gradients that a fit made, kept for the passes that come after it.
+"""A cache of projected gradients: a fit fills it, and the passes after the fit read it.
 
 A method with a curvature goes over the training rows twice, to fit and to score, and both passes begin with
-the same projection. What the first pass projects is small, so it is kept, and the second begins there.
+the same projection. The projected rows are small, so the second pass reads them instead of running the model.
 """
 
 from collections.abc import Callable
@@ -18,32 +18,31 @@ from gradfn.transforms import Chain, Transform, chain
 from gradfn.transforms.row_sum import RowSum
 from gradfn.types import Batch, Blocks, Data, Example, Rows
 
-KEPT_BYTES = 1 << 30
-"""Rows that take more are made again instead."""
+CACHE_BYTES = 1 << 30
+"""The most that cached rows may take; larger ones are computed again."""
 
 
 @dataclass(eq=False)
-class Kept:
-    """Data that keeps the transformed gradients of its rows when a statistic is fitted over them.
+class CachedRows:
+    """Data with a cache for the transformed gradients of its rows, which a fit over the data fills.
 
-    A pass of the same model, loss and view whose chain begins with the same transform then starts from what
-    was kept, without the model; a model whose weights were written to since is another one. It changes no
-    result beyond rounding. Kept are only rows of a transform (never the untransformed gradients), in the
-    CPU's memory, and only where they take at most `KEPT_BYTES` and a quarter of what is free; everything else
-    runs as it does over the data itself.
+    A later pass of the same model, loss and view, whose chain begins with the same transform, reads the cache
+    instead of running the model. Writing to a weight invalidates the cache. Results change by rounding alone.
+    The cache is in the CPU's memory. It holds rows of a transform, never untransformed gradients, and only if
+    they take at most `CACHE_BYTES` and a quarter of the free memory. Any other pass runs as over the data.
 
     Args:
         data: any examples.
-        transform: what both passes begin with, the method's normalisation and projection.
+        transform: the stages that both passes begin with: the method's normalisation and projection.
 
     >>> from torch import nn
     >>> import gradfn as gf
     >>> net = nn.Linear(2, 1, bias=False)
     >>> def loss(params, e):
     ...     return torch.func.functional_call(net, params, e["x"]).sum()
-    >>> rows = Kept([{"x": torch.tensor([1.0, 2.0])}] * 3, gf.project(1))
+    >>> rows = CachedRows([{"x": torch.tensor([1.0, 2.0])}] * 3, gf.project(1))
     >>> H = gf.fit(gf.second_moment(), net, rows, rows.transform, loss=loss)
-    >>> rows.held
+    >>> rows.cached
     3
     """
 
@@ -61,20 +60,20 @@ class Kept:
         return self.data[row]
 
     def __getattr__(self, name: str) -> Any:
-        """What else the data tells of its rows: ids, texts, lengths, a fingerprint."""
+        """Any other attribute of the data: ids, texts, lengths, a fingerprint."""
         if name.startswith("_") or name == "data":
             raise AttributeError(name)
         return getattr(self.data, name)
 
     @property
-    def held(self) -> int:
-        """How many rows are kept."""
+    def cached(self) -> int:
+        """How many rows are in the cache."""
         return int(self._there.sum())
 
-    def recall(self, engine: Engine) -> Callable[[np.ndarray], Rows] | None:
-        """What gives an engine's results for rows by their numbers from what is kept; None: not all is."""
+    def reader(self, engine: Engine) -> Callable[[np.ndarray], Rows] | None:
+        """A function from row numbers to the engine's results, from the cache; None if rows are missing."""
         rest = self._rest(engine)
-        if rest is None or self._maker(engine) != self._made_by or self.held < len(self):
+        if rest is None or self._maker(engine) != self._made_by or self.cached < len(self):
             return None
         device = next(engine.model.parameters()).device
 
@@ -85,13 +84,13 @@ class Kept:
 
         return results
 
-    def keeping(self, engine: Engine) -> Callable[[np.ndarray, Batch], Rows]:
-        """What runs an engine and, where it sums over rows that are worth it, keeps these first."""
+    def writer(self, engine: Engine) -> Callable[[np.ndarray, Batch], Rows]:
+        """A function that runs an engine over a batch, and caches the rows that the engine sums if it may."""
         rest = self._rest(engine) if engine.summed else None
         if rest is None:
             return lambda numbers, batch: engine(batch)
         base = replace(engine, transform=chain(self.transform), _lowered=None)
-        if self._bytes(base) > min(KEPT_BYTES, free_memory() // 4):
+        if self._bytes(base) > min(CACHE_BYTES, free_memory() // 4):
             return lambda numbers, batch: engine(batch)
         if self._maker(engine) != self._made_by:
             self._made_by, self._values = self._maker(engine), {}
@@ -100,13 +99,13 @@ class Kept:
         def run(numbers: np.ndarray, batch: Batch) -> Rows:
             made = base(batch)
             assert isinstance(made.values, dict)
-            self._keep(numbers, made.values, made.losses)
+            self._write(numbers, made.values, made.losses)
             return Rows(rest(made.values), made.losses)
 
         return run
 
     def _rest(self, engine: Engine) -> Chain | None:
-        """The stages of an engine behind the kept ones; None where it does not begin with them."""
+        """The stages of an engine after the cached ones; None if it does not begin with these."""
         first, stages = chain(self.transform).stages, chain(engine.transform).stages
         by_factors = engine.summed and not isinstance(stages[-1], RowSum)
         if not first or by_factors or engine.view.tokens or stages[: len(first)] != first:
@@ -124,7 +123,7 @@ class Kept:
         assert isinstance(rows, dict)
         return len(self) * sum(v.shape[1:].numel() * v.element_size() for v in rows.values())
 
-    def _keep(self, numbers: np.ndarray, values: Blocks, losses: Tensor) -> None:
+    def _write(self, numbers: np.ndarray, values: Blocks, losses: Tensor) -> None:
         if not self._values:
             self._losses = losses.new_empty(len(self), device="cpu")
             self._values = {n: v.new_empty(len(self), *v.shape[1:], device="cpu") for n, v in values.items()}

@@ -1,7 +1,8 @@
-"""Can these gradients be trusted: which weights they cover, whether they are right, how far they are rounded.
+"""Checks of an engine: which weights it covers, whether its gradients are right, and how far they are
+rounded.
 
-Three questions, three functions: `coverage` of the model's parameters, `equality` of the engine with the
-definition, `noise` of batches and of the precision.
+`coverage` lists the model's parameters, `equality` compares the engine with the definition, and `noise`
+measures the rounding that batches and the precision cause.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from gradfn.engine.engine import Engine
 from gradfn.engine.reference import naive_blocks
 from gradfn.engine.stream import Progress, collect, labelled
 from gradfn.errors import InputError
-from gradfn.model.layers import Conv, Embedding, Experts, Linear, NormScale
+from gradfn.model.layers import KINDS
 from gradfn.model.losses import causal_lm_loss
 from gradfn.model.sites import Site, View, all_sites, find_sites, output_head
 from gradfn.subject import TOKEN_BATCH_SIZE
@@ -28,23 +29,24 @@ from gradfn.types import Blocks, Data, Example, LossFn
 
 EngineName = Literal["probe", "vmap(grad)"]
 FINE = 0.999
-"""A cosine from which on nothing need be said."""
+"""From this cosine on, rounding does not matter."""
 RANKS = 0.99
-"""A cosine from which on rankings hold."""
+"""From this cosine on, rounding does not change rankings."""
 
 
 @dataclass(frozen=True)
 class Covered:
-    """The parameters of one kind whose modules have one place in the model's pattern.
+    """The parameters of one kind whose modules have the same path except for numbers.
 
     Args:
         pattern: the modules' path, numbers as `*`: `model.layers.*.mlp.up_proj`.
-        kind: linear, convolution, experts, embedding, norm, LM head or other; several where a weight is tied.
+        kind: linear, convolution, experts, embedding, norm, LM head or other; several if a weight is tied.
         modules: how many modules the pattern stands for.
-        parameters: numbers in their weights and biases; a tied weight counts once, under its first name.
-        engine: what makes their gradient; None: they are not attributed.
-        reason: why they are not: left out by default, excluded, not included, or not an adapter; empty where
-            they are.
+        parameters: how many numbers their weights and biases have. A tied weight counts once, under its first
+            name.
+        engine: what computes their gradient; None if they are not attributed.
+        reason: why they are not attributed: left out by default, excluded, not included, or not an adapter.
+            Empty if they are.
     """
 
     pattern: str
@@ -58,19 +60,19 @@ class Covered:
 def coverage(
     model: nn.Module, view: View | None = None, *, sites: Sequence[Site] | None = None
 ) -> tuple[Covered, ...]:
-    """Say of every parameter of the model what makes its gradient, or why nothing does.
+    """List what computes the gradient of each parameter of the model, or why it is not attributed.
 
     Args:
         model: any module.
         view: which weights are attributed; None is the default of `View`.
-        sites: `engine.sites` of an engine of this view that has run: it knows which weights no probe sees.
-            None: as before a run.
+        sites: `engine.sites` of an engine of this view that has verified its probes, and so knows which
+            weights have none. None: before any verification.
 
     Returns:
-        What is attributed first, by kind, in the model's order; `parameters` add up to the model's.
+        The attributed parameters first, by kind, in the model's order; `parameters` add up to the model's.
 
     Raises:
-        InputError: nothing is left to attribute; see `find_sites`.
+        InputError: no weight is left to attribute; see `find_sites`.
 
     >>> [(row.pattern, row.kind, row.parameters, row.engine) for row in coverage(nn.Sequential(
     ...     nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)))]
@@ -101,25 +103,16 @@ def coverage(
     return tuple(sorted(rows, key=_place))
 
 
-_KINDS = {
-    Linear: "linear",
-    Conv: "convolution",
-    Experts: "experts",
-    Embedding: "embedding",
-    NormScale: "norm",
-}
-_ORDER = (*_KINDS.values(), "LM head", "other")
+_ORDER = (*(kind for kind in KINDS if kind != "other"), "LM head", "other")
 
 
 def _place(row: Covered) -> tuple[bool, int, str, str]:
-    """What is attributed first, then by kind, then by engine or reason."""
+    """Sort attributed parameters first, then by kind, then by engine or reason."""
     return row.engine is None, _ORDER.index(row.kind.split(", ")[0]), row.kind, row.engine or row.reason
 
 
 def _kind(site: Site, head: nn.Module | None) -> str:
-    if site.module is head:
-        return "LM head"
-    return next((name for kind, name in _KINDS.items() if isinstance(site.layer, kind)), "other")
+    return "LM head" if site.module is head else site.layer.kind
 
 
 def _pattern(path: str) -> str:
@@ -154,18 +147,19 @@ class BlockError:
 def equality(engine: Engine, rows: Sequence[Example]) -> tuple[BlockError, ...]:
     """Compare an engine with the definition, block by block, on rows that it sees as one padded batch.
 
-    The definition is plain autograd of the engine's loss, one unpadded example at a time, then the engine's
-    transform. A block whose norm is below the rounding of the whole gradient is measured against that.
+    The definition is plain autograd of the engine's loss, one unpadded example at a time, and then the
+    engine's transform. The error of a block is relative to its norm, or to the rounding of the whole gradient
+    if that is larger.
 
     Args:
         engine: see `probe_engine`; its view is by example.
-        rows: a few examples with the same keys, best of different lengths.
+        rows: a few examples with the same keys, preferably of different lengths.
 
     Returns:
-        One a block, the worst first.
+        The error of every block, the largest first.
 
     Raises:
-        InputError: a view by token, a transform that ends in scores, or weights that are no floats.
+        InputError: a view by token, a transform that ends in scores, or weights that are not floating point.
 
     >>> from gradfn.engine.engine import probe_engine
     >>> net = nn.Linear(2, 1)
@@ -175,7 +169,7 @@ def equality(engine: Engine, rows: Sequence[Example]) -> tuple[BlockError, ...]:
     True
     """
     if engine.view.tokens:
-        raise InputError("the definition is a gradient of each example: view the engine by example")
+        raise InputError("the definition gives a gradient of each example: view the engine by example")
     fixed = next((n for n, p in engine.model.named_parameters() if not p.is_floating_point()), None)
     if fixed is not None:
         raise InputError(
@@ -204,11 +198,11 @@ def _block_error(name: str, got: Tensor, want: Tensor, floor: float) -> BlockErr
 
 @dataclass(frozen=True)
 class Difference:
-    """How far rows of gradients are from the same rows made in another way, over all blocks together.
+    """How far rows of gradients are from the same rows computed in another way, over all blocks together.
 
     Args:
-        cosine, worst_cosine: between the two, the rows' median and lowest.
-        error, worst_error: `|a - b| / |b|`, the rows' median and highest.
+        cosine, worst_cosine: between the two, the median and the lowest of the rows.
+        error, worst_error: `|a - b| / |b|`, the median and the highest of the rows.
         row: the number of the row with the lowest cosine.
     """
 
@@ -224,8 +218,8 @@ class Noise:
     """What rounding does to rows of gradients.
 
     Args:
-        batching: rows made in batches against the same rows made alone.
-        precision: rows made alone against the reference's made alone; None where there is no reference.
+        batching: rows computed in batches, compared with the same rows computed alone.
+        precision: rows computed alone, compared with those of the reference; None without a reference.
     """
 
     batching: Difference
@@ -238,7 +232,7 @@ class Noise:
 
 
 def row_difference(got: Blocks, want: Blocks) -> Difference:
-    """Compare rows with the same rows made in another way; two zero rows are equal.
+    """Compare rows with the same rows computed in another way; two zero rows are equal.
 
     >>> rows = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     >>> row_difference({"a": rows + torch.tensor([[0.0], [0.1]])}, {"a": rows}).row
@@ -259,7 +253,7 @@ def _flat(blocks: Blocks) -> Float[Tensor, "rows numbers"]:
 
 
 def _cosines(a: Float[Tensor, "rows numbers"], b: Float[Tensor, "rows numbers"]) -> Float[Tensor, " rows"]:
-    """1 where both are zero, 0 where one is."""
+    """The cosines of the rows: 1 if both are zero, 0 if one is."""
     both = (a.norm(dim=1) == 0) & (b.norm(dim=1) == 0)
     return torch.where(both, 1.0, torch.cosine_similarity(a, b, eps=0)).nan_to_num(0.0).clamp(-1, 1)
 
@@ -276,19 +270,19 @@ def noise(
     inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Progress | None = None,
 ) -> Noise:
-    """Measure what batches, and the precision, do to rows of gradients.
+    """Measure what batches and the precision do to rows of gradients.
 
-    In exact arithmetic a row does not depend on its batch. In floating point it does: other shapes are summed
-    in another order, by another kernel.
+    In exact arithmetic a row does not depend on its batch. In floating point it does, because another shape
+    is summed in another order, by another kernel.
 
     Args:
-        model: the model in the precision that is asked about.
+        model: the model in the precision to measure.
         data: examples of different lengths, so that padding matters.
-        reference: the same model in float32; `model` itself, where `inside` is what is asked about.
+        reference: the same model in float32; `model` itself, to measure the effect of `inside`.
         make_loss: the loss of a model.
         transform: of the rows that are compared; None is `project(16)`.
         view, token_batch_size, progress: see `collect`.
-        inside: the context in which the model's rows are made, and not the reference's; see
+        inside: a context for the model's rows, but not for the reference's; see
             `gradfn.engine.precision.multiplying`.
 
     Raises:
@@ -307,7 +301,7 @@ def noise(
             progress=progress,
         )  # fmt: skip
         if not isinstance(made, dict):
-            raise InputError("scores are no rows of gradients: give a transform that does not end in dot")
+            raise InputError("scores are not rows of gradients: give a transform that does not end in dot")
         return made
 
     with inside():
@@ -319,12 +313,13 @@ def noise(
 def advice(worst_cosine: float, measured: Mapping[str, float] | None = None) -> str:
     """What to do about noise, in one sentence.
 
-    From a cosine of 0.999 on (the worst row's) the settings are fine, from 0.99 on for ranking. Below, the
-    first of the other settings that reaches 0.99 is recommended, else the best of those that help.
+    If the worst row has a cosine of at least 0.999, the settings are fine; from 0.99 on they are fine for
+    ranking. Below, the sentence recommends the first of the other settings that reaches 0.99, or the best one
+    that helps.
 
     Args:
-        worst_cosine: `Noise.worst_cosine` of the settings asked about.
-        measured: the same of other settings, the cheapest first.
+        worst_cosine: `Noise.worst_cosine` of the settings in question.
+        measured: the same for other settings, the cheapest first.
 
     >>> advice(0.9999)
     'fine: the worst row keeps a cosine of 0.999900'

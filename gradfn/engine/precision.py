@@ -9,23 +9,23 @@ import torch
 from gradfn.errors import InputError
 
 Products = Literal["ieee", "tf32", "bf16"]
-"""What factors are rounded to before they meet, in PyTorch's words; "ieee": not at all. Sums are float32."""
+"""How factors are rounded before they are multiplied, in PyTorch's terms; "ieee" rounds nothing."""
 
 EPS: dict[Products, float] = {"ieee": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7}
-"""The rounding of each, as `torch.finfo` counts it."""
+"""The relative rounding error of each, as in `torch.finfo`."""
 
 UNITS: dict[str, dict[str, Products]] = {
     "cuda": {"tf32": "tf32"},
     "cpu": {"amx_fp16": "tf32", "amx_bf16": "bf16", "avx512_bf16": "bf16"},
 }
-"""What a device must have, best first, and what float32 factors may be rounded to there, at the coarsest.
+"""The feature that a device must have, best first, and the coarsest rounding of float32 factors with it.
 
-With AVX512-BF16 alone, the oneDNN of torch 2.13 multiplies in float32 all the same, in kernels of its own.
+With AVX512-BF16 alone, the oneDNN of torch 2.13 still multiplies in float32, in kernels of its own.
 """
 
 
 def features_of(device: torch.device) -> frozenset[str]:
-    """What a device says of itself: the instructions of a CPU, or "tf32" of a GPU that has such units.
+    """The features that a device reports: the instructions of a CPU, or "tf32" if a GPU has such units.
 
     >>> "cuda" in features_of(torch.device("cpu"))
     False
@@ -39,11 +39,11 @@ def features_of(device: torch.device) -> frozenset[str]:
 
 
 def products_of(precision: str, device: torch.device, features: Collection[str] | None = None) -> Products:
-    """How a run in this precision multiplies float32 matrices on a device.
+    """How a run in a precision multiplies float32 matrices on a device.
 
     Args:
-        precision: "tf32" asks for the device's reduced-precision units, any other for float32.
-        device: where the run is.
+        precision: "tf32" uses the device's reduced-precision units; any other precision uses float32.
+        device: the device of the run.
         features: see `features_of`; None asks the device.
 
     Raises:
@@ -74,9 +74,9 @@ def _backends(device: torch.device) -> tuple[Any, ...]:
 
 @contextmanager
 def multiplying(products: Products, device: torch.device) -> Iterator[None]:
-    """Multiply (and convolve) float32 matrices on a device in this way inside; afterwards as before.
+    """Multiply and convolve float32 matrices in this way inside the context.
 
-    "ieee" is said too, because PyTorch's own convolutions on CUDA are TF32 unless told otherwise.
+    "ieee" needs the context too, because the default of PyTorch's convolutions on CUDA is TF32.
 
     >>> with multiplying("bf16", torch.device("cpu")):
     ...     torch.backends.mkldnn.matmul.fp32_precision

@@ -1,6 +1,6 @@
-"""The oracle of every faster engine: per-example gradients by definition.
+"""Per-example gradients by definition, which every faster engine is tested against.
 
-Twice: `vmap(grad(loss), in_dims=(None, 0))(params, batch)`, and a loop of plain autograd over single rows.
+There are two: `vmap(grad(loss), in_dims=(None, 0))(params, batch)`, and a loop of plain autograd over rows.
 """
 
 import warnings
@@ -17,8 +17,8 @@ from gradfn.types import Batch, Blocks, Example, LossFn, Params
 def per_example_grads(loss: LossFn, params: Params, batch: Batch, *, chunk_size: int | None = None) -> Params:
     """The gradient of each example's own loss, `d loss(params, example_b) / d params`.
 
-    This is the definition that every faster engine is tested against. It holds `[batch, *parameter]` for
-    every parameter at once.
+    This is the definition that every faster engine is tested against. It has `[batch, *parameter]` of every
+    parameter in memory at once.
 
     Args:
         loss: `loss(params, example) -> scalar`, pure.
@@ -40,7 +40,7 @@ def per_example_grads(loss: LossFn, params: Params, batch: Batch, *, chunk_size:
 
 
 def definition(loss: LossFn, params: Params, batch: Batch) -> Params:
-    """`per_example_grads`, one example at a time where the model cannot be mapped over (data-dependent code).
+    """`per_example_grads`, or a loop over the examples if `vmap` cannot map over the model's code.
 
     >>> def loss(p, e):
     ...     return p["w"] * (e["x"] if bool(e["x"] > 0) else 0)
@@ -49,12 +49,12 @@ def definition(loss: LossFn, params: Params, batch: Batch) -> Params:
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")  # it is the definition, not fast
+            warnings.filterwarnings("ignore", "There is a performance drop")  # kernels without a rule
             return per_example_grads(loss, params, batch)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        pass  # what is wrong with the loss itself is raised below
+        pass  # an error of the loss itself is raised again below
     size = len(next(iter(batch.values())))
     rows = [grad(loss)(params, {key: value[row] for key, value in batch.items()}) for row in range(size)]
     return {name: torch.stack([row[name] for row in rows]) for name in params}
@@ -64,7 +64,7 @@ WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers and convolutions but the LM head; of those that share a weight, the first."""
+    """The linear layers and convolutions without the LM head; of modules that share a weight, the first."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     seen = set()
@@ -82,7 +82,7 @@ def naive_grads(
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> def loss(params, e):
-    ...     return functional_call(net, params, e["x"]).sum()
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
     >>> naive_grads(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["weight"]
     tensor([[[3., 4.]]])
     """
@@ -108,15 +108,15 @@ def naive_blocks(
         loss: `loss(params, example) -> scalar`.
         model: the module whose parameters `params` are.
         rows: examples, not padded.
-        view: which weights, laid out by `blocks_of`; None is linear layers and convolutions
-            but the LM head, laid out here.
+        view: which weights, laid out by `blocks_of`; None is linear layers and convolutions without the LM
+            head, laid out by code that is independent of `blocks_of`.
 
     Returns:
         `{module path: [rows, out, in (+ 1)]}`, the bias last.
 
     >>> net = nn.Linear(2, 1)
     >>> def loss(params, e):
-    ...     return functional_call(net, params, e["x"]).sum()
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
     >>> naive_blocks(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["root"]
     tensor([[[3., 4., 1.]]])
     """

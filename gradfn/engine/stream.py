@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.data import IGNORED, collate, offsets_of, plan_batches
-from gradfn.engine.cache import Kept
+from gradfn.engine.cache import CachedRows
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.errors import InputError
 from gradfn.memory import free_memory
@@ -105,7 +105,7 @@ def _stream(
     lengths = lengths_of(data)[rows.start : rows.stop]
     move = _mover(device)
     if trial := _short_rows(data, rows, lengths):
-        engine.look(move(collate([labelled(data, row) for row in trial])))
+        engine.verify(move(collate([labelled(data, row) for row in trial])))
     plan = [batch + rows.start for batch in plan_batches(lengths, token_batch_size)]
     computed = _compute(engine, data, plan, move, _overlaps(device), to_host)
     with closing(_one_behind(computed) if to_host and _overlaps(device) else computed) as results:
@@ -145,8 +145,8 @@ def _compute(
 ) -> Generator[_Computed]:
     """Run the engine over the batches, made ahead of it where that overlaps with its work."""
     done = _copied if to_host else _left
-    if isinstance(data, Kept) and (recalled := data.recall(engine)):
-        yield from (done(numbers, recalled(numbers)) for numbers in plan)
+    if isinstance(data, CachedRows) and (read := data.reader(engine)):
+        yield from (done(numbers, read(numbers)) for numbers in plan)
         return
 
     def make(numbers: np.ndarray) -> Batch:
@@ -157,7 +157,7 @@ def _compute(
             ]
         return move(collate(examples))
 
-    run = data.keeping(engine) if isinstance(data, Kept) else lambda numbers, batch: engine(batch)
+    run = data.writer(engine) if isinstance(data, CachedRows) else lambda numbers, batch: engine(batch)
     with closing(ahead(make, plan) if overlaps else (make(numbers) for numbers in plan)) as batches:
         for numbers, batch in zip(plan, batches, strict=True):
             yield done(numbers, run(numbers, batch))

@@ -1,9 +1,11 @@
-"""What an engine learns of a model by running it: which weights a probe sees right, how modules are called.
+"""Verifying probes: comparing what they give with plain autograd, before the engine relies on them.
 
-Before the first batch, every block's gradient of two examples is made small, `L G Rᵀ` with random L and R of
-eight rows: once by probes, both examples in one batch, and once by plain autograd, each example alone. A
-weight of which the two differ is taken from the probes. What was learned is kept beside the model, for the
-next engine of the same loss and weights.
+A probe is right only if its module does what its class says, if the loss uses the weight through the module
+alone, and if the rows of the module are those of the examples. The engine cannot read this off the code, so
+it compares: before the first batch it takes two examples, and projects the gradient of every block to
+`L G Rᵀ`, with random L and R of eight rows. Probes give this for both examples in one batch, plain autograd
+for each example alone. A weight whose blocks differ has no probe from then on. What the engine found is
+remembered with the model, for the next engine of the same loss and weights.
 """
 
 from collections.abc import Collection, Hashable, MutableMapping, Sequence
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 
 from gradfn.data import IGNORED
 from gradfn.linalg.kron import Kron
-from gradfn.model.layers import Linear
 from gradfn.model.params import params_of
 from gradfn.model.sites import Site
 from gradfn.transforms import project
@@ -25,19 +26,36 @@ from gradfn.types import Batch, Blocks, Example, LossFn, Params
 
 PARAMS = "__dataclass_params__"
 SKETCH = 8
-"""Gradients are compared by so many numbers of each side of a block."""
-LOOK_TOKENS = 16
-"""Tokens of a sequence that are enough to look at."""
+"""The rows of the random L and R: blocks are compared by at most 8 x 8 numbers."""
+VERIFY_TOKENS = 16
+"""The tokens of a long sequence that are enough to compare gradients."""
 
 
 class Call(NamedTuple):
-    """How the rows of a module's input belong to the examples of a batch: so many to each; 0: one to all."""
+    """How many rows of a module's input belong to one example (0: all examples share one row).
+
+    Args:
+        rows: how many.
+        lengths: of the sequences in the batch, by key.
+    """
 
     rows: int
     lengths: tuple[tuple[str, int], ...]
 
+    @classmethod
+    def of(cls, rows: int, batch: Batch) -> "Call":
+        """A call in a forward pass of a batch."""
+        return cls(rows, tuple((key, v.shape[1]) for key, v in batch.items() if v.ndim in (2, 3)))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows are the examples, or whole tokens of them."""
+        return (
+            self.rows <= 1 or not self.lengths or any(self.rows % length == 0 for _, length in self.lengths)
+        )
+
     def covers(self, other: "Call") -> bool:
-        """Whether another call is of this kind: as many rows an example, or as many a token."""
+        """Whether another call has as many rows an example, or as many a token."""
         if self.rows == other.rows:
             return True
         lengths = dict(other.lengths)
@@ -45,52 +63,64 @@ class Call(NamedTuple):
 
 
 @dataclass
-class Look:
-    """What was looked at of batches of one kind (the same keys).
+class Verified:
+    """What is verified for batches with the same keys.
 
     Args:
-        examples: how many were seen to have a gradient, in one batch.
-        calls: how each module was called then.
+        examples: how many examples with a gradient were compared in one batch.
+        calls: how each module was called in it.
     """
 
     examples: int = 0
     calls: dict[str, set[Call]] = field(default_factory=dict)
 
+    def note(self, path: str, rows: int, batch: Batch) -> bool:
+        """Remember a call of the comparison; False if its rows cannot be told apart by example."""
+        call = Call.of(rows, batch)
+        if call.is_plain:
+            self.calls.setdefault(path, set()).add(call)
+        return call.is_plain
+
+    def covers(self, path: str, rows: int, batch: Batch) -> bool:
+        """Whether a call is like one in the comparison, or of one example alone."""
+        call, alone = Call.of(rows, batch), len(next(iter(batch.values()))) == 1
+        return call.is_plain and (alone or any(seen.covers(call) for seen in self.calls.get(path, ())))
+
 
 @dataclass
-class Known:
-    """What is known of a model under a loss.
+class ModelFacts:
+    """What engines found out about a model under a loss.
 
     Args:
-        unprobed: blocks that probes do not see right.
-        shared: blocks whose modules are called more than once in a forward.
+        unprobed: blocks whose probes are wrong.
+        shared: blocks whose modules are called more than once in a forward pass.
         copies: whether the model writes to what its modules return, so that probes must give it a copy.
-        singly: whether its code cannot be mapped over by `vmap`.
-        looks: by the keys of the batches.
+        singly: whether `vmap` cannot map over the model's code.
+        verified: by the keys of the batches.
     """
 
     unprobed: set[str] = field(default_factory=set)
     shared: set[str] = field(default_factory=set)
     copies: bool = False
     singly: bool = False
-    looks: dict[frozenset[str], Look] = field(default_factory=dict)
+    verified: dict[frozenset[str], Verified] = field(default_factory=dict)
 
-    def look(self, batch: Batch) -> Look:
-        """What was looked at of batches like this one."""
-        return self.looks.setdefault(frozenset(batch), Look())
-
-
-_KNOWN: MutableMapping[nn.Module, dict[Hashable, Known]] = WeakKeyDictionary()
+    def of(self, batch: Batch) -> Verified:
+        """What is verified for batches with the keys of this one."""
+        return self.verified.setdefault(frozenset(batch), Verified())
 
 
-def known_of(model: nn.Module, loss: LossFn, sites: Sequence[Site]) -> Known:
-    """What is known of a model, its weights and a loss; nothing yet of a loss that may have changed since.
+_FACTS: MutableMapping[nn.Module, dict[Hashable, ModelFacts]] = WeakKeyDictionary()
 
-    Only a frozen dataclass says that it is the same function as before. A module that was exchanged, hooked
-    or patched makes another model.
+
+def facts_of(model: nn.Module, loss: LossFn, sites: Sequence[Site]) -> ModelFacts:
+    """The facts about a model, its weights and a loss, which are empty for a loss that may have changed.
+
+    Only a frozen dataclass shows by its fields that it is the same function as before. A model is another one
+    after a module was replaced, patched or given a hook.
     """
     if isinstance(loss, type) or not is_dataclass(loss) or not getattr(loss, PARAMS).frozen:
-        return Known()
+        return ModelFacts()
     try:
         function = type(loss), *(_same(getattr(loss, f.name), model) for f in fields(loss))
         weights = tuple((s.path, s.block, s.parameter, s.weight.dtype, s.weight.device) for s in sites)
@@ -98,21 +128,21 @@ def known_of(model: nn.Module, loss: LossFn, sites: Sequence[Site]) -> Known:
             (id(m), id(m.__dict__.get("forward")), len(m._forward_hooks), len(m._forward_pre_hooks))
             for m in model.modules()
         )
-        return _KNOWN.setdefault(model, {}).setdefault((function, weights, modules), Known())
-    except TypeError:  # a field that can be neither compared nor referred to
-        return Known()
+        return _FACTS.setdefault(model, {}).setdefault((function, weights, modules), ModelFacts())
+    except TypeError:  # a field that has neither a hash nor a weak reference
+        return ModelFacts()
 
 
 def _same(value: Any, model: nn.Module) -> Hashable:
-    """What says whether a field is as before, without keeping it alive."""
+    """What tells whether a field is the same as before, without a strong reference to it."""
     if value is model or value is None or isinstance(value, str | int | float | tuple | frozenset):
         hash(value)
         return None if value is model else (value,)
     return ref(value)
 
 
-def trial(batch: Batch) -> Batch:
-    """Two examples to look at, such as have something to learn from; of long sequences a few tokens."""
+def two_rows(batch: Batch) -> Batch:
+    """Two examples to verify with, each with a supervised token if possible, cut to a few tokens if long."""
     labels, rows = batch.get("labels"), torch.arange(min(2, len(next(iter(batch.values())))))
     if labels is not None and labels.ndim == 2 and not labels.is_floating_point():
         silent = (labels[:, 1:] == IGNORED).all(1).to(torch.uint8)
@@ -121,21 +151,21 @@ def trial(batch: Batch) -> Batch:
 
 
 def _window(batch: Batch) -> Batch:
-    """Of long sequences with a label for every token some tokens, from before the first that counts."""
+    """Cut long sequences with a label for every token to a few tokens around the first supervised one."""
     ids, labels = batch.get("input_ids"), batch.get("labels")
-    if ids is None or labels is None or ids.shape != labels.shape or ids.shape[1] <= LOOK_TOKENS:
+    if ids is None or labels is None or ids.shape != labels.shape or ids.shape[1] <= VERIFY_TOKENS:
         return batch
     firsts = (labels[:, 1:] != IGNORED).to(torch.uint8).argmax(1)
-    starts = (firsts - LOOK_TOKENS // 2).clamp(0, ids.shape[1] - LOOK_TOKENS).tolist()
+    starts = (firsts - VERIFY_TOKENS // 2).clamp(0, ids.shape[1] - VERIFY_TOKENS).tolist()
 
     def of(value: Tensor) -> Tensor:
-        return torch.stack([v[start : start + LOOK_TOKENS] for v, start in zip(value, starts, strict=True)])
+        return torch.stack([v[start : start + VERIFY_TOKENS] for v, start in zip(value, starts, strict=True)])
 
     return {key: of(value) if value.shape[:2] == ids.shape else value for key, value in batch.items()}
 
 
 def tolerance(weights: Collection[torch.dtype]) -> tuple[float, float]:
-    """How far rounding may move a gradient: of its own norm, and of the largest of the example."""
+    """How far rounding may move a block: relative to its own norm, and to the largest norm of the example."""
     bits = min(torch.finfo(weight).bits for weight in weights)
     if bits != 32:
         return (0.5, 1e-2) if bits < 32 else (1e-6, 1e-10)
@@ -144,15 +174,15 @@ def tolerance(weights: Collection[torch.dtype]) -> tuple[float, float]:
     return (0.1, 1e-3) if rounded else (2e-3, 1e-5)
 
 
-def differing(
+def unequal_blocks(
     found: Blocks, krons: dict[str, Kron], loss: LossFn, model: nn.Module, sites: Sequence[Site], batch: Batch
 ) -> tuple[set[str], int]:
-    """The blocks whose small gradients are not those of each example alone; how many examples had any.
+    """The blocks whose projected gradients differ from plain autograd, and how many examples had a gradient.
 
     Args:
-        found: of every block `[rows, p, q]`, by probes.
-        krons: the maps that made them small.
-        loss, model, sites, batch: of which; quantised weights have no gradient to compare with.
+        found: the projected gradient of every block `[rows, p, q]`, from probes.
+        krons: the maps that projected them.
+        loss, model, sites, batch: what they are gradients of. Quantised weights have no gradient to compare.
     """
     params = {n: p for n, p in params_of(model).items() if p.is_floating_point()}
     sites = [site for site in sites if {*site.names} <= params.keys()]
@@ -160,28 +190,28 @@ def differing(
     if not sites:
         return set(), len(rows)
     relative, floor = tolerance({site.weight.dtype for site in sites})
-    lost, told = set[str](), 0
+    wrong, count = set[str](), 0
     for row in rows:
         alone = _Alone(sites, params, krons)
         alone.run(loss, params, {key: value[row] for key, value in batch.items()})
         largest = max(alone.norms.values())
-        told += largest > 0
+        count += largest > 0
         for name, value in alone.values.items():
             error = float((found[name][row] - value).norm())
             if error > relative * alone.norms[name] + floor * largest:
-                lost.add(name)
-    return lost, told
+                wrong.add(name)
+    return wrong, count
 
 
 def sketch() -> Any:
-    """The projection that makes gradients small enough to keep and compare."""
+    """The projection that makes gradients small enough to compare all blocks at once."""
     return replace(project((SKETCH, SKETCH), "gaussian"), strict=False)
 
 
 class _Alone:
-    """The small gradients of one example by plain autograd, and the norms of the whole ones.
+    """The projected gradients of one example by plain autograd, and the norms of the gradients.
 
-    A gradient is made small as soon as there is one, so that no more than one or two are held at a time.
+    Each gradient is projected as soon as the backward pass makes it, so only one or two are in memory.
     """
 
     def __init__(self, sites: Sequence[Site], params: Params, krons: dict[str, Kron]):
@@ -196,11 +226,13 @@ class _Alone:
             leaf.register_post_accumulate_grad_hook(partial(self._take, name))
 
     def run(self, loss: LossFn, params: Params, example: Example) -> None:
-        """Take the gradient of the loss of an example."""
+        """Differentiate the loss of an example."""
         value = loss({**params, **self.leaves}, example)
         if value.requires_grad:
             value.backward()
-        for block in self.by_block.keys() - self.values.keys():  # the loss does not depend on all of it
+        for block in (
+            self.by_block.keys() - self.values.keys()
+        ):  # these have a parameter that the loss does not depend on
             self._finish(block)
 
     def _take(self, name: str, leaf: Tensor) -> None:
@@ -213,24 +245,12 @@ class _Alone:
     def _finish(self, block: str) -> None:
         names, site = self.names[block], self.by_block[block][0]
         weight, *bias = (
-            self._made.get(n, torch.zeros_like(self.leaves[n])).detach()[None] for n in site.names
+            self._made.get(n, torch.zeros_like(self.leaves[n])).detach()[None].to(site.spec.dtype)
+            for n in site.names
         )
-        made = _small(site, weight, bias[0] if bias and site.layer.bias else None, self.krons[block])
-        self.values[block], self.norms[block] = made[0], float(made[1])
+        own_bias = bias[0] if bias and site.layer.bias else None
+        made, norm = site.layer.projected_block(weight, own_bias, self.krons[block])
+        self.values[block], self.norms[block] = made[0], float(norm)
         needed = {n for other in self.by_block if other not in self.values for n in self.names[other]}
         for name in names - needed:
             self._made.pop(name, None)
-
-
-def _small(site: Site, weight: Tensor, bias: Tensor | None, kron: Kron) -> tuple[Tensor, Tensor]:
-    """`L G Rᵀ` of one example and the norm of the block G, without a copy of a large weight."""
-    layer, dtype, left, right = site.layer, site.spec.dtype, kron.left, kron.right
-    plain = type(layer) is Linear and layer.rows is None and layer.columns is None
-    if not plain or not isinstance(left, Tensor) or not isinstance(right, Tensor):
-        G = layer.block(weight, bias)[0].to(dtype)
-        return kron(G), G.norm()
-    G = layer.block(weight, None)[0].to(dtype)
-    if bias is None:
-        return left @ G @ right.T, G.norm()
-    b = bias[0].to(dtype)
-    return left @ G @ right[:, :-1].T + (left @ b)[:, None] * right[:, -1], G.norm().hypot(b.norm())

@@ -15,7 +15,7 @@ LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """A mean over queries, and the ends of its 95 % interval; NaN where nothing tells it."""
+    """A mean over queries, and the ends of its 95 % interval; NaN where they are not defined."""
 
     value: float
     low: float
@@ -58,7 +58,7 @@ def mean_estimate(values: Float[Tensor, " queries"], *, draws: int = DRAWS, seed
 def grid_estimate(values: Float[Tensor, "rows queries"], *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """The mean of a table, with its interval over draws of its rows and its columns.
 
-    A draw takes both anew, with replacement: what all queries share in a row does not average out over them.
+    A draw takes rows and columns with replacement, since noise that queries share does not average out.
 
     Args:
         values: a number a row and query; a single query has no interval.

@@ -1,4 +1,4 @@
-"""Brittleness: what becomes of a query when the rows that a method holds responsible are taken away."""
+"""Brittleness: how the loss of a query changes without the rows that a method holds responsible."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from gradfn.evaluate.bootstrap import Estimate, grid_estimate, mean_estimate
 from gradfn.evaluate.subsets import random_subsets, without_top
 
 CONTROLS = 5
-"""Random removals of each size, unless told."""
+"""The default number of random removals of each size."""
 _HALF = math.log(2)
 """The loss of an answer of probability 1/2."""
 
@@ -21,25 +21,25 @@ _HALF = math.log(2)
 def brittleness_subsets(
     scores: Float[Tensor, "rows queries"], ks: Sequence[int], *, controls: int = CONTROLS, seed: int = 0
 ) -> Bool[Tensor, "subsets rows"]:
-    """The subsets that a test of brittleness is trained on; `removals` reads them.
+    """The subsets to train on for a test of brittleness; `removals` reads them.
 
-    All rows; then all but each query's k best proponents, `1 + query * len(ks) + k's place`; then all but k
-    random ones, so many times for each k.
+    The first has all rows. Then come the subsets without a query's k best proponents, in the order of queries
+    and, for each query, of `ks`. Then come those without k random rows, `controls` of them for each k.
 
     Args:
         scores: positive = proponent.
         ks: how many rows to remove, each once.
-        controls: random removals of each size, three or more.
-        seed: of these.
+        controls: how many random removals of each size, three or more.
+        seed: of the random removals.
 
     Raises:
-        InputError: a k twice, or one that leaves everything in or out; fewer than three controls.
+        InputError: the same k twice, or a k of no rows or of all; fewer than three controls.
 
     >>> brittleness_subsets(torch.tensor([[3.0], [1.0], [2.0], [0.0]]), [2], controls=3).sum(1)
     tensor([4, 2, 2, 2, 2])
     """
     if len(set(ks)) < len(ks):
-        raise InputError(f"the numbers of rows to remove have one twice, {list(ks)}: give each once")
+        raise InputError(f"the numbers of rows to remove, {list(ks)}, have one twice: give each once")
     removed = without_top(scores, ks)
     random = [random_subsets(len(scores), controls, leave_out=k, seed=seed) for k in ks]
     return torch.cat([torch.ones(1, len(scores), dtype=torch.bool), removed, *random])
@@ -59,11 +59,11 @@ def removals(
     """The losses of the full model, and those of each number of rows removed.
 
     Args:
-        subsets: what `brittleness_subsets` gave.
-        losses: of every query, of the models trained on them.
+        subsets: from `brittleness_subsets`.
+        losses: of every query, of the models trained on these subsets.
 
     Raises:
-        InputError: the subsets are others.
+        InputError: the subsets are not from `brittleness_subsets`.
 
     >>> subsets = brittleness_subsets(torch.tensor([[3.0], [1.0], [2.0], [0.0]]), [2], controls=3)
     >>> full, (two,) = removals(subsets, torch.tensor([[0.5], [9.0], [1.0], [2.0], [3.0]]))
@@ -76,8 +76,8 @@ def removals(
     end = 1 + queries * len(ks)
     if not ks or missing[:end].tolist() != [0, *ks * queries]:
         raise InputError(
-            f"the {len(subsets)} subsets are not all rows, each query's best ones removed, and random ones "
-            "removed: make them with gradfn retrain --remove-top"
+            f"the {len(subsets)} subsets are not those of a test of brittleness (all rows, then each query's "
+            "best ones removed, then random ones): make them with brittleness_subsets"
         )
     rest, missing = losses[end:], missing[end:]
     by_query = losses[1:end].reshape(queries, len(ks), queries)
@@ -87,12 +87,12 @@ def removals(
 
 
 class Brittleness(NamedTuple):
-    """Means over queries: the rise of the loss, that by chance, and the share of controls that it is above.
+    """Means over queries: the rise of the loss, the rise by chance, and how often the first is larger.
 
     `lost` and `lost_by_chance` are the shares of answers of probability 1/2 or more that fall below it.
 
-    Intervals are over queries, those by chance and above it over queries and random removals. The trained
-    models are given: what the one full model and its seeds do to all rises alike is in no interval.
+    Intervals are over queries; those of `by_chance` and `above_chance` are over random removals too. They do
+    not include the randomness of the one full model, which changes all rises alike.
     """
 
     rise: Estimate
@@ -113,13 +113,14 @@ def brittleness(
         full: the queries' losses of the model of all rows.
         removal: their losses without k rows.
         probabilities: the loss is minus the log-probability of the whole answer (a sum over its tokens, or
-            of one token, without label smoothing), so that answers can be lost; see `flips` for classes.
+            of one token, without label smoothing), so that answers can be lost. For classes see `flips`.
 
     Raises:
         InputError: no random removals to compare with.
 
-    >>> told = brittleness(torch.tensor([0.5]), Removal(2, torch.tensor([1.5]), torch.tensor([[0.5], [0.7]])))
-    >>> round(told.rise.value, 3), round(told.by_chance.value, 3), told.above_chance.value
+    >>> removal = Removal(2, torch.tensor([1.5]), torch.tensor([[0.5], [0.7]]))
+    >>> found = brittleness(torch.tensor([0.5]), removal)
+    >>> round(found.rise.value, 3), round(found.by_chance.value, 3), found.above_chance.value
     (1.0, 0.1, 1.0)
 
     Source: Ilyas et al., Datamodels, arXiv:2202.00622, section 4.
@@ -140,20 +141,20 @@ def brittleness(
 def _check_controls(removal: Removal) -> None:
     if not len(removal.random):
         raise InputError(
-            f"no model was trained without {removal.k} random rows, to compare with: make some with gradfn "
-            "retrain --remove-top"
+            f"no model was trained without {removal.k} random rows, with which to compare: train on all "
+            "subsets of brittleness_subsets"
         )
 
 
 class Flips(NamedTuple):
-    """Of the queries that the full model gets right, the shares that it gets wrong without k rows.
+    """Which share of the full model's right predictions turns wrong without k rows.
 
     Intervals are those of `Brittleness`.
 
     Args:
-        right: how many there are.
-        flipped: without the best rows; None where no query is right.
-        flipped_by_chance: without random ones, the mean over controls.
+        right: how many predictions of the full model are right.
+        flipped: the share that is wrong without the best rows; None if none was right.
+        flipped_by_chance: the same without random rows, the mean over controls.
     """
 
     right: int
@@ -164,7 +165,7 @@ class Flips(NamedTuple):
 def flips(full: Float[Tensor, " queries"], removal: Removal) -> Flips:
     """How often a prediction turns wrong without the query's best proponents, and without random rows.
 
-    It is right where the margin `z_y - max_{v != y} z_v`, in the mean over a subset's seeds, is above 0.
+    A prediction is right if the margin `z_y - max_{v != y} z_v`, the mean over a subset's seeds, is above 0.
 
     Args:
         full: the queries' margins of the model of all rows.
@@ -173,9 +174,9 @@ def flips(full: Float[Tensor, " queries"], removal: Removal) -> Flips:
     Raises:
         InputError: no random removals to compare with.
 
-    >>> told = flips(torch.tensor([2.0, 1.0, -1.0]), Removal(2, torch.tensor([-1.0, 1.0, -2.0]),
-    ...                                                      torch.tensor([[1.0, 1.0, 1.0]])))
-    >>> told.right, told.flipped.value, told.flipped_by_chance.value
+    >>> removal = Removal(2, torch.tensor([-1.0, 1.0, -2.0]), torch.tensor([[1.0, 1.0, 1.0]]))
+    >>> found = flips(torch.tensor([2.0, 1.0, -1.0]), removal)
+    >>> found.right, found.flipped.value, found.flipped_by_chance.value
     (2, 0.5, 0.0)
 
     Source: Ilyas et al., Datamodels, arXiv:2202.00622, section 4.

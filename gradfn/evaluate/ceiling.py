@@ -1,4 +1,4 @@
-"""The noise ceiling: how well retrained models foretell themselves, and so what a score could reach."""
+"""The noise ceiling: how well retrained models predict each other, and so what a score could reach."""
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,7 @@ from gradfn.evaluate.subsets import FEWEST
 
 SPLITS = 100
 DRAWN_SPLITS = 4
-"""Splits in every draw of the interval: more change it by less than 0.01."""
+"""Splits in every draw of the interval; with more, it changes by less than 0.01."""
 
 
 def noise_ceiling(
@@ -129,7 +129,7 @@ class _Groups:
         self.subset = torch.unique(subset[repeated], return_inverse=True)[1]
         self.subsets = int((counts > 1).sum())
         self.half = int(counts[counts > 1].min()) // 2
-        # Noise of a mean goes with 1 / seeds, so it is the harmonic mean that counts.
+        # The variance of a mean is proportional to 1 / seeds, hence the harmonic mean.
         self.lengthening = float(len(counts) / (1 / counts.double()).sum()) / self.half
 
     def halves(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from gradfn.evaluate.bootstrap import Estimate
 from gradfn.evaluate.lds import lds, lds_estimate
-from gradfn.evaluate.scored import Scored
 from gradfn.evaluate.selection import chosen, halves
+from gradfn.scores import Scores
 
 
 class Compared(NamedTuple):
-    """What became of one run: the damping that it is reported at, its LDS, and Pearson's beside it."""
+    """The damping that a run is reported at, its LDS, and the Pearson correlation beside it."""
 
     name: str
     damping: str
     lds: Estimate
     pearson: Estimate
     constant: int
-    """Queries for which all rows have one score, which count as 0."""
+    """How many queries have one score for all rows; these count as 0."""
 
 
 class Comparison(NamedTuple):
@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    runs: Sequence[Scored],
+    runs: Sequence[Scores],
     subsets: Bool[Tensor, "subsets rows"],
     losses: Float[Tensor, "subsets queries"],
     *,
@@ -40,8 +40,8 @@ def compare(
 ) -> Comparison:
     """Compare runs with retrained models.
 
-    Where any run has several dampings, half of the queries, drawn with the seed, are there to choose on: each
-    run takes the damping with the highest LDS on them, and all runs are reported on the other half alone.
+    Where any run has several dampings, dampings are chosen on half of the queries, drawn with the seed: each
+    run takes the damping with the highest LDS there, and all runs are reported on the other half alone.
 
     Args:
         runs: of the same rows and queries, see `refuse_other_data`.
@@ -53,28 +53,28 @@ def compare(
 
     >>> subsets = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)) < 0.5
     >>> scores = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    >>> one = Scored("one", scores[None], ("",), ["a", "b", "c", "d"], ["q"], {})
+    >>> one = Scores(scores[None], ["a", "b", "c", "d"], ["q"])
     >>> compare([one], subsets, -(subsets.float() @ scores)).runs[0].lds.value
     1.0
     """
     several = any(len(run.dampings) > 1 for run in runs)
     choose, report = halves(losses.shape[1], seed=seed) if several else (None, torch.arange(losses.shape[1]))
-    told = []
+    compared = []
     for run in runs:
         best = _best(run, subsets, losses, choose)
-        scores, truth = run.scores[best][:, report], losses[:, report]
-        told.append(
+        scores, truth = run.values[best][:, report], losses[:, report]
+        compared.append(
             Compared(
                 run.name, run.dampings[best], lds_estimate(scores, subsets, truth, seed=seed),
                 lds_estimate(scores, subsets, truth, correlate="pearson", seed=seed),
                 int((scores.amax(0) == scores.amin(0)).sum()),
             )
         )  # fmt: skip
-    return Comparison(told, report)
+    return Comparison(compared, report)
 
 
 def damping_curve(
-    run: Scored,
+    run: Scores,
     subsets: Bool[Tensor, "subsets rows"],
     losses: Float[Tensor, "subsets queries"],
     queries: Int[Tensor, " part"],
@@ -89,19 +89,19 @@ def damping_curve(
 
     >>> subsets = torch.rand(9, 2, generator=torch.Generator().manual_seed(0)) < 0.5
     >>> scores = torch.tensor([[1.0], [2.0]])
-    >>> run = Scored("one", torch.stack([scores, -scores]), ("1", "0.1"), ["a", "b"], ["q"], {})
+    >>> run = Scores(torch.stack([scores, -scores]), ["a", "b"], ["q"], ("1", "0.1"))
     >>> curve = damping_curve(run, subsets, -(subsets.float() @ scores), torch.tensor([0]))
     >>> {name: one.value for name, one in curve.items()}
     {'1': 1.0, '0.1': -1.0}
     """
     return {
         name: lds_estimate(scores[:, queries], subsets, losses[:, queries], seed=seed)
-        for name, scores in zip(run.dampings, run.scores, strict=True)
+        for name, scores in zip(run.dampings, run.values, strict=True)
     }
 
 
-def _best(run: Scored, subsets: Tensor, losses: Tensor, choose: Tensor | None) -> int:
+def _best(run: Scores, subsets: Tensor, losses: Tensor, choose: Tensor | None) -> int:
     if choose is None or len(run.dampings) == 1:
         return 0
-    each = [lds(scores[:, choose], subsets, losses[:, choose]) for scores in run.scores]
+    each = [lds(scores[:, choose], subsets, losses[:, choose]) for scores in run.values]
     return chosen(torch.stack(each), torch.arange(len(choose)))

@@ -18,7 +18,7 @@ _ROUNDING = 1e-12
 
 
 def check_finite(name: str, values: Tensor) -> None:
-    """Refuse NaN and infinity, which sorting would give a rank.
+    """Refuse NaN and infinity, to which sorting would give a rank.
 
     >>> check_finite("scores", torch.zeros(3))
     """

@@ -1,4 +1,4 @@
-"""The linear datamodeling score: do scores foretell what training on a part of the data does?"""
+"""The linear datamodeling score: do scores predict the losses of models trained on parts of the data?"""
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,9 +13,9 @@ from gradfn.evaluate.subsets import FEWEST
 def predicted(
     scores: Float[Tensor, "rows queries"], subsets: Bool[Tensor, "subsets rows"]
 ) -> Float[Tensor, "subsets queries"]:
-    """What scores say of models trained on subsets: `sum_{i in S} score(i, q)`, higher for a lower loss.
+    """What scores predict for models trained on subsets, `sum_{i in S} score(i, q)`: higher is a lower loss.
 
-    Sums of the same numbers are the same whatever rows they are of, so that subsets that tie have one rank.
+    Sums of the same numbers are exactly equal in any order, so that subsets that tie have one rank.
 
     >>> predicted(torch.tensor([[1.0], [2.0]]), torch.tensor([[True, False], [True, True]]))
     tensor([[1.],
@@ -24,7 +24,7 @@ def predicted(
     masks, rest = subsets.double(), scores.double()
     total = torch.zeros((), dtype=torch.float64)
     for _ in range(2):
-        # Multiples of a power of two of which 2^52 are more than all: they add up exactly, in any order.
+        # Rounded to multiples of a power of two, so large that all sums are exact in float64.
         size = rest.abs().sum(0).clamp_min(1e-290)
         step = size / torch.frexp(size).mantissa * 2.0**-52
         part = (rest / step).round() * step
@@ -41,8 +41,8 @@ def lds(
 ) -> Float[Tensor, " queries"]:
     """Score an attribution against retrained models, query by query.
 
-    `LDS(q) = corr_S(sum_{i in S} score(i, q), -loss_S(q))`, S running over the subsets. The sign is that
-    of all of gradfn: a row with a positive score is a proponent, so a subset with many has a low loss.
+    `LDS(q) = corr_S(sum_{i in S} score(i, q), -loss_S(q))` over the subsets S. As everywhere, a row with a
+    positive score is a proponent, so a subset with many proponents has a low loss.
 
     Args:
         scores: of every training row for every query.
@@ -51,8 +51,8 @@ def lds(
         correlate: "spearman" is the LDS as published; "pearson".
 
     Returns:
-        float64 `[queries]`; their mean is the LDS. 0 for a query that has one score for all rows, whatever
-        the sizes of the subsets, or one loss.
+        float64 `[queries]`; their mean is the LDS. It is 0 for a query with the same score for all rows,
+        or the same loss for all subsets.
 
     Raises:
         InputError: fewer than three subsets, other shapes, or numbers that are not finite.
@@ -94,7 +94,7 @@ def lds_estimate(
 
 
 def _said(scores: Tensor, subsets: Tensor) -> Tensor:
-    """What is predicted, but that one score for all rows says nothing: its sums differ by their rounding."""
+    """What scores predict, and 0 for a query whose rows all have one score: its sums are only rounding."""
     return torch.where(scores.amax(0) == scores.amin(0), 0.0, predicted(scores, subsets))
 
 
@@ -102,12 +102,10 @@ def _check(scores: Tensor, subsets: Tensor, losses: Tensor) -> None:
     shapes = [list(of.shape) for of in (scores, subsets, losses)]
     if scores.ndim != 2 or shapes[1:] != [[len(subsets), len(scores)], [len(subsets), scores.shape[1]]]:
         raise InputError(
-            "scores are [rows, queries], subsets [subsets, rows] and losses [subsets, queries], but came as "
-            f"{shapes[0]}, {shapes[1]} and {shapes[2]}: give those of the same rows, queries and subsets"
+            "expected scores [rows, queries], subsets [subsets, rows] and losses [subsets, queries], got "
+            f"shapes {shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
     if len(subsets) < FEWEST:
-        raise InputError(
-            f"{len(subsets)} subsets tell no correlation, which needs {FEWEST} or more: retrain on more"
-        )
+        raise InputError(f"a correlation needs {FEWEST} subsets or more, not {len(subsets)}: retrain on more")
     check_finite("scores", scores)
     check_finite("losses", losses)

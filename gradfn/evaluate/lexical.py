@@ -1,4 +1,4 @@
-"""Lexical search, to stand beside attribution: what the words alone would have found."""
+"""Lexical search, to compare attribution with: what the words alone would find."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int64
 
 NOT_FOUND = -1
-"""Stands in the ranks of a query that shares words with fewer than `k` rows."""
+"""The place holder in the ranks of a query that shares words with fewer than `k` rows."""
 
 
 def bm25_ranks(texts: Sequence[str], queries: Sequence[str], k: int) -> Int64[np.ndarray, "queries k"]:

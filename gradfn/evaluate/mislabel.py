@@ -9,7 +9,7 @@ from gradfn.evaluate.correlation import check_finite, ranks
 
 
 def auroc(scores: Float[Tensor, " rows"], wrong: Shaped[Tensor, " rows"]) -> float:
-    """The probability that a wrong row has a higher score than a right one; ties count a half.
+    """The probability that a wrong row has a higher score than a right one; a tie counts as a half.
 
     `(R - P (P + 1) / 2) / (P N)` with R the sum of the ranks of the P wrong rows, and N right ones.
 
@@ -33,8 +33,8 @@ def auroc(scores: Float[Tensor, " rows"], wrong: Shaped[Tensor, " rows"]) -> flo
 def average_precision(scores: Float[Tensor, " rows"], wrong: Shaped[Tensor, " rows"]) -> float:
     """The area below precision against recall: `sum_t (recall_t - recall_{t-1}) precision_t`.
 
-    The thresholds t are the distinct scores, from the highest, so that rows with one score come together. Of
-    random scores it is the share of wrong rows.
+    The thresholds t are the distinct scores, from the highest, so that rows with equal scores count
+    together. For random scores it is the share of wrong rows.
 
     Args:
         scores, wrong: see `auroc`.
@@ -59,7 +59,7 @@ def precision_at(scores: Float[Tensor, " rows"], wrong: Shaped[Tensor, " rows"],
 
     Args:
         scores, wrong: see `auroc`.
-        k: how many rows are looked at.
+        k: how many rows to count.
 
     Raises:
         InputError: all rows are wrong, or none; scores that are not finite; k is not from 1 to the
@@ -81,20 +81,20 @@ def check_k(k: int, rows: int) -> None:
     >>> check_k(3, rows=3)
     """
     if not 1 <= k <= rows:
-        raise InputError(f"k is the number of best rows and there are {rows:,}, not {k:,}: take fewer, or 1")
+        raise InputError(f"k must be between 1 and the number of rows, {rows:,}, not {k:,}")
 
 
 def _positives(scores: Tensor, wrong: Tensor) -> int:
     check_finite("scores", scores)
     if wrong.shape != scores.shape:
         raise InputError(
-            f"rows are wrong or right, each once, but marks of shape {list(wrong.shape)} came for scores of "
-            f"{list(scores.shape)}: give one a row"
+            f"expected one mark (wrong or right) for each score, got marks of shape {list(wrong.shape)} for "
+            f"scores of {list(scores.shape)}"
         )
     positives = int(wrong.bool().sum())
     if positives in (0, len(wrong)):
         raise InputError(
-            f"{positives:,} of {len(wrong):,} rows are wrong, so there is nothing to tell apart: "
-            "give some of both"
+            f"{positives:,} of {len(wrong):,} rows are wrong, but detection needs wrong and "
+            "right ones: give some of both"
         )
     return positives

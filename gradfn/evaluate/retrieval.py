@@ -27,7 +27,7 @@ def source_name(value: object) -> str | None:
 def source_ranks(
     scores: Float[Tensor, "rows queries"], sources: Bool[Tensor, "rows queries"]
 ) -> Int[Tensor, "rows queries"]:
-    """Ranks from 1, the highest score first; among equals a source comes last, so that ties do not help.
+    """Ranks from 1, the highest score first; among equal scores sources come last, so that ties do not help.
 
     >>> source_ranks(torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[False], [True], [False]])).T
     tensor([[3, 2, 1]])
@@ -47,7 +47,7 @@ def recall_at(
     Args:
         scores: of every row for every query.
         sources: which rows are known to be sources of which query, one or more a query.
-        k: how many rows are looked at.
+        k: how many rows to count.
 
     Returns:
         float64 `[queries]`.
@@ -93,8 +93,8 @@ def _check(scores: Tensor, sources: Tensor) -> None:
     check_finite("scores", scores)
     if sources.shape != scores.shape:
         raise InputError(
-            f"sources are told of every row and query, but {list(sources.shape)} came for scores of "
-            f"{list(scores.shape)}: give those of the same rows and queries"
+            f"expected sources [rows, queries] like the scores, {list(scores.shape)}, got "
+            f"{list(sources.shape)}: give those of the same rows and queries"
         )
     if without := int((~sources.any(0)).sum()):
         raise InputError(f"{without:,} queries have no source among the rows: leave them out")

@@ -1,92 +1,45 @@
-"""Scores that a run holds, and whether they speak of what other scores, or a ground truth, speak of."""
+"""Whether scores can be evaluated, and are of the rows and queries of other scores, or of a ground truth."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
 from gradfn.errors import InputError
 from gradfn.evaluate.truth import Truth
-from gradfn.runs.store import open_store
+from gradfn.runs.provenance import Provenance
+from gradfn.scores import Scores
 
 SHOWN = 3
 """Ids that a refusal shows."""
 
 
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """What `gradfn score RUN` wrote.
-
-    Args:
-        name: the run, as a person calls it.
-        scores: positive = proponent, `[dampings, rows, queries]`.
-        dampings: as the command line spells them; one that is empty where there is no choice.
-        row_ids, query_ids: the names of rows and of queries.
-        settings: what the scores depend on.
-    """
-
-    name: str
-    scores: Float[Tensor, "dampings rows queries"] = field(repr=False)
-    dampings: tuple[str, ...]
-    row_ids: list[str] = field(repr=False)
-    query_ids: list[str] = field(repr=False)
-    settings: dict[str, Any] = field(repr=False)
-
-    @property
-    def made(self) -> Mapping[str, Any]:
-        """The settings; of joined scores, those of the first checkpoint."""
-        return _first(self.settings)
-
-    def of_queries(self, numbers: Int[Tensor, " part"]) -> "Scored":
-        """The same of some queries only."""
-        ids = [self.query_ids[number] for number in numbers.tolist()]
-        return replace(self, scores=self.scores[:, :, numbers], query_ids=ids)
-
-
-def open_scored(run: str | Path) -> Scored:
-    """Read the scores of a run.
+def evaluated_scores(run: str | Path) -> Scores:
+    """Read the scores of a run for an evaluation.
 
     Raises:
         InputError: there are none, they are of tokens, or they are not finite.
     """
-    with open_store(run, "scores") as store:
-        if "rows/id" not in store.names("rows"):
-            raise InputError(f"{store.path} scores tokens, not rows: score with --by example to evaluate")
-        scores = torch.from_numpy(store.read("scores"))
-        row_ids = [str(name) for name in store.read("rows/id")]
-        names = [str(name) for name in store.fixed("queries/id")]
-        dampings = dampings_of(store.settings, len(names))
-        settings = store.settings
-    if wrong := int((~scores.isfinite()).sum()):
+    scores = Scores.load(run)
+    if scores.documents is not None:
+        raise InputError(f"{run} scores tokens, not rows: score with `View(tokens=False)` to evaluate")
+    if wrong := int((~scores.values.isfinite()).sum()):
         raise InputError(
             f"{wrong:,} scores in {run} are no finite numbers: score again in a higher precision"
         )
-    queries = len(names) // len(dampings)
-    by_damping = scores.reshape(len(scores), len(dampings), queries).transpose(0, 1)
-    suffix = f" (damping {dampings[0]})" if len(dampings) > 1 else ""
-    ids = [name.removesuffix(suffix) for name in names[:queries]]
-    return Scored(Path(run).name or str(run), by_damping, dampings, row_ids, ids, settings)
+    return scores
 
 
-def dampings_of(settings: Mapping[str, Any], columns: int) -> tuple[str, ...]:
-    """The dampings that the columns of scores are of, from a run's settings; scores may be joined.
+def made_of(settings: Mapping[str, Any]) -> Provenance:
+    """What scores were made of; of joined scores, those of the first checkpoint.
 
-    >>> dampings_of({"method": {"damping": ["0.1", None]}}, columns=4)
-    ('0.1', 'none')
-    >>> dampings_of({}, columns=4)
-    ('',)
+    >>> made_of({"checkpoints": [{"weight": 1.0, "settings": {"query": "self"}}]}).query
+    'self'
     """
-    given = _first(settings).get("method", {}).get("damping") or [""]
-    names = tuple("none" if name is None else str(name) for name in given)
-    # The best over queries and dampings (less) is one column.
-    return names if columns % len(names) == 0 and columns >= len(names) else ("",)
+    made = Provenance.of(settings)
+    return (made.checkpoints[0].settings if made.checkpoints else None) or made
 
 
-def refuse_other_data(mine: Scored, theirs: Scored | Truth, what: str, other: str) -> None:
+def refuse_other_data(mine: Scores, theirs: Scores | Truth, what: str, other: str) -> None:
     """Refuse to compare two of which the rows, the queries or the training data differ.
 
     Args:
@@ -100,33 +53,23 @@ def refuse_other_data(mine: Scored, theirs: Scored | Truth, what: str, other: st
         ("rows", mine.row_ids, theirs.row_ids),
         ("queries", mine.query_ids, theirs.query_ids),
     ):
-        if a != b and sorted(a) == sorted(b):
+        if [*a] != [*b] and sorted(a) == sorted(b):
             raise InputError(
-                f"{what} and {other} have the same {noun} in another order: make both with the same "
-                "--dataset and --query"
+                f"{what} and {other} have the same {noun} in another order: make both with the same data and "
+                "queries"
             )
-        if a != b:
+        if [*a] != [*b]:
             raise InputError(
                 f"{what} and {other} are of different {noun}, {in_words(a, b)} there and {in_words(b, a)} "
-                "here: make both with the same --dataset and --query"
+                "here: make both with the same data and queries"
             )
     for noun, key in (("training data", "data"), ("queries", "query")):
-        a, b = (_fingerprint(side.settings, key) for side in (mine, theirs))
+        a, b = (getattr(getattr(made_of(side.settings), key), "fingerprint", None) for side in (mine, theirs))
         if a is not None and b is not None and a != b:
             raise InputError(
                 f"{what} and {other} are of different {noun} (fingerprint {a} there and {b} here): make both "
-                "with the same --dataset, --query, columns and tokenizer"
+                "with the same data, queries and tokenizer"
             )
-
-
-def _fingerprint(settings: Mapping[str, Any], key: str) -> str | None:
-    told = _first(settings).get(key)
-    return told.get("fingerprint") if isinstance(told, Mapping) else None
-
-
-def _first(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of a run; of joined scores, those of the first checkpoint."""
-    return settings["checkpoints"][0]["settings"] if "checkpoints" in settings else settings
 
 
 def in_words(ids: Sequence[str], other: Sequence[str]) -> str:

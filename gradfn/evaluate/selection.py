@@ -1,4 +1,4 @@
-"""Choosing a damping, or any variant, without choosing it on what is reported."""
+"""Choosing a damping, or any other variant, on queries other than those that are reported."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Halves(NamedTuple):
 
 
 def halves(queries: int, *, seed: int = 0) -> Halves:
-    """Part queries at random in two halves; of an odd number the reported half has one more.
+    """Divide queries at random into two halves. If their number is odd, the reported half has one more.
 
     Args:
         queries: how many there are.
@@ -32,7 +32,7 @@ def halves(queries: int, *, seed: int = 0) -> Halves:
     """
     if queries < 2:
         raise InputError(
-            f"a variant is chosen on some queries and reported on others, and there is {queries}: "
+            f"a variant is chosen on some queries and reported on others, so {queries} are too few: "
             "give more queries, or one variant"
         )
     choose = torch.from_numpy(choice(queries // 2, queries, "halves", seed).astype("int64"))
@@ -46,7 +46,7 @@ def chosen(each: Float[Tensor, "variants queries"], choose: Int[Tensor, " part"]
 
     Args:
         each: a number a variant and query, higher being better: their `lds`, say.
-        choose: the queries that may be looked at, see `halves`.
+        choose: the queries to choose on, see `halves`.
 
     >>> chosen(torch.tensor([[0.1, 0.9], [0.2, 0.0]]), torch.tensor([0]))
     1

@@ -1,4 +1,4 @@
-"""Which rows counterfactual models are trained on: masks, bool `[subsets, rows]`."""
+"""The rows that counterfactual models are trained on: masks, bool `[subsets, rows]`."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,13 @@ from gradfn.random import choice
 __all__ = ["check_fraction", "check_subsets", "leave_one_out", "random_subsets", "without_top"]
 
 FEWEST = 3
-"""Fewer subsets have no rank correlation to speak of."""
+"""The fewest subsets with a meaningful rank correlation."""
 
 
 def random_subsets(
     rows: int, count: int, fraction: float = 0.5, *, leave_out: int | None = None, seed: int = 0
 ) -> Bool[Tensor, "count rows"]:
-    """Subsets of one size, each a function of seed and number: more of them leave the first as they are.
+    """Subsets of one size. Each is a function of seed and number, so asking for more changes no earlier one.
 
     Args:
         rows: of the data.
@@ -29,7 +29,7 @@ def random_subsets(
         seed: of the draw.
 
     Raises:
-        InputError: fewer than three subsets; a subset of nothing, or of everything; see `check_fraction`.
+        InputError: fewer than three subsets; a subset of no rows or of all; see `check_fraction`.
 
     >>> random_subsets(6, 4).sum(1)
     tensor([3, 3, 3, 3])
@@ -55,7 +55,7 @@ def random_subsets(
 
 
 def check_fraction(fraction: float) -> None:
-    """Refuse what is no share of the rows.
+    """Refuse a fraction of the rows that is not between 0 and 1.
 
     Raises:
         InputError: not above 0 and below 1.
@@ -63,7 +63,9 @@ def check_fraction(fraction: float) -> None:
     >>> check_fraction(0.5)
     """
     if not 0 < fraction < 1:
-        raise InputError(f"a fraction of the rows is above 0 and below 1, not {fraction}: give 0.5, say")
+        raise InputError(
+            f"a fraction of the rows must be above 0 and below 1, not {fraction}: give one like 0.5"
+        )
 
 
 def leave_one_out(rows: int) -> Bool[Tensor, "rows rows"]:
@@ -83,12 +85,12 @@ def leave_one_out(rows: int) -> Bool[Tensor, "rows rows"]:
 
 
 def without_top(scores: Float[Tensor, "rows queries"], ks: Sequence[int]) -> Bool[Tensor, "subsets rows"]:
-    """For each query and k, all rows but its k best proponents; queries first, `query * len(ks) + k's place`.
+    """All rows but the k best proponents of a query, in the order of queries and, for each, of `ks`.
 
     Of equal scores the first row counts as the better.
 
     Raises:
-        InputError: a k that leaves everything in or out; scores that are not finite.
+        InputError: a k of no rows or of all; scores that are not finite.
 
     >>> without_top(torch.tensor([[3.0], [1.0], [2.0]]), [1, 2]).int()
     tensor([[0, 1, 1],
@@ -101,7 +103,7 @@ def without_top(scores: Float[Tensor, "rows queries"], ks: Sequence[int]) -> Boo
             "give other numbers"
         )
     if not bool(scores.isfinite().all()):
-        raise InputError("the scores to remove rows by hold NaN or infinity: score again")
+        raise InputError("the scores by which to remove rows hold NaN or infinity: score again")
     ranks = (-scores).argsort(dim=0, stable=True).argsort(dim=0)
     return torch.stack([ranks[:, query] >= k for query in range(scores.shape[1]) for k in ks])
 
@@ -109,19 +111,19 @@ def without_top(scores: Float[Tensor, "rows queries"], ks: Sequence[int]) -> Boo
 def check_subsets(
     subsets: Bool[Tensor, "subsets rows"], labels: Int[Tensor, " rows"] | Sequence[int] | None = None
 ) -> None:
-    """Refuse subsets that leave everything out, or a whole class.
+    """Refuse subsets without any row, or without any row of a class.
 
     Args:
         subsets: to check.
         labels: the class of each row, where there are classes.
 
     Raises:
-        InputError: naming the first such subset; labels that are not one a row.
+        InputError: there is such a subset; the first one is named. Or labels are not one a row.
 
     >>> check_subsets(torch.tensor([[True, False], [True, True]]), [0, 0])
     """
     for number in (~subsets.any(1)).nonzero()[:1, 0].tolist():
-        raise InputError(f"subset {number} leaves everything out: keep at least a row")
+        raise InputError(f"subset {number} has no rows: give it at least one")
     if labels is None:
         return
     classes = torch.as_tensor(labels, device=subsets.device)

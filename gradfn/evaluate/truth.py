@@ -15,10 +15,10 @@ import gradfn
 from gradfn.errors import InputError
 from gradfn.evaluate.subsets import FEWEST, check_subsets
 from gradfn.model.losses import ModelLoss
-from gradfn.runs.gradients import loss_settings, merged, storable
+from gradfn.runs.provenance import DataSource, Provenance, Settings, loss_source
 from gradfn.runs.shards import Shard, shard_rows, shard_run
-from gradfn.runs.store import Store, open_part, open_store, open_writer
-from gradfn.train.training import (
+from gradfn.store import Store, open_part, open_store, open_writer, storable
+from gradfn.train import (
     Losses,
     Progress,
     Start,
@@ -150,7 +150,7 @@ def retrain(
     training: Training,
     seeds: int = 1,
     seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings | Provenance | None = None,
     chunk: int | None = None,
     shard: Shard | None = None,
     overwrite: bool = False,
@@ -195,24 +195,26 @@ def retrain(
     query_loss = query_loss or loss
     margin_loss = margin_loss or _margin_of(query_loss)
     queries = _queries(trainer, {"losses": query_loss, "margins": margin_loss}, query)
-    known = {**_describe(trainer, train, query, query_loss, subsets), "seeds": seeds, "seed": seed}
-    if margin_loss is not None:
-        known["margin_loss"] = loss_settings(margin_loss)
+    made = replace(
+        _describe(trainer, train, query, subsets), seeds=seeds, seed=seed, query_loss=loss_source(query_loss),
+        margin_loss=None if margin_loss is None else loss_source(margin_loss),
+    ).merged(settings)  # fmt: skip
     own = _own(len(models.seeds), shard)
     part = None if shard is None else (own.start, own.stop)
     slices = [(at, min(at + size, own.stop)) for at in range(own.start, own.stop, size)]
     target, rows = shard_run(run, shard), len(models.seeds)
     names = {"rows/id": storable(_names(train)), "queries/id": storable(_names(query))}
-    known = merged(known, settings)
-    with open_writer(target, KIND, known, rows, overwrite, part=part, names=names) as writer:
+    with open_writer(
+        target, KIND, made.settings(), rows, overwrite, part=part, names=names, request=made.request
+    ) as writer:
         missing = writer.missing(slices)
         if progress is not None:
             done = {*own} - {model for span in missing for model in range(*span)}
             progress(training.epochs * int(models.subsets[sorted(done)].sum()))
         for begin, end in missing:
             chosen = _Models(*(of_all[begin:end] for of_all in models))
-            made = {**chosen._asdict(), **_losses(trainer, queries, chosen, progress)}
-            writer.write(begin, end, {name: value.cpu().numpy() for name, value in made.items()})
+            results = {**chosen._asdict(), **_losses(trainer, queries, chosen, progress)}
+            writer.write(begin, end, {name: value.cpu().numpy() for name, value in results.items()})
         writer.finish({**names, "looped": [trainer.looped or ""]})
     with open_part(target, KIND) as store:
         return _read(store)
@@ -318,22 +320,19 @@ def query_losses(
         ], 1)  # fmt: skip
 
 
-def _describe(
-    trainer: Trainer, train: Data, query: Data, query_loss: LossFn, subsets: Tensor
-) -> dict[str, Any]:
-    """What the truth depends on, as plain values."""
+def _describe(trainer: Trainer, train: Data, query: Data, subsets: Tensor) -> Provenance:
+    """What the truth depends on, but for the losses on the queries and the seeds."""
     given = isinstance(trainer.start, dict)
     masks = np.packbits(subsets.numpy()).tobytes()
-    return {
-        "gradfn": gradfn.__version__,
-        "data": {"fingerprint": _fingerprint(train, trainer.table), "rows": len(train)},
-        "query": {"fingerprint": _fingerprint(query, None), "rows": len(query)},
-        "loss": loss_settings(trainer.loss),
-        "query_loss": loss_settings(query_loss),
-        "init": {"kind": "given" if given else "random", "digest": _digest(initial_params(trainer.start, 0))},
-        "training": trainer.training.settings(),
-        "subsets": {"count": len(subsets), "digest": hashlib.sha256(masks).hexdigest()[:16]},
-    }
+    return Provenance(
+        version=gradfn.__version__,
+        data=DataSource(fingerprint=_fingerprint(train, trainer.table), rows=len(train)),
+        query=DataSource(fingerprint=_fingerprint(query, None), rows=len(query)),
+        loss=loss_source(trainer.loss),
+        init={"kind": "given" if given else "random", "digest": _digest(initial_params(trainer.start, 0))},
+        training=trainer.training.settings(),
+        subsets={"count": len(subsets), "digest": hashlib.sha256(masks).hexdigest()[:16]},
+    )
 
 
 def _fingerprint(data: Data, table: Table | None) -> str:

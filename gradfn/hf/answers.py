@@ -1,6 +1,5 @@
-"""What the model itself makes of a query: attributing an answer that it does not know finds nothing."""
+"""How well the model knows the answer of a query: attributing an answer it does not know finds nothing."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +11,20 @@ from gradfn.data import IGNORED, Documents
 from gradfn.model.losses import token_losses
 
 SAID_TOKENS = 24
-"""Tokens of what the model says instead, at most: enough to see how it is wrong."""
+"""How many tokens of the model's own answer to show, at most."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The model on one query.
+    """How the model answers one query.
 
     Args:
         loss: mean negative log-likelihood of the supervised tokens, nats a token.
         probability: of all supervised tokens together.
-        known: whether greedy decoding from the prompt gives exactly the supervised tokens; None where there
-            is no prompt, so that nothing was asked.
-        says: what greedy decoding from the prompt begins with instead; empty where it is known or not asked.
+        known: whether greedy decoding from the prompt gives exactly the supervised tokens; None if there is
+            no prompt.
+        says: the beginning of what greedy decoding gives instead; empty if the answer is known, or without a
+            prompt.
     """
 
     loss: float
@@ -38,8 +38,8 @@ def answers(model: nn.Module, tokenizer: Any, queries: Documents) -> list[Answer
 
     Args:
         model: a causal LM.
-        tokenizer: its tokenizer, to show what the model says.
-        queries: documents; where labels leave the prompt out, the rest is the answer.
+        tokenizer: its tokenizer, to decode what the model says.
+        queries: documents; tokens without a label at the beginning are the prompt, the rest is the answer.
     """
     return [_answer(model, tokenizer, queries[row]) for row in range(len(queries))]
 
@@ -65,15 +65,11 @@ def _answer(model: nn.Module, tokenizer: Any, query: dict[str, Tensor]) -> Answe
 
 
 def _continue(model: nn.Module, tokenizer: Any, prompt: Int[Tensor, " tokens"], count: int) -> str:
-    """Greedy decoding of a few tokens; repeating the forward, not caching it, works for any model."""
-    ids, ending = prompt, _ending(tokenizer)
+    """Greedy decoding of a few tokens, without a cache, which not every model has."""
+    ids = prompt
     for _ in range(count):
         token = int(model(input_ids=ids[None], use_cache=False).logits[0, -1].argmax())
-        if token in ending:
+        if token == tokenizer.eos_token_id:
             break
         ids = torch.cat([ids, ids.new_tensor([token])])
     return tokenizer.decode(ids[len(prompt) :])
-
-
-def _ending(tokenizer: Any) -> Sequence[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: is it there, and how its libraries keep quiet."""
+"""The Hugging Face hub: whether it answers, and silencing the output of its libraries."""
 
 import contextlib
 import logging
@@ -11,11 +11,11 @@ from typing import Any
 __all__ = ["hub_answers", "is_hub_name", "listing", "offline", "quiet", "summary"]
 
 _PATIENCE = 3.0
-"""Seconds to wait for the hub; its own client would retry for half a minute."""
+"""Seconds to wait for the hub; its client would retry for half a minute."""
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether the hub could know `path`: `name` or `owner/name`.
+    """Whether `path` could be a name on the hub: `name` or `owner/name`.
 
     >>> is_hub_name("EleutherAI/pythia-14m"), is_hub_name("./pythia-14m"), is_hub_name("a/b/c")
     (True, False, False)
@@ -40,7 +40,7 @@ def hub_answers() -> bool:
             get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
             answers.append(True)
 
-    # Looking up the name of the host obeys no timeout, hence the thread.
+    # In a thread, because the look-up of the host's name has no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(2 * _PATIENCE)
@@ -51,7 +51,7 @@ def hub_answers() -> bool:
 def offline() -> Iterator[None]:
     """Let the hub's libraries use only what they have cached.
 
-    `datasets` has no argument for it, and both libraries read their environment once, on import.
+    `datasets` has no argument for it, and both libraries read the environment only when they are imported.
     """
     import datasets.config
     import huggingface_hub.constants
@@ -69,13 +69,13 @@ def offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, log lines or warnings, from any library; what was set before is restored.
+    """No progress bars, log lines or warnings from any library inside this context.
 
-    Errors are not lost: what fails raises, and the caller says it in one sentence.
+    Errors are raised as ever.
     """
     import tqdm.std
 
-    # The libraries have switches of their own, but the bar of the GGUF reader obeys none of them.
+    # The libraries have switches, but none of them hides the bar of the GGUF reader.
     bar: Any = tqdm.std.tqdm
     make_bar, level = bar.__init__, logging.root.manager.disable
 
@@ -94,7 +94,7 @@ def quiet() -> Iterator[None]:
 
 
 def summary(error: BaseException) -> str:
-    """The first line of what an error goes back to, for use inside a sentence.
+    """The first line of the error that caused an error, for use inside a sentence.
 
     >>> summary(ValueError("It broke.\\nThen more."))
     'It broke'
@@ -106,7 +106,7 @@ def summary(error: BaseException) -> str:
 
 
 def listing(folder: Path) -> str:
-    """What a folder holds, for use inside a sentence: at most six names."""
+    """At most six names of what a folder holds, for use inside a sentence."""
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return (", ".join(names[:6]) or "nothing") + more

@@ -1,7 +1,9 @@
-"""Rows of images with a class each: read one at a time, made into pixels by the model's image processor."""
+"""Rows of images with one class each. An image is read when asked for; the processor makes pixels of it."""
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from io import BytesIO
 from math import ceil, prod
 from pathlib import Path
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 
 from gradfn.data import Images
 from gradfn.errors import InputError
-from gradfn.hf.datasets import class_numbers, row_names
+from gradfn.hf.columns import class_numbers
+from gradfn.hf.datasets import check_column, row_names
 from gradfn.hf.hub import summary
-from gradfn.hf.models import processor_fingerprint
+from gradfn.hf.locate import load_pretrained, locate_processor
 from gradfn.model.losses import model_loss
 
 if TYPE_CHECKING:
@@ -24,11 +27,35 @@ if TYPE_CHECKING:
 __all__ = ["load_images"]
 
 PATCH = 16
-"""The side of the patches that images are counted in, where the model has none of its own."""
+"""The side of the patches by which images are counted, where the model has no patches."""
 
 
 _PLAIN = ("string", "large_string", "binary", "large_binary")
 """Kinds of columns that hold paths or bytes."""
+
+
+def load_processor(path: str | Path) -> Any:
+    """The image processor of a model. It uses Pillow, so that pixels are the same on every machine.
+
+    Args:
+        path: as for `load_model`.
+
+    Raises:
+        InputError: Pillow is not installed, there is no image processor, or it cannot be loaded.
+    """
+    if find_spec("PIL") is None:
+        raise InputError("images are read with Pillow, which is not installed: pip install 'gradfn[images]'")
+    from transformers import AutoImageProcessor
+
+    source, options = locate_processor(path)
+    loader = AutoImageProcessor.from_pretrained
+    return load_pretrained("image processor", path, loader, source, backend="pil", **options)
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """16 hex digits of everything that decides which pixels an image becomes."""
+    settings = [type(processor).__name__, processor.to_dict()]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def load_images(
@@ -40,34 +67,34 @@ def load_images(
     label_column: str = "label",
     folder: str | Path = ".",
 ) -> Images:
-    """Images from a column of them, or of paths; all are looked at now, and made into pixels when asked for.
+    """Images from a column of images or of paths. Each file is checked now, and decoded when asked for.
 
     Args:
         rows: what `load_rows` returns; a column `id` names the rows.
-        processor: the model's, see `load_processor`; all images must come out of it in one shape.
-        model: what is to read them; it is tried on the first. Its patches (of 16 x 16 pixels, where it has
-            none) are what an image counts as in a batch.
-        image_column: the column of images, of their bytes, or of paths. None is the only column of images
-            that there is, or else "image".
+        processor: the model's, see `load_processor`; it must make one shape of all images.
+        model: the model that reads them; it is tried on the first image. In a batch, an image counts as its
+            patches (of 16 x 16 pixels, where the model has none).
+        image_column: the column of images, of their bytes, or of paths. None is the only column of images,
+            or else "image".
         label_column: class names that the model knows, or class numbers.
-        folder: what paths are relative to.
+        folder: the folder that paths are relative to.
 
     Raises:
-        InputError: a column is missing or holds something else, a file is not there or no image, a label is
-            none of the model's classes, or the model cannot read what the processor makes.
+        InputError: a column is missing or holds something else, a file is missing or not an image, a label
+            is not a class of the model, or the model cannot read what the processor makes.
     """
     config: Any = model.config
     labels = class_numbers(rows, label_column, config.label2id)
     column = _image_column(rows, image_column)
     files = _Files(_encoded(rows, column), column, Path(folder).expanduser())
-    titles, digests = _looked_at(files)
+    titles, digests = _inspect(files)
     made_by = processor_fingerprint(processor)
     pixels = _Pixels(files, processor, getattr(config, "num_channels", 3))
     first = pixels(0)
     _check_reads(model, first)
     classes = {number: name for name, number in config.label2id.items()}
-    told = zip(titles, labels.tolist(), strict=True)
-    shown = [f"{title} → {classes.get(label, label)}" for title, label in told]
+    pairs = zip(titles, labels.tolist(), strict=True)
+    shown = [f"{title} → {classes.get(label, label)}" for title, label in pairs]
     return Images(
         replace(pixels, shape=first.shape), [f"{digest} {made_by}" for digest in digests],
         np.arange(len(rows)), _patches(config, first), row_names(rows), shown, {"labels": labels},
@@ -76,7 +103,7 @@ def load_images(
 
 @dataclass(frozen=True, eq=False)
 class _Files:
-    """The encoded images of a column, read where they are: in the rows, or in files of a folder."""
+    """The encoded images of a column, in the rows themselves or in files of a folder."""
 
     rows: "datasets.Dataset"
     column: str
@@ -93,15 +120,15 @@ class _Files:
         file = self.folder / place["path"]
         if not file.is_file():
             raise InputError(
-                f"row {row} has the image {place['path']!r}, and {file} is no file: mend the path, which is "
-                "relative to the dataset's"
+                f"row {row} has the image {place['path']!r}, but {file} is not a file: correct the path, it "
+                "is relative to the dataset's folder"
             )
         return name, file.read_bytes()
 
 
 @dataclass(frozen=True, eq=False)
 class _Pixels:
-    """What the image processor makes of an image; refused where it is not of the shape of the others."""
+    """What the image processor makes of an image; another shape than that of the first is refused."""
 
     files: _Files
     processor: Any
@@ -120,15 +147,15 @@ class _Pixels:
         if self.shape not in (None, pixels.shape):
             a, b = (" x ".join(map(str, shape)) for shape in (pixels.shape, self.shape))
             raise InputError(
-                f"row {row} ({name}) comes out of the image processor as {a} numbers, and the "
-                f"first row as {b}: give images of one size, or a processor that resizes to one"
+                f"the image processor makes {a} numbers of row {row} ({name}), but {b} of the first row: "
+                "give images of one size, or a processor that resizes to one"
             )
         return pixels
 
 
 def _unreadable(row: int, name: str, error: Exception) -> InputError:
     return InputError(
-        f"row {row} ({name}) cannot be made into pixels ({summary(error)}): mend the image or leave it out"
+        f"row {row} ({name}) cannot be made into pixels ({summary(error)}): correct the image or leave it out"
     )
 
 
@@ -139,13 +166,13 @@ def _decoded(data: bytes, mode: str) -> Any:
     image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
     if image.mode[0] in "IF":
         raise ValueError(f"its mode is {image.mode}, not one of 8 bits")
-    if image.mode == "P":  # its transparency, if it has one, has no place in a palette of RGB
+    if image.mode == "P":  # RGB has no place for the transparency that a palette may have
         image = image.convert("RGBA")
     return image.convert(mode)
 
 
-def _looked_at(files: _Files) -> tuple[list[str], list[str]]:
-    """The name of every image and a digest of its bytes; what is seen undecoded to be none is refused."""
+def _inspect(files: _Files) -> tuple[list[str], list[str]]:
+    """The name of every image and a digest of its bytes; a file without the header of an image is refused."""
     from PIL import Image
 
     names, digests = [], []
@@ -168,11 +195,7 @@ def _image_column(rows: "datasets.Dataset", asked: str | None) -> str:
 
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     column = asked or (found[0] if len(found) == 1 else "image")
-    if column not in rows.column_names:
-        raise InputError(
-            f"no column {column!r} in the dataset, which has {', '.join(rows.column_names)}: "
-            "name the images' with --image-column"
-        )
+    check_column(rows, column, "give the column of images as image_column")
     return column
 
 
@@ -184,7 +207,7 @@ def _encoded(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":
     known = isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in _PLAIN
     if not known and not (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
         kind = getattr(feature, "dtype", type(feature).__name__)
-        raise InputError(f"column {column!r} holds {kind}, not images or paths: name another --image-column")
+        raise InputError(f"column {column!r} holds {kind}, not images or paths: give another image_column")
     return rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
 

@@ -1,4 +1,4 @@
-"""Masked tokens: what a masked language model is asked for, drawn from a seed and the number of the row."""
+"""Masking tokens, which a masked language model then predicts."""
 
 import dataclasses
 from typing import Any
@@ -11,22 +11,21 @@ from gradfn.random import choice
 __all__ = ["mask_tokens"]
 
 SHARE = 0.15
-"""Of a row's tokens, those that are masked."""
+"""The share of a row's tokens that is masked."""
 
 
 def mask_tokens(docs: Documents, mask: int, special: list[int], seed: int) -> Documents:
-    """Documents with masked tokens, which alone are supervised.
+    """Documents with masked tokens; only the masked tokens are supervised.
 
-    Of a row all of whose tokens are supervised, a text, a share of 0.15 is masked, one token at least, drawn
-    from (seed, row). Of one that is supervised in part, by a completion or by labels, this part is. What is
-    masked is always replaced by the mask token, never by another or by itself, and special tokens are never
-    masked.
+    In a row whose tokens are all supervised (a text), a share of 0.15 is masked, at least one token, drawn by
+    (seed, row). In a row with a supervised part (a completion, or labels), this part is masked. The mask
+    token replaces every masked token. Special tokens are never masked.
 
     Args:
         docs: what `tokenize` made of rows.
         mask: the id of the mask token.
         special: the ids of special tokens.
-        seed: key of the draws.
+        seed: of the draws.
 
     >>> from gradfn.data import make_documents
     >>> docs = make_documents([[1, 5, 6, 7, 2], [1, 8, 9, 2]], [[1, 5, 6, 7, 2], [-100, -100, 9, 2]])

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from gradfn.errors import InputError
 from gradfn.hf.hub import listing, quiet, summary
-from gradfn.model.layers import AttentionInput, BareParameter, Embedding, Linear
 from gradfn.model.sites import Site, View, blocks_of, find_sites
 from gradfn.transforms import Transform, adafactor, adam
 from gradfn.types import Blocks
@@ -36,14 +35,14 @@ _MOMENT = "exp_avg_sq"
 _MOMENTS = (_MOMENT, f"max_{_MOMENT}", f"{_MOMENT}_row", f"{_MOMENT}_col", "square_avg", "row_var", "col_var",
             "variance")  # fmt: skip
 _CORRECTED = {"eps": 1e-8, "betas": (0.9, 0.999), "step": math.inf}
-"""What a file without settings stands for: Adam's usual epsilon, and so many steps that no bias is left."""
+"""The settings of a file without any: Adam's usual epsilon, and so many steps that no bias is left."""
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _NORM_PATTERNS = "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """What a file says of one parameter: its name, if it does, its state, the settings of its group."""
+    """One parameter in a file: its name (if there is one), its state, and the settings of its group."""
 
     name: str | None
     state: Mapping[str, Any]
@@ -75,46 +74,45 @@ class _Moment:
 
     @property
     def positive(self) -> bool:
-        """Whether nothing of it is zero, or lifted by the floor."""
+        """Whether all numbers are above zero, and the floor raises none of them."""
         if self.row is None or self.col is None:
             return self.whole is not None and bool(self.whole.all())
         least = self.row.min() * self.col.min()
         return bool(self.row.all()) and bool(self.col.all()) and bool(least >= self.floor)
 
     def dense(self) -> Tensor:
-        """All of it, shaped like the parameter."""
+        """The second moment in the shape of the parameter."""
         if self.whole is not None:
             return self.whole
         assert self.row is not None
         assert self.col is not None
-        least = max(
-            self.floor, torch.finfo(torch.float32).tiny
-        )  # transformers' 1e-30 may underflow when squared
+        least = max(self.floor, torch.finfo(torch.float32).tiny)  # transformers' 1e-30 squared may underflow
         return (self.row[..., :, None] * self.col[..., None, :]).clamp_min(least)
 
 
 def load_optimizer_state(path: str | Path, model: nn.Module, view: View | None = None) -> Transform:
-    """The scaling of gradients that an optimizer had reached: `adam` or `adafactor` of its saved state.
+    """The scaling of gradients in an optimizer's saved state, as the transform `adam` or `adafactor`.
 
-    Parameters are found by name. Where the file has none, the orders that optimizers are commonly given are
-    tried, `model.named_parameters()` and the two groups (decayed, not decayed) of transformers' Trainer, and
-    the one is taken whose shapes all agree. Nothing in the file is run.
+    Parameters are found by name. A file without names is read in the one usual order whose shapes all agree:
+    `model.named_parameters()`, or the two groups (decayed, not decayed) of transformers' Trainer. No code in
+    the file is run.
 
     Args:
         path: a torch `state_dict` (.pt, .pth, .bin) of Adam, AdamW, NAdam, RAdam, RMSprop or Adafactor; a
             Trainer's checkpoint folder, or the optimizer.pt in it; or a .safetensors file of second moments,
-            `<parameter>.exp_avg_sq`, `exp_avg_sq.<parameter>` or `<parameter>`, which are taken as they are,
-            corrected for their bias already, with Adam's usual epsilon of 1e-8.
+            `<parameter>.exp_avg_sq`, `exp_avg_sq.<parameter>` or `<parameter>`, which must have been
+            corrected for their bias; they get Adam's usual epsilon of 1e-8.
         model: the model that was trained.
         view: which weights get a block.
 
     Returns:
-        `adam(moments, eps)`, or, of an Adafactor, `adafactor` of row and column means where the estimates of
-        all blocks have rank 1. They have not for blocks with a bias column, with more than two axes (fused
-        experts, convolutions), or where torch's floor is reached: then `adam` of the estimates, with eps 0.
+        `adam(second_moment, eps)`. Of an Adafactor, `adafactor` of row and column means, if the estimates of
+        all blocks have rank 1; otherwise `adam` of the estimates with eps 0. The rank is higher for blocks
+        with a bias column or more than two axes (fused experts, convolutions), or where torch's floor is
+        reached.
 
     Raises:
-        InputError: the file holds no second moments, is of another model, or leaves open which is whose.
+        InputError: the file holds no second moments, is of another model, or fits several orders.
 
     >>> import tempfile
     >>> from safetensors.torch import save_file
@@ -137,7 +135,7 @@ def load_optimizer_state(path: str | Path, model: nn.Module, view: View | None =
 
 
 def _moments(saved: _Saved, model: nn.Module, sites: Sequence[Site]) -> dict[str, _Moment]:
-    """The second moments of the parameters of the sites; they share one eps."""
+    """The second moments of the parameters of the sites, which must have one eps."""
     entries, shapes = _by_name(saved, model), _shapes(model)
     names = dict.fromkeys(name for site in sites for name in site.names)
     moments = {name: _moment_of(name, entries, shapes[name], saved.path) for name in names}
@@ -145,7 +143,7 @@ def _moments(saved: _Saved, model: nn.Module, sites: Sequence[Site]) -> dict[str
     if len(eps) > 1:
         raise InputError(
             f"{saved.path} has the attributed parameters trained with eps {' and '.join(map(str, eps))}, "
-            "expected one: --exclude the layers of all but one"
+            "expected one: exclude the layers of all but one from the view"
         )
     return moments
 
@@ -177,7 +175,7 @@ def _read(path: Path) -> _Saved:
 
 
 def _read_safetensors(path: Path) -> Iterator[_Entry]:
-    """The second moments of a file of tensors, of which the other tensors stay unread."""
+    """The second moments in a file of tensors. Other tensors are not read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -189,23 +187,23 @@ def _read_safetensors(path: Path) -> Iterator[_Entry]:
                 yield _Entry(name, {_MOMENT: file.get_tensor(key)}, _CORRECTED)
     except SafetensorError as error:
         raise InputError(
-            f"{path} is no .safetensors file ({summary(error)}): save the state again"
+            f"{path} is not a .safetensors file ({summary(error)}): save the state again"
         ) from error
 
 
 def _load_torch(path: Path) -> Any:
-    """What torch.save wrote, if it is tensors and plain values; nothing is run."""
+    """What torch.save wrote, if it is only tensors and plain values. No code is run."""
     try:
         with quiet():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
         raise InputError(
-            f"{path} is not a torch file of tensors and plain values alone, and anything else could run "
-            "code, so it was not loaded: save optimizer.state_dict() of an optimizer that is not quantised"
+            f"{path} holds more than tensors and plain values, which could run code, so it was not loaded: "
+            "save optimizer.state_dict() of an optimizer that is not quantised"
         ) from error
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever else is raised here is about what lies at `path`
+    except Exception as error:  # whatever else is raised here is about the file at `path`
         raise InputError(
             f"{path} cannot be read ({summary(error)}): save it again with torch.save"
         ) from error
@@ -245,7 +243,7 @@ def _group_entries(group: Mapping[str, Any], states: Mapping[Any, Any], path: Pa
 
 
 def _by_name(saved: _Saved, model: nn.Module) -> dict[str, _Entry]:
-    """Entries by the model's names of its parameters, whatever the file gives: names, or only an order."""
+    """Entries by the model's names of its parameters, from the names in the file or from its order."""
     if any(entry.name is None for entry in saved.entries):
         return dict(zip(_order(saved, model), saved.entries, strict=True))
     known = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -281,15 +279,15 @@ def _order(saved: _Saved, model: nn.Module) -> tuple[str, ...]:
     if len(fits) > 1 and not saved.by_trainer:
         place = next(i for i, names in enumerate(zip(*fits, strict=True)) if len(set(names)) > 1)
         raise InputError(
-            f"{saved.path} does not say whether state {place} is that of {fits[0][place]} or of "
-            f"{fits[1][place]}, which have one shape: save the state of an optimizer made of "
+            f"{saved.path} does not say whether state {place} belongs to {fits[0][place]} or to "
+            f"{fits[1][place]}, which have the same shape: save the state of an optimizer made of "
             "model.named_parameters(), or give the Trainer's whole folder"
         )
     return fits[0]
 
 
 def _fault(order: Sequence[str], entries: Sequence[_Entry], shapes: Mapping[str, Any]) -> str | None:
-    """The first parameter, if any, whose state has not its shape."""
+    """The first parameter whose state has another shape, if there is one."""
     for name, entry in zip(order, entries, strict=True):
         found = _shape_of(entry.state)
         if found not in (None, shapes[name]):
@@ -298,7 +296,7 @@ def _fault(order: Sequence[str], entries: Sequence[_Entry], shapes: Mapping[str,
 
 
 def _shape_of(state: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape of the parameter that a state belongs to; None if it does not say."""
+    """The shape of the parameter to which a state belongs, or None if it cannot be seen."""
     for row, col in (("exp_avg_sq_row", "exp_avg_sq_col"), ("row_var", "col_var")):
         if row in state and col in state:
             lead = state[row].shape if row != "row_var" else state[row].shape[:-1]
@@ -308,7 +306,7 @@ def _shape_of(state: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def _orders(model: nn.Module, sizes: Sequence[int], by_trainer: bool) -> Iterator[tuple[str, ...]]:
-    """The orders that optimizers are given parameters in, of those that fit the sizes of the groups.
+    """The usual orders of parameters in optimizers, if they fit the sizes of the groups.
 
     A Trainer decays neither biases nor LayerNorms, and, since transformers 4.46, nothing named a norm.
     """
@@ -325,7 +323,7 @@ def _orders(model: nn.Module, sizes: Sequence[int], by_trainer: bool) -> Iterato
 
 
 def _pools(model: nn.Module) -> Iterator[list[str]]:
-    """Which parameters may have been trained: all, those not frozen, the adapters."""
+    """The sets of parameters that may have been trained: all, those not frozen, those of adapters."""
     parameters = dict(model.named_parameters())
     yield list(parameters)
     yield [name for name, parameter in parameters.items() if parameter.requires_grad]
@@ -333,19 +331,19 @@ def _pools(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _decayed(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """The parameters that a Trainer gives weight decay: none of a LayerNorm, none whose name matches."""
+    """The parameters with weight decay in a Trainer: not those of a LayerNorm, nor names that match."""
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     plain = re.compile("|".join(patterns))
     return {n for n, p in model.named_parameters() if id(p) not in norms and not plain.search(n.lower())}
 
 
 def _moment_of(name: str, entries: Mapping[str, _Entry], shape: tuple[int, ...], path: Path) -> _Moment:
-    """The second moment of one parameter, corrected for its bias, or why there is none."""
+    """The second moment of one parameter, corrected for its bias."""
     entry = entries.get(name)
     if entry is None or not entry.state:
         raise InputError(
-            f"{path} has no state of {name}, which is attributed: it was frozen, or has another name there; "
-            "--exclude its layer, or give the state of an optimizer that trained it"
+            f"{path} has no state of {name}, which was frozen or has another name there: exclude its layer "
+            "from the view, or give the state of an optimizer that trained it"
         )
     _refuse_kind(name, entry.state, path)
     found = _shape_of(entry.state)
@@ -358,7 +356,7 @@ def _moment_of(name: str, entries: Mapping[str, _Entry], shape: tuple[int, ...],
 
 
 def _refuse_kind(name: str, state: Mapping[str, Any], path: Path) -> None:
-    """Refuse the state of an optimizer that has no second moment, or one that is not plain numbers."""
+    """Refuse a state without a second moment, or whose second moment is not plain numbers."""
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
     strange = any(v.layout != torch.strided or v.is_quantized for v in tensors)
     if strange or "state2" in state or any("quant_state" in str(key) for key in state):
@@ -377,7 +375,7 @@ def _refuse_kind(name: str, state: Mapping[str, Any], path: Path) -> None:
 
 
 def _parse(name: str, state: Mapping[str, Any], group: Mapping[str, Any], path: Path) -> _Moment:
-    """What each kind of optimizer divides by; see the table at the top."""
+    """The second moment in the state of each kind of optimizer; see the table at the top."""
     values = {key: _checked(v, name, path) for key, v in state.items() if key in _MOMENTS}
     if "row_var" in state or "variance" in state:
         return _of_torch_adafactor(state, values, group["eps"][0])
@@ -394,12 +392,14 @@ def _parse(name: str, state: Mapping[str, Any], group: Mapping[str, Any], path: 
     beta2 = _number((group.get("betas") or (None, None))[1], "betas", name, path)
     step = _number(state.get("step", group.get("step")), "step", name, path)
     if step < 1:
-        raise InputError(f"{path} has {name} after no step: give the state of an optimizer that has trained")
+        raise InputError(
+            f"{path} has {name} before its first step: give the state of an optimizer that has trained"
+        )
     return _Moment(eps, v / (1 - beta2**step))
 
 
 def _of_torch_adafactor(state: Mapping[str, Any], values: Mapping[str, Tensor], eps: float | None) -> _Moment:
-    """Its floors are the eps of the dtype it trained in, unless it was given one."""
+    """The second moment in torch's Adafactor. Its floor is the eps of its dtype, unless one was given."""
     kind = state["row_var" if "row_var" in state else "variance"].dtype
     least = torch.finfo(kind).eps if eps is None else eps
     if "variance" in state:
@@ -418,7 +418,7 @@ def _number(value: Any, key: str, name: str, path: Path) -> float:
 
 
 def _checked(v: Tensor, name: str, path: Path) -> Tensor:
-    """A second moment in float32 or better; none is negative."""
+    """A second moment in float32 or better, without negative numbers."""
     if not (v.is_floating_point() and bool((v >= 0).all()) and bool(v.isfinite().all())):
         raise InputError(
             f"{path} has negative or non-finite numbers for {name}, where a second moment was expected: "
@@ -428,28 +428,21 @@ def _checked(v: Tensor, name: str, path: Path) -> Tensor:
 
 
 def _sides(site: Site, moment: _Moment) -> tuple[Tensor, Tensor] | None:
-    """Row and column means of a block's second moment, of an Adafactor that estimated it with rank 1."""
-    layer, row, col, whole = site.layer, moment.row, moment.col, moment.whole
-    if layer.bias or isinstance(layer, AttentionInput) or not moment.positive:
+    """Row and column means of a block's second moment, if an Adafactor estimated it with rank 1."""
+    row, col, whole = moment.row, moment.col, moment.whole
+    if site.layer.bias or not moment.positive:
         return None
     if whole is not None and moment.eps == 0 and site.spec.shape == (whole.numel(), 1):
         return whole.reshape(-1).to(site.weight.device), whole.mean().reshape(1).to(site.weight.device)
-    if (
-        row is None
-        or col is None
-        or row.ndim > 1
-        or not isinstance(layer, Linear | Embedding | BareParameter)
-    ):
+    sides = None if row is None or col is None or row.ndim > 1 else site.layer.rank_one(row, col)
+    if sides is None:
         return None
-    if isinstance(layer, Linear):
-        row, col = (col, row) if layer.transposed else (row, col)
-        row = row if layer.rows is None else row[layer.rows]
-        col = col if layer.columns is None else col[layer.columns]
+    row, col = sides
     return row.to(site.weight.device), (col * row.mean()).to(site.weight.device)
 
 
 def _dense_blocks(sites: Sequence[Site], moments: Mapping[str, _Moment], eps: float) -> Blocks:
-    """The second moments laid out as blocks, just as gradients of the parameters are."""
+    """The second moments laid out as blocks, like the gradients of the parameters."""
     rows = {name: moment.dense()[None] for name, moment in moments.items()}
     devices = {site.block: site.weight.device for site in sites}
     blocks = {block: G[0].to(devices[block]) for block, G in blocks_of(sites, rows).items()}
@@ -458,6 +451,6 @@ def _dense_blocks(sites: Sequence[Site], moments: Mapping[str, _Moment], eps: fl
             if not bool(v.all()):
                 raise InputError(
                     f"the second moment of {block} has zeros and the optimizer an eps of 0, so gradients "
-                    "would be divided by zero: --exclude it, or train with an eps"
+                    "would be divided by zero: exclude it from the view, or train with an eps"
                 )
     return blocks

@@ -19,7 +19,7 @@ DampingKind = Literal["relative", "absolute", "truncated", "tikhonov", "factored
 
 @dataclass(frozen=True)
 class Damping:
-    """How small eigenvalues are kept from blowing up; with `m = mean(lambda)` over the block:
+    """How the inverse of small eigenvalues is bounded, with `m = mean(lambda)` over the block:
 
     * relative: `1 / (lambda + c m)`, the default with c = 0.1;
     * absolute: `1 / (lambda + c)`;
@@ -50,17 +50,17 @@ class Damping:
 
 
 def parse_dampings(text: str) -> tuple[Damping, ...]:
-    """Read dampings as the command line spells them: `0.1`, `absolute:1e-3`, several with commas.
+    """Read dampings from text: `0.1`, `absolute:1e-3`, or several with commas.
 
     Raises:
-        InputError: not a number, no such kind, the same twice.
+        InputError: not a number, no such kind, or the same damping twice.
 
     >>> parse_dampings("0.01, truncated:1e-6")
     (Damping(value=0.01, kind='relative'), Damping(value=1e-06, kind='truncated'))
     """
     dampings = tuple(_parse_one(part.strip()) for part in text.split(","))
     if len(set(dampings)) < len(dampings):
-        raise InputError(f"--damping {text} names a damping twice: name each once")
+        raise InputError(f"{text!r} has the same damping twice: give each once")
     return dampings
 
 
@@ -72,7 +72,7 @@ def _parse_one(text: str) -> Damping:
     try:
         number = float(value)
     except ValueError:
-        raise InputError(f"{text!r} is not a damping: give 0.1, say, or absolute:1e-3") from None
+        raise InputError(f"{text!r} is not a damping: give one like 0.1 or absolute:1e-3") from None
     return Damping(number, kind if colon else "relative")  # pyright: ignore[reportArgumentType]
 
 
@@ -81,13 +81,13 @@ def eigh(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     """Eigenvalues (float64, rounding set to 0) and eigenvectors of a symmetric positive semidefinite matrix.
 
-    The problem is solved in float64, of the lower triangle. Eigenvalues below `n` epsilon of the largest are
-    the solution's rounding, those below epsilon of their sum, in the dtype of the matrix's terms, the
-    matrix's own: their inverses would be of any size.
+    The lower triangle is decomposed in float64. Eigenvalues that are rounding errors are set to 0, for their
+    inverses would be arbitrary: below `n` epsilon of the largest they are errors of the decomposition, below
+    epsilon of their sum (in the dtype of the terms of the matrix) they are errors of the matrix itself.
 
     Args:
-        dtype: what the terms that the matrix is a sum of were made in, where the sum is kept in a wider one;
-            the vectors come back in it. None is the matrix's own.
+        dtype: the dtype of the terms, if the matrix is their sum in a wider one; the vectors are returned in
+            it. None is the dtype of the matrix.
 
     >>> eigh(torch.diag(torch.tensor([2.0, 1.0])))[0]
     tensor([1., 2.], dtype=torch.float64)
@@ -97,15 +97,15 @@ def eigh(
     dtype = dtype or matrix.dtype
     values, vectors = _eigh(matrix)
     solved = len(values) * torch.finfo(values.dtype).eps * values.amax()
-    # Not n epsilon of the largest: in float32, in wide layers, that is above the mean and above its damping.
+    # Not n epsilon of the largest: for wide layers in float32 that is more than the mean and its damping.
     summed = torch.finfo(dtype).eps * values.sum()
     return torch.where(values > torch.maximum(solved, summed), values, 0.0), vectors.to(dtype).contiguous()
 
 
 class Solved:
-    """`eigh` that remembers the last matrix: one that is equal to it is not solved again.
+    """`eigh` that remembers the last matrix: an equal one is not decomposed again.
 
-    Layers that read the same input (queries, keys and values; gate and up) have the same covariance of it.
+    Layers with the same input (queries, keys and values; gate and up) have the same covariance of inputs.
 
     >>> solve = Solved()
     >>> solve(torch.eye(2))[1] is solve(torch.eye(2))[1]
@@ -119,13 +119,13 @@ class Solved:
         self, matrix: Float[Tensor, "n n"], dtype: torch.dtype | None = None
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
         if self._last is None or not torch.equal(self._last[0], matrix):
-            self._last = None  # large, and of no use from here on
+            self._last = None  # frees a large matrix
             self._last = matrix, eigh(matrix, dtype)
         return self._last[1]
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`_lapack`; coordinates that are zero throughout, on which it may fail, are taken apart."""
+    """`_lapack` without the rows and columns of zeros, with which it may fail."""
     live = matrix.any(0)
     if bool(live.all()):
         return _lapack(matrix)
@@ -141,9 +141,9 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lapack(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.eigh` in float64, the vectors in the memory of the one copy that is made.
+    """`torch.linalg.eigh` in float64, with one copy of the matrix, in whose memory the vectors are returned.
 
-    LAPACK reads by columns and overwrites what it reads, so a transposed view of the copy saves the second.
+    LAPACK reads by columns and overwrites its input, so a transposed view of the copy saves a second one.
     """
     own = matrix.to(torch.float64, copy=True, memory_format=torch.contiguous_format).mT
     return torch.linalg.eigh(own, "U", out=(own.new_empty(0), own))
@@ -170,11 +170,11 @@ class Spectrum:
     sides: tuple[Tensor, Tensor] | None = None
 
     def power(self, exponent: float, damping: Damping | None = None) -> Float[Tensor, "out in"]:
-        """The damped eigenvalues' power; an eigenvalue that is still 0 gives 0, as a pseudo-inverse does.
+        """A power of the damped eigenvalues. An eigenvalue that is still 0 gives 0, as in a pseudo-inverse.
 
         Args:
-            exponent: -1 or -1/2, say.
-            damping: None is none, for negative powers a pseudo-inverse.
+            exponent: such as -1 or -1/2.
+            damping: None is no damping, which for negative powers is a pseudo-inverse.
 
         Raises:
             InputError: factored damping of eigenvalues that are not products.
@@ -215,7 +215,7 @@ class Spectrum:
         return self.left.to(G).mT @ G @ self.right.to(G)
 
     def apply(self, G: Float[Tensor, "rows out in"], weights: Tensor) -> Float[Tensor, "rows out in"]:
-        """Multiply the coordinates in the eigenbasis by weights, and come back.
+        """Multiply the coordinates in the eigenbasis by weights, and rotate back.
 
         >>> spectrum = Spectrum(None, torch.eye(2), torch.ones(1, 2, dtype=torch.float64))
         >>> spectrum.apply(torch.ones(1, 1, 2), torch.tensor([[2.0, 3.0]]))
@@ -239,5 +239,5 @@ class Spectrum:
 
 
 def _pseudo_inverse(values: Tensor) -> Tensor:
-    """`1 / values`, and 0 for 0: the one policy for eigenvalues of zero."""
+    """`1 / values`, and 0 for 0, for all eigenvalues of zero."""
     return torch.where(values > 0, values.clamp_min(torch.finfo(values.dtype).tiny).reciprocal(), 0.0)

@@ -7,7 +7,8 @@ from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import RECIPES, Problem, Recipe, recipe_named
-from gradfn.methods.scoring import TopK, best, dots, extremes, score, top_k
+from gradfn.methods.scoring import best, dots, score
+from gradfn.scores import TopK, extremes, top_k
 
 __all__ = [
     "RECIPES",

@@ -1,11 +1,10 @@
-"""Scores of rows against queries, and their streamed top-k.
+"""Scores of rows against queries, on the fly.
 
 One convention of sign everywhere: a positive score is a proponent, a training step on that row lowers the
 query's loss.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
@@ -17,16 +16,10 @@ from gradfn.engine.stream import Progress, result_numbers, results_per_row, stre
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Attribution
 from gradfn.methods.inner_product import EngineScorer
+from gradfn.scores import TopK, extremes, extremes_of_parts
 from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
 from gradfn.transforms import dot
 from gradfn.types import Blocks, Data
-
-
-class TopK(NamedTuple):
-    """The best rows of every query, best first: their scores and row numbers, both `[queries, k]`."""
-
-    scores: Tensor
-    rows: Tensor
 
 
 def score(
@@ -78,40 +71,6 @@ def dots(rows: Blocks, queries: Blocks) -> Float[Tensor, "rows queries"]:
     return dot(queries)(rows)  # pyright: ignore[reportReturnType]
 
 
-def top_k(chunks: Iterable[Tensor], k: int, *, largest: bool = True) -> TopK:
-    """The `k` best rows of every query from a stream of chunks of the score matrix, in row order.
-
-    Only `[queries, k]` numbers are kept. Equal scores keep the order of their rows.
-
-    Args:
-        chunks: consecutive rows of the score matrix.
-        k: how many; fewer are returned where there are fewer rows.
-        largest: proponents, highest first; False: opponents, lowest first.
-
-    >>> top_k([torch.tensor([[1.0], [5.0]]), torch.tensor([[3.0]])], 2).rows
-    tensor([[1, 2]])
-    """
-    proponents, opponents = extremes(chunks, k)
-    return proponents if largest else opponents
-
-
-def extremes(chunks: Iterable[Tensor], k: int) -> tuple[TopK, TopK]:
-    """The `k` highest and the `k` lowest rows of every query, in one pass over the chunks; see `top_k`.
-
-    >>> proponents, opponents = extremes([torch.tensor([[1.0], [5.0], [-3.0]])], 1)
-    >>> proponents.rows, opponents.rows
-    (tensor([[1]]), tensor([[2]]))
-    """
-
-    def numbered() -> Iterator[tuple[Tensor, Tensor]]:
-        start = 0
-        for chunk in chunks:
-            yield torch.arange(start, start + len(chunk)), chunk
-            start += len(chunk)
-
-    return _extremes(numbered(), k)
-
-
 def extremes_of(
     engine: Engine,
     data: Data,
@@ -130,38 +89,7 @@ def extremes_of(
     offsets = offsets_of(results_per_row(engine, data))
     results = stream_to_host(engine, data, token_batch_size=token_batch_size, progress=progress)
     numbered = ((torch.from_numpy(result_numbers(rows, offsets)), scores) for rows, (scores, _) in results)
-    return _extremes(numbered, k)  # pyright: ignore[reportArgumentType]
-
-
-def _extremes(chunks: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[TopK, TopK]:
-    """The highest and the lowest of chunks `(row numbers, scores [rows, queries])`, in whatever order."""
-    if k < 1:
-        raise InputError(f"top must be 1 or more, not {k}")
-    highest: TopK | None = None
-    lowest: TopK | None = None
-    for rows, scores in chunks:
-        highest = _extend(highest, scores, rows, k, largest=True)
-        lowest = _extend(lowest, scores, rows, k, largest=False)
-    if highest is None or lowest is None:
-        raise InputError("no rows to rank")
-    return highest, lowest
-
-
-def _extend(kept: TopK | None, chunk: Tensor, rows: Tensor, k: int, largest: bool) -> TopK:
-    """The best of those kept and of a chunk; equal scores stand in the order of their rows."""
-    by_row = rows.argsort()
-    new = _first(TopK(chunk[by_row].T, rows[by_row].expand(chunk.shape[1], -1)), k, largest)
-    if kept is None:
-        return new
-    scores, rows = torch.cat([kept.scores, new.scores], 1), torch.cat([kept.rows, new.rows], 1)
-    by_row = rows.argsort(dim=1)
-    return _first(TopK(scores.gather(1, by_row), rows.gather(1, by_row)), k, largest)
-
-
-def _first(ranked: TopK, k: int, largest: bool) -> TopK:
-    """The best of candidates in the order of their rows."""
-    order = ranked.scores.argsort(dim=1, descending=largest, stable=True)[:, :k]
-    return TopK(ranked.scores.gather(1, order), ranked.rows.gather(1, order))
+    return extremes_of_parts(numbered, k)  # pyright: ignore[reportArgumentType]
 
 
 def best(

@@ -1,7 +1,7 @@
-"""Attention heads: which rows or columns of a projection's weight are which head's.
+"""Attention heads: which rows or columns of a projection's weight belong to which head.
 
-Rows of the query, key and value projections, columns of the output projection. Key and value heads are fewer
-than query heads where these are grouped.
+A head has rows of the query, key and value projections, and columns of the output projection. In
+grouped-query attention there are fewer key and value heads than query heads.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from gradfn.errors import InputError
 
 @dataclass(frozen=True, init=False)
 class Heads:
-    """How the rows (or columns) of a weight split into attention heads.
+    """How the rows or columns of a weight split into attention heads.
 
     Args:
         side: "rows" (query, key, value) or "columns" (the output projection).
-        pattern: the axis in einops's notation with `h` for the heads: "(h d)", GPT-2's fused "(qkv h d)",
-            GPT-NeoX's interleaved "(h qkv d)". Several patterns joined by "+" follow one another, with sizes
-            numbered: "(h1 d) + (h2 d) + (h3 d)".
-        sizes: the sizes of the pattern's axes; one may be left out.
+        pattern: the axis in einops's notation, with `h` for the heads: "(h d)", "(qkv h d)" as in GPT-2, or
+            "(h qkv d)" as in GPT-NeoX. Patterns that are joined by "+" follow one another along the axis, and
+            number their heads: "(h1 d) + (h2 d) + (h3 d)".
+        sizes: the sizes of the pattern's axes. One of them may be left out.
 
     >>> Heads("rows", "(h qkv d)", h=2, qkv=3).parts(12, "c_attn")["1"]
     tensor([ 6,  7,  8,  9, 10, 11])
@@ -91,7 +91,7 @@ _FUSED = {
     "gpt_neox": ("attention.query_key_value", "(h qkv d)"),
     "bloom": ("self_attention.query_key_value", "(h qkv d)"),
 }  # fmt: skip
-"""The fused projection of a model type, and how its rows are laid out, which the name alone does not say."""
+"""The fused projection of a model type, and the layout of its rows, which its name does not tell."""
 _GROUPED = ("phi3", "phi4_multimodal")
 """The model types whose `qkv_proj` has all queries, then all keys, then all values."""
 
@@ -101,9 +101,9 @@ def _ends(path: str, names: tuple[str, ...]) -> bool:
 
 
 def _nearest_config(model: nn.Module, path: str) -> tuple[Any, int | None]:
-    """The config of the innermost module around a layer that has one with heads, and how many these are.
+    """The config of the innermost module around a layer that has one with heads, and the number of heads.
 
-    A model of several parts, an image's and a text's, has one for each.
+    A model with an image part and a text part has a config for each.
     """
     modules = [model]
     for name in path.split("."):
@@ -121,10 +121,10 @@ def _nearest_config(model: nn.Module, path: str) -> tuple[Any, int | None]:
 
 
 def heads_of(model: nn.Module, path: str) -> Heads | None:
-    """The heads of one layer, by the names and the config of the common HF architectures; None: it has none.
+    """The heads of one layer, from its name and the model's config; None if it has no heads.
 
     Raises:
-        InputError: a fused projection of an architecture whose layout is not known here.
+        InputError: the layout of a fused projection is not known.
     """
     config, count = _nearest_config(model, path)
     if count is None:

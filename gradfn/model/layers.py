@@ -1,8 +1,12 @@
-"""How each kind of layer makes its block of a gradient.
+"""How each kind of layer turns its input and output gradient into the block of its weight.
 
-Every weight has a block `G [out, in]`, its gradient whatever the storage order, with the bias, the constant
-input 1, as the last column. A linear-like layer makes it of factors, `G = sum_t g_t x_tᵀ`, where `x` is the
-layer's input and `g` the gradient at its output; so a Kron `L G Rᵀ` acts on them before they meet.
+The block `G [out, in]` of a weight is its gradient in one layout, whatever order the weight is stored in. The
+bias is the last column, because it is the weight of the constant input 1. A linear-like layer builds the
+block from two factors, `G = sum_t g_t x_tᵀ`: the layer's input `x` and the gradient `g` at its output. A Kron
+`L G Rᵀ` can therefore act on the factors before they are multiplied.
+
+A new kind of layer is a subclass of `Layer` here and a function in `gradfn.model.sites.ADAPTERS`. Every other
+file asks the layer itself what it can do.
 
 | layer | x | g | block |
 |---|---|---|---|
@@ -15,22 +19,27 @@ layer's input and `g` the gradient at its output; so a Kron `L G Rᵀ` acts on t
 | any other parameter | | `vmap(grad)` of it alone | `[first axis, rest]` |
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradfn.errors import InputError
 from gradfn.linalg.kron import Kron, Side, apply_side
 from gradfn.linalg.maps import Map
+
+KINDS = ("linear", "convolution", "experts", "embedding", "norm", "other")
+"""What `Layer.kind` may be, in the order in which tables list them."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertRouting:
-    """Which example, position and expert each row of a ragged call belongs to, and their numbers."""
+    """Which example and which expert each row of a call belongs to, and the number of examples."""
 
     examples: Tensor
     experts: Tensor
@@ -39,10 +48,10 @@ class ExpertRouting:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """How one weight's block comes from its module's input and output gradient.
+    """How the input and output gradient of a module become the block of one of its weights.
 
     Args:
-        out_features, in_features: the block's size, bias column not counted.
+        out_features, in_features: the size of the block, without the bias column.
         bias: whether the block has a bias column.
     """
 
@@ -50,44 +59,89 @@ class Layer:
     in_features: int
     bias: bool
 
+    kind: ClassVar[str] = "other"
+    """One of `KINDS`: what to call the layer in a table or a message."""
+    by_default: ClassVar[bool] = False
+    """Whether a `View` includes the layer unless it is told otherwise."""
+    by_token: ClassVar[bool] = True
+    """Whether the layer has a gradient for each token."""
+    ragged: ClassVar[bool] = False
+    """Whether the rows of a call are tokens of any example, so that `in_call` must say whose."""
+    takes_maps: ClassVar[bool] = False
+    """Whether `save_input` and `contract` apply a `Map`; other layers need it as a matrix."""
+    sums_rows_first: ClassVar[bool] = False
+    """Whether the sum of all rows' blocks is the block of one row that has all their positions."""
+    projects_late: ClassVar[bool] = False
+    """Whether the right side of a Kron may wait for the backward pass; see `project`."""
+    has_factors: ClassVar[bool] = False
+    """Whether the block is a sum of outer products of `factors`."""
+
+    def in_call(self, size: int | None, *call: Any) -> "Layer | None":
+        """The layer as one call of its module uses it; None if the call does not use this weight.
+
+        Args:
+            size: the number of examples in the batch; None for one example without a batch axis.
+            call: what the module's `attach` says about the call.
+        """
+        return self
+
     def block(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Lay the gradient of the parameters, `[rows, *parameter]`, out as the block."""
+        """Lay the gradients of the parameters, `[rows, *parameter]`, out as blocks."""
         weight = weight.to_dense() if weight.is_sparse else weight
         G = weight.reshape(len(weight), self.out_features, self.in_features)
         return G if bias is None else torch.cat([G, bias.flatten(1)[..., None]], -1)
 
-    def keep(self, x: Tensor, right: Side) -> Tensor:
-        """What the backward needs of the input: its projection where there is one, else itself."""
+    @property
+    def is_whole(self) -> bool:
+        """Whether the block is one whole parameter, so that `unblock` exists."""
+        return type(self).block is Layer.block
+
+    def unblock(self, G: Tensor, shape: torch.Size) -> Tensor:
+        """Lay blocks without their bias column out as the parameter, `[rows, *shape]`."""
+        return G.reshape(len(G), *shape)
+
+    def projected_block(self, weight: Tensor, bias: Tensor | None, kron: Kron) -> tuple[Tensor, Tensor]:
+        """`L G Rᵀ` and the norm of `G`, for the gradients of the parameters of one row."""
+        G = self.block(weight, bias)
+        return kron(G), G.norm()
+
+    def rank_one(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Lay a statistic `row columnᵀ` of the parameter out as the block; None if the block has no such."""
+        return None
+
+    def save_input(self, x: Tensor, right: Side) -> Tensor:
+        """What the backward pass needs of the input: its projection if there is one, else the input."""
         raise NotImplementedError
 
-    def contract(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
+    def project(self, saved: Tensor, right: Side) -> Tensor:
+        """What `save_input(x, right)` gives, made of `save_input(x, None)`."""
+        raise NotImplementedError
+
+    def contract(self, saved: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
         """`L G Rᵀ` of every example, `[batch, p, q]`, or of every token, `[batch, tokens, p, q]`."""
         raise NotImplementedError
 
-    has_factors: ClassVar[bool] = False
-    """Whether the block is a sum of outer products of `factors`."""
-
-    def factors(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool = False) -> tuple[Tensor, Tensor]:
-        """`R x [batch, positions, q]`, bias column included, and `L g [batch, positions, p]`."""
+    def factors(self, saved: Tensor, g: Tensor, kron: Kron, tokens: bool = False) -> tuple[Tensor, Tensor]:
+        """`R x [batch, positions, q]`, with the bias column, and `L g [batch, positions, p]`."""
         raise NotImplementedError
 
     def positions(self, g: Tensor, tokens: bool) -> int:
-        """How many outer products an example's (or a token's) block is the sum of."""
+        """How many outer products the block of an example (or of a token) sums."""
         raise NotImplementedError
 
     def prefers_factors(self, g: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
-        """Whether inner products cost less from the factors than from the dense block."""
-        if not self.has_factors or _is_matrix(kron.left) or _is_matrix(kron.right):
+        """Whether inner products cost less when they are taken of the factors, not of the dense block."""
+        if not self.has_factors or is_matrix(kron.left) or is_matrix(kron.right):
             return False
         size, positions = self.out_features * self.in_features, self.positions(g, tokens)
         ghost = positions * (self.out_features + self.in_features) if unit else 0
         return queries * positions * size + positions * ghost < (positions + queries) * size
 
     def score(
-        self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool
+        self, saved: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool
     ) -> Float[Tensor, "*rows k"]:
         """Inner products with `queries [n, out, in]`, and the norm if `unit`, from the factors."""
-        right, left = self.factors(kept, g, kron, tokens)
+        right, left = self.factors(saved, g, kron, tokens)
         dots = [((left @ query) * right).sum((-2, -1)) for query in queries]
         if not unit:
             return torch.stack(dots, -1)
@@ -95,50 +149,60 @@ class Layer:
         return torch.stack([*dots, _root((left @ left.mT) * (right @ right.mT)) * a * b], -1)
 
 
-def _is_matrix(side: Side) -> bool:
+def is_matrix(side: Side) -> bool:
+    """Whether a side of a Kron is a matrix, not a diagonal and not left out."""
     return side is not None and side.ndim == 2
 
 
-def _diagonal(side: Side) -> Tensor:
-    """A side that is one."""
+def diagonal_of(side: Side) -> Tensor:
+    """The diagonal of a side that is neither a matrix nor left out."""
     assert isinstance(side, Tensor)
     return side
 
 
+def in_full_precision(v: Tensor) -> AbstractContextManager[Any]:
+    """Switch off a surrounding autocast: a projection is computed in the dtype of its statistics."""
+    kind = v.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def _positions(v: Tensor, tokens: bool) -> Tensor:
-    """What is summed over in one axis: all positions of an example, or what a token has beside its place."""
+    """Flatten the axes that a block sums over, which begin after the example or after the token."""
     lead = 2 if tokens else 1
     return v.reshape(*v.shape[:lead], prod(v.shape[lead:-1]), v.shape[-1])
 
 
 def _with_one(v: Tensor) -> Tensor:
-    """One more feature, the constant 1: the bias's input."""
+    """Append the input of the bias, the constant 1."""
     return torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
 
 
 def _outer(left: Tensor, right: Tensor, tokens: bool) -> Tensor:
-    """`sum_t left_t right_tᵀ` of every example, or each token's terms of the sum."""
+    """`sum_t left_t right_tᵀ` for every example, or its terms for every token."""
     return _positions(left, tokens).mT @ _positions(right, tokens)
 
 
 def _scaled(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide every example's factors by the largest number: products of four leave float32's range."""
+    """Divide an example's factors by their largest number, because products of four may overflow."""
     scale = v.abs().amax((-2, -1)).clamp_min(torch.finfo(v.dtype).tiny)
     return v / scale[..., None, None], scale
 
 
 def _root(squares: Tensor) -> Tensor:
-    """The root of a sum, of which rounding may make one below 0."""
+    """The square root of a sum that rounding may take below 0."""
     return squares.sum((-2, -1)).clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
 class Linear(Layer):
-    """`y = W x + b`; `rows` and `columns` choose a part of the block, an attention head's."""
+    """`y = W x + b`; `rows` and `columns` select a part of the block, such as an attention head."""
 
     transposed: bool = False
     rows: Tensor | None = None
     columns: Tensor | None = None
+
+    kind = "linear"
+    by_default = takes_maps = sums_rows_first = projects_late = has_factors = True
 
     def block(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         G = weight.mT if self.transposed else weight
@@ -148,34 +212,55 @@ class Linear(Layer):
         G = G if self.columns is None else G[..., self.columns]
         return G if bias is None else torch.cat([G, bias[..., None]], -1)
 
-    def keep(self, x: Tensor, right: Side) -> Tensor:
-        x = x if self.columns is None else x[..., self.columns]
-        if isinstance(right, Map):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            return right.with_one(x) if self.bias else right(x)
-        if not _is_matrix(right):
-            return x
-        assert right is not None
-        if not self.bias:
-            return F.linear(x.to(right.dtype), right)
-        return F.linear(x.to(right.dtype), right[:, :-1], right[:, -1])
+    @property
+    def is_whole(self) -> bool:
+        return self.rows is None and self.columns is None
 
-    has_factors = True
+    def unblock(self, G: Tensor, shape: torch.Size) -> Tensor:
+        return G.mT if self.transposed else G
+
+    def projected_block(self, weight: Tensor, bias: Tensor | None, kron: Kron) -> tuple[Tensor, Tensor]:
+        """The same without a copy of a large weight."""
+        left, right = kron.left, kron.right
+        if bias is None or not self.is_whole or not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            return super().projected_block(weight, bias, kron)
+        G = self.block(weight, None)
+        projected = left @ G @ right[:, :-1].T + (bias @ left.mT)[..., None] * right[:, -1]
+        return projected, G.norm().hypot(bias.norm())
+
+    def rank_one(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor] | None:
+        row, column = (column, row) if self.transposed else (row, column)
+        row = row if self.rows is None else row[self.rows]
+        return row, column if self.columns is None else column[self.columns]
+
+    def save_input(self, x: Tensor, right: Side) -> Tensor:
+        return self.project(x if self.columns is None else x[..., self.columns], right)
+
+    def project(self, saved: Tensor, right: Side) -> Tensor:
+        with in_full_precision(saved):
+            if isinstance(right, Map):
+                saved = saved.to(torch.promote_types(saved.dtype, torch.float32))
+                return right.with_one(saved) if self.bias else right(saved)
+            if not is_matrix(right):
+                return saved
+            assert right is not None
+            saved = saved.to(right.dtype)
+            return F.linear(saved, right[:, :-1], right[:, -1]) if self.bias else F.linear(saved, right)
 
     def positions(self, g: Tensor, tokens: bool) -> int:
         return prod(g.shape[2 if tokens else 1 : -1])
 
-    def factors(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool = False) -> tuple[Tensor, Tensor]:
+    def factors(self, saved: Tensor, g: Tensor, kron: Kron, tokens: bool = False) -> tuple[Tensor, Tensor]:
         left = _positions(apply_side(kron.left, g if self.rows is None else g[..., self.rows]), tokens)
-        right = _positions(kept, tokens)
-        if not _is_matrix(kron.right):
+        right = _positions(saved, tokens)
+        if not is_matrix(kron.right):
             right = apply_side(kron.right, _with_one(right) if self.bias else right)
         return right, left
 
-    def contract(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
+    def contract(self, saved: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
         left = apply_side(kron.left, g if self.rows is None else g[..., self.rows])
-        G = _outer(left, kept, tokens)
-        if _is_matrix(kron.right):
+        G = _outer(left, saved, tokens)
+        if is_matrix(kron.right):
             return G
         if self.bias:
             G = torch.cat([G, _positions(left, tokens).sum(-2)[..., None]], -1)
@@ -184,114 +269,45 @@ class Linear(Layer):
 
 @dataclass(frozen=True, eq=False)
 class AttentionInput(Linear):
-    """The projection to q, k or v inside nn.MultiheadAttention: rows of one weight, or one of its own.
+    """The projection to q, k or v inside nn.MultiheadAttention, which has one bias vector for all three.
 
-    The bias of all three is one vector, of which `rows` are this one's; its own weight begins at `first`.
+    `rows` are the rows of that vector. The weight, which may be one for all three or one for each, begins at
+    its row `first`.
     """
 
     first: int = 0
+
+    projects_late = False
 
     def block(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert self.rows is not None
         G = weight[..., self.rows - self.first, :]
         return torch.cat([G, bias[..., self.rows, None]], -1) if self.bias and bias is not None else G
 
-    def seen_in(self, start: int, stop: int) -> "AttentionInput | None":
-        """The same where `y` holds the weight's rows `start` to `stop`; None if these are not its own."""
+    def rank_one(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def in_call(self, size: int | None, *call: Any) -> "AttentionInput | None":
+        """The layer for a call whose output has the weight's rows from `start` to `stop`."""
+        start, stop = call
         assert self.rows is not None
         rows = self.rows - self.first
         return replace(self, rows=rows - start) if start <= int(rows[0]) < stop else None
 
 
 @dataclass(frozen=True, eq=False)
-class Conv(Layer):
-    """A convolution over 1 to 3 axes: patches are the inputs, places the positions; groups share them."""
-
-    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-    @property
-    def _axes(self) -> int:
-        return len(self.module.kernel_size)
-
-    def _padded(self, x: Tensor) -> Tensor:
-        mode = "constant" if self.module.padding_mode == "zeros" else self.module.padding_mode
-        padding: list[int] = self.module._reversed_padding_repeated_twice
-        return F.pad(x, padding, mode) if any(padding) else x
-
-    def _by_group(self, x: Tensor) -> Tensor:
-        """`[n, channels, *places] -> [n * groups, channels / groups, *places]`."""
-        return x.unflatten(1, (self.module.groups, -1)).flatten(0, 1)
-
-    def keep(self, x: Tensor, right: Side) -> Tensor:
-        """Projected patches are a convolution with the projection as filters."""
-        if not _is_matrix(right):
-            return x
-        assert isinstance(right, Tensor)
-        x = x.to(right.dtype)
-        bare = x.ndim == self._axes + 1
-        x = self._by_group(self._padded(x[None] if bare else x))
-        filters, shift = (right[:, :-1], right[:, -1]) if self.bias else (right, None)
-        filters = filters.unflatten(1, (-1, *self.module.kernel_size))
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self._axes - 1]
-        kept = convolve(x, filters, shift, stride=self.module.stride, dilation=self.module.dilation)  # pyright: ignore
-        kept = kept.flatten(2).unflatten(0, (-1, self.module.groups))
-        return kept[0] if bare else kept  # [n, groups, q, places]
-
-    def _patches(self, x: Tensor) -> Tensor:
-        """`[n, channels, *places] -> [n, groups, inputs, places]`, what each output place sees."""
-        x = self._by_group(self._padded(x))
-        for axis, (size, step, hole) in enumerate(
-            zip(self.module.kernel_size, self.module.stride, self.module.dilation, strict=True), start=2
-        ):
-            x = x.unfold(axis, (size - 1) * hole + 1, step)[..., ::hole]
-        places = tuple(range(2, 2 + self._axes))
-        kernel = tuple(range(2 + self._axes, 2 + 2 * self._axes))
-        x = x.permute(0, 1, *kernel, *places).flatten(2 + self._axes)
-        return x.flatten(1, -2).unflatten(0, (-1, self.module.groups))
-
-    @property
-    def has_factors(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.module.groups == 1
-
-    def _grouped(self, kept: Tensor, g: Tensor, right: Side) -> tuple[Tensor, Tensor]:
-        """Inputs `[batch, images, groups, inputs, places]` and output gradients alike, of every group."""
-        size, groups = len(g), self.module.groups
-        if _is_matrix(right):
-            x = kept.reshape(size, -1, *kept.shape[-3:])
-        else:
-            patches = self._patches(kept.reshape(-1, *kept.shape[-self._axes - 1 :]).to(g.dtype))
-            x = patches.reshape(size, -1, *patches.shape[1:])
-            if self.bias:
-                x = torch.cat([x, x.new_ones(1).expand(*x.shape[:3], 1, x.shape[-1])], -2)
-            x = x if right is None else x * _diagonal(right)[:, None]
-        return x, g.reshape(size, -1, groups, self.out_features // groups, prod(g.shape[-self._axes :]))
-
-    def positions(self, g: Tensor, tokens: bool) -> int:
-        return g[0].numel() // self.module.out_channels
-
-    def factors(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool = False) -> tuple[Tensor, Tensor]:
-        right, left = (v.squeeze(2).movedim(-1, 2).flatten(1, 2) for v in self._grouped(kept, g, kron.right))
-        return right, apply_side(kron.left, left)
-
-    def contract(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
-        # n: images of one example, e: groups, o: outputs of a group, i: inputs, t: places
-        right, g = self._grouped(kept, g, kron.right)
-        if _is_matrix(kron.left):
-            assert isinstance(kron.left, Tensor)
-            left = torch.einsum("peo,bneot->bnept", kron.left.unflatten(1, (self.module.groups, -1)), g)
-            return torch.einsum("bnept,bneqt->bpq", left, right)
-        G = torch.einsum("bneot,bneit->beoi", g, right).flatten(1, 2)
-        return G if kron.left is None else G * _diagonal(kron.left)[:, None]
-
-
-@dataclass(frozen=True, eq=False)
 class Embedding(Layer):
-    """`y = scale W[id]`: the left factor is the one-hot of the id, so `L` is indexed, never multiplied."""
+    """`y = scale W[id]`: the left factor is the one-hot vector of the id, so `L` is only indexed."""
 
     padding: int | None = None
     scale: Tensor | float = 1.0
 
-    def keep(self, x: Tensor, right: Side) -> Tensor:
+    kind = "embedding"
+
+    def rank_one(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor] | None:
+        return row, column
+
+    def save_input(self, x: Tensor, right: Side) -> Tensor:
         return x
 
     def _right(self, ids: Tensor, g: Tensor, right: Side) -> Tensor:
@@ -300,30 +316,32 @@ class Embedding(Layer):
             g = g.masked_fill((ids == self.padding)[..., None], 0)
         return apply_side(right, g)
 
-    def contract(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
-        right = self._right(kept, g, kron.right)
-        if _is_matrix(kron.left):
+    def contract(self, saved: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
+        right = self._right(saved, g, kron.right)
+        if is_matrix(kron.left):
             assert isinstance(kron.left, Tensor)
-            return _outer(F.embedding(kept, kron.left.T), right, tokens)
+            return _outer(F.embedding(saved, kron.left.T), right, tokens)
         if kron.left is not None:
-            right = right * _diagonal(kron.left)[kept][..., None]
-        lead = kept.shape if tokens else kept.shape[:1]
+            right = right * diagonal_of(kron.left)[saved][..., None]
+        lead = saved.shape if tokens else saved.shape[:1]
         count = prod(lead)
-        ids = kept.reshape(count, -1)
+        ids = saved.reshape(count, -1)
         flat = ids + self.out_features * torch.arange(count, device=ids.device)[:, None]
         G = right.new_zeros(count * self.out_features, right.shape[-1])
         G.index_add_(0, flat.flatten(), right.flatten(0, -2))
         return G.view(*lead, self.out_features, -1)
 
     def prefers_factors(self, g: Tensor, kron: Kron, queries: int, unit: bool, tokens: bool) -> bool:
-        return not (_is_matrix(kron.left) or _is_matrix(kron.right))
+        return not (is_matrix(kron.left) or is_matrix(kron.right))
 
-    def score(self, kept: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool) -> Tensor:
-        """Rows of the queries are looked up; two positions meet in the norm where their ids are the same."""
-        right = self._right(kept, g, kron.right)
+    def score(
+        self, saved: Tensor, g: Tensor, kron: Kron, queries: Tensor, unit: bool, tokens: bool
+    ) -> Tensor:
+        """The ids index rows of the queries; in the norm, only positions with the same id have a product."""
+        right = self._right(saved, g, kron.right)
         if kron.left is not None:
-            right = right * _diagonal(kron.left)[kept][..., None]
-        ids, right = kept.reshape(*kept.shape[: 2 if tokens else 1], -1), _positions(right, tokens)
+            right = right * diagonal_of(kron.left)[saved][..., None]
+        ids, right = saved.reshape(*saved.shape[: 2 if tokens else 1], -1), _positions(right, tokens)
         dots = [(query[ids] * right).sum((-2, -1)) for query in queries]
         if not unit:
             return torch.stack(dots, -1)
@@ -336,78 +354,104 @@ class Embedding(Layer):
 class NormScale(Layer):
     """The elementwise scale (and shift) of a normalisation, `y = w n(x) + b`: `G = sum_t [g_t n(x_t), g_t]`.
 
-    `n(x)` is read off the module itself as `y(w=1, b=0) - y(w=0, b=0)`, so that every variant counts, Gemma's
-    `(1 + w) n(x)` too.
+    The module itself gives `n(x)`, as `y(w=1, b=0) - y(w=0, b=0)`, so the formula holds for every variant,
+    such as Gemma's `(1 + w) n(x)`.
     """
 
     module: nn.Module
     channels_first: bool = False
-    """Whether features are axis 1 (BatchNorm, GroupNorm), not the last ones (LayerNorm, RMSNorm)."""
+    """Whether the features are axis 1 (BatchNorm, GroupNorm), not the last ones (LayerNorm, RMSNorm)."""
 
-    def keep(self, x: Tensor, right: Side) -> Tensor:
-        own = dict(self.module._parameters)
-        ones, zeros = (make(own["weight"]) for make in (torch.ones_like, torch.zeros_like))  # pyright: ignore
-        changed: dict = self.module._parameters
+    kind = "norm"
+
+    def save_input(self, x: Tensor, right: Side) -> Tensor:
+        module: Any = self.module
+        own, buffers = dict(module._parameters), dict(module._buffers)
+        ones, zeros = (make(own["weight"]) for make in (torch.ones_like, torch.zeros_like))
         try:
+            if module.training:  # running statistics must not see the input again
+                module._buffers.update({n: b if b is None else b.clone() for n, b in buffers.items()})
             if own.get("bias") is not None:
-                changed["bias"] = zeros
-            changed["weight"] = ones
-            one = self.module.forward(x)
-            changed["weight"] = zeros
-            normalised = one - self.module.forward(x)
+                module._parameters["bias"] = zeros
+            module._parameters["weight"] = ones
+            one = module.forward(x)
+            module._parameters["weight"] = zeros
+            normalised = one - module.forward(x)
         finally:
-            changed.update(own)
+            module._parameters.update(own)
+            module._buffers.update(buffers)
         return normalised.movedim(1, -1) if self.channels_first else normalised
 
-    def contract(self, kept: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
-        shape = (*kept.shape[: 2 if tokens else 1], -1, self.out_features)
-        kept, g = kept.reshape(shape).to(g.dtype), g.reshape(shape)
-        columns = [(g * kept).sum(-2)] + ([g.sum(-2)] if self.bias else [])
+    def contract(self, saved: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
+        shape = (*saved.shape[: 2 if tokens else 1], -1, self.out_features)
+        saved, g = saved.reshape(shape).to(g.dtype), g.reshape(shape)
+        columns = [(g * saved).sum(-2)] + ([g.sum(-2)] if self.bias else [])
         return kron(torch.stack(columns, -1))
 
 
 @dataclass(frozen=True, eq=False)
 class Experts(Layer):
-    """The weights of a mixture's experts in one parameter `[experts, O, I]`; the block has their rows.
+    """The weights of a mixture's experts in one parameter `[experts, O, I]`, whose rows the block stacks.
 
-    A call is ragged: each row has its example and its expert (`ExpertRouting`).
+    The rows of a call are tokens in the order of their experts; `routing` has the example of each.
     """
 
     experts: int
     transposed: bool = False
+    routing: ExpertRouting | None = None
+
+    kind = "experts"
+    by_default = ragged = True
+    by_token = False
 
     def block(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight = weight.mT if self.transposed else weight
         return super().block(weight, None if bias is None else bias.flatten(1))
 
-    def keep(self, x: Tensor, right: Side) -> Tensor:
-        return Linear(0, 0, self.bias).keep(x, right)
+    def in_call(self, size: int | None, *call: Any) -> "Experts":
+        """The layer for a call with the token and the expert of each row, and the number of tokens.
 
-    def contract_ragged(self, kept: Tensor, g: Tensor, kron: Kron, where: ExpertRouting) -> Tensor:
-        """`L G Rᵀ` of every example; rows of `kept` and `g` are those of `where`."""
+        Raises:
+            InputError: the batch is not known, so the tokens have no example.
+        """
+        tokens, experts, count = call
+        if size is None or count % size:
+            raise InputError("a mixture of experts needs a loss with a batched form: exclude its experts")
+        return replace(self, routing=ExpertRouting(tokens // (count // size), experts, size))
+
+    def save_input(self, x: Tensor, right: Side) -> Tensor:
+        return Linear(0, 0, self.bias).save_input(x, right)
+
+    def contract(self, saved: Tensor, g: Tensor, kron: Kron, tokens: bool) -> Tensor:
+        """`L G Rᵀ` of every example; the rows of `saved` and `g` are those of `routing`."""
+        routing = self.routing
+        assert routing is not None
         size = self.out_features // self.experts
-        if not _is_matrix(kron.right) and self.bias:
-            kept = _with_one(kept)
-        right = kept if _is_matrix(kron.right) else apply_side(kron.right, kept)
+        if not is_matrix(kron.right) and self.bias:
+            saved = _with_one(saved)
+        right = saved if is_matrix(kron.right) else apply_side(kron.right, saved)
         left = g
         if kron.left is not None and kron.left.ndim == 1:
-            left = g * _diagonal(kron.left).view(self.experts, size)[where.experts]
+            left = g * diagonal_of(kron.left).view(self.experts, size)[routing.experts]
         elif isinstance(kron.left, Tensor):
             by_expert = kron.left.T.reshape(self.experts, size, -1)
             left = g.new_empty(len(g), by_expert.shape[-1])
-            for expert in where.experts.unique().tolist():
-                mine = where.experts == expert
+            for expert in routing.experts.unique().tolist():
+                mine = routing.experts == expert
                 left[mine] = g[mine] @ by_expert[expert]
-        projected = _is_matrix(kron.left)
-        owners = where.examples if projected else where.examples * self.experts + where.experts
-        count = where.batch * (1 if projected else self.experts)
+        projected = is_matrix(kron.left)
+        owners = routing.examples if projected else routing.examples * self.experts + routing.experts
+        count = routing.batch * (1 if projected else self.experts)
         G = g.new_zeros(count, left.shape[-1], right.shape[-1])
         for owner in owners.unique().tolist():
             mine = owners == owner
             G[owner] = left[mine].T @ right[mine]
-        return G.view(where.batch, -1, right.shape[-1])
+        return G.view(routing.batch, -1, right.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
 class BareParameter(Layer):
-    """A parameter of any shape, `[first axis, rest]`, that no layer kind knows."""
+    """A parameter that no other kind describes, as `[first axis, rest]`."""
+
+    def rank_one(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor] | None:
+        return row, column

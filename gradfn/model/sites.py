@@ -1,4 +1,4 @@
-"""Where a model's weights are: the sites whose gradients are attributed, and how their modules are tapped."""
+"""Where a model's weights are: the sites whose gradients are attributed, and how to observe their modules."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,18 +7,23 @@ from inspect import signature
 from math import prod
 from operator import attrgetter
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
+from gradfn.model.attach import (
+    Attach,
+    attach_attention,
+    attach_channels_first,
+    attach_experts,
+    attach_hook,
+)
+from gradfn.model.convolution import Conv
 from gradfn.model.heads import Heads, heads_of
 from gradfn.model.layers import (
     AttentionInput,
     BareParameter,
-    Conv,
     Embedding,
     Experts,
     Layer,
@@ -27,34 +32,19 @@ from gradfn.model.layers import (
 )
 from gradfn.types import Blocks, BlockSpec
 
-Tap = Callable[..., Tensor]
-"""`tap(weight name, x, y, ...) -> y`: puts the probes of one weight behind `y`."""
-
-Attach = Callable[[nn.Module, Tap], Callable[[], None]]
-"""Lets a module call its tap whenever it uses a weight; gives the function that undoes it."""
-
-
-def attach_hook(module: nn.Module, tap: Tap) -> Callable[[], None]:
-    """Tap a module whose output is its weight's: by a forward hook."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Any) -> Any:
-        return tap("weight", args[0] if args else next(iter(named.values())), y)
-
-    return module.register_forward_hook(hook, with_kwargs=True).remove
-
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One weight that gets a block (or a part of it, an attention head's).
+    """One weight that has a block, or a part of one, such as an attention head.
 
     Args:
-        path: the module's path in the model (the parameter's, where a module has several weights).
-        block: the name of its block: its own path ("root" for the model itself), or that of the first module
-            with the same weight.
+        path: the path of the module in the model; of the parameter, if the module has several weights.
+        block: the name of the block: the path of the first module that has this weight ("root" for the model
+            itself), and the name of the head if there is one.
         module: the module itself.
-        layer: how the block comes about.
+        layer: how its input and output gradient become the block.
         parameter, bias: the names of the weight and of the bias in the module.
-        attach: how the module is tapped.
+        attach: how to observe the module when it uses the weight.
     """
 
     path: str
@@ -65,9 +55,9 @@ class Site:
     bias: str = "bias"
     attach: Attach = field(default=attach_hook, repr=False)
     names: tuple[str, ...] = ()
-    """The weight's name among the model's parameters, and the bias's."""
+    """The names of the weight and of the bias among the model's parameters."""
     probed: bool = True
-    """Whether a probe sees it; otherwise its gradient is `vmap(grad)` of the parameter alone."""
+    """Whether a probe sees the weight; if not, `vmap(grad)` of the parameter alone gives its gradient."""
 
     @property
     def weight(self) -> Tensor:
@@ -76,100 +66,19 @@ class Site:
 
     @property
     def own_bias(self) -> Tensor | None:
-        """The bias, where the block has one."""
+        """The bias, if the block has one."""
         return attrgetter(self.bias)(self.module) if self.layer.bias else None
 
     @property
     def spec(self) -> BlockSpec:
-        """The block's name, shape (bias column included), device and statistics dtype."""
+        """The name, shape (with the bias column) and device of the block, and the dtype of its statistics."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         shape = (self.layer.out_features, self.layer.in_features + self.layer.bias)
         return BlockSpec(self.block, shape, self.weight.device, dtype)
 
 
-def _attach_channels_first(module: nn.Module, tap: Tap) -> Callable[[], None]:
-    """Tap a normalisation over axis 1: its tap sees the features last."""
-    return attach_hook(module, lambda name, x, y: tap(name, x, y.movedim(1, -1)).movedim(-1, 1))
-
-
-def _attach_attention(module: Any, tap: Tap) -> Callable[[], None]:
-    """Tap the functional projections inside nn.MultiheadAttention, which keeps the batch on axis 1."""
-    own: dict[int, tuple[str, int]] = {}
-    linear = F.linear
-    width = module.embed_dim
-    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        weight = module._parameters.get(name)
-        if weight is not None:
-            starts = (0, width, 2 * width) if name == "in_proj_weight" else (0,)
-            own |= {weight[start].data_ptr(): (name, start) for start in starts}  # pyright: ignore
-    own[module.out_proj.weight.data_ptr()] = ("out_proj.weight", 0)  # pyright: ignore
-
-    def tapped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = linear(x, weight, bias)
-        found = own.get(weight.data_ptr())
-        if found is None:
-            return y
-        name, start = found
-        if name == "out_proj.weight":  # [tokens * batch, features]
-            x, flat = x.unflatten(0, (-1, batch[0])), y.unflatten(0, (-1, batch[0]))
-            return tap(name, x.movedim(1, 0), flat.movedim(1, 0)).movedim(0, 1).flatten(0, 1)
-        batch[0] = x.shape[1]
-        return tap(name, x.movedim(1, 0), y.movedim(1, 0), rows=(start, start + len(weight))).movedim(0, 1)
-
-    batch = [1]
-    forward = module.forward
-
-    def patched(*args: Any, **named: Any) -> Any:
-        with patch.object(F, "linear", tapped):
-            return forward(*args, **named)
-
-    module.forward = patched
-    return lambda: delattr(module, "forward")
-
-
-def _attach_experts(module: Any, tap: Tap) -> Callable[[], None]:
-    """Tap HF's fused experts: the same sums as their forward's, with the rows of all experts side by side."""
-
-    def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        chosen = top_k_index.flatten()
-        tokens = torch.arange(len(hidden), device=hidden.device).repeat_interleave(top_k_index.shape[-1])
-        real = chosen < module.num_experts  # some mixtures mark dropped tokens by one expert more
-        order = chosen.masked_fill(~real, module.num_experts).argsort(stable=True)[: int(real.sum())]
-        experts, tokens, weights = chosen[order], tokens[order], top_k_weights.flatten()[order]
-
-        def apply(name: str, x: Tensor) -> Tensor:
-            weight, bias = module.get_parameter(name), module._parameters.get(f"{name}_bias")
-            parts = []
-            for expert, part in zip(*_runs(experts, x), strict=True):
-                own = weight[expert].T if getattr(module, "is_transposed", False) else weight[expert]
-                parts.append(F.linear(part, own, None if bias is None else bias[expert]))
-            return tap(name, x, torch.cat(parts), ragged=(tokens, experts, len(hidden)))
-
-        if getattr(module, "has_gate", True):
-            inner = apply("gate_up_proj", hidden[tokens])
-            gate = getattr(module, "_apply_gate", None)
-            if gate is None:
-                first, second = inner.chunk(2, dim=-1)
-                inner = module.act_fn(first) * second  # pyright: ignore[reportCallIssue]
-            else:
-                inner = gate(inner)
-        else:
-            inner = module.act_fn(apply("up_proj", hidden[tokens]))  # pyright: ignore[reportCallIssue]
-        outer = apply("down_proj", inner) * weights[:, None]
-        return torch.zeros_like(hidden).index_add(0, tokens, outer.to(hidden.dtype))
-
-    module.forward = forward
-    return lambda: delattr(module, "forward")
-
-
-def _runs(experts: Tensor, x: Tensor) -> tuple[list[int], Sequence[Tensor]]:
-    """The rows of `x` by expert; `experts` is sorted."""
-    present, counts = experts.unique_consecutive(return_counts=True)
-    return present.tolist(), x.split(counts.tolist())
-
-
 def _owns_weight(module: nn.Module) -> bool:
-    """Whether its weight is a parameter, not made of others as weight_norm makes it."""
+    """Whether the weight is a parameter; weight_norm computes it from other parameters."""
     return module._parameters.get("weight") is not None
 
 
@@ -181,7 +90,7 @@ def _linear(path: str, module: nn.Module) -> list[Site]:
 
 
 def _hf_conv1d(path: str, module: nn.Module) -> list[Site]:
-    # By name: transformers must not be imported to look at a model that does not use it.
+    # By name, because a model without transformers must not import it.
     if type(module).__name__ != "Conv1D" or type(module).__module__ != "transformers.pytorch_utils":
         return []
     fan_in, fan_out = module.get_parameter("weight").shape
@@ -217,11 +126,11 @@ def _norm(path: str, module: nn.Module) -> list[Site]:
     if not (first or named) or "weight" not in own or own.keys() - {"weight", "bias"}:
         return []
     layer = NormScale(own["weight"].numel(), 1, "bias" in own, module, first)
-    return [Site(path, path, module, layer, attach=_attach_channels_first if first else attach_hook)]
+    return [Site(path, path, module, layer, attach=attach_channels_first if first else attach_hook)]
 
 
 def _attention(path: str, module: nn.Module) -> list[Site]:
-    """q, k and v of nn.MultiheadAttention get a block each, as does the output projection."""
+    """The blocks of nn.MultiheadAttention: one each for q, k, v and the output projection."""
     if not isinstance(module, nn.MultiheadAttention):
         return []
     width, sites = module.embed_dim, []
@@ -234,10 +143,10 @@ def _attention(path: str, module: nn.Module) -> list[Site]:
         rows = torch.arange(first, first + width)
         layer = AttentionInput(width, fan_in, bias, rows=rows, first=0 if fused else first)
         where = f"{path}.in_proj[{name}]".lstrip(".")
-        sites.append(Site(where, where, module, layer, weight, "in_proj_bias", _attach_attention))
+        sites.append(Site(where, where, module, layer, weight, "in_proj_bias", attach_attention))
     out = f"{path}.out_proj".lstrip(".")
     layer = Linear(width, width, module.out_proj.bias is not None)
-    return [*sites, Site(out, out, module, layer, "out_proj.weight", "out_proj.bias", _attach_attention)]
+    return [*sites, Site(out, out, module, layer, "out_proj.weight", "out_proj.bias", attach_attention)]
 
 
 def _experts(path: str, module: nn.Module) -> list[Site]:
@@ -254,14 +163,14 @@ def _experts(path: str, module: nn.Module) -> list[Site]:
         bias = f"{name}_bias"
         layer = Experts(count * fan_out, fan_in, bias in own, count, transposed)
         where = f"{path}.{name}".lstrip(".")
-        sites.append(Site(where, where, module, layer, name, bias, _attach_experts))
+        sites.append(Site(where, where, module, layer, name, bias, attach_experts))
     return sites
 
 
 ADAPTERS: tuple[Callable[[str, nn.Module], list[Site]], ...] = (
     _linear, _hf_conv1d, _conv, _embedding, _norm, _attention, _experts,
 )  # fmt: skip
-"""What turns a module into sites; the first that answers wins."""
+"""Each gives the sites of a module it knows; the first that gives any decides."""
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:
@@ -279,11 +188,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def all_sites(model: nn.Module) -> tuple[Site, ...]:
-    """Every weight that can have a block; parameters that no layer kind knows stand for themselves.
+    """Every weight that can have a block; a parameter that no layer kind describes is a site of its own.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    >>> [(site.path, type(site.layer).__name__) for site in all_sites(net)]
-    [('0', 'Linear'), ('1', 'Scale')]
+    >>> [(site.path, site.layer.kind) for site in all_sites(net)]
+    [('0', 'linear'), ('1', 'norm')]
     """
     sites = [site for path, module in model.named_modules() for site in _adapt(path, module)]
     known = {id(p) for site in sites for p in _parameters(site)}
@@ -315,28 +224,27 @@ def _parameters(site: Site) -> list[Tensor]:
 
 
 def _is_default(site: Site, head: nn.Module | None, adapters: bool) -> bool:
-    """Weight matrices but the LM head and embeddings; of a model with PEFT adapters, these alone."""
-    if adapters and "lora_" not in site.path:
-        return False
-    return isinstance(site.layer, Linear | Conv | Experts) and site.module is not head
+    """Whether a site is a weight matrix other than the LM head; in a model with PEFT adapters, an adapter."""
+    return site.layer.by_default and site.module is not head and (not adapters or "lora_" in site.path)
 
 
 @dataclass(frozen=True)
 class View:
-    """Which gradients to look at, and how finely.
+    """Which weights have a block, and how finely their gradients are split.
 
-    Unless told otherwise: all weight matrices (linear layers, convolutions, experts) with their biases, but
-    neither the LM head nor embeddings nor norms; of a model with PEFT adapters, the adapters alone.
+    The default is all weight matrices (linear layers, convolutions, experts) with their biases, without the
+    LM head, embeddings and norms. In a model with PEFT adapters it is the adapters alone.
 
     Args:
-        include: globs over module paths; what matches one is taken, whatever it is: `"*"` is everything.
-        exclude: globs over module paths; what matches one is left out.
-        heads: give every attention head a block of its own, `path[head]`: True finds the heads by the model's
-            config, a mapping from globs over module paths declares them.
-        tokens: give every token a row of its own; its rows sum to the example's.
+        include: globs over module paths; a weight of any kind is included if one matches. `["*"]` includes
+            every parameter.
+        exclude: globs over module paths; a weight is excluded if one matches.
+        heads: give every attention head a block of its own, `path[head]`. True reads the heads from the
+            model's config; a mapping from globs over module paths to `Heads` declares them.
+        tokens: give every token a row of its own; the rows of an example's tokens sum to the example's row.
 
     Raises:
-        InputError: one glob instead of a list of them.
+        InputError: a string was given instead of a list of globs.
 
     >>> View(exclude=["*.mlp.*"], tokens=True).settings()
     {'include': [], 'exclude': ['*.mlp.*'], 'heads': False, 'tokens': True}
@@ -353,7 +261,7 @@ class View:
                 raise InputError(f"{name} takes several globs, not {globs!r}: give {name}=[{globs!r}]")
 
     def settings(self) -> dict[str, Any]:
-        """What a store records of it."""
+        """The fields as a store records them."""
         heads = self.heads if isinstance(self.heads, bool) else {k: repr(v) for k, v in self.heads.items()}
         return {
             "include": list(self.include),
@@ -368,10 +276,11 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
 
     Args:
         model: any module.
-        view: which; None is the default of `View`.
+        view: which weights; None is the default of `View`.
 
     Raises:
-        InputError: nothing is left, a chosen weight is used where it has no block too, or there are no heads.
+        InputError: no weight is left, a module that is not included uses one of the weights too, or no layer
+            has attention heads.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     >>> [site.spec.shape for site in find_sites(net)]
@@ -399,7 +308,7 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
 
 
 def _refuse_shared_elsewhere(model: nn.Module, sites: Sequence[Site]) -> None:
-    """A weight's gradient is whole only when every module that uses it has a site."""
+    """Refuse a weight whose gradient is incomplete because a module without a site uses it too."""
     ours = {id(site.module) for site in sites}
     weights = {id(site.weight): site.path or "root" for site in sites}
     for path, module in model.named_modules():
@@ -416,11 +325,11 @@ def _refuse_shared_elsewhere(model: nn.Module, sites: Sequence[Site]) -> None:
 
 
 NotCalled = nn.modules.linear.NonDynamicallyQuantizableLinear
-"""The output projection of nn.MultiheadAttention, which only lends it its weight."""
+"""The output projection of nn.MultiheadAttention, which reads its weight and never calls it."""
 
 
 def _share_blocks(sites: Sequence[Site]) -> tuple[Site, ...]:
-    """Give modules with the same weight one block, named after the first; biases of their own apart."""
+    """Give modules with one weight one block, named after the first; biases that differ get their own."""
     groups: dict[tuple[int, str], list[Site]] = {}
     for site in sites:
         part = site.path if isinstance(site.layer, AttentionInput) else ""
@@ -449,7 +358,7 @@ def _bias_alone(site: Site) -> Site:
 def _split_heads(
     model: nn.Module, sites: Sequence[Site], declared: bool | Mapping[str, Heads]
 ) -> tuple[Site, ...]:
-    """Give each attention head of the sites a site of its own; sites without heads stay as they are."""
+    """Give each attention head a site of its own; sites without heads stay as they are."""
     split, any_split = [], False
     for site in sites:
         if isinstance(declared, bool):
@@ -496,14 +405,14 @@ def blocks_of(sites: Sequence[Site], grads: dict[str, Tensor]) -> Blocks:
     """
     blocks: Blocks = {}
     for site in sites:
-        if site.block not in blocks:  # of a shared weight, the gradient is whole
+        if site.block not in blocks:  # the gradient of a shared weight already has all its uses
             weight, *bias = (grads[name] for name in site.names)
             blocks[site.block] = site.layer.block(weight, bias[0] if bias and site.layer.bias else None)
     return blocks
 
 
 def uncovered(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
-    """Name the parameters that no block covers, with their sizes; nothing is skipped in silence.
+    """The parameters that no block covers, with their sizes.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     >>> uncovered(net, find_sites(net))

@@ -1,4 +1,4 @@
-"""Plots of evaluations. matplotlib loads when the first is drawn: `pip install 'gradfn[plot]'`."""
+"""Plots of evaluations, by matplotlib (`pip install 'gradfn[plot]'`), which loads with the first plot."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from gradfn.evaluate.bootstrap import Estimate
 
 FORMATS = ("png", "pdf", "svg")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
-"""Okabe and Ito's, which people with any kind of colour vision tell apart."""
+"""The palette of Okabe and Ito, whose colours differ for people with any kind of colour vision."""
 MARKERS = "osD^vPX"
 INK, FAINT, GRID, BAND = "#262626", "#6B6B6B", "#E6E6E6", "#EFEBE0"
 STYLE: Any = {
@@ -27,17 +27,17 @@ STYLE: Any = {
 }  # fmt: skip
 DPI = 200
 LABEL_GAP, LABEL_ASIDE = 11.0, 6.0
-"""From the middle of a label to that of the next above it, and from a marker to its label, in points."""
+"""Distances between the middles of labels above each other, and from a marker to its label, in points."""
 MARKER = 2.5
 """Half the width of a marker, in points."""
 ROUNDS = 400
-"""Of moving labels apart: enough for a dozen at one place to come to rest."""
+"""How often labels are moved apart: enough for a dozen at one place."""
 DODGE = 0.006
-"""Between the intervals of lines at one x, as a share of the axis."""
+"""The distance between intervals of lines at one x, as a share of the axis."""
 FEWEST_BARS = 4
-"""For which there is room, so that a single one is no wall."""
+"""The fewest bars for which there is room, so that a single bar is not too wide."""
 LABEL_ROOM = 0.35
-"""Below the lowest bar for the name of the ceiling, in bars."""
+"""The room for the name of the ceiling below the lowest bar, in bars."""
 
 
 class Point(NamedTuple):
@@ -54,7 +54,7 @@ def check_plot(path: str | Path) -> None:
     """Refuse, before any work, a plot that could not be made.
 
     Raises:
-        InputError: an ending that is no format, or matplotlib is absent.
+        InputError: an unknown ending, or matplotlib is not installed.
 
     >>> check_plot("lds.jpg")
     Traceback (most recent call last):

@@ -1,13 +1,17 @@
-"""Run directories: gradients, scores, curvatures and masks on disk, and what they were made with."""
+"""Run directories: gradients, scores, curvatures and masks on disk, and what they were made of."""
 
 from gradfn.runs.curvatures import hessian, load_curvature, mix_runs
-from gradfn.runs.gradients import build, reduce, score_run
+from gradfn.runs.gradients import build, reduce
 from gradfn.runs.masks import load_mask, mask_run, projection_named
 from gradfn.runs.merge import hessian_shard, merge_run
-from gradfn.runs.shards import parse_shard
-from gradfn.runs.store import Store, open_store, open_writer
+from gradfn.runs.provenance import Provenance
+from gradfn.runs.scores import score_run
+from gradfn.runs.shards import Shard, parse_shard
+from gradfn.store import Store, open_store, open_writer
 
 __all__ = [
+    "Provenance",
+    "Shard",
     "Store",
     "build",
     "hessian",

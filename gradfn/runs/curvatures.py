@@ -1,6 +1,7 @@
 """Curvatures on disk: fitted, mixed, read."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -10,18 +11,18 @@ from torch import Tensor, nn
 
 from gradfn.engine.stream import Progress
 from gradfn.linalg.spectrum import Spectrum
-from gradfn.runs.gradients import Settings, describe, merged, refuse_mismatch
-from gradfn.runs.store import Overwrite, Store, Writer, open_store, open_writer
+from gradfn.runs.provenance import DataSource, Provenance, Settings, describe, refuse_mismatch
 from gradfn.statistics import Curvature, mix, mixing_coefficient
 from gradfn.statistics.fold import check_fit, fit
 from gradfn.statistics.labels import check_drawn, sample_labels
+from gradfn.store import Overwrite, Store, Writer, open_store, open_writer
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Data
 
 CURVATURE = "curvature/"
 Labels = Literal["data", "model"]
-SHARED = ("gradfn", "model", "layers", "transform", "tokenizer", "processor", "masking", "loss")
+SHARED = ("version", "model", "layers", "transform", "tokenizer", "processor", "masking", "loss")
 """What a mix records of its training side; what of it must agree, agrees in both."""
 
 
@@ -35,7 +36,7 @@ def hessian(
     labels: Labels = "data",
     seed: int = 0,
     partitions: int = 1,
-    settings: Settings | None = None,
+    settings: Settings | Provenance | None = None,
     overwrite: Overwrite = False,
     progress: Progress | None = None,
     **options: Unpack[SubjectOptions],
@@ -53,11 +54,11 @@ def hessian(
         InputError: see `fit`; the directory holds a curvature made otherwise.
     """
     subject = subject_of(model, **options)
-    known = fit_settings(subject, data, fold, transform, labels, seed, settings)
+    made = describe_fit(subject, data, fold, transform, labels, seed, settings)
     check_fit(fold, subject, transform, partitions=partitions)
     if labels == "model":
         check_drawn(subject.loss)
-    with _curvature_writer(run, known, overwrite) as writer:
+    with _curvature_writer(run, made, overwrite) as writer:
         if writer.complete:
             return load_curvature(run)
         if labels == "model":
@@ -67,14 +68,13 @@ def hessian(
     return curvature
 
 
-def fit_settings(
+def describe_fit(
     subject: Subject, data: Data, fold: Any, transform: Transform | None, labels: Labels, seed: int,
-    settings: Settings | None,
-) -> dict[str, Any]:  # fmt: skip
+    settings: Settings | Provenance | None,
+) -> Provenance:  # fmt: skip
     """What a fitted curvature depends on."""
-    known = describe(subject, data, transform)
     how = {"kind": str(fold), "labels": labels, "seed": seed if labels == "model" else None}
-    return merged({**known, "hessian": how}, settings)
+    return describe(subject, data, transform).merged({"hessian": how}).merged(settings)
 
 
 def mix_runs(
@@ -96,31 +96,32 @@ def mix_runs(
         InputError: they were fitted on different models, layers or projections.
     """
     with open_curvature(query) as a, open_curvature(train) as b:
-        refuse_mismatch(a.settings, b.settings, f"the curvature in {query}")
-        sides = a.settings, b.settings
+        refuse_mismatch(a, b, f"the curvature in {query}")
+        sides = Provenance.of(a), Provenance.of(b)
     H_query, H_train = load_curvature(query), load_curvature(train)
     weight = mixing_coefficient(H_query, H_train, components) if coefficient is None else coefficient
     mixed = mix(H_query, H_train, weight)
     parts = {"query": H_query.digest, "train": H_train.digest, "coefficient": weight}
-    shared = {key: sides[1][key] for key in SHARED if key in sides[1]}
-    prints = "+".join(str(side["data"]["fingerprint"]) for side in sides)
-    known = {
-        **shared,
-        "hessian": {"kind": f"mix of {H_query.kind}", **parts},
-        "data": {"fingerprint": prints},
-    }
-    with _curvature_writer(run, known, overwrite) as writer:
+    prints = "+".join(str(side.data and side.data.fingerprint) for side in sides)
+    made = Provenance(
+        **{key: getattr(sides[1], key) for key in SHARED},
+        hessian={"kind": f"mix of {H_query.kind}", **parts},
+        data=DataSource(fingerprint=prints),
+    )
+    with _curvature_writer(run, made, overwrite) as writer:
         if not writer.complete:
             write_curvature(writer, mixed)
     return mixed, weight
 
 
-def _curvature_writer(run: str | Path, settings: Settings, overwrite: Overwrite) -> Any:
-    return open_writer(run, "hessian", settings, 1, overwrite)
+def _curvature_writer(
+    run: str | Path, made: Provenance, overwrite: Overwrite
+) -> AbstractContextManager[Writer]:
+    return open_writer(run, "hessian", made.settings(), 1, overwrite, request=made.request)
 
 
 def write_curvature(writer: Writer, curvature: Curvature, beside: Mapping[str, Any] | None = None) -> None:
-    """One row that says what there is, and the arrays of every block beside it, with others given."""
+    """Write one row that names the statistic, the arrays of every block beside it, and others given."""
     fixed: dict[str, Any] = {"blocks": list(curvature), **(beside or {})}
     for name, one in curvature.items():
         parts = {"left": one.left, "right": one.right, "values": one.values}

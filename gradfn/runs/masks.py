@@ -1,6 +1,7 @@
 """Selective masks on disk, and projections that are read from runs."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.runs.curvatures import load_curvature, open_curvature
-from gradfn.runs.gradients import GRADIENTS, refuse_mismatch
-from gradfn.runs.store import Store, differing, open_store, open_writer
+from gradfn.runs.gradients import GRADIENTS
+from gradfn.runs.provenance import LossSource, Provenance, Settings, refuse_mismatch
 from gradfn.statistics.mask import Dims, MaskReport, Watch, drawn_rows, fit_by_parts
+from gradfn.store import Store, differing, in_words, open_store, open_writer
 from gradfn.transforms import Chain, Transform, chain
 from gradfn.transforms.fitted import Principal, SelectedFlat, SelectedSides, principal, selected
 from gradfn.transforms.projection import Loaders, is_number, parse_projection
@@ -42,34 +44,34 @@ def check_stores(train: Store, query: Store) -> None:
             f"{FEWEST} or more"
         )
     what = f"the query gradients in {query.path}"
-    refuse_mismatch(query.settings, train.settings, what)
-    for key, (there, here) in differing(_loss(query), _loss(train)).items():
+    refuse_mismatch(query, train, what)
+    if differences := differing(_loss(query), _loss(train)):
         raise InputError(
-            f"{what} are of another loss than those in {train.path} ({key} is {there} there and {here} "
-            "here): build both with the same"
+            f"{what} are of another loss than those in {train.path} ({in_words(differences, str)}): build "
+            "both with the same"
         )
 
 
 def _check_whole(store: Store) -> None:
     """Refuse gradients of tokens, and those to which more was done than an optimizer does."""
-    for stage in store.settings["transform"]["chain"]:
+    made = Provenance.of(store)
+    for stage in made.stages:
         if (name := stage["transform"]) not in OPTIMIZERS:
             raise InputError(
                 f"the gradients in {store.path} are behind {stage.get('projection', name)}, and a mask is "
-                "fitted to whole ones: build them with --projection none, and without --unit-normalize and "
-                "--hessian-path"
+                "fitted to whole ones: build them without a projection, a unit norm and a curvature"
             )
-    if store.settings["layers"]["tokens"]:
+    if (made.layers or {}).get("tokens"):
         raise InputError(
             f"the gradients in {store.path} are of tokens, and a mask is fitted to those of rows: build them "
-            "--by example"
+            "with `View(tokens=False)`"
         )
 
 
 def _loss(store: Store) -> dict[str, Any]:
-    """The loss that gradients are of; where its reference lies is no part of it."""
-    loss = store.settings["loss"]
-    return {**loss, "reference": (loss.get("reference") or {}).get("fingerprint")}
+    """The loss that gradients are of, with the fingerprint of its reference instead of the path."""
+    loss = Provenance.of(store).loss or LossSource()
+    return {**loss.to_json(), "reference": loss.reference and loss.reference.fingerprint}
 
 
 def stored_mask(
@@ -115,7 +117,7 @@ def mask_run(
     fit: Callable[[], tuple[Mask, Reports]],
     *,
     blocks: int,
-    settings: Mapping[str, Any],
+    settings: Settings | Provenance,
     overwrite: bool = False,
 ) -> tuple[Mask, Reports]:
     """Fit a mask and write it to `RUN/mask.h5`, a row a block; one that was fitted alike is taken.
@@ -124,13 +126,14 @@ def mask_run(
         run: the run directory.
         fit: gives what `fit_mask` gives; called where there is no mask yet.
         blocks: how many blocks it will have.
-        settings: what the gradients are made of: model, layers, transform; see `runs.describe`.
+        settings: what the gradients are made of: model, layers, transform; see `describe`.
         overwrite: replace a mask that was made otherwise.
 
     Raises:
         InputError: the directory holds a mask made otherwise.
     """
-    with open_writer(run, "mask", settings, blocks, overwrite) as writer:
+    made = Provenance.of(settings)
+    with open_writer(run, "mask", made.settings(), blocks, overwrite, request=made.request) as writer:
         if not writer.complete:
             mask, reports = fit()
             writer.write(0, blocks, _rows(mask, reports))
@@ -197,7 +200,7 @@ def _principal(rest: str) -> Principal:
 
 def _selective(run: str) -> Mask:
     if not run:
-        raise InputError("'selective' names no run: give selective:RUN, where gradfn mask fit made a mask")
+        raise InputError("'selective' names no run: give selective:RUN, where `mask_run` wrote a mask")
     return load_mask(run)
 
 
@@ -205,7 +208,7 @@ LOADERS: Loaders = {"pca": _principal, "selective": _selective}
 """What `parse_projection` takes to read fitted projections from runs."""
 
 
-def refuse_foreign(projection: Transform, before: Transform, subject: Mapping[str, Any]) -> None:
+def refuse_foreign(projection: Transform, before: Transform, subject: Settings | Provenance) -> None:
     """Refuse stages that were fitted on gradients made otherwise.
 
     Args:
@@ -216,15 +219,14 @@ def refuse_foreign(projection: Transform, before: Transform, subject: Mapping[st
     Raises:
         InputError: naming what differs, with both values.
     """
-    stages = [*chain(before).stages]
+    made, stages = Provenance.of(subject).by_row(), [*chain(before).stages]
     for stage in chain(projection).stages:
         if isinstance(stage, Principal | SelectedSides | SelectedFlat) and stage.path:
             opened = open_curvature if isinstance(stage, Principal) else open_mask
-            layers = {**subject["layers"], "tokens": False}
-            wanted = {**subject, "layers": layers, "transform": chain(*stages).settings()}
+            wanted = replace(made, transform=chain(*stages).settings())
             with opened(stage.path) as store:
                 what = "curvature" if isinstance(stage, Principal) else "mask"
-                refuse_mismatch(store.settings, wanted, f"the {what} in {stage.path}")
+                refuse_mismatch(store, wanted, f"the {what} in {stage.path}")
         stages.append(stage)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,8 +12,8 @@ from torch import nn
 
 from gradfn.engine.stream import Progress, lengths_of
 from gradfn.errors import InputError
-from gradfn.runs.curvatures import Labels, fit_settings, load_curvature, write_curvature
-from gradfn.runs.gradients import Settings
+from gradfn.runs.curvatures import Labels, describe_fit, load_curvature, write_curvature
+from gradfn.runs.provenance import Provenance, Settings
 from gradfn.runs.shards import (
     Shard,
     complete_shards,
@@ -24,10 +24,10 @@ from gradfn.runs.shards import (
     shard_run,
     shards_of,
 )
-from gradfn.runs.store import Store, Writer, differing, open_store, open_writer, remove_kind
 from gradfn.statistics import Curvature, ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import Additive, FoldState, TwoPass, check_fit, fit_sums
 from gradfn.statistics.labels import check_drawn, sample_labels
+from gradfn.store import Store, Writer, differing, in_words, open_store, open_writer, remove_kind
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Data
@@ -52,7 +52,7 @@ def hessian_shard(
     labels: Labels = "data",
     seed: int = 0,
     partitions: int = 1,
-    settings: Settings | None = None,
+    settings: Settings | Provenance | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     **options: Unpack[SubjectOptions],
@@ -75,20 +75,21 @@ def hessian_shard(
         InputError: see `fit`; more shards than rows; the directory holds sums made otherwise.
     """
     subject = subject_of(model, **options)
-    known = fit_settings(subject, data, fold, transform, labels, seed, settings)
+    made = describe_fit(subject, data, fold, transform, labels, seed, settings)
     _fold_named(str(fold))
     check_fit(fold, subject, transform, partitions=partitions)
     if labels == "model":
         check_drawn(subject.loss)
     rows, number = shard_rows(lengths_of(data), shard), shard.number
-    basis = _basis(run, known, overwrite) if isinstance(fold, TwoPass) else None
+    basis = _basis(run, made, overwrite) if isinstance(fold, TwoPass) else None
     if basis is not None:
-        fold, known = fold.then(basis), {**known, "basis": basis.digest}
+        fold, made = fold.then(basis), replace(made, basis=basis.digest)
     one = fold.first if isinstance(fold, TwoPass) else fold
     kind = SUMS[basis is not None]
     with open_writer(
-        shard_run(run, shard), kind, known, shard.count, overwrite, part=(number - 1, number)
-    ) as writer:
+        shard_run(run, shard), kind, made.settings(), shard.count, overwrite, part=(number - 1, number),
+        request=made.request,
+    ) as writer:  # fmt: skip
         if writer.missing([(number - 1, number)]):
             if basis is None:  # second sums would be of another first pass
                 remove_kind(shard_run(run, shard), SUMS[1])
@@ -103,17 +104,16 @@ def hessian_shard(
     return 1 + (basis is not None)
 
 
-def _basis(run: str | Path, settings: Settings, overwrite: bool) -> Curvature | None:
+def _basis(run: str | Path, made: Provenance, overwrite: bool) -> Curvature | None:
     """What a merged first pass gave; None before that, and where another one is to be replaced."""
     if not (Path(run) / f"{BASIS}.h5").exists():
         return None
     with open_store(run, BASIS) as store:
-        unlike = differing(store.settings, settings)
+        unlike = differing(store.settings, made.settings())
     if unlike and not overwrite:
-        shown = ", ".join(f"{key} is {a} there and {b} here" for key, (a, b) in [*unlike.items()][:4])
         raise InputError(
-            f"the first pass in {run} was made otherwise ({shown}): add --overwrite to begin "
-            "anew, or write to another directory"
+            f"the first pass in {run} was made with other settings ({in_words(unlike)}): give "
+            "`overwrite=True` to begin again, or write to another directory"
         )
     return None if unlike else load_curvature(run, BASIS)
 
@@ -183,7 +183,8 @@ def merge_run(run: str | Path, *, overwrite: bool = False) -> list[Joined]:
     plans = [plan for path in [*checkpoints, Path(run)] if (plan := _planned(path, overwrite)) is not None]
     if not plans:
         raise InputError(
-            f"{run} has no shards: write them with --shard I/N of build, score, hessian or retrain"
+            f"{run} has no shards: write them with `shard=Shard(I, N)` of build, score_run, hessian_shard or "
+            "retrain"
         )
     return [joined for plan in plans for joined in _carried_out(plan, overwrite)]
 
@@ -193,7 +194,7 @@ class _Fit:
     """A curvature, or the first of two passes to one, and the sums that it is made of."""
 
     kind: str
-    settings: Settings
+    made: Provenance
     fold: Additive[Curvature]
     stores: Sequence[Store]
 
@@ -233,67 +234,84 @@ def _planned(run: Path, overwrite: bool) -> _Plan | None:
     }
     for kind, stores in sums.items():
         spans = [store.read("rows/span", *store.span)[0] for store in stores]
-        refuse_gaps(run, kind, [(int(a), int(b)) for a, b in spans], stores[0].settings["data"]["rows"])
+        refuse_gaps(run, kind, [(int(a), int(b)) for a, b in spans], _rows_of(stores[0]))
     fit = _fit_of(run, sums.get(SUMS[0], []), sums.get(SUMS[1], [])) if sums else None
     if fit is not None and not overwrite:
         _refuse_other_fit(run, fit)
     return _Plan(run, counts, fit)
 
 
+def _rows_of(store: Store) -> int:
+    """How many rows the sums of all shards are of."""
+    data = Provenance.of(store).data
+    assert data is not None
+    assert data.rows is not None
+    return data.rows
+
+
 def _fit_of(run: Path, firsts: Sequence[Store], seconds: Sequence[Store]) -> _Fit:
     """The curvature that the sums are for; of the first of two passes, what the second needs."""
     if not firsts:
         return _second_fit(run, seconds)
-    settings = firsts[0].settings
-    fold = _fold_named(settings["hessian"]["kind"])
+    made = Provenance.of(firsts[0])
+    fold = _fold_of(made)
     if not isinstance(fold, TwoPass):
-        return _Fit("hessian", settings, fold, firsts)
-    first = _Fit(BASIS, settings, fold.first, firsts)
+        return _Fit("hessian", made, fold, firsts)
+    first = _Fit(BASIS, made, fold.first, firsts)
     if not seconds:
         return first
     # What the second pass was given counts, and on another machine the same sums may give another rounding.
-    basis = _kept_basis(run, settings) or first.curvature()
-    if differing(seconds[0].settings, {**settings, "basis": basis.digest}):
+    basis = _merged_basis(run, made) or first.curvature()
+    if differing(seconds[0].settings, replace(made, basis=basis.digest).settings()):
         raise InputError(
             f"the second pass of the shards of {run} was made after another first pass: run all shards again "
-            "with --overwrite, then merge"
+            "with `overwrite=True`, then merge"
         )
-    return _Fit("hessian", settings, fold.then(basis), seconds)
+    return _Fit("hessian", made, fold.then(basis), seconds)
 
 
 def _second_fit(run: Path, seconds: Sequence[Store]) -> _Fit:
     """The curvature of a second pass alone: once the first is merged, its shards may be deleted."""
-    settings = {key: value for key, value in seconds[0].settings.items() if key != "basis"}
-    basis = _kept_basis(run, settings)
-    if basis is None or basis.digest != seconds[0].settings["basis"]:
+    second = Provenance.of(seconds[0])
+    made = replace(second, basis=None)
+    basis = _merged_basis(run, made)
+    if basis is None or basis.digest != second.basis:
         raise InputError(
             f"the second pass of the shards of {run} was made after a first pass that is not in "
-            f"{run / BASIS}.h5: put that back, or run all shards again with --overwrite, then merge"
+            f"{run / BASIS}.h5: put that back, or run all shards again with `overwrite=True`, then merge"
         )
-    return _Fit("hessian", settings, _fold_named(settings["hessian"]["kind"]).then(basis), seconds)
+    return _Fit("hessian", made, _fold_of(made).then(basis), seconds)
 
 
-def _kept_basis(run: Path, settings: Settings) -> Curvature | None:
+def _fold_of(made: Provenance) -> Any:
+    """The statistic that sums are of."""
+    assert made.hessian is not None
+    return _fold_named(made.hessian["kind"])
+
+
+def _merged_basis(run: Path, made: Provenance) -> Curvature | None:
+    """What the first pass gave, where it was merged and made alike."""
     if not (run / f"{BASIS}.h5").exists():
         return None
     with open_store(run, BASIS) as store:
-        return None if differing(store.settings, settings) else load_curvature(run, BASIS)
+        return None if differing(store.settings, made.settings()) else load_curvature(run, BASIS)
 
 
 def _refuse_other_fit(run: Path, fit: _Fit) -> None:
     """Refuse a curvature in the run that is not of these sums."""
-    if not Writer(run, fit.kind, dict(fit.settings), 1).complete:
+    if not Writer(run, fit.kind, fit.made.settings(), 1).complete:
         return
     with open_store(run, fit.kind) as there:
         digest = str(there.fixed(SUMMED)[0]) if SUMMED in there.header.fixed else None
     if digest is None:
         raise InputError(
-            f"the curvature in {run} is of a run without --shard: add --overwrite to take that of the shards"
+            f"the curvature in {run} is of a run without shards: give `overwrite=True` to take that of the "
+            "shards"
         )
     if digest != fit.digest():
         raise InputError(
-            f"the {fit.kind} in {run} is not of the sums of its shards, which were made again: add "
-            "--overwrite to take these"
+            f"the {fit.kind} in {run} is not of the sums of its shards, which were made again: give "
+            "`overwrite=True` to take these"
         )
 
 
@@ -301,7 +319,9 @@ def _carried_out(plan: _Plan, overwrite: bool) -> Iterator[Joined]:
     for kind, count in plan.counts.items():
         yield Joined(kind, join_shards(plan.run, kind, overwrite=overwrite), count)
     if (fit := plan.fit) is not None:
-        with open_writer(plan.run, fit.kind, fit.settings, 1, overwrite) as writer:
+        with open_writer(
+            plan.run, fit.kind, fit.made.settings(), 1, overwrite, request=fit.made.request
+        ) as writer:
             if not writer.complete:
                 write_curvature(writer, fit.curvature(), {SUMMED: [fit.digest()]})
         yield Joined(fit.kind, plan.run / f"{fit.kind}.h5", len(fit.stores))

@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Int
 
 from gradfn.errors import InputError
-from gradfn.runs.store import Span, Store, Writer, differing, open_part, open_store, open_writer
+from gradfn.store import Span, Store, Writer, differing, in_words, open_part, open_store, open_writer
 
 __all__ = [
-    "Shard", "complete_shards", "in_words", "is_complete", "join_shards", "joinable_shards", "listed",
+    "Shard", "complete_shards", "is_complete", "join_shards", "joinable_shards", "kind_name", "listed",
     "parse_shard", "refuse_gaps", "shard_rows", "shard_run", "shards_of",
 ]  # fmt: skip
 
@@ -53,7 +53,7 @@ class Shard:
 
 
 def parse_shard(text: str | None) -> Shard | None:
-    """Read what --shard says.
+    """Read a shard that is spelled I/N.
 
     Raises:
         InputError: anything but I/N with I from 1 to N.
@@ -64,7 +64,7 @@ def parse_shard(text: str | None) -> Shard | None:
     if text is None:
         return None
     if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip(), re.ASCII)):
-        raise InputError(f"--shard takes I/N, the I-th of N parts, not {text!r}: give 2/8, say")
+        raise InputError(f"a shard is I/N, the I-th of N parts, not {text!r}: give 2/8, say")
     return Shard(int(match[1]), int(match[2]))
 
 
@@ -84,7 +84,8 @@ def shard_rows(sizes: Int[np.ndarray, " rows"], shard: Shard) -> range:
     rows, count = len(sizes), shard.count
     if count > rows:
         raise InputError(
-            f"{rows} rows do not go into {count} shards: give --shard I/{max(rows, 1)} or fewer parts"
+            f"{rows} rows do not go into {count} shards: give "
+            f"`shard=Shard(I, {max(rows, 1)})`, or fewer shards"
         )
     ends = np.concatenate([[0], np.cumsum(np.maximum(sizes, 1), dtype=np.float64)])
     middles = (ends[:-1] + ends[1:]) / 2
@@ -137,7 +138,7 @@ def complete_shards(run: str | Path, kind: str) -> list[Store]:
     """
     found = shards_of(run).get(kind, [])
     if not found:
-        raise InputError(f"{run} has no shards of its {in_words(kind)}: write them with --shard I/N")
+        raise InputError(f"{run} has no shards of its {kind_name(kind)}: write them with `shard=Shard(I, N)`")
     _refuse_several_counts(run, kind, found)
     count = found[0].count
     missing = [number for number in range(1, count + 1) if Shard(number, count) not in found]
@@ -188,13 +189,13 @@ def join_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> Path:
     ...     with open_writer(shard_run(run, shard), "store", {}, rows=5, part=part) as writer:
     ...         writer.write(*part, {"loss": np.arange(*part)})
     ...         _ = writer.finish()
-    >>> from gradfn.runs.store import open_store
+    >>> from gradfn.store import open_store
     >>> open_store(join_shards(run, "store")).read("loss")
     array([0, 1, 2, 3, 4])
     """
     stores = joinable_shards(run, kind, overwrite=overwrite)
     first = stores[0]
-    with open_writer(run, kind, first.settings, first.rows, overwrite) as writer:
+    with open_writer(run, kind, first.settings, first.rows, overwrite, request=first.request) as writer:
         if not writer.complete:
             for span, path in _segments_of(stores).items():
                 if span not in writer.done:
@@ -219,8 +220,8 @@ def _refuse_other_rows(writer: Writer, kind: str, stores: Sequence[Store]) -> No
         if there.name not in named:
             start, stop = map(int, there.stem.split("-")[-2:])
             raise InputError(
-                f"{writer.run} has rows {start} to {stop} of a run without --shard: add --overwrite to take "
-                "those of the shards, or run that command again without --shard"
+                f"{writer.run} has rows {start} to {stop} of a run without shards: give `overwrite=True` to "
+                "take those of the shards, or make the run again without `shard`"
             )
         if not _same_file(there, ours[named[there.name]]):
             _refuse_remade(writer.run, kind, named[there.name])
@@ -233,8 +234,8 @@ def _refuse_other_rows(writer: Writer, kind: str, stores: Sequence[Store]) -> No
 
 def _refuse_remade(run: Path, kind: str, rows: Span) -> None:
     raise InputError(
-        f"rows {rows[0]} to {rows[1]} of the {in_words(kind)} of {run} are not those of its shards, which "
-        "were made again: add --overwrite to take these"
+        f"rows {rows[0]} to {rows[1]} of the {kind_name(kind)} of {run} are not those of its shards, which "
+        "were made again: give `overwrite=True` to take these"
     )
 
 
@@ -259,7 +260,7 @@ def _refuse_several_counts(run: str | Path, kind: str, found: Sequence[Shard]) -
     if len(counts) > 1:
         a, b = (next(shard for shard in found if shard.count == count) for count in counts[:2])
         raise InputError(
-            f"{run} has shards {a} and {b} of its {in_words(kind)}, which overlap: delete "
+            f"{run} has shards {a} and {b} of its {kind_name(kind)}, which overlap: delete "
             f"{shard_run(run, b)} and the others of {b.count}, or those of {a.count}"
         )
 
@@ -269,11 +270,11 @@ def _refuse_lacking(
 ) -> None:
     if numbers:
         one = len(numbers) == 1
-        named = f"shard{'' if one else 's'} {listed(numbers)} of {count} of the {in_words(kind)} of {run}"
+        named = f"shard{'' if one else 's'} {listed(numbers)} of {count} of the {kind_name(kind)} of {run}"
         commands = "its command" if one else "their commands"
         raise InputError(
-            f"{named} {'is' if one else 'are'} {lack}: run {commands}{again} (--shard {numbers[0]}/{count}), "
-            "then merge"
+            f"{named} {'is' if one else 'are'} {lack}: run {commands}{again} "
+            f"(`shard=Shard({numbers[0]}, {count})`), then merge"
         )
 
 
@@ -281,10 +282,9 @@ def _refuse_unlike(run: str | Path, kind: str, stores: Sequence[Store]) -> None:
     first, count = _made_with(stores[0]), len(stores)
     for number, store in enumerate(stores, 1):
         if differences := differing(first, _made_with(store)):
-            shown = ", ".join(f"{key} is {a} and {b}" for key, (a, b) in [*differences.items()][:4])
             raise InputError(
-                f"shards 1/{count} and {number}/{count} of the {in_words(kind)} of {run} were made "
-                f"differently ({shown}): make one of them again with --overwrite"
+                f"shards 1/{count} and {number}/{count} of the {kind_name(kind)} of {run} were made "
+                f"differently ({in_words(differences, str)}): make one of them again with `overwrite=True`"
             )
 
 
@@ -302,15 +302,15 @@ def refuse_gaps(run: str | Path, kind: str, spans: Sequence[tuple[int, int]], ro
             wrong = f"overlap in rows {start} to {end}" if start < end else f"leave out rows {end} to {start}"
             at = f"{min(number, len(spans))}/{len(spans)}"
             raise InputError(
-                f"the shards of the {in_words(kind)} of {run} {wrong}, at shard {at}: make them again with "
-                "--overwrite"
+                f"the shards of the {kind_name(kind)} of {run} {wrong}, at shard {at}: make them again with "
+                "`overwrite=True`"
             )
 
 
-def in_words(kind: str) -> str:
+def kind_name(kind: str) -> str:
     """A kind of store in a sentence.
 
-    >>> in_words("second_sums")
+    >>> kind_name("second_sums")
     'second sums'
     """
     return kind.replace("_", " ")

@@ -15,12 +15,12 @@ from gradfn.transforms.precondition import digest_of
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Curvature(Mapping[str, Spectrum]):
-    """`H` of every block, `{block: Spectrum}`, and how it came about.
+    """`H` of every block, `{block: Spectrum}`, and how it was fitted.
 
     Args:
         kind: "second_moment", "kfac", "ekfac", "shampoo" or "tkfac".
         spectra: the eigenbasis and eigenvalues of every block.
-        rows: the examples that it was fitted over.
+        rows: the number of examples that it was fitted over.
     """
 
     kind: str
@@ -41,22 +41,22 @@ class Curvature(Mapping[str, Spectrum]):
 
     @cached_property
     def digest(self) -> str:
-        """What tells two curvatures apart: a hash of the eigenvalues and eigenvectors."""
+        """A hash of the eigenvalues and eigenvectors."""
         return digest_of(self.spectra)
 
 
 def mix(a: Curvature, b: Curvature, coefficient: float) -> Curvature:
     """Mix two curvatures of the same blocks, `H = coefficient * H_a + (1 - coefficient) * H_b`.
 
-    Curvatures with Kronecker factors mix factor by factor: with weights in the proportion of their rows, it
-    is the fit over both data sets where their rows have equally many positions.
+    Curvatures with Kronecker factors mix factor by factor. With weights in proportion to their rows, all
+    with equally many positions, the result is the fit over both data sets.
 
     Args:
         a, b: curvatures of one kind (second_moment, kfac).
         coefficient: the weight of `a`, between 0 and 1.
 
     Raises:
-        InputError: other blocks or kinds, or eigenvalues that were corrected (ekfac) in two different bases.
+        InputError: different blocks or kinds, or curvatures that have a basis of their own (ekfac).
 
     >>> H = Curvature("second_moment", {"mlp": Spectrum(None, torch.eye(1), torch.ones(1, 1))}, 5)
     >>> mix(H, H, 0.25)["mlp"].values
@@ -65,7 +65,7 @@ def mix(a: Curvature, b: Curvature, coefficient: float) -> Curvature:
     Source: TrackStar, arXiv:2410.17413, appendix A.1.3.
     """
     if not 0 <= coefficient <= 1:
-        raise InputError(f"a mixing coefficient lies between 0 and 1, not at {coefficient}")
+        raise InputError(f"a mixing coefficient must be between 0 and 1, not {coefficient}")
     if (a.kind, list(a)) != (b.kind, list(b)):
         raise InputError(
             f"{a.kind} of {len(a)} blocks and {b.kind} of {len(b)} blocks do not mix: fit both alike"
@@ -80,7 +80,7 @@ def mix(a: Curvature, b: Curvature, coefficient: float) -> Curvature:
 
 def _mixed(a: Spectrum, b: Spectrum, weight: float) -> Spectrum:
     if a.right.shape != b.right.shape:
-        raise InputError("curvatures of other shapes do not mix: fit both with the same projection")
+        raise InputError("curvatures of different shapes do not mix: fit both with the same projection")
     dtype = coarser(a.right.dtype, b.right.dtype)
     if a.left is None or b.left is None or a.sides is None or b.sides is None:
         return dense_spectrum(weight * a.dense() + (1 - weight) * b.dense(), dtype)
@@ -97,7 +97,7 @@ def decomposed(name: str, spectrum: Callable[..., Spectrum], *sums: Any) -> Spec
     """The spectrum of one block, `spectrum(*sums)`.
 
     Raises:
-        InputError: naming the block, where its eigenvalues do not converge.
+        InputError: its eigenvalues do not converge; the block is named.
 
     >>> decomposed("mlp", dense_spectrum, torch.eye(1)).values
     tensor([[1.]], dtype=torch.float64)
@@ -106,8 +106,8 @@ def decomposed(name: str, spectrum: Callable[..., Spectrum], *sums: Any) -> Spec
         return spectrum(*sums)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise InputError(
-            f"the eigenvalues of the curvature of {name} do not converge: leave that layer out (--exclude "
-            f"{name}), use --precision fp64, or project to fewer numbers (--projection-dim 8)"
+            f"the eigenvalues of the curvature of {name} do not converge: exclude that layer from the view, "
+            "compute in float64, or project the gradients to fewer numbers"
         ) from error
 
 
@@ -137,7 +137,7 @@ def product_spectrum(
 
     Args:
         scales: `c_l` and `c_r`; eigenvalues are scaled rather than matrices, of which no copy is made.
-        solve: what gives the spectrum of the right one.
+        solve: the function that gives the spectrum of the right one, like `eigh`.
         dtype: see `eigh`.
 
     >>> product_spectrum(2 * torch.eye(1), 3 * torch.eye(2), scales=(0.5, 1.0)).values
@@ -151,16 +151,16 @@ def product_spectrum(
 def mixing_coefficient(query: Curvature, train: Curvature, components: int = 1000) -> float:
     """TrackStar's weight of the query's curvature: `s_train[k] / (s_query[k] + s_train[k])`.
 
-    `s` are the pooled eigenvalues of all blocks, largest first, and k is the number of directions, common to
-    the queries, that are to count less.
+    `s` are the eigenvalues of all blocks, largest first. k is the number of directions that are common to the
+    queries and should count less.
 
     Args:
         query, train: curvatures of the same blocks.
-        components: k; of fewer eigenvalues the last one counts.
+        components: k; with fewer eigenvalues than k, the last one is used.
 
     Returns:
-        A number between 0 and 1: 1 where only the k-th eigenvalue of the queries is 0 (they have fewer
-        directions than k, and all of them are to count less), 0.5 where that of the rows is 0 too.
+        A number between 0 and 1. It is 1 if only the k-th eigenvalue of the queries is 0 (they have fewer
+        directions than k, and all of these should count less), and 0.5 if that of the rows is 0 too.
 
     >>> one = Curvature("second_moment", {"mlp": Spectrum(None, torch.eye(1), torch.ones(1, 1))}, 5)
     >>> mixing_coefficient(one, one)
@@ -169,9 +169,11 @@ def mixing_coefficient(query: Curvature, train: Curvature, components: int = 100
     Source: TrackStar, arXiv:2410.17413, appendix A.1.3.
     """
     if components < 1:
-        raise InputError(f"--target-downweight-components must be 1 or more, not {components}")
+        raise InputError(f"components must be 1 or more, not {components}")
     if list(query) != list(train):
-        raise InputError("curvatures of other blocks have no common mixing coefficient: fit both alike")
+        raise InputError(
+            "curvatures of different blocks have no common mixing coefficient: fit both over the same layers"
+        )
     s_query, s_train = (
         torch.cat([spectrum.values.flatten() for spectrum in side.values()]).sort(descending=True).values
         for side in (query, train)

@@ -17,7 +17,7 @@ from gradfn.transforms.row_sum import FactorSum, RowSum
 
 
 def _weighted_covariance(v: Tensor, weights: Tensor) -> Tensor:
-    """`sum_bt w_bt v_bt v_btᵀ` of `v [rows, tokens, dim]`; positions of weight 0 are not looked at."""
+    """`sum_bt w_bt v_bt v_btᵀ` of `v [rows, tokens, dim]`; positions of weight 0 are left out."""
     counted = weights > 0
     flat, w = v[counted], weights[counted]
     return flat.mT @ (flat if bool((w == 1).all()) else flat * w[:, None])
@@ -40,7 +40,7 @@ def _traced_covariances(x: Tensor, g: Tensor, counts: Tensor) -> Tensor:
 
 
 def _parts(sums: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Left `[out, out]`, right `[in, in]` and the first number after them, of a block `[out, in]`."""
+    """The left sums `[out, out]`, the right ones `[in, in]`, and the number after them."""
     out, into = shape[-2:]
     left, right, rest = sums.split([out * out, into * into, len(sums) - out * out - into * into])
     return left.view(out, out), right.view(into, into), rest[0]
@@ -65,14 +65,14 @@ def _tkfac_spectrum(sums: Tensor, shape: tuple[int, ...], rows: int, solve: Solv
 
 
 def _refuse_idle(state: FoldState) -> None:
-    """Refuse blocks of which no position counted."""
+    """Refuse blocks without a supervised position."""
     idle = [name for name, sums in state.blocks.items() if not sums[-1] > 0]
     if len(idle) == len(state.blocks):
         raise InputError(f"no position of {idle[0]} is supervised: give examples with labels")
     if idle:
         raise InputError(
-            f"{idle[0]} takes no part in the losses of these examples, so it has no curvature: leave it out "
-            f"(--exclude {idle[0]})"
+            f"{idle[0]} takes no part in the losses of these examples, so it has no curvature: exclude it "
+            "from the view"
         )
 
 
@@ -108,7 +108,7 @@ class Factored(Additive[Curvature]):
         spectrum, solve = (_kfac_spectrum if self.kind == "kfac" else _tkfac_spectrum), Solved()
         _refuse_idle(state)
         count, shapes, blocks = state.count, state.shapes, dict(state.blocks)
-        del state  # sums that nobody else holds are let go one by one
+        del state  # so that each sum is freed after its spectrum is made
         spectra = {
             name: decomposed(name, spectrum, blocks.pop(name), shapes[name], count, solve)
             for name in list(blocks)
@@ -120,11 +120,11 @@ def kfac() -> Factored:
     """Fit K-FAC, `F ~ (T/N) S ⊗ A`, over the T supervised positions of N rows.
 
     `A = E[x xᵀ]` and `S = E[g gᵀ]`, where `x` is the layer's input (with a 1 for the bias) and `g` its output
-    gradient. Per block `[out, in]` the pass keeps `out² + in²` numbers.
+    gradient. The pass holds `out² + in²` numbers for a block `[out, in]`.
 
     Raises:
-        InputError: when fitted, for a layer that is not linear or convolutional, or where anything but
-            projections comes before.
+        InputError: when fitted, for a layer that is neither linear nor convolutional, or after transforms
+            other than projections.
 
     >>> fold = kfac()
     >>> x, g, counts = torch.ones(5, 1, 2), torch.ones(5, 1, 1), torch.ones(5, 1)

@@ -1,4 +1,4 @@
-"""Selective masks: which coordinates of a gradient keep the inner products with queries, learned."""
+"""Selective masks: learning which coordinates of a gradient preserve its inner products with queries."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +26,15 @@ Dims = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class MaskReport:
-    """How much of one block's inner products a mask keeps: mean correlations over queries, over rows.
+    """How well a mask preserves the inner products of one block.
+
+    Both numbers are correlations, over rows, of inner products before and after the mask, averaged over
+    queries.
 
     Args:
         kept: of the chosen coordinates.
-        random: of a random mask of as many, for comparison.
-        steps: steps of training until the best one.
+        random: of as many random coordinates, for comparison.
+        steps: the number of steps until the best mask.
     """
 
     kept: float
@@ -39,6 +42,22 @@ class MaskReport:
     steps: int
 
 
+@dataclass(frozen=True)
+class MaskSearch:
+    """How long and how fast to search for a mask, by Adam.
+
+    Args:
+        steps: at most.
+        learning_rate: of Adam.
+        patience: steps without a better mask after which the search stops.
+    """
+
+    steps: int = 300
+    learning_rate: float = 0.05
+    patience: int = 50
+
+
+DEFAULT_SEARCH = MaskSearch()
 Watch = Callable[[str, MaskReport], None]
 """Called with each block's name and report."""
 
@@ -56,7 +75,7 @@ def correlations(
 
 
 def _directions(values: Tensor) -> Tensor:
-    """Centred columns of norm 1, or 0; scaled before they are squared, for squares leave float32's range."""
+    """Centred columns of norm 1, or 0. They are scaled first: squares could leave float32's range."""
     centred = values - values.mean(0)
     largest, size = (side.detach().abs().amax(0) for side in (centred, values))
     tiny, rounding = torch.finfo(values.dtype).tiny, len(values) * torch.finfo(values.dtype).eps * size
@@ -70,39 +89,37 @@ def fit_mask(
     dims: Dims,
     *,
     seed: int = 0,
-    steps: int = 300,
-    learning_rate: float = 0.05,
-    patience: int = 50,
+    search: MaskSearch = DEFAULT_SEARCH,
     watch: Watch | None = None,
-    whole: bool = False,
 ) -> tuple[SelectedSides | SelectedFlat, dict[str, MaskReport]]:
-    """Choose the coordinates of every block that keep its inner products with queries, one block at a time.
+    """Choose the coordinates of every block that best preserve its inner products with queries.
 
-    The mask m is 1 on the k largest of the numbers s, one a coordinate, and 0 elsewhere (for both sides an
-    outer product of two such). By Adam it maximises
+    A coordinate has a number s, and the mask m is 1 on the k largest numbers and 0 elsewhere. (A mask of both
+    sides is the outer product of two of these.) Starting from the coordinates with the most energy, Adam
+    maximises
 
         mean_q corr_b(<G_b, Q_q>, <m G_b, Q_q>)
 
-    with the gradient passed straight through m to sigmoid(s), from the coordinates of most energy on, and
-    gives the best mask of all steps. (GraSS maximises the correlation under m = sigmoid(s) and an L1 penalty;
-    but every uniform m has the correlation 1, so that says nothing about which coordinates to keep.)
+    with the gradient passed straight through m to sigmoid(s). The result is the best mask of all steps.
+
+    (GraSS maximises the correlation under m = sigmoid(s) and an L1 penalty. But every uniform m has the
+    correlation 1, so this does not say which coordinates to choose.)
 
     Args:
         rows: gradients of training rows, `{block: [rows, out, in]}`, 3 or more.
-        queries: gradients of queries, alike.
-        dims: coordinates of the flattened block to keep, or `(out, in)` of both sides. A block or side that
-            has no more is kept whole.
+        queries: gradients of queries, with the same blocks.
+        dims: the number of coordinates of the flattened block, or `(out, in)` of both sides. A block or side
+            with fewer coordinates is taken whole.
         seed: of the noise that breaks ties, and of the random mask in the report.
-        steps, learning_rate: of the maximisation.
-        patience: steps without a better mask after which it stops.
+        search: how long and how fast to search.
         watch: called with each block's name and report.
-        whole: whether a mask may leave nothing out of all these blocks.
 
     Returns:
-        The projection, and for every block the correlation that is kept, beside a random mask's.
+        The projection, and a report for every block.
 
     Raises:
-        InputError: fewer than 3 rows, dimensions below 1 or of no block's size, numbers that are not finite.
+        InputError: fewer than 3 rows, no query, dimensions below 1 or as large as all blocks, numbers that
+            are not finite.
 
     >>> scale = torch.tensor([9, 1, 9, 1, 1, 1])
     >>> g = torch.randn(20, 1, 6, generator=torch.Generator().manual_seed(0)) * scale
@@ -111,50 +128,49 @@ def fit_mask(
 
     Source: GraSS, arXiv:2505.18976, section 3.2.
     """
-    _check(rows, queries)
-    if not whole:
-        check_dims([tuple(G.shape[1:]) for G in rows.values()], dims)
-    chosen, reports = {}, {}
-    for name, G in rows.items():
-        Q = queries[name].to(G)
-        keep = _Keep(tuple(G.shape[1:]), dims)
-        chosen[name], reports[name] = _fit_block(G, Q, keep, (seed, name), steps, learning_rate, patience)
-        if watch is not None:
-            watch(name, reports[name])
+    _check_counts(rows, queries)
+    check_dims([tuple(G.shape[1:]) for G in rows.values()], dims)
+    chosen, reports = _fit_blocks(rows, queries, dims, seed, search, watch)
     return selected(chosen, {name: G.shape[1:] for name, G in rows.items()}), reports
 
 
-def _check(rows: Blocks, queries: Blocks) -> None:
-    if (
-        min(len(next(iter(side.values()))) for side in (rows, queries)) < 1
-        or len(next(iter(rows.values()))) < 3
-    ):
+def _fit_blocks(
+    rows: Blocks, queries: Blocks, dims: Dims, seed: int, search: MaskSearch, watch: Watch | None
+) -> tuple[dict[str, tuple[Tensor, ...]], dict[str, MaskReport]]:
+    """The chosen coordinates and the report of every block."""
+    chosen, reports = {}, {}
+    for name, G in rows.items():
+        wanted = _Coordinates(tuple(G.shape[1:]), dims)
+        chosen[name], reports[name] = _fit_block(G, queries[name].to(G), wanted, (seed, name), search)
+        if watch is not None:
+            watch(name, reports[name])
+    return chosen, reports
+
+
+def _check_counts(rows: Blocks, queries: Blocks) -> None:
+    if len(next(iter(rows.values()))) < 3 or len(next(iter(queries.values()))) < 1:
         raise InputError("a mask is fitted to correlations over rows: give 3 rows or more, and a query")
 
 
-def _told(dims: Dims) -> str:
-    return str(dims) if isinstance(dims, int) else f"{dims[0]} x {dims[1]}"
-
-
 def check_dims(sizes: Sequence[tuple[int, ...]], dims: Dims) -> None:
-    """Refuse a mask of nothing, and one that leaves nothing out of blocks of these shapes.
+    """Refuse a mask of no coordinates, and one of all coordinates of blocks with these shapes.
 
     Raises:
-        InputError: naming the largest block.
+        InputError: the mask is refused; the message says how large the largest block is.
     """
+    text = str(dims) if isinstance(dims, int) else f"{dims[0]} x {dims[1]}"
     if min((dims,) if isinstance(dims, int) else dims) < 1:
-        raise InputError(f"a mask of {_told(dims)} coordinates: give 1 or more")
-    if all(_Keep(shape, dims).whole for shape in sizes):
+        raise InputError(f"a mask must have 1 or more coordinates, not {text}: give more")
+    if all(_Coordinates(shape, dims).whole for shape in sizes):
         largest = " x ".join(map(str, max(sizes, key=prod)))
         raise InputError(
-            f"a mask of {_told(dims)} leaves nothing out, for the largest block has "
-            f"{largest}: give fewer coordinates"
+            f"a mask of {text} coordinates leaves nothing out of the largest block, {largest}: give fewer"
         )
 
 
 @dataclass(frozen=True)
 class _Only(Kronecker):
-    """Nothing of the blocks but of some."""
+    """Some of the blocks; of all others no numbers are left."""
 
     names: frozenset[str]
 
@@ -179,13 +195,13 @@ def selective_mask(
     """Fit a selective mask to a model's gradients: `fit_mask`, as many layers at a time as memory holds.
 
     Args:
-        model: what is attributed: a `Subject`, or a module with a subject's `options` as keywords.
+        model: the module to attribute, with further options as keywords; or a `Subject`.
         train, query: training rows and queries.
         dims: see `fit_mask`.
-        rows: how many training rows, drawn at random, and how many queries at most to look at.
-        before: what is done to gradients before the mask (an optimizer's normalisation).
-        options: see `Subject`.
+        rows: how many training rows, and how many queries, to use at most; they are drawn at random.
+        before: the transform before the mask (an optimizer's normalisation).
         seed, watch: see `fit_mask`.
+        options: of the `Subject`: loss, query_loss, view, token_batch_size.
 
     Raises:
         InputError: see `fit_mask`; a layer whose gradients of so many rows do not fit in memory.
@@ -222,8 +238,8 @@ def fit_by_parts(
 
     Args:
         sizes: the shapes `(out, in)` of all blocks.
-        rows: how many there are, queries among them.
-        gradients: gives those of the named blocks, of rows and of queries.
+        rows: the number of rows and queries together.
+        gradients: `gradients(names) -> (rows, queries)`, the gradients of the named blocks.
         dims, seed, watch: see `fit_mask`.
 
     Raises:
@@ -239,14 +255,15 @@ def fit_by_parts(
     reports: dict[str, MaskReport] = {}
     for names in list(_groups(sizes, rows)):
         train, query = gradients(names)
-        mask, report = fit_mask(train, query, dims, seed=seed, watch=watch, whole=True)
-        chosen |= mask.chosen
+        _check_counts(train, query)
+        some, report = _fit_blocks(train, query, dims, seed, DEFAULT_SEARCH, watch)
+        chosen |= some
         reports |= report
     return selected(chosen, sizes), reports
 
 
 def drawn_rows(rows: int, count: int, seed: int, name: str) -> list[int]:
-    """The numbers of the rows (or queries) to look at: so many at most, drawn with the seed.
+    """The numbers of the rows (or queries) to use, at most `count`, drawn by the seed.
 
     >>> sorted(drawn_rows(3, 512, 0, "rows"))
     [0, 1, 2]
@@ -255,14 +272,14 @@ def drawn_rows(rows: int, count: int, seed: int, name: str) -> list[int]:
 
 
 def _groups(sizes: Mapping[str, tuple[int, ...]], rows: int) -> Iterator[list[str]]:
-    """Blocks whose gradients of all rows fit in a quarter of the free memory together."""
+    """The blocks in groups, the gradients of each of which fit in a quarter of the free memory."""
     budget, group, held = free_memory(torch.device("cpu")) // 4, [], 0
     for name, shape in sizes.items():
         size = 4 * rows * prod(shape)
         if size > budget:
             raise InputError(
-                f"the gradients of {name} for {rows:,} rows and queries take {size >> 20:,} MiB, and "
-                f"{budget >> 20:,} may be used: look at fewer rows"
+                f"the gradients of {name} for {rows:,} rows and queries take {size >> 20:,} MiB, but "
+                f"only {budget >> 20:,} may be used: use fewer rows"
             )
         if group and held + size > budget:
             yield group
@@ -273,26 +290,26 @@ def _groups(sizes: Mapping[str, tuple[int, ...]], rows: int) -> Iterator[list[st
 
 
 @dataclass(frozen=True)
-class _Keep:
-    """How many coordinates of what to keep."""
+class _Coordinates:
+    """How many coordinates of a block, or of its sides, to choose."""
 
     shape: tuple[int, ...]
     dims: Dims
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of coordinates to choose among."""
+        """The number of coordinates of the flattened block, or of each side."""
         return (prod(self.shape),) if isinstance(self.dims, int) else self.shape
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Numbers of coordinates to keep of them."""
+        """How many of them to choose."""
         dims = (self.dims,) if isinstance(self.dims, int) else self.dims
         return tuple(min(k, size) for k, size in zip(dims, self.sizes, strict=True))
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether all are chosen."""
         return self.counts == self.sizes
 
     def weights(self, parts: tuple[Tensor, ...]) -> Tensor:
@@ -300,7 +317,7 @@ class _Keep:
         return parts[0] if len(parts) == 1 else torch.outer(*parts).flatten()
 
     def hard(self, logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The largest, in ascending order of their place."""
+        """The places of the largest numbers, in ascending order."""
         pairs = zip(logits, self.counts, strict=True)
         return tuple(s.argsort(descending=True, stable=True)[:k].sort().values for s, k in pairs)
 
@@ -313,33 +330,33 @@ class _Keep:
 
 
 def _fit_block(
-    G: Tensor, Q: Tensor, keep: _Keep, key: tuple[int, str], steps: int, learning_rate: float, patience: int
-) -> tuple[tuple[Tensor, ...], MaskReport]:  # fmt: skip
+    G: Tensor, Q: Tensor, wanted: _Coordinates, key: tuple[int, str], search: MaskSearch
+) -> tuple[tuple[Tensor, ...], MaskReport]:
     rows, queries = (_in_range(key[1], side.flatten(1)) for side in (G, Q))
     before = rows @ queries.T
 
     def kept(parts: tuple[Tensor, ...]) -> Tensor:
-        weights = keep.weights(parts).to(rows)
+        weights = wanted.weights(parts).to(rows)
         return correlations(before, rows @ (queries * weights).T).mean()
 
-    picks = zip(keep.counts, keep.sizes, strict=True)
+    picks = zip(wanted.counts, wanted.sizes, strict=True)
     others = tuple(torch.from_numpy(choice(k, n, *key, "random", i)) for i, (k, n) in enumerate(picks))
-    random = float(kept(keep.indicator(others)))
-    if keep.whole:
-        return tuple(torch.arange(size) for size in keep.sizes), MaskReport(1.0, 1.0, 0)
-    logits = tuple(s.requires_grad_() for s in _start(rows, queries, keep, key))
-    optimizer = torch.optim.Adam(logits, learning_rate)
-    chosen, at = keep.hard(tuple(s.detach() for s in logits)), 0
-    best = float(kept(keep.indicator(chosen)))
-    for step in range(steps):
-        hard = keep.hard(tuple(s.detach() for s in logits))
+    random = float(kept(wanted.indicator(others)))
+    if wanted.whole:
+        return tuple(torch.arange(size) for size in wanted.sizes), MaskReport(1.0, 1.0, 0)
+    logits = tuple(s.requires_grad_() for s in _start(rows, queries, wanted, key))
+    optimizer = torch.optim.Adam(logits, search.learning_rate)
+    chosen, at = wanted.hard(tuple(s.detach() for s in logits)), 0
+    best = float(kept(wanted.indicator(chosen)))
+    for step in range(search.steps):
+        hard = wanted.hard(tuple(s.detach() for s in logits))
         soft = [s.sigmoid() for s in logits]
-        pairs = zip(keep.indicator(hard), soft, strict=True)
+        pairs = zip(wanted.indicator(hard), soft, strict=True)
         now = kept(tuple(m.to(s) + s - s.detach() for m, s in pairs))
         reached = float(now.detach())
         if reached > best:
             best, chosen, at = reached, hard, step
-        elif step - at >= patience:
+        elif step - at >= search.patience:
             break
         optimizer.zero_grad()
         (-now).backward()
@@ -348,21 +365,23 @@ def _fit_block(
 
 
 def _in_range(name: str, values: Tensor) -> Tensor:
-    """Times a power of 2, which no correlation sees: inner products and squares then stay in range."""
+    """The values times a power of 2, so that squares stay in range; it changes no correlation."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     largest = torch.maximum(values.amax(), -values.amin())
     if not bool(largest.isfinite()):
         raise InputError(
-            f"a gradient of {name} is NaN or infinite: leave that row out, or use --precision fp32"
+            f"a gradient of {name} is NaN or infinite: leave that row out, or compute in float32"
         )
     tiny = torch.finfo(values.dtype).tiny
     return torch.ldexp(values, -torch.frexp(largest.clamp_min(tiny)).exponent)
 
 
-def _start(rows: Tensor, queries: Tensor, keep: _Keep, key: tuple[int, str]) -> tuple[Tensor, ...]:
+def _start(rows: Tensor, queries: Tensor, wanted: _Coordinates, key: tuple[int, str]) -> tuple[Tensor, ...]:
     """The logarithm of every coordinate's energy, standardised, with a little noise."""
     energy = (rows.square().mean(0) * queries.square().mean(0)).sqrt()
-    parts = [energy] if len(keep.sizes) == 1 else [energy.view(keep.shape).sum(1 - axis) for axis in (0, 1)]
+    parts = (
+        [energy] if len(wanted.sizes) == 1 else [energy.view(wanted.shape).sum(1 - axis) for axis in (0, 1)]
+    )
     made = []
     for i, part in enumerate(parts):
         logs = part.clamp_min(torch.finfo(part.dtype).tiny).log()

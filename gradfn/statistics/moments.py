@@ -78,7 +78,12 @@ class AdamMoments(Additive[Adam]):
 
 
 def adam_moments(eps: float = 1e-8) -> AdamMoments:
-    """Fit Adam's second moment over data, `v = mean_b G_b²`; the result is the transform `adam(v, eps)`.
+    """Fit Adam's second moment over data, `v = mean_b G_b²`. The result is the transform `adam(v, eps)`.
+
+    `adam(second_moment)` makes the same transform of tensors at hand.
+
+    Args:
+        eps: Adam's epsilon, in units of the gradient.
 
     >>> import torch
     >>> fold = adam_moments()
@@ -118,8 +123,11 @@ class AdafactorMoments(Additive[Adafactor]):
 def adafactor_moments(eps: float = 1e-30) -> AdafactorMoments:
     """Fit Adafactor's moments over data, the row and column means of `v = mean_b G_b²`.
 
-    Of a block `[out, in]` they are `out + in` numbers; the result is the transform that divides by them,
-    `adafactor({block: (r, c)}, eps)`.
+    The means of a block `[out, in]` are `out + in` numbers. The result is the transform
+    `adafactor({block: (r, c)}, eps)`, which `adafactor(second_moment)` makes of tensors at hand.
+
+    Args:
+        eps: added to the second moment, in units of the squared gradient.
 
     >>> import torch
     >>> fold = adafactor_moments()

@@ -39,7 +39,7 @@ class SecondMoment(Additive[Curvature]):
 def second_moment() -> SecondMoment:
     """Fit the second moment of every (projected) block, `H = 1/N sum_b vec(P_b) vec(P_b)ᵀ`.
 
-    Of a block `[p, q]` it is a dense matrix `[p q, p q]`: project first.
+    For a block `[p, q]` it is a dense matrix `[p q, p q]`, so project first.
 
     >>> fold = second_moment()
     >>> fold.finalize(fold.update(fold.init(), {"mlp": torch.tensor([[[1.0]], [[3.0]]])}))["mlp"].values

@@ -13,7 +13,7 @@ from gradfn.transforms.row_sum import RowSum
 
 
 def _grams(name: str, G: Tensor) -> Tensor:
-    """`sum_b G_b G_bᵀ` and `sum_b G_bᵀ G_b`, one after the other."""
+    """`sum_b G_b G_bᵀ` and `sum_b G_bᵀ G_b`, one after the other in one vector."""
     G = G.to(torch.promote_types(G.dtype, torch.float32))
     across, down = G.movedim(0, 1).flatten(1), G.flatten(0, 1)
     return torch.cat([(across @ across.mT).flatten(), (down.mT @ down).flatten()])

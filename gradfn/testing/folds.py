@@ -111,7 +111,7 @@ def _neutral(before: bool) -> Callable[[Parted], tuple[Any, Any]]:
 
 
 def _untouched(use: Callable[[Fold, Any, Any, Blocks], Any], which: int = 0) -> Callable[[Parted], Any]:
-    """Of two states, each of one chunk, the one that must be what it was."""
+    """A law: one of two states, each of one chunk, must not change when it is used."""
 
     def law(case: Parted) -> tuple[Any, Any]:
         (a, b, _), (c, d, _) = _states(case), _states(case)
@@ -149,14 +149,14 @@ def _broken(tolerance: float, name: str, case: Parted) -> str:
 
 
 def check_fold(fold: Any, *, rows: st.SearchStrategy[Blocks] | None = None, tolerance: float = 1e-6) -> None:
-    """Check that a statistic depends on the rows alone, not on how they were cut or in which order they came.
+    """Check that a statistic depends only on the rows, not on how they are cut or in which order they come.
 
-    Chunks, resumed runs and shards are then one operation. States are compared by what `finalize` gives.
+    Then chunks, resumed runs and shards all give the same. States are compared by the result of `finalize`.
 
     Args:
         fold: a fold, or a strategy of folds.
-        rows: a strategy of what `update` takes, three rows or more; None is dense blocks of any shape.
-        tolerance: relative to the largest number of each tensor; results are float32 as a rule.
+        rows: a strategy of arguments for `update`, three rows or more; None is dense blocks of any shape.
+        tolerance: relative to the largest number of each tensor; most results are float32.
 
     Raises:
         BrokenLawError: naming the law, with the smallest case that breaks it.

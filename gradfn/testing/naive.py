@@ -1,4 +1,4 @@
-"""The oracle of every faster engine: plain autograd, one unpadded example at a time."""
+"""A naive loss of next tokens, and how statistics are compared with what the oracle gives."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

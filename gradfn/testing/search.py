@@ -1,4 +1,4 @@
-"""The search for the smallest case that breaks a law, and how it is told."""
+"""The search for the smallest case that breaks a law, and its description."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 Case = TypeVar("Case")
 FEW = 12
-"""Numbers of a tensor that are shown (of a longer one its shape is), and rows."""
+"""How many numbers of a tensor are shown (of a longer one, its shape), and how many rows."""
 
 
 class BrokenLawError(AssertionError):
@@ -21,11 +21,11 @@ class BrokenLawError(AssertionError):
 def refute(
     check: str, law: Callable[[Case], str], cases: st.SearchStrategy[Case], max_examples: int = 40
 ) -> None:
-    """Search a case that breaks a law, make it small, and raise it; the same cases every time.
+    """Search for a case that breaks a law, make it small, and raise it. The cases are the same every time.
 
     Args:
-        check: what the user called, to begin the message with.
-        law: gives what is wrong with a case, or "" if nothing is; what it raises is wrong too.
+        check: the function that the user called, with which the message begins.
+        law: says what is wrong with a case, or "" if nothing is; an error counts as wrong too.
         cases: where to draw cases from; a frozen dataclass shows its fields.
         max_examples: how many.
 
@@ -38,7 +38,7 @@ def refute(
       case: 7
     """
 
-    # Deterministic, so that a failure in CI is a failure here; shrunk, whatever the profile says.
+    # Deterministic, so that a failure in CI can be repeated; shrunk in every profile.
     @settings(
         max_examples=max_examples, deadline=None, derandomize=True, database=None, print_blob=False,
         report_multiple_bugs=False, phases=(Phase.generate, Phase.shrink),
@@ -52,9 +52,9 @@ def refute(
             raise
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}"
-            raise BrokenLawError(f"{check}: {wrong}\n{told(case)}") from error
+            raise BrokenLawError(f"{check}: {wrong}\n{describe(case)}") from error
         if wrong:
-            raise BrokenLawError(f"{check}: {wrong}\n{told(case)}")
+            raise BrokenLawError(f"{check}: {wrong}\n{describe(case)}")
 
     try:
         search()
@@ -68,7 +68,7 @@ def refute(
 
 
 def first(laws: Iterable[Callable[[Case], str]], case: Case) -> str:
-    """What the first of the laws that a case breaks says, or "".
+    """The message of the first law that a case breaks, or "".
 
     >>> first([lambda n: "", lambda n: "odd" if n % 2 else ""], 3)
     'odd'
@@ -76,10 +76,10 @@ def first(laws: Iterable[Callable[[Case], str]], case: Case) -> str:
     return next((wrong for law in laws if (wrong := law(case))), "")
 
 
-def told(case: Any) -> str:
-    """One line a field of the case.
+def describe(case: Any) -> str:
+    """The case in text, one line a field.
 
-    >>> print(told(3))
+    >>> print(describe(3))
       case: 3
     """
     if not is_dataclass(case) or isinstance(case, type):

@@ -1,4 +1,4 @@
-"""The laws of a transform: what `lower` and the store rely on."""
+"""The laws of a transform, on which `lower` and the store rely."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from gradfn.transforms import Kronecker, Transform, chain
 from gradfn.types import Blocks
 
 COPIES = 33
-"""Of the rows: so many that a transform which takes some at a time, 32 say, does so more than once."""
+"""Copies of the rows: enough for a transform that works on 32 rows at a time to do so twice."""
 Shapes = Mapping[str, tuple[int, int]]
 Transforms = Transform | st.SearchStrategy[Transform] | Callable[[Shapes], "Transforms"]
 """A transform, a strategy of them, or a function of the blocks' shapes that gives either."""
@@ -56,7 +56,7 @@ def _applied(draw: Draw, transforms: Transforms) -> Applied:
 
 @st.composite
 def _lowered(draw: Draw, transforms: Transforms, kind: str) -> Lowered:
-    """The transform between others, where these fit: rows' norms behind anything that gives blocks."""
+    """The transform between others that fit. Norms of rows may follow anything that gives blocks."""
     problem = draw(problems((kind,)))
     dense = naive_blocks(problem.reference, problem.model, problem.rows)
     before = draw(chains(shapes_of(dense), stages=("project", "adafactor", "adam"), max_stages=2))
@@ -112,7 +112,7 @@ def _row_by_row(tolerance: float, case: Applied) -> str:
 
 
 def _dtype(case: Applied) -> str:
-    """Models are float32 as a rule; all other laws are tried in float64, where rounding hides nothing."""
+    """Most models are float32, but the other laws are checked in float64, where rounding hides nothing."""
     for dtype in (torch.float64, torch.float32):
         try:
             made = case.transform({name: G.to(dtype) for name, G in case.blocks.items()})
@@ -172,16 +172,16 @@ def _lowering(tolerance: float, case: Lowered) -> str:
 def check_transform(
     transform: Transforms, *, kinds: Sequence[str] = ("mlp", "lm"), tolerance: float = 1e-8
 ) -> None:
-    """Check that a transform may stand anywhere in a chain.
+    """Check that a transform may be used anywhere in a chain.
 
-    It is pure, and each row's result is a function of that row alone (so neither batches nor their order
-    matter); zero gives finite numbers; rows have the dtype of the blocks; a `Kronecker`, and what says
-    `linear = True`, is linear; its settings can be stored; and in a chain with others `probe_engine` gives
-    what the chain makes of naive gradients.
+    The laws: it is pure, and the result of a row depends on no other row. A gradient of zero gives finite
+    numbers. Rows have the dtype of the blocks. A `Kronecker`, or a transform with `linear = True`, is linear.
+    The settings can be stored. And with the transform in a chain with others, `probe_engine` gives the same
+    as the chain applied to naive gradients.
 
     Args:
-        transform: a transform that fits blocks of any shape; a strategy of such; or, for one that is fitted
-            to the blocks, a function of `{block: (out, in)}` that gives either.
+        transform: a transform that fits blocks of any shape, or a strategy of such transforms; or a function
+            of `{block: (out, in)}` that gives either, for one that is fitted to the blocks.
         kinds: the models to try the engine on, see `problems`.
         tolerance: relative to the largest number of a block.
 

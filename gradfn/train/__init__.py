@@ -1,11 +1,30 @@
 """Training as a pure, twice differentiable function, of many models at once."""
 
-from gradfn.train.training import State, Training, make_step, make_trainer, train
+from gradfn.train.optimizers import State, first_state, learning_rate, update
+from gradfn.train.spec import Training
+from gradfn.train.stacked import Start, initial_params, stacked_losses
+from gradfn.train.step import Losses, losses_of, make_step
+from gradfn.train.table import Table, table_of
+from gradfn.train.trainer import Progress, Step, Trained, Trainer, make_trainer, train
 
 __all__ = [
+    "Losses",
+    "Progress",
+    "Start",
     "State",
+    "Step",
+    "Table",
+    "Trained",
+    "Trainer",
     "Training",
+    "first_state",
+    "initial_params",
+    "learning_rate",
+    "losses_of",
     "make_step",
     "make_trainer",
+    "stacked_losses",
+    "table_of",
     "train",
+    "update",
 ]

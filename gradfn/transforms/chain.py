@@ -1,8 +1,8 @@
 """Transforms of gradient blocks, and their composition.
 
-A transform is a value: callable on `{block: [rows, out, in]}`, comparable, printable. There are three kinds,
-by what they need: a `Kronecker` acts on the factors of a gradient, a `Blockwise` on one dense block, a
-`Rowwise` on all blocks of an example.
+A transform is a value that can be called on `{block: [rows, out, in]}`, compared and printed. There are three
+kinds: a `Kronecker` acts on the factors of a gradient, a `Blockwise` on one dense block, and a `Rowwise` on
+all blocks of an example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,19 +22,19 @@ BlockFn = Callable[[Tensor], Tensor]
 
 
 class Transform:
-    """A pure function of gradient blocks; a frozen dataclass that holds its settings."""
+    """A pure function of gradient blocks: a frozen dataclass whose fields are its settings."""
 
     def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         raise NotImplementedError
 
     def settings(self) -> dict[str, object]:
-        """What a store records of this transform: its name and its fields (tensors by their digest)."""
+        """The name and the fields as a store records them; a digest stands for tensors."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # pyright: ignore[reportArgumentType]
         return {"transform": type(self).__name__, **values}
 
 
 def _plain(value: object) -> object:
-    """A value as settings have it: tensors, and all tensors of a dict together, by a digest."""
+    """The value, or a digest of a tensor or of a dict of tensors."""
     if isinstance(value, Tensor):
         return digest({"": value})
     if isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values()):
@@ -43,7 +43,7 @@ def _plain(value: object) -> object:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """What tells named tensors apart.
+    """A hash of named tensors: their names and values.
 
     >>> digest({"a": torch.ones(2)}) == digest({"a": torch.ones(2)}) != digest({"b": torch.ones(2)})
     True
@@ -56,7 +56,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Kronecker(Transform):
-    """`G -> L G Rᵀ` in every block; `kron` gives the two sides."""
+    """`G -> L G Rᵀ` in every block, with the two sides from `kron`."""
 
     def kron(self, spec: BlockSpec) -> Kron:
         """The map of one block."""
@@ -75,11 +75,11 @@ class Blockwise(Transform):
     """Whether the function is linear, so that it may be applied to the parts of a sum."""
 
     def block(self, name: str, G: Tensor) -> Tensor:
-        """The function of one block; or `bind`."""
+        """Apply the function to one block. A subclass has this method or `bind`."""
         return self.bind(spec_of(name, G))(G)
 
     def bind(self, spec: BlockSpec) -> BlockFn:
-        """The function of one block, with what it needs made once."""
+        """The function of one block, with everything it needs prepared."""
         return lambda G: self.block(spec.name, G)
 
     def __call__(self, blocks: Blocks) -> Blocks:
@@ -93,15 +93,15 @@ class Rowwise(Transform):
 
 
 def refuse_idle(stages: Sequence[Transform], acts: Sequence[bool]) -> None:
-    """Refuse a projection that was asked for by its dimensions and that makes no block smaller.
+    """Refuse a projection to given dimensions that makes no block smaller.
 
     Raises:
-        InputError: naming it.
+        InputError: names the projection.
     """
     for stage, smaller in zip(stages, acts, strict=True):
         if getattr(stage, "strict", False) and not smaller:
             raise InputError(
-                f"{stage} makes no block smaller, for all of them have so few numbers there already: give "
+                f"{stage} makes no block smaller, because no block is larger than its dimensions: give "
                 "smaller dimensions, or leave it out"
             )
 

@@ -1,9 +1,9 @@
-"""Lowering: what of a chain runs on the factors, what inside the backward pass, and what after it.
+"""Lowering: which stages of a chain run on the factors, which inside the backward pass, and which after it.
 
-    leading Krons  -> fused into one, applied to the factors before they meet
-    then blocks    -> functions of one dense block, run while only that layer is alive
-    then rows      -> run after the backward, on all blocks of an example
-    a final sum    -> over the rows, inside the backward, where the blocks are the layer's whole gradient
+    leading Krons  -> fused into one, which acts on the factors before they are multiplied
+    then blocks    -> functions of one dense block, which run while only that layer's gradient is in memory
+    then rows      -> run after the backward pass, on all blocks of an example
+    a final sum    -> over rows, inside the backward pass, if every block there is the whole gradient
 
 Lowering never changes a result.
 """
@@ -35,12 +35,12 @@ from gradfn.transforms.row_sum import FactorSum, RowSum
 from gradfn.types import Blocks, BlockSpec
 
 DENSE_ELEMENTS = 1 << 24
-"""Numbers of dense gradients of one layer to hold at a time in the backward: 64 MiB in float32."""
+"""How many numbers of one layer's dense blocks the backward pass holds at a time: 64 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """One block's share of a final dot product: the queries' block `[queries, out, in]`; whether to norm."""
+    """One block's share of a final dot product: the queries `[queries, out, in]`, and whether to norm."""
 
     queries: Tensor
     unit: bool
@@ -48,20 +48,22 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """What happens to one block.
+    """The stages of a chain for one block.
 
     Args:
-        kron: the fused leading Krons, for the factors.
-        inside: functions of the dense block that run in the backward.
-        behind: functions of the dense block that must wait until all uses of the weight are summed.
-        dense: the block's shape behind the Krons, before `inside`.
-        shape: what the backward delivers for one row.
-        summed: the shape of what is summed over rows, where the chain ends in a sum; else of its end.
-        share: the share of a final dot product, where that is all that runs inside: it may be had from the
-            factors, without the dense block.
-        total: whether the backward sums over the rows and delivers one.
-        merged: whether it may do so first, all that runs inside being linear: no row's dense block is made.
-        of_factors: what is made of the factors instead of the dense block, where a statistic is of them.
+        kron: the leading Krons as one, for the factors.
+        inside: functions of the dense block that run in the backward pass.
+        behind: functions of the dense block that run when all uses of the weight are added up.
+        dense: the shape of the block after `kron`, before `inside`.
+        shape: what the backward pass delivers for one row.
+        summed: the shape of what a final sum over rows adds up; without one, the shape at the chain's end.
+        share: the block's share of a final dot product, if nothing else runs inside. The factors may give it
+            without the dense block.
+        linear: whether all functions inside are linear, so that parts of a gradient may be added up after
+            them.
+        reduces: whether the backward pass sums over rows and delivers one.
+        reduces_first: whether it may sum before `inside`, so that no dense block of a row is needed.
+        of_factors: the statistic to make of the factors instead of the dense block.
     """
 
     kron: Kron
@@ -73,34 +75,35 @@ class BlockPlan:
     dtype: torch.dtype
     device: torch.device
     share: Share | None = None
-    total: bool = False
-    merged: bool = False
+    linear: bool = True
+    reduces: bool = False
+    reduces_first: bool = False
     of_factors: FactorSum | None = None
 
     def with_matrices(self) -> "BlockPlan":
-        """The same, with every map of the Kron written out as a matrix."""
+        """The same plan with every map of the Kron as a matrix."""
         return replace(self, kron=self.kron.with_matrices(self.dtype, self.device))
 
     def within(self, G: Tensor) -> Tensor:
-        """What runs in the backward on the dense block."""
+        """Apply what runs in the backward pass on the dense block."""
         return _apply(self.inside, G)
 
     @property
     def rows_at_once(self) -> int:
-        """How many rows' dense blocks to hold at a time, where only what is made of them is kept."""
+        """How many rows' dense blocks the backward pass holds at a time, if functions inside reduce them."""
         most = DENSE_ELEMENTS // max(1, prod(self.dense))
         return max(1, most) if self.inside else sys.maxsize
 
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """A chain, lowered for the blocks of a model."""
+    """A chain that is lowered for the blocks of a model."""
 
     plans: dict[str, BlockPlan]
     rows: Callable[[Blocks], Blocks | Tensor]
 
     def finish(self, blocks: Blocks) -> Blocks | Tensor:
-        """What remains after the backward."""
+        """Apply what remains after the backward pass."""
         return self.rows({name: _apply(self.plans[name].behind, G) for name, G in blocks.items()})
 
 
@@ -123,7 +126,7 @@ class _Partial(Blockwise):
 
 
 @dataclass(frozen=True, eq=False)
-class _Total(Blockwise):
+class _ReduceRows(Blockwise):
     """The sum over rows of one block, as one row."""
 
     summed: RowSum
@@ -141,7 +144,7 @@ def _only_row(blocks: Blocks) -> Blocks:
 
 
 def _expanded(transform: Transform) -> tuple[Transform, ...]:
-    """The stages of a chain; those that are themselves several stages are taken apart."""
+    """The stages of a chain, with a stage that stands for several replaced by these."""
     stages = transform.stages if isinstance(transform, Chain) else (transform,)
     parts = [part for stage in stages for part in (stage.stages() if hasattr(stage, "stages") else (stage,))]  # pyright: ignore
     return tuple(parts)
@@ -150,7 +153,7 @@ def _expanded(transform: Transform) -> tuple[Transform, ...]:
 def _split(
     stages: tuple[Transform, ...],
 ) -> tuple[tuple[Transform, ...], Callable[[Blocks], Blocks | Tensor]]:
-    """Part a chain at its first row stage; final dot products are summed block by block instead."""
+    """Split a chain before its first row stage; a final dot product or sum becomes a stage of each block."""
     at = next((i for i, stage in enumerate(stages) if isinstance(stage, Rowwise)), len(stages))
     blocks, rows = stages[:at], stages[at:]
     match rows:
@@ -160,7 +163,7 @@ def _split(
             unit = replace(last, unit=True)
             return (*blocks, _Partial(unit)), unit.finish
         case (RowSum() as last,):
-            return (*blocks, _Total(last)), _only_row
+            return (*blocks, _ReduceRows(last)), _only_row
         case (FactorSum() as last,):
             return (*blocks, last), _only_row
         case (first, *_, FactorSum() as last):
@@ -173,7 +176,7 @@ def _split(
 
 
 class _Behind:
-    """Stages behind one of whole rows: lowered once, for the blocks that it gives first."""
+    """Stages after one of whole rows: lowered at the first call, for the blocks that it gives."""
 
     def __init__(self, first: Transform, rest: Chain):
         self.first, self.rest = first, rest
@@ -182,7 +185,7 @@ class _Behind:
     def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         made = self.first(blocks)
         if not isinstance(made, dict):
-            raise TypeError(f"{self.first} gives scores, which no stage comes behind")
+            raise TypeError(f"{self.first} gives scores, so no stage can follow it")
         if self.lowered is None:
             self.lowered = lower(self.rest, [spec_of(name, G) for name, G in made.items()])
         plans = self.lowered.plans
@@ -197,8 +200,8 @@ def lower(transform: Transform, specs: Iterable[BlockSpec], shared: frozenset[st
     Args:
         transform: a chain or a single transform.
         specs: the blocks of the model.
-        shared: blocks whose weight is used more than once in a forward; their gradient is a sum over the
-            uses, so only linear stages run in the backward and the rest waits behind it.
+        shared: blocks whose weight is used more than once in a forward pass. Their gradient is a sum over
+            the uses, so only linear stages run inside the backward pass.
 
     >>> from gradfn.transforms import chain, project, unit_normalize
     >>> plan = lower(chain(project(4), unit_normalize()), [BlockSpec("mlp", (8, 9))]).plans["mlp"]
@@ -217,15 +220,15 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: li
     """The plan of one block; `acts` notes which stages change its shape."""
     if stages and isinstance(stages[-1], FactorSum):
         return _factor_plan(stages[:-1], stages[-1], spec, acts)
-    kron, inside, behind, is_linear = Kron(), [], [], True
-    # An empty batch tells every stage's output shape without any work.
+    kron, inside, behind, all_linear, inside_linear = Kron(), [], [], True, True
+    # An empty batch gives the output shape of every stage at no cost.
     G = torch.empty(0, *spec.shape, dtype=spec.dtype, device=spec.device)
     before, dense, shape = G.shape, spec.shape, spec.shape
     for number, stage in enumerate(stages):
         function, linear = _bind(stage, spec.name, G)
         before, G = G.shape, function(G)
         acts[number] |= G.shape != before
-        is_linear &= linear
+        all_linear &= linear
         if linear and isinstance(function, Kron) and not inside and not behind:
             kron, dense = function @ kron, tuple(G.shape[1:])
         elif behind or (shared and not linear):
@@ -233,15 +236,16 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: li
             continue
         else:
             inside.append(function)
+            inside_linear &= linear
         shape = tuple(G.shape[1:])
     last, share = stages[-1] if stages else None, None
-    summed = before if isinstance(last, _Total) else G.shape
+    summed = before if isinstance(last, _ReduceRows) else G.shape
     if isinstance(last, _Partial) and len(inside) == 1 and not behind and last.dot.weights is None:
         share = _share(last.dot, spec, dense)
-    total = isinstance(last, _Total) and not behind
+    reduces = isinstance(last, _ReduceRows) and not behind
     return BlockPlan(
         kron, tuple(inside), tuple(behind), dense, shape, tuple(summed[1:]), spec.dtype, spec.device, share,
-        total, merged=total and is_linear,
+        inside_linear, reduces, reduces and all_linear,
     )  # fmt: skip
 
 
@@ -255,7 +259,7 @@ def _share(last: Dot | SelfDot, spec: BlockSpec, dense: tuple[int, ...]) -> Shar
 def _factor_plan(
     stages: tuple[Transform, ...], last: FactorSum, spec: BlockSpec, acts: list[bool]
 ) -> BlockPlan:
-    """A statistic of the factors: only Krons may come before it."""
+    """The plan of a statistic of the factors, which only Krons may precede."""
     kron, (out, into) = Kron(), spec.shape
     for number, stage in enumerate(stages):
         if not isinstance(stage, Kronecker):
@@ -268,7 +272,7 @@ def _factor_plan(
     x, g = (torch.empty(0, 1, size, device=spec.device, dtype=spec.dtype) for size in (into, out))
     size = tuple(last.of(x, g, x[..., 0]).shape)
     return BlockPlan(
-        kron, (), (), (out, into), size, (out, into), spec.dtype, spec.device, total=True, of_factors=last
+        kron, (), (), (out, into), size, (out, into), spec.dtype, spec.device, reduces=True, of_factors=last
     )
 
 

@@ -43,13 +43,15 @@ class Adam(Blockwise):
         return G / (v.to(G).sqrt() + self.eps)
 
 
-def adam(moments: Blocks, eps: float = 1e-8) -> Adam:
-    """Scale gradients as Adam scales its steps, `G / (sqrt(v) + eps)` elementwise.
+def adam(second_moment: Blocks, eps: float = 1e-8) -> Adam:
+    """Scale gradients as Adam scales its steps, `G / (sqrt(v) + eps)` elementwise, by a given second moment.
 
-    Each example's gradient is scaled by itself, before any projection and before any mean over examples.
+    There are two ways to this transform: `adam(second_moment)` from tensors at hand (an optimizer's state,
+    say), and `fit(adam_moments(), ...)`, which fits the second moment over data. Every example's gradient is
+    scaled, before any projection and before any mean over examples.
 
     Args:
-        moments: the second moment `v [out, in]` of every block, bias column included.
+        second_moment: `v [out, in]` of every block, bias column included.
         eps: Adam's epsilon, in units of the gradient.
 
     Raises:
@@ -60,7 +62,7 @@ def adam(moments: Blocks, eps: float = 1e-8) -> Adam:
 
     Source: Adam, arXiv:1412.6980, algorithm 1.
     """
-    return Adam(moments, eps)
+    return Adam(second_moment, eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +83,17 @@ class Adafactor(Kronecker):
         return Kron(left.to(spec.dtype).to(spec.device), right.to(spec.dtype).to(spec.device))
 
 
-def adafactor(moments: Mapping[str, Tensor | tuple[Tensor, Tensor]], eps: float = 1e-30) -> Adafactor:
-    """Scale gradients by the rank-1 estimate of their second moment, `G_ij / sqrt(r_i c_j / mean(r))`.
+def adafactor(second_moment: Mapping[str, Tensor | tuple[Tensor, Tensor]], eps: float = 1e-30) -> Adafactor:
+    """Scale gradients by a rank-1 estimate of a given second moment, `G_ij / sqrt(r_i c_j / mean(r))`.
 
-    `r` and `c` are the row and column means of `v`. The scaling is a Kron, so it costs no dense gradient.
-    Each example's gradient is scaled by itself, before any projection and before any mean over examples.
+    `r` and `c` are the row and column means of `v`. The scaling is a Kron, so it needs no dense gradient. As
+    with `adam`, there are two ways to this transform: `adafactor(second_moment)` from tensors at hand, and
+    `fit(adafactor_moments(), ...)`, which fits the means over data. Every example's gradient is scaled,
+    before any projection and before any mean over examples.
 
     Args:
-        moments: the second moment `v [out, in]` of every block, bias column included, or its row and column
-            means `(r [out], c [in])` alone; no more of it is kept.
+        second_moment: `v [out, in]` of every block, bias column included; or only its row and column means
+            `(r [out], c [in])`.
         eps: added to `v`, in units of the squared gradient.
 
     Raises:
@@ -102,13 +106,12 @@ def adafactor(moments: Mapping[str, Tensor | tuple[Tensor, Tensor]], eps: float 
 
     Source: Adafactor, arXiv:1804.04235, section 3.
     """
-    means = {name: _means(v) if isinstance(v, Tensor) else v for name, v in moments.items()}
+    means = {
+        name: (v.double().mean(1), v.double().mean(0)) if isinstance(v, Tensor) else v
+        for name, v in second_moment.items()
+    }
     rows, columns = ({name: pair[side] for name, pair in means.items()} for side in (0, 1))
     return Adafactor(rows, columns, eps)
-
-
-def _means(v: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor]:
-    return v.double().mean(1), v.double().mean(0)
 
 
 def norms(v: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:

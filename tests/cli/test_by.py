@@ -178,7 +178,7 @@ def test_reduce_by_head(ok, base, tmp_path):
 
 
 def test_a_token_store_that_lost_a_segment_resumes(ok, base, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradfn.runs.gradients.SEGMENT_BATCHES", 1)
+    monkeypatch.setattr("gradfn.runs.rows.SEGMENT_BATCHES", 1)
     run, small = tmp_path / "run", ("--by", "token", "--token-batch-size", 40)
     ok("build", run, *base, *small)
     segments = sorted((run / "segments").glob("*.h5"))

@@ -8,7 +8,7 @@ from gradfn.cli import check as module
 from gradfn.cli import inputs
 from gradfn.engine.check import BlockError, Difference, Noise
 from gradfn.engine.precision import features_of
-from gradfn.hf.models import load_model
+from gradfn.hf import load_model
 
 FEW = ("--split", "train[:4]")
 

@@ -16,7 +16,8 @@ from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
 from gradfn.evaluate.overlap import jaccard, top_overlap
 from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
 from gradfn.evaluate.selection import halves
-from gradfn.runs.store import open_writer
+from gradfn.scores import Scores
+from gradfn.store import open_writer
 
 ROWS, QUERIES, SUBSETS, SEEDS = 10, 8, 20, 2
 ROW_IDS = [f"r{n}" for n in range(ROWS)]
@@ -27,13 +28,8 @@ SOURCES = torch.arange(QUERIES) % 4
 def write_scores(run, scores, *, dampings=("",), rows=None, queries=None, settings=None):
     """What `gradfn score RUN` writes, for scores `[dampings, rows, queries]` at hand."""
     queries = QUERY_IDS if queries is None else queries
-    names = [f"{q} (damping {d})" for d in dampings for q in queries] if len(dampings) > 1 else queries
-    known = {"data": {"fingerprint": "d"}, "query": {"fingerprint": "q"},
-             "method": {"damping": list(dampings)} if dampings != ("",) else {}}  # fmt: skip
-    with open_writer(run, "scores", {**known, **(settings or {})}, scores.shape[1]) as writer:
-        flat = torch.cat([*scores], 1).float().numpy()
-        writer.write(0, len(flat), {"scores": flat, "rows/id": np.array(rows or ROW_IDS, object)})
-        writer.finish({"queries/id": np.array(names, object)})
+    known = {"data": {"fingerprint": "d"}, "query": {"fingerprint": "q"}, **(settings or {})}
+    Scores(scores.float(), rows or ROW_IDS, queries, tuple(dampings), settings=known).save(run)
     return run
 
 
@@ -203,7 +199,7 @@ def test_brittleness_compares_with_random_removals(ok, command, world, tmp_path)
         assert row["lost"] is None
         assert f"{row['rise']:+.3f}" in out
     assert "8 queries x 2 sizes, 3 random removals of each size, 1 seed" in out
-    assert "are not all rows, each query's best ones removed" in refused(command, "brittleness", world.truth)
+    assert "are not those of a test of brittleness" in refused(command, "brittleness", world.truth)
     lost = write_truth(tmp_path / "lost", subsets, losses, torch.arange(len(subsets)), diverged=(2,))
     assert "so a removal is missing: retrain with a lower" in refused(command, "brittleness", lost)
 
@@ -348,13 +344,11 @@ def test_runs_of_one_name_are_told_by_their_paths(ok, world, tmp_path):
 
 
 def test_joined_scores_are_read_by_their_first_checkpoint(ok, world, tmp_path):
-    first = {"method": {"damping": ["1", "0.1"]}, "data": {"fingerprint": "d"}}
-    run = tmp_path / "joined"
-    with open_writer(run, "scores", {"checkpoints": [{"settings": first}]}, ROWS) as writer:
-        flat = torch.cat([world.far, world.near], 1).numpy()
-        writer.write(0, ROWS, {"scores": flat, "rows/id": np.array(ROW_IDS, object)})
-        names = [f"{q} (damping {d})" for d in ("1", "0.1") for q in QUERY_IDS]
-        writer.finish({"queries/id": np.array(names, object)})
+    first = {"data": {"fingerprint": "d"}}
+    run = write_scores(
+        tmp_path / "joined", torch.stack([world.far, world.near]), dampings=("1", "0.1"),
+        settings={"checkpoints": [{"settings": first}]},
+    )  # fmt: skip
     ok("evaluate", "lds", world.truth, run, "--jsonl", tmp_path / "t.jsonl")
     assert json.loads((tmp_path / "t.jsonl").read_text())["damping"] == "0.1"
 
@@ -375,7 +369,7 @@ def test_scores_of_other_rows_queries_or_data_are_refused(command, world, tmp_pa
 
 def test_what_cannot_be_evaluated_is_refused_in_one_sentence(command, world, tmp_path):
     few = write_truth(tmp_path / "few", world.subsets, world.losses[:2], torch.arange(2))
-    assert "2 subsets tell no correlation, which needs 3 or more: retrain on" in refused(
+    assert "a correlation needs 3 subsets or more, not 2: retrain on" in refused(
         command, "lds", few, world.close
     )
     assert "0 of the 40 retrained models leave out one row each" in refused(
@@ -384,7 +378,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_sentence(command, world, tmp
     assert "is given twice" in refused(command, "lds", world.truth, world.close, world.close)
     assert "has no truth.h5" in refused(command, "lds", world.close, world.close)
     far = write_scores(tmp_path / "far", world.far[None])
-    assert "there are 10, not 11" in refused(command, "overlap", world.close, far, "--top", 11)
+    assert "number of rows, 10, not 11" in refused(command, "overlap", world.close, far, "--top", 11)
     lost = write_scores(
         tmp_path / "lost", torch.where(torch.arange(QUERIES) == 1, torch.nan, world.near)[None]
     )
@@ -405,7 +399,7 @@ def test_a_column_that_is_not_0_or_1_is_refused(command, tmp_path):
     rows = [{"id": name, "text": "a", "is_wrong": 0, "note": n} for n, name in enumerate(ROW_IDS)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     ask = ("mislabel", run, "--dataset", data)
-    assert "0 of 10 rows are wrong, so there is nothing to tell apart" in refused(command, *ask)
+    assert "0 of 10 rows are wrong, but detection needs wrong and right ones" in refused(command, *ask)
     err = refused(command, *ask, "--label-column", "note")
     assert "row 2 has 2 in column 'note', expected 1 for a wrong row and 0 for a right one: mend it" in err
     assert "no column 'bad' in the dataset" in refused(command, *ask, "--label-column", "bad")
@@ -445,7 +439,9 @@ def test_known_sources_must_be_known(command, world, tmp_path):
     assert "has no column 'source'" in refused(command, "recall", world.close, "--query", plain)
     lost = write_jsonl(tmp_path / "lost.jsonl", [{**row, "source": "x"} for row in rows])
     assert "none of the sources" in refused(command, "recall", world.close, "--query", lost)
-    assert "there are 10, not 11" in refused(command, "recall", world.close, "--query", lost, "--top", 11)
+    assert "number of rows, 10, not 11" in refused(
+        command, "recall", world.close, "--query", lost, "--top", 11
+    )
 
 
 def test_files_that_cannot_be_written_are_refused_before_any_work(command, world, tmp_path):

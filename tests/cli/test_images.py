@@ -16,9 +16,7 @@ from PIL import Image
 from tiny import write_jsonl
 
 import gradfn as gf
-from gradfn.hf.datasets import load_rows
-from gradfn.hf.images import load_images
-from gradfn.hf.models import load_processor
+from gradfn.hf import load_images, load_processor, load_rows
 from gradfn.testing.strategies import randomize
 
 TASK = ("--task", "image-classification")
@@ -306,9 +304,9 @@ BAD = [
     ({"picture": "a.png", "label": 0}, (), "no column 'image' in the dataset, which has picture, label"),
     ({"image": "a.png", "class": 0}, (), "no column 'label' in the dataset, which has image, class"),
     ({"image": "a.png", "label": 0}, ("--image-column", "no"), "no column 'no' in the dataset"),
-    ({"image": "b.png", "label": 0}, (), "row 0 has the image 'b.png', and .*b.png is no file: mend"),
-    ({"image": None, "label": 0}, (), "column 'image' holds null, not images or paths: name another"),
-    ({"image": 3, "label": 0}, (), "column 'image' holds int64, not images or paths: name another"),
+    ({"image": "b.png", "label": 0}, (), "row 0 has the image 'b.png', but .*b.png is not a file: correct"),
+    ({"image": None, "label": 0}, (), "column 'image' holds null, not images or paths: give another"),
+    ({"image": 3, "label": 0}, (), "column 'image' holds int64, not images or paths: give another"),
     ({"image": "a.png", "label": "cow"}, (), "row 0 has the label 'cow', expected a number"),
     ({"image": "a.png", "label": 2}, (), "row 0 has the label 2, expected a number from 0 to 1"),
     ({"image": "text.png", "label": 0}, (), r"row 0 \(text.png\) cannot be made into pixels \(cannot"),
@@ -346,7 +344,9 @@ def test_models_and_processors_that_do_not_fit_are_refused(command, place, tmp_p
     shutil.copytree(place / "resnet", tmp_path / "resnet")
     hf.ViTImageProcessorPil(do_resize=False).save_pretrained(tmp_path / "resnet")
     ask = (*ask[:4], tmp_path / "resnet", *ask[5:])
-    assert re.search(r"row \d .* as 3 x \d+ x 11 numbers, and the first row as 3 x 9 x 11", command(*ask).err)
+    assert re.search(
+        r"makes 3 x \d+ x 11 numbers of row \d .*, but 3 x 9 x 11 of the first row", command(*ask).err
+    )
 
 
 def test_images_and_texts_do_not_mix(command, place, model, corpus, monkeypatch):
@@ -356,6 +356,6 @@ def test_images_and_texts_do_not_mix(command, place, model, corpus, monkeypatch)
     ).err  # fmt: skip
     asked = command("score", *TASK, "--model", place / "vit", "--dataset", place / "pets", "--query", "a b")
     assert "in --query: a text has no label, which image_classification needs" in asked.err
-    monkeypatch.setattr("gradfn.hf.models.find_spec", lambda name: None)
+    monkeypatch.setattr("gradfn.hf.images.find_spec", lambda name: None)
     lost = command("score", *TASK, "--model", place / "vit", "--dataset", place / "pets", "--self")
-    assert "images are read with Pillow, which is not here: pip install 'gradfn[images]'" in lost.err
+    assert "images are read with Pillow, which is not installed: pip install 'gradfn[images]'" in lost.err

@@ -284,9 +284,9 @@ def test_types_of_tokens_that_the_model_does_not_have(ok, command, model, folder
     [
         (
             [{"input_ids": [5, 6]}, {"input_ids": [7, 300]}],
-            "row 1 (id '1') has token 300, and the model has 300",
+            "row 1 (id '1') has token 300, but the model has 300",
         ),
-        ([{"input_ids": [5, 6], "labels": [-100, 999], "id": "x"}], "row 0 (id 'x') has label 999, and the"),
+        ([{"input_ids": [5, 6], "labels": [-100, 999], "id": "x"}], "row 0 (id 'x') has label 999, but the"),
     ],
 )
 def test_tokens_that_the_model_does_not_have(command, model, tmp_path, rows, said):
@@ -409,8 +409,8 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
     odd, plain = chatty(tmp_path / "odd", "odd"), chatty(tmp_path / "plain", "plain")
     for path, data, said in (
         (model, good, "chats need a tokenizer with a chat template, and this one has none"),
-        (odd, good, "writes row 0 up to the answer otherwise than in the whole chat"),
-        (plain, mute, "the chat of row 0 has no message of the assistant's: leave it out"),
+        (odd, good, "writes the prompt of row 0 differently without the answer"),
+        (plain, mute, "the chat of row 0 has no message of the assistant: leave it out"),
         (plain, words, "row 0 of column 'messages' is no chat: give a list of role and content"),
     ):
         result = command("build", tmp_path / "run", "--model", path, "--dataset", data)
@@ -438,8 +438,8 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
         (["--task", "classification", "--label-column", "x", "--prompt-column", "p"], "reads a text: give"),
         (["--messages-column", "m", "--prompt-column", "p"], "--messages-column stands alone"),
         (["--reward-column", "r", "--advantage-column", "a"], "rewards or advantages weigh the rows: give"),
-        (["--reward-column", "n"], "these rows have none: give prompts and .* or .* as --advantage-column"),
-        (["--advantage-column", "n"], "no column 'n' in the dataset, which has .*name another with --adv"),
+        (["--reward-column", "n"], "these rows have no prompts: give .* as advantage_column"),
+        (["--advantage-column", "n"], "no column 'n' in the dataset, which has .*give another adv"),
         (["--advantage-column", "text"], "row 0 has 'The capital of France.*' in column 'text', exp"),
         (["--loss", "kl", "--reference", "missing/model"], "no model 'missing/model'"),
     ],

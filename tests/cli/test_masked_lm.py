@@ -11,7 +11,7 @@ import transformers as hf
 from tiny import CAPITALS, DOCUMENTS, make_tokenizer, save, write_jsonl
 
 import gradfn as gf
-from gradfn.hf.datasets import load_rows, tokenize
+from gradfn.hf import load_rows, tokenize
 from gradfn.hf.masking import mask_tokens
 from gradfn.random import choice
 from gradfn.testing.strategies import randomize

@@ -7,7 +7,7 @@ import torch
 
 import gradfn as gf
 from gradfn.methods import RECIPES
-from gradfn.runs.store import differing
+from gradfn.store import differing
 
 
 def scores_of(run):

@@ -10,7 +10,7 @@ from tiny import QUERIES, make_model, make_tokenizer, save, write_jsonl
 import gradfn as gf
 from gradfn.cli.options import Kind
 from gradfn.engine.stream import gather
-from gradfn.hf.datasets import tokenize
+from gradfn.hf import tokenize
 from gradfn.methods import RECIPES, Problem
 from gradfn.methods.recipes import group_means
 from gradfn.runs.masks import projection_named

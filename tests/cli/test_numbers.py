@@ -6,7 +6,7 @@ from tiny import write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradfn.errors import InputError
-from gradfn.hf.models import number_tokenizer
+from gradfn.hf import number_tokenizer
 
 TUNES = [[60, 64, 67, 72], [62, 65, 69, 74], [60, 63, 67, 72, 67], [55, 59, 62, 67]] * 3
 
@@ -52,7 +52,7 @@ def test_what_is_no_token_is_refused(command, music, text):
     result = command("score", "--model", music / "model", "--dataset", music / "tunes.jsonl", "--query", text)
     assert result.status == 2
     words = " ".join(result.err.split())
-    assert "is not among the 128 tokens" in words
+    assert "is not the number of one of the 128 tokens" in words
 
 
 def test_a_reference_without_a_tokenizer_has_the_same_numbers(ok, music):
@@ -65,5 +65,5 @@ def test_a_reference_without_a_tokenizer_has_the_same_numbers(ok, music):
 def test_targets_are_numbers_too():
     tokenizer = number_tokenizer(10)
     assert tokenizer(text_target=["1 2"])["input_ids"] == [[1, 2]]
-    with pytest.raises(InputError, match="'11' is not among the 10 tokens of the model"):
+    with pytest.raises(InputError, match="'11' is not the number of one of the 10 tokens of the model"):
         tokenizer(text_target=["1 11"])

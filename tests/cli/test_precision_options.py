@@ -9,8 +9,8 @@ import torch
 
 from gradfn.cli import inputs
 from gradfn.engine.precision import features_of
-from gradfn.hf.models import load_model
-from gradfn.runs.store import open_store
+from gradfn.hf import load_model
+from gradfn.store import open_store
 
 ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
 

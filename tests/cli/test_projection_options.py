@@ -9,7 +9,7 @@ import torch
 
 import gradfn as gf
 from gradfn import example
-from gradfn.hf.datasets import tokenize
+from gradfn.hf import tokenize
 from gradfn.runs.masks import load_mask, open_mask
 from gradfn.statistics.mask import selective_mask
 from gradfn.transforms import compress, principal, project

@@ -12,7 +12,7 @@ from gradfn.cli import retrain as module
 from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import model_seed, open_truth
 from gradfn.model.params import params_of
-from gradfn.train.training import Training, train
+from gradfn.train import Training, train
 
 SMALL = ("--subsets", 3, "--epochs", 1, "--batch-size", 3)
 
@@ -166,7 +166,7 @@ def test_models_that_do_not_stack_are_told(ok, folder, base, monkeypatch):
     (("--learning-rate", 0), "learning_rate"),
     (("--leave-out", 1, "--subsets", 2), "makes 3 to 12 subsets, not 2: give --subsets of these, or none"),
     (("--leave-out", 1, "--subsets", 13), "makes 3 to 12 subsets, not 13"),
-    (("--momentum", 0.9), "momentum is of sgd"), (("--seeds", 0), "1 to 999 seeds"),
+    (("--momentum", 0.9), "momentum and nesterov are settings of sgd"), (("--seeds", 0), "1 to 999 seeds"),
     (("--shard", "3/2"), "I from 1 to N"), (("--epochs", 0), "epochs must be"),
     *((("--fraction", share), f"above 0 and below 1, not {float(share)}")
       for share in ("nan", "inf", 0, 1, -0.5)),

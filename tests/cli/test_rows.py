@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gradfn.cli.rows import TokenRows
-from gradfn.runs.store import Store
+from gradfn.store import Store
 
 
 class Bytes:

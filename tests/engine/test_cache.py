@@ -1,4 +1,4 @@
-"""Kept rows give what the model gives, are used where they can be, and nowhere else."""
+"""Cached rows give what the model gives, and are read wherever the pass allows it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import gradfn as gf
-from gradfn.engine import cache as kept
-from gradfn.engine.cache import Kept
+from gradfn.engine import cache
+from gradfn.engine.cache import CachedRows
 from gradfn.engine.stream import collect
 from gradfn.methods.recipes import recipe_named
 from gradfn.subject import Subject
@@ -54,7 +54,7 @@ def test_scores_are_those_of_two_passes(watched: Watched, name: str, spelled: st
         made: Any = gf.score(net, train, data[:2], method=method, loss=loss, token_batch_size=3)
         return made, len(calls) - before
 
-    (plain, many), (again, few) = scores(data), scores(Kept(data, projection))
+    (plain, many), (again, few) = scores(data), scores(CachedRows(data, projection))
     torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-12)
     assert few < many
 
@@ -62,9 +62,9 @@ def test_scores_are_those_of_two_passes(watched: Watched, name: str, spelled: st
 def test_other_transforms_losses_models_and_tokens_are_made_again(watched: Watched):
     net, data, loss, _ = watched
     projection = gf.project(2, seed=1)
-    rows = Kept(data, projection)
+    rows = CachedRows(data, projection)
     gf.fit(gf.second_moment(), net, rows, projection, loss=loss)
-    assert rows.held == len(data)
+    assert rows.cached == len(data)
 
     def halved(params: Any, example: Any) -> torch.Tensor:
         return loss(params, example) / 2
@@ -85,7 +85,7 @@ def test_other_transforms_losses_models_and_tokens_are_made_again(watched: Watch
 def test_a_model_that_was_trained_on_is_another_one(watched: Watched):
     net, data, loss, _ = watched
     projection = gf.project(2)
-    rows = Kept(data, projection)
+    rows = CachedRows(data, projection)
     gf.fit(gf.second_moment(), net, rows, projection, loss=loss)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     loss(dict(net.named_parameters()), data[0]).backward()
@@ -94,29 +94,29 @@ def test_a_model_that_was_trained_on_is_another_one(watched: Watched):
     torch.testing.assert_close(made, plain)
 
 
-def test_rows_that_take_too_much_are_not_kept(watched: Watched, monkeypatch: pytest.MonkeyPatch):
+def test_rows_that_take_too_much_are_not_cached(watched: Watched, monkeypatch: pytest.MonkeyPatch):
     net, data, loss, _ = watched
     projection = gf.project(2)
-    monkeypatch.setattr(kept, "KEPT_BYTES", 7 * 2 * 4 * 8 - 1)
-    rows = Kept(data, projection)
+    monkeypatch.setattr(cache, "CACHE_BYTES", 7 * 2 * 4 * 8 - 1)
+    rows = CachedRows(data, projection)
     H = gf.fit(gf.second_moment(), net, rows, projection, loss=loss)
-    assert rows.held == 0
-    monkeypatch.setattr(kept, "KEPT_BYTES", 7 * 2 * 4 * 8)
+    assert rows.cached == 0
+    monkeypatch.setattr(cache, "CACHE_BYTES", 7 * 2 * 4 * 8)
     again = gf.fit(gf.second_moment(), net, rows, projection, loss=loss)
-    assert rows.held == len(data)
+    assert rows.cached == len(data)
     for name, one in H.items():
         torch.testing.assert_close(again[name].dense(), one.dense())
 
 
-def test_whole_gradients_and_plain_passes_are_not_kept(watched: Watched):
+def test_whole_gradients_and_plain_passes_are_not_cached(watched: Watched):
     net, data, loss, _ = watched
-    rows = Kept(data, gf.chain())
+    rows = CachedRows(data, gf.chain())
     gf.fit(gf.ekfac(), net, rows, loss=loss)
-    assert rows.held == 0
-    rows = Kept(data, gf.project(2))
+    assert rows.cached == 0
+    rows = CachedRows(data, gf.project(2))
     collect(net, rows, gf.project(2), loss=loss)
     gf.fit(gf.kfac(), net, rows, gf.project(2), loss=loss)
-    assert rows.held == 0
+    assert rows.cached == 0
 
 
 def test_a_pass_that_was_cut_off_is_not_taken_for_all(watched: Watched):
@@ -128,17 +128,17 @@ def test_a_pass_that_was_cut_off_is_not_taken_for_all(watched: Watched):
         if len(seen) == 2:
             raise KeyboardInterrupt
 
-    rows = Kept(data, projection)
+    rows = CachedRows(data, projection)
     with pytest.raises(KeyboardInterrupt):
         gf.fit(gf.second_moment(), net, rows, projection, loss=loss, token_batch_size=2, progress=stop)
-    assert 0 < rows.held < len(data)
+    assert 0 < rows.cached < len(data)
     made: Blocks | torch.Tensor = collect(net, rows, projection, loss=loss)
     torch.testing.assert_close(made, collect(net, data, projection, loss=loss))
 
 
 def test_what_data_tells_of_its_rows_is_still_told():
     documents = gf.make_documents([[5, 6, 7], [8, 9]], ids=["a", "b"])
-    rows = Kept(documents, gf.project(2))
+    rows = CachedRows(documents, gf.project(2))
     assert rows.ids == ["a", "b"]
     assert rows.lengths.tolist() == [3, 2]
     assert rows.fingerprint() == documents.fingerprint()

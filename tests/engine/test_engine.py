@@ -274,7 +274,7 @@ def test_dense_blocks_of_rows_are_made_a_few_at_a_time(rotated, end, monkeypatch
 
     monkeypatch.setattr(import_module("gradfn.transforms.lower"), "DENSE_ELEMENTS", 5 * 5 * 3)
     engine = probe_engine(net, loss, chain(first, *last))
-    engine.look(batch)
+    engine.verify(batch)
     monkeypatch.setattr(Linear, "contract", noting)
     parts = engine(batch).values
     assert sum(made) == 2 * 7

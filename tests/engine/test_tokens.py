@@ -149,7 +149,7 @@ def test_dense_blocks_of_tokens_are_made_a_few_at_a_time(end, monkeypatch):
 
     monkeypatch.setattr(import_module("gradfn.transforms.lower"), "DENSE_ELEMENTS", 8 * 9 * 3)
     engine, batch = probe_engine(model, causal_lm_loss(model), transform, view=TOKENS), collate([*DOCUMENTS])
-    engine.look(batch)
+    engine.verify(batch)
     monkeypatch.setattr(Linear, "contract", noting)
     parts = engine(batch).values
     assert max(made) == 1

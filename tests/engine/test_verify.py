@@ -1,4 +1,4 @@
-"""What the engine looks at before it believes that a probe sees a weight."""
+"""The engine compares its probes with plain autograd before it relies on them."""
 
 import gc
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from torch.func import functional_call
 from transformers import T5Config, T5ForConditionalGeneration
 
 from gradfn.data import collate
-from gradfn.engine import verify as look
+from gradfn.engine import verify
 from gradfn.engine.check import equality
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import collect
-from gradfn.engine.verify import differing
+from gradfn.engine.verify import unequal_blocks
 from gradfn.errors import InputError
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.model.params import call
@@ -292,7 +292,7 @@ class Interleaved(nn.Module):
         return self.inner(x.movedim(1, 0).flatten(0, 1)).unflatten(0, (x.shape[1], -1)).sum(0)
 
 
-def test_calls_of_a_kind_that_was_not_looked_at_are_not_believed():
+def test_a_probe_is_not_used_for_calls_of_a_kind_that_was_not_verified():
     model, generator = Interleaved().double(), torch.Generator().manual_seed(0)
     short, long = (torch.randn(2, n, 3, generator=generator, dtype=torch.float64) for n in (2, 4))
     loss = Batched(model)
@@ -318,7 +318,7 @@ def test_biases_of_distances_are_of_all_examples(lengths):
     assert_blocks_close(engine(collate(rows)).values, naive_blocks(loss, model, rows, EVERYTHING), 1e-8)
 
 
-def test_rows_without_a_gradient_tell_nothing_so_the_engine_looks_again():
+def test_rows_without_a_gradient_verify_nothing_so_the_engine_verifies_again():
     model = randomize(Placed(), 0)
     view = View(include=["places"])
     engine = probe_engine(model, NextToken(model), view=view)
@@ -345,27 +345,30 @@ def test_labels_below_zero_are_refused():
         collect(model, [row], loss=causal_lm_loss(model))
 
 
-def test_the_rows_to_look_at_are_those_that_say_something():
+def test_the_engine_verifies_with_rows_that_have_a_supervised_token():
     ids = torch.arange(12).view(4, 3)
     labels = ids.clone()
     labels[[0, 2]] = -100
-    assert look.trial({"input_ids": ids, "labels": labels})["input_ids"].tolist() == [[3, 4, 5], [9, 10, 11]]
-    assert look.trial({"x": ids})["x"].tolist() == ids[:2].tolist()
-    assert look.trial({"x": ids[:1]})["x"].tolist() == ids[:1].tolist()
+    assert verify.two_rows({"input_ids": ids, "labels": labels})["input_ids"].tolist() == [
+        [3, 4, 5],
+        [9, 10, 11],
+    ]
+    assert verify.two_rows({"x": ids})["x"].tolist() == ids[:2].tolist()
+    assert verify.two_rows({"x": ids[:1]})["x"].tolist() == ids[:1].tolist()
 
 
-def test_of_long_rows_the_look_sees_the_first_label_of_each_and_what_is_before_it():
+def test_long_rows_are_cut_to_the_tokens_around_their_first_label():
     ids = torch.arange(300).view(3, 100)
     labels = ids.clone()
     labels[0, :70], labels[1, :20] = -100, -100  # positions 69 and 19 are the first with a target
-    seen = look.trial({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+    seen = verify.two_rows({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
     assert seen["input_ids"][:, 0].tolist() == [61, 111]
     assert (seen["labels"] == -100).sum(1).tolist() == [9, 9]
-    assert {value.shape for value in seen.values()} == {(2, look.LOOK_TOKENS)}
+    assert {value.shape for value in seen.values()} == {(2, verify.VERIFY_TOKENS)}
     labels[:, :99] = -100
-    assert look.trial({"input_ids": ids, "labels": labels})["labels"][:, -1].tolist() == [99, 199]
+    assert verify.two_rows({"input_ids": ids, "labels": labels})["labels"][:, -1].tolist() == [99, 199]
     labels[:] = ids
-    assert look.trial({"input_ids": ids, "labels": labels})["input_ids"][:, 0].tolist() == [0, 100]
+    assert verify.two_rows({"input_ids": ids, "labels": labels})["input_ids"][:, 0].tolist() == [0, 100]
 
 
 def test_only_the_end_of_long_rows_is_learned_and_positions_are_still_seen_to_be_nobodys():
@@ -382,11 +385,11 @@ def test_only_the_end_of_long_rows_is_learned_and_positions_are_still_seen_to_be
 @pytest.mark.parametrize("backend", ["mkldnn", "cuda"])
 def test_how_far_a_gradient_may_move_depends_on_how_matrices_are_multiplied(backend):
     products = getattr(torch.backends, backend).matmul
-    exact, before = look.tolerance([torch.float32]), products.fp32_precision
-    assert look.tolerance([torch.float64]) < exact < look.tolerance([torch.bfloat16, torch.float32])
+    exact, before = verify.tolerance([torch.float32]), products.fp32_precision
+    assert verify.tolerance([torch.float64]) < exact < verify.tolerance([torch.bfloat16, torch.float32])
     try:
         products.fp32_precision = "tf32"
-        assert exact < look.tolerance([torch.float32]) < look.tolerance([torch.bfloat16])
+        assert exact < verify.tolerance([torch.float32]) < verify.tolerance([torch.bfloat16])
     finally:
         products.fp32_precision = before
 
@@ -402,7 +405,7 @@ def test_memory_that_runs_out_is_not_taken_for_a_module_of_another_kind():
         with pytest.raises(torch.OutOfMemoryError, match="no memory"):
             engine(collate(rows_for(ROW)))
         assert all(site.probed for site in engine.sites)
-        assert not engine.known.singly
+        assert not engine.facts.singly
 
 
 @dataclass(frozen=True)
@@ -416,32 +419,33 @@ class Penalised:
         return Squares(self.model, self.decay)(params, example)
 
 
-def looks_of(engine, batch, monkeypatch):
-    """How often an engine looks at a model when it runs."""
-    looks = []
+def comparisons_of(engine, batch, monkeypatch):
+    """How often an engine compares its probes when it runs."""
+    calls = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            "gradfn.engine.engine.differing", lambda *args: (looks.append(args), differing(*args))[1]
+            "gradfn.engine.engine.unequal_blocks",
+            lambda *args: (calls.append(args), unequal_blocks(*args))[1],
         )
         engine(batch)
-    return len(looks)
+    return len(calls)
 
 
-def test_a_model_is_looked_at_once_for_all_engines_of_a_loss(monkeypatch):
+def test_a_model_is_verified_once_for_all_engines_of_a_loss(monkeypatch):
     model, batch = randomize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), 0), collate(rows_for(ROW))
 
-    def looks(loss, batch=batch, **of):
-        return looks_of(probe_engine(model, loss, **of), batch, monkeypatch)
+    def count(loss, batch=batch, **of):
+        return comparisons_of(probe_engine(model, loss, **of), batch, monkeypatch)
 
-    assert looks(Penalised(model, 0.0)) == 1
-    assert looks(Penalised(model, 0.0)) == looks(Penalised(model, 0.0), transform=project(2)) == 0
-    assert looks(Penalised(model, 0.1)) == 1  # another loss
-    assert looks(Penalised(model, 0.0), batch=batch | {"y": torch.ones(3)}) == 1  # other batches
-    assert looks(Penalised(model, 0.0), view=View(include=["0"])) == 1  # other weights
+    assert count(Penalised(model, 0.0)) == 1
+    assert count(Penalised(model, 0.0)) == count(Penalised(model, 0.0), transform=project(2)) == 0
+    assert count(Penalised(model, 0.1)) == 1  # another loss
+    assert count(Penalised(model, 0.0), batch=batch | {"y": torch.ones(3)}) == 1  # other batches
+    assert count(Penalised(model, 0.0), view=View(include=["0"])) == 1  # other weights
     changing = Squares(model)
-    assert looks(changing) == looks(changing) == 1  # it may have another decay by now
+    assert count(changing) == count(changing) == 1  # it may have another decay by now
     model[0].register_forward_hook(lambda module, args, y: 2 * y)
-    assert looks(Penalised(model, 0.0)) == 1
+    assert count(Penalised(model, 0.0)) == 1
     model[1] = randomize(Tripled(3, 2), 0)
     engine, rows = probe_engine(model, Penalised(model, 0.0)), rows_for(ROW)
     assert_blocks_close(engine(collate(rows)).values, naive_blocks(Squares(model), model, rows))
@@ -454,10 +458,10 @@ class Listed(Penalised):
     more: list
 
 
-def test_a_loss_with_a_field_that_can_change_is_looked_at_each_time(monkeypatch):
+def test_a_loss_with_a_field_that_can_change_is_verified_each_time(monkeypatch):
     model, batch = randomize(nn.Sequential(nn.Linear(4, 3)), 0), collate(rows_for(ROW))
     loss = Listed(model, 0.0, [])
-    assert [looks_of(probe_engine(model, loss), batch, monkeypatch) for _ in "ab"] == [1, 1]
+    assert [comparisons_of(probe_engine(model, loss), batch, monkeypatch) for _ in "ab"] == [1, 1]
 
 
 def test_attention_that_vmap_has_no_rule_for_gives_no_warning():
@@ -481,7 +485,7 @@ class Twice(nn.Module):
         return self.inner(y) if x.shape[-2] > 2 else y
 
 
-def test_what_one_engine_learns_the_others_know():
+def test_engines_share_the_facts_about_a_model():
     model = randomize(Twice(), 0)
     short, long = ([{"x": x} for x in torch.randn(2, n, 3, dtype=torch.float64)] for n in (2, 4))
     queries = {"inner": torch.randn(2, 3, 4, dtype=torch.float64)}
@@ -494,10 +498,10 @@ def test_what_one_engine_learns_the_others_know():
         torch.testing.assert_close(engine(collate(rows)).values, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_what_is_known_of_a_model_goes_with_it():
+def test_the_facts_about_a_model_are_freed_with_it():
     model = randomize(nn.Sequential(nn.Linear(4, 3)), 0)
     probe_engine(model, Penalised(model, 0.0))(collate(rows_for(ROW)))
-    assert model in look._KNOWN
+    assert model in verify._FACTS
     gone = ref(model)
     del model
     gc.collect()

@@ -81,7 +81,7 @@ def test_a_tie_of_classes_is_no_right_prediction():
 def test_other_subsets_are_refused(influence):
     subsets = brittleness_subsets(influence, [2, 3], controls=4)
     for wrong in (subsets[1:], subsets.flip(0), subsets[:7], torch.ones(3, ROWS).bool()):
-        with pytest.raises(InputError, match=r"are not all rows, each query's best ones removed"):
+        with pytest.raises(InputError, match=r"are not those of a test of brittleness"):
             removals(wrong, torch.zeros(len(wrong), QUERIES))
 
 

@@ -4,8 +4,8 @@ import torch
 from gradfn.errors import InputError
 from gradfn.evaluate.comparison import compare, damping_curve
 from gradfn.evaluate.lds import lds, lds_estimate, predicted
-from gradfn.evaluate.scored import Scored
 from gradfn.evaluate.selection import chosen, halves
+from gradfn.scores import Scores
 
 ROWS, QUERIES = 12, 10
 
@@ -25,7 +25,7 @@ def noisy(influence, *noises):
 
 
 def scored(name, scores, dampings):
-    return Scored(name, scores, dampings, [*map(str, range(ROWS))], [*map(str, range(QUERIES))], {})
+    return Scores(scores, [*map(str, range(ROWS))], [*map(str, range(QUERIES))], dampings, name=name)
 
 
 def test_halves_are_disjoint_complete_and_seeded():
@@ -100,8 +100,8 @@ def test_the_curve_has_every_damping_on_the_queries_given(world):
 
 def test_one_query_cannot_be_chosen_on_and_reported(world):
     influence, subsets, losses = world
-    run = Scored("one", noisy(influence, 0.2, 1.0)[:, :, :1], ("1", "0.1"), ["a"], ["q"], {})
+    run = Scores(noisy(influence, 0.2, 1.0)[:, :, :1], [*map(str, range(ROWS))], ["q"], ("1", "0.1"))
     with pytest.raises(
-        InputError, match=r"chosen on some queries and reported on others, and there is 1: give"
+        InputError, match=r"chosen on some queries and reported on others, so 1 are too few: give"
     ):
         compare([run], subsets, losses[:, :1])

@@ -70,22 +70,22 @@ def test_marks_may_be_numbers(dtype):
 
 
 def test_marks_of_other_rows_are_refused():
-    with pytest.raises(InputError, match=r"marks of shape \[2\] came for scores of \[3\]: give one a row"):
+    with pytest.raises(InputError, match=r"got marks of shape \[2\] for scores of \[3\]"):
         _positives(torch.zeros(3), torch.tensor([True, False]))
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(4).bool(), torch.ones(4).bool()])
 def test_one_kind_of_rows_alone_is_refused(wrong):
     for call in (auroc, average_precision, lambda s, w: precision_at(s, w, 1)):
-        with pytest.raises(InputError, match=r"of 4 rows are wrong, so there is nothing to tell apart: give"):
+        with pytest.raises(
+            InputError, match=r"of 4 rows are wrong, but detection needs wrong and right ones: give"
+        ):
             call(torch.zeros(4), wrong)
 
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_more_rows_than_there_are_is_refused(k):
-    with pytest.raises(
-        InputError, match=rf"k is the number of best rows and there are 4, not {k}: take fewer"
-    ):
+    with pytest.raises(InputError, match=rf"k must be between 1 and the number of rows, 4, not {k}"):
         precision_at(torch.zeros(4), torch.tensor([True, False, False, False]), k)
 
 

@@ -25,7 +25,7 @@ def test_equal_scores_stand_in_the_order_of_their_rows():
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_more_rows_than_there_are_is_refused(k):
-    with pytest.raises(InputError, match=rf"there are 4, not {k}"):
+    with pytest.raises(InputError, match=rf"the number of rows, 4, not {k}"):
         top_overlap(torch.zeros(4, 1), torch.zeros(4, 1), k)
 
 

@@ -48,13 +48,13 @@ def test_a_query_without_a_source_is_refused():
 
 
 def test_sources_of_other_queries_are_refused():
-    with pytest.raises(InputError, match=r"but \[3, 1\] came for scores of \[3, 2\]: give those of the same"):
+    with pytest.raises(InputError, match=r"like the scores, \[3, 2\], got \[3, 1\]: give those of the same"):
         _check(torch.zeros(3, 2), torch.ones(3, 1, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("k", [0, 3])
 def test_more_rows_than_there_are_is_refused(k):
-    with pytest.raises(InputError, match=rf"there are 2, not {k}"):
+    with pytest.raises(InputError, match=rf"the number of rows, 2, not {k}"):
         recall_at(torch.zeros(2, 1), torch.tensor([[True], [False]]), k)
 
 

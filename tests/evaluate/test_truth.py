@@ -12,7 +12,7 @@ from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import Truth, model_seed, open_truth, retrain
 from gradfn.model.losses import model_loss
 from gradfn.runs.shards import Shard, join_shards
-from gradfn.train.training import Trainer, Training, initial_params, train
+from gradfn.train import Trainer, Training, initial_params, train
 
 TRAINING = Training(epochs=2, batch_size=3, learning_rate=0.05, optimizer="adam")
 NET = nn.Linear(4, 3).double()
@@ -262,7 +262,7 @@ def test_other_settings_are_refused_in_one_run(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "says"), [
-    ({"subsets": torch.zeros(3, 12, dtype=torch.bool)}, "subset 0 leaves everything out"),
+    ({"subsets": torch.zeros(3, 12, dtype=torch.bool)}, "subset 0 has no rows"),
     ({"subsets": torch.ones(3, 11, dtype=torch.bool)}, "of 11 rows"),
     ({"training": Training(1, 7, 0.1)}, "a batch of 7 is larger than the smallest subset, of 6 rows"),
     ({"seeds": 0}, "1 to 999 seeds"), ({"chunk": 0}, "chunk must be 1 or more"),

@@ -1,5 +1,8 @@
 """Tiny models and tokenizers, made here, so that no test needs a network."""
 
+import shutil
+
+import huggingface_hub.constants
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -139,3 +142,14 @@ def _write_vocabulary(writer, tokenizer):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub that refuses connections, whatever this machine can reach."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def copy(neox_folder, tmp_path):
+    return shutil.copytree(neox_folder, tmp_path / "copy")

@@ -5,8 +5,8 @@ import torch
 from tiny import make_model, make_tokenizer
 
 from gradfn.data import IGNORED, make_documents
+from gradfn.hf import text_query
 from gradfn.hf.answers import SAID_TOKENS, answers
-from gradfn.hf.datasets import text_query
 
 PROMPT = "The capital of Peru is"
 

@@ -289,7 +289,7 @@ def test_two_orders_of_one_shape_are_refused_but_for_a_trainers_folder(tmp_path)
     optimizer = OPTIMIZERS["adam"](by_trainer(model))
     grads, steps = train(model, optimizer)
     save(optimizer, tmp_path / "optimizer.pt")
-    with pytest.raises(InputError, match=r"whether state 0 is that of norm\.weight or of gain\.weight"):
+    with pytest.raises(InputError, match=r"whether state 0 belongs to norm\.weight or to gain\.weight"):
         load_optimizer_state(tmp_path, model, EVERYTHING)
     (tmp_path / "trainer_state.json").write_text(json.dumps({}))
     assert_scales(load_optimizer_state(tmp_path, model, EVERYTHING), model, EVERYTHING, grads, steps)
@@ -409,7 +409,7 @@ def _other(content):
     [
         (_nothing, r"no second moment of parameter 0, only nothing"),
         (_without_params, r"has a group without params"),
-        (_without_state, r"has no state of 2\.weight, which is attributed: it was frozen"),
+        (_without_state, r"has no state of 2\.weight, which was frozen"),
         (_misshapen, r"second moment of 0\.weight has shape \(3, 5\), the parameter \(3, 4\)"),
         (_momentum, r"no second moment of parameter 0, only momentum_buffer"),
         (_quantised, r"a sparse or quantised state of parameter 0"),
@@ -419,7 +419,7 @@ def _other(content):
         (_zero, r"the second moment of 0 has zeros and the optimizer an eps of 0"),
         (_no_step, r"has no step for 0\.weight"),
         (_no_betas, r"has no betas for 0\.weight"),
-        (_untrained, r"has 0\.weight after no step"),
+        (_untrained, r"has 0\.weight before its first step"),
         (_two_eps, r"trained with eps 0\.05 and 1\.0, expected one"),
         (_one_more, r"the state of 4 parameters and no names, the model 3 parameters"),
         (_list, r"has a state that is no dict of one a parameter: save optimizer\.state_dict\(\) as"),
@@ -463,7 +463,7 @@ def test_a_layer_without_state_may_be_left_out(tmp_path):
         ("state.pt", b"PK\3\4 nothing", "state.pt cannot be read"),
         ("state.pt", b"", "state.pt cannot be read"),
         ("state.pt", b"hello", "state.pt cannot be read"),
-        ("state.safetensors", b"nothing", "no .safetensors file"),
+        ("state.safetensors", b"nothing", "not a .safetensors file"),
         ("state.json", b"{}", "has no known ending"),
         ("folder/scheduler.pt", b"", "holds no optimizer.pt, only scheduler.pt"),
         (".", None, "holds no optimizer.pt, only nothing"),

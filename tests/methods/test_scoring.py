@@ -8,8 +8,9 @@ from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import grad_cosine, grad_dot
 from gradfn.methods.inner_product import InnerProduct
-from gradfn.methods.scoring import best, dots, extremes, score, top_k
+from gradfn.methods.scoring import best, dots, score
 from gradfn.model.sites import View
+from gradfn.scores import extremes
 from gradfn.statistics import ekfac, kfac, second_moment
 from gradfn.statistics.fold import fit
 from gradfn.testing import assert_blocks_close
@@ -102,28 +103,6 @@ def test_progress_counts_the_training_rows():
 def test_rows_and_queries_of_different_blocks_are_refused(rows, queries):
     with pytest.raises(InputError, match="same"):
         dots(rows, queries)
-
-
-def test_top_k_gives_opponents_lowest_first():
-    scores = torch.tensor([[1.0, -1.0], [-2.0, 5.0], [0.0, 0.0]])
-    best = top_k([scores], 2, largest=False)
-    assert best.rows.tolist() == [[1, 2], [0, 2]]
-    assert best.scores.tolist() == [[-2.0, 0.0], [-1.0, 0.0]]
-
-
-def test_top_k_of_fewer_rows_gives_them_all():
-    assert top_k([torch.tensor([[1.0]])], 10).rows.tolist() == [[0]]
-
-
-@pytest.mark.parametrize("k", [0, -1])
-def test_top_k_refuses_a_k_below_1(k):
-    with pytest.raises(InputError, match="1 or more"):
-        top_k([torch.ones(1, 1)], k)
-
-
-def test_top_k_of_nothing_is_refused():
-    with pytest.raises(InputError, match="no rows"):
-        top_k([], 1)
 
 
 @pytest.mark.parametrize("method", [grad_dot(), grad_cosine()])

@@ -143,12 +143,10 @@ def test_norms_from_factors_are_right_where_products_of_four_leave_float32(size)
 
 
 def test_diagonals_scale_the_rows_of_each_expert_and_the_bias():
-    layer, where = (
-        Experts(6, 4, True, 2),
-        ExpertRouting(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0]), 2),
-    )
+    routing = ExpertRouting(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0]), 2)
+    layer = Experts(6, 4, True, 2, routing=routing)
     x, g = (torch.randn(4, n, generator=torch.Generator().manual_seed(n)) for n in (4, 3))
     left, right = torch.arange(1.0, 7.0), torch.arange(1.0, 6.0)
-    plain, scaled = (layer.contract_ragged(x, g, kron, where) for kron in (Kron(), Kron(left, right)))
+    plain, scaled = (layer.contract(x, g, kron, False) for kron in (Kron(), Kron(left, right)))
     assert plain.shape == (2, 6, 5)
     torch.testing.assert_close(scaled, left[:, None] * plain * right)

@@ -7,7 +7,7 @@ import gradfn as gf
 from gradfn.errors import InputError
 from gradfn.runs import curvatures as hessians
 from gradfn.runs.curvatures import open_curvature
-from gradfn.runs.gradients import refuse_mismatch
+from gradfn.runs.provenance import refuse_mismatch
 from gradfn.statistics import ekfac, kfac, mixing_coefficient, second_moment
 
 

@@ -10,9 +10,9 @@ import gradfn as gf
 from gradfn.errors import InputError
 from gradfn.runs.curvatures import hessian
 from gradfn.runs.masks import load_mask, mask_run, projection_named, stored_mask
-from gradfn.runs.store import open_store
 from gradfn.statistics import kfac
 from gradfn.statistics.mask import drawn_rows, selective_mask
+from gradfn.store import open_store
 from gradfn.transforms.projection import spell
 
 NET = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)).double()

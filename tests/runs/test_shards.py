@@ -10,9 +10,9 @@ from tiny import language_model
 import gradfn as gf
 from gradfn.errors import InputError
 from gradfn.model.sites import View
-from gradfn.runs import gradients as runs
-from gradfn.runs import store
+from gradfn.runs import rows as run_rows
 from gradfn.runs.merge import hessian_shard, merge_run
+from gradfn.runs.scores import score_run
 from gradfn.runs.shards import (
     Shard,
     complete_shards,
@@ -22,8 +22,9 @@ from gradfn.runs.shards import (
     shard_run,
     shards_of,
 )
-from gradfn.runs.store import open_part, open_store, open_writer
 from gradfn.statistics import ekfac, fold, kfac, second_moment, shampoo, tkfac
+from gradfn.store import open_part, open_store, open_writer
+from gradfn.store import writer as writing
 
 SIZES = (5, 3, 8, 1, 4, 7, 2, 6, 1, 3, 5)
 
@@ -171,7 +172,7 @@ def test_where_no_link_can_be_made_segments_are_copied(tmp_path, monkeypatch):
 def test_a_join_that_was_killed_is_repeated(tmp_path, monkeypatch):
     for shard in all_of(3):
         write(tmp_path, shard)
-    linked, link = [], store._link_or_copy
+    linked, link = [], writing.link_or_copy
 
     def dies(path, target):
         if linked:
@@ -180,7 +181,7 @@ def test_a_join_that_was_killed_is_repeated(tmp_path, monkeypatch):
         link(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_link_or_copy", dies)
+        patch.setattr(writing, "link_or_copy", dies)
         with pytest.raises(KeyboardInterrupt):
             join_shards(tmp_path, "store")
     assert len(list((tmp_path / "segments").glob("*.h5"))) == 1
@@ -236,7 +237,7 @@ def test_shards_made_differently_are_named(tmp_path):
         write(tmp_path, shard, settings={"transform": {"dim": 8 if shard.number == 3 else 4}})
     refused(
         tmp_path,
-        r"^shards 1/3 and 3/3 of the store of .* were made differently \(transform.dim is 4 and 8\): make",
+        r"^shards 1/3 and 3/3 of the store .* differently \(transform.dim is 4 there and 8 here\): make",
     )
 
 
@@ -350,7 +351,7 @@ def test_what_was_made_otherwise_is_replaced_only_when_told(tmp_path):
     for shard in all_of(2):
         write(tmp_path, shard, settings={"dim": 2})
     with pytest.raises(
-        InputError, match=r"was made with other settings .dim is 1 there and 2 here.: add --over"
+        InputError, match=r"was made with other settings .dim is 1 there and 2 here.: give `over"
     ):
         merge_run(tmp_path)
     assert merge_run(tmp_path, overwrite=True)[0].shards == 2
@@ -434,7 +435,7 @@ def test_a_joined_store_is_resumed_as_one(model, documents, tmp_path):
 
 
 def test_a_shard_that_was_killed_resumes(model, documents, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "SEGMENT_BATCHES", 1)
+    monkeypatch.setattr(run_rows, "SEGMENT_BATCHES", 1)
     how = {"transform": gf.project(3), "token_batch_size": 8}
     gf.build(tmp_path / "whole", model, documents, **how)
     seen = []
@@ -481,9 +482,9 @@ def test_scores_in_shards_are_the_scores(model, documents, tmp_path, count, by_b
     made = gf.chain(gf.project(3), gf.unit_normalize())
     queries = gf.collect(model, documents.select([2, 5]), made)
     how = {"by_block": by_block, "fixed": {"queries/id": ["a", "b"]}}
-    runs.score_run(tmp_path / "whole", model, documents, queries, gf.methods.InnerProduct(made, made), **how)
+    score_run(tmp_path / "whole", model, documents, queries, gf.methods.InnerProduct(made, made), **how)
     for shard in all_of(count):
-        runs.score_run(
+        score_run(
             tmp_path / "run",
             model,
             documents,
@@ -500,7 +501,7 @@ def test_shards_scored_against_queries_of_other_names(model, documents, tmp_path
     for shard, names in zip(all_of(2), ["ab", "ac"], strict=True):
         fixed, plain = {"queries/id": [*names]}, gf.chain()
         queries = gf.collect(model, documents.select([2, 5]))
-        runs.score_run(
+        score_run(
             tmp_path,
             model,
             documents,
@@ -510,7 +511,8 @@ def test_shards_scored_against_queries_of_other_names(model, documents, tmp_path
             fixed=fixed,
         )
     refused(
-        tmp_path, r"^shards 1/2 and 2/2 .* were made differently \(queries/id.1 is b and c\): make one of"
+        tmp_path,
+        r"^shards 1/2 and 2/2 .* differently \(queries/id.1 is b there and c here\): make one",
     )
 
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import gradfn as gf
 from gradfn.errors import InputError
-from gradfn.statistics.mask import correlations, fit_mask, selective_mask
+from gradfn.statistics.mask import MaskSearch, correlations, fit_mask, selective_mask
 from gradfn.transforms.fitted import selected
 
 
@@ -51,7 +51,7 @@ def test_a_mask_does_not_depend_on_the_scale(exponents):
 
 def test_a_mask_without_training_reports_what_it_keeps():
     G, Q = blocks(40, 2, 5), blocks(6, 2, 5, 1)
-    mask, reports = fit_mask({"a": G}, {"a": Q}, 4, steps=0)
+    mask, reports = fit_mask({"a": G}, {"a": Q}, 4, search=MaskSearch(steps=0))
     assert reports["a"].kept == pytest.approx(kept(G, Q, mask.chosen["a"][0].tolist()))
 
 
@@ -121,7 +121,7 @@ def test_layers_that_do_not_fit_together_are_fitted_in_turns(monkeypatch):
     assert whole[0].settings() == parts[0].settings()
     assert whole[1] == parts[1]
     monkeypatch.setattr("gradfn.statistics.mask.free_memory", lambda device: 4 * 4 * 16 * 20)
-    with pytest.raises(InputError, match="look at fewer rows"):
+    with pytest.raises(InputError, match="use fewer rows"):
         selective_mask(net, data, data[:4], 7, loss=loss)
 
 
@@ -144,9 +144,9 @@ def test_the_engine_takes_a_mask_on_the_factors():
 
 @pytest.mark.parametrize(("rows", "dims", "words"), [
     (2, 3, "3 rows or more"),
-    (9, 0, "give 1 or more"),
+    (9, 0, "must have 1 or more coordinates"),
     (9, 99, "leaves nothing out"),
-    (9, (0, 1), "give 1 or more"),
+    (9, (0, 1), "must have 1 or more coordinates"),
 ])  # fmt: skip
 def test_what_cannot_be_fitted_is_refused(rows, dims, words):
     with pytest.raises(InputError, match=words):

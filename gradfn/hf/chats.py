@@ -1,0 +1,111 @@
+"""Tokens and labels of chats, by the tokenizer's chat template."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gradfn.data import IGNORED, Documents, make_documents
+from gradfn.errors import InputError
+from gradfn.hf.datasets import check_column, decoded
+from gradfn.hf.hub import summary
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+Encoder = Callable[["pyarrow.Table", list[str]], Documents]
+"""Makes documents of a table of rows and their names."""
+
+_Encoded = tuple[list[int], list[int], str]
+"""The tokens, labels and text of a chat."""
+
+
+def chat_encoder(rows: "datasets.Dataset", tokenizer: Any, column: str) -> Encoder:
+    """The function that makes documents of a table of chats; see `tokenize`.
+
+    Args:
+        rows: the rows.
+        tokenizer: one with a chat template.
+        column: the column of chats.
+
+    Raises:
+        InputError: there is no such column or no chat template; when called, a chat that does not fit.
+    """
+    check_column(rows, column, "give another messages_column")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError(
+            "chats need a tokenizer with a chat template, and this one has none: use the model's tuned "
+            "version, or turn the chats into prompts and completions"
+        )
+    marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()))
+    encode = _marked_chat if marked else _last_answer
+
+    def documents(table: "pyarrow.Table", ids: list[str]) -> Documents:
+        given = decoded(rows, table, column)
+        chats = [_messages(chat, column, name) for chat, name in zip(given, ids, strict=True)]
+        tokens, labels, texts = zip(
+            *(encode(tokenizer, chat, name) for chat, name in zip(chats, ids, strict=True)), strict=True
+        )
+        return make_documents(tokens, labels, ids=ids, texts=texts)
+
+    return documents
+
+
+def prompt_of(chat: Any, column: str, name: str) -> str:
+    """The messages before the assistant's last one, as text that is equal for equal prompts.
+
+    Args:
+        chat: a list of messages.
+        column, name: the column and the row, for the message.
+
+    Raises:
+        InputError: it is no chat, or the assistant says nothing.
+
+    >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    >>> prompt_of(chat, "messages", "0")
+    '[{"content": "Hi", "role": "user"}]'
+    """
+    return json.dumps(_messages(chat, column, name)[:-1], sort_keys=True, default=str)
+
+
+def _messages(chat: Any, column: str, name: str) -> list[dict[str, Any]]:
+    """A chat up to the assistant's last message; the messages after it have no loss."""
+    if not isinstance(chat, list) or not all(isinstance(m, dict) and "role" in m for m in chat):
+        raise InputError(
+            f"row {name} of column {column!r} is no chat: give a list of messages with role and content"
+        )
+    said = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+    if not said:
+        raise InputError(f"the chat of row {name} has no message of the assistant: leave it out")
+    return chat[: said[-1] + 1]
+
+
+def _marked_chat(tokenizer: Any, chat: list[dict[str, Any]], name: str) -> _Encoded:
+    """A chat whose template marks the tokens of the assistant, which are supervised."""
+    made = _templated(tokenizer, chat, name, return_dict=True, return_assistant_tokens_mask=True)
+    pairs = zip(made["input_ids"], made["assistant_masks"], strict=True)
+    labels = [token if own else IGNORED for token, own in pairs]
+    return list(made["input_ids"]), labels, _templated(tokenizer, chat, name, tokenize=False)
+
+
+def _last_answer(tokenizer: Any, chat: list[dict[str, Any]], name: str) -> _Encoded:
+    """A chat of which only the last message is supervised."""
+    whole = list(_templated(tokenizer, chat, name, return_dict=True)["input_ids"])
+    asked = _templated(tokenizer, chat[:-1], name, return_dict=True, add_generation_prompt=True)["input_ids"]
+    if list(asked) != whole[: len(asked)]:
+        raise InputError(
+            f"the chat template writes the prompt of row {name} differently without the answer, so the "
+            "answer cannot be found: use prompts and completions, or mark it with {% generation %}"
+        )
+    labels = [IGNORED] * len(asked) + whole[len(asked) :]
+    return whole, labels, _templated(tokenizer, chat, name, tokenize=False)
+
+
+def _templated(tokenizer: Any, chat: list[dict[str, Any]], name: str, **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(chat, **options)
+    except Exception as error:  # a template is a program, which may raise anything
+        raise InputError(
+            f"the chat template cannot take the chat of row {name} ({summary(error)}): correct it"
+        ) from error

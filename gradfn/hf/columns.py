@@ -1,0 +1,136 @@
+"""Labels and weights of rows, from the columns of a dataset."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from jaxtyping import Int64
+
+from gradfn.data import Corpus, Documents, Pairs
+from gradfn.errors import InputError
+from gradfn.hf.chats import prompt_of
+from gradfn.hf.datasets import column_values
+from gradfn.model.losses import advantages
+
+if TYPE_CHECKING:
+    import datasets
+
+Weighed = TypeVar("Weighed", bound=Corpus)
+
+
+def with_labels(
+    docs: Documents, rows: "datasets.Dataset", column: str, classes: Mapping[str, int] | None
+) -> Documents:
+    """Documents with one label a row instead of labels of tokens.
+
+    Args:
+        docs: what `tokenize` made of the rows.
+        rows: the rows.
+        column: class numbers or names, see `class_numbers`; or the numbers that a regression predicts.
+        classes: the numbers of the model's classes by name, `config.label2id`; None for a regression.
+
+    Raises:
+        InputError: there is no such column, or a row has no valid label or no tokens.
+    """
+    if classes is None:
+        labels = _numbers(column_values(rows, column, "label_column"), column)
+    else:
+        labels = class_numbers(rows, column, classes)
+    if (docs.lengths == 0).any():
+        row = int(np.argmin(docs.lengths))
+        raise InputError(f"row {row} (id {docs.ids[row]!r}) has no tokens: leave it out")
+    return dataclasses.replace(docs, extras={**docs.extras, "labels": labels})
+
+
+def with_weights(
+    docs: Weighed,
+    rows: "datasets.Dataset",
+    *,
+    advantage_column: str | None = None,
+    reward_column: str | None = None,
+    prompt_column: str | None = None,
+    messages_column: str | None = None,
+) -> Weighed:
+    """Documents with one weight a row, which multiplies its loss.
+
+    Args:
+        docs: what `tokenize` or `tokenize_pairs` made of the rows.
+        rows: the rows.
+        advantage_column: the weights themselves; or else
+        reward_column: rewards, from which the mean reward of the rows with the same prompt is subtracted; see
+            `advantages`.
+        prompt_column: the column of prompts, for rewards; or else
+        messages_column: the column of chats; the messages before the assistant's last one are the prompt.
+
+    Raises:
+        InputError: not exactly one of advantages and rewards is given, a column is missing or holds
+            something else, or rewards come without prompts.
+    """
+    if (advantage_column is None) == (reward_column is None):
+        raise InputError("expected one source of weights: give either advantage_column or reward_column")
+    if advantage_column is not None:
+        weights = _numbers(column_values(rows, advantage_column, "advantage_column"), advantage_column)
+    else:
+        assert reward_column is not None
+        prompts = _prompts(rows, prompt_column, messages_column)
+        rewards = _numbers(column_values(rows, reward_column, "reward_column"), reward_column)
+        weights = np.array(advantages(rewards.tolist(), prompts), np.float64)
+    if isinstance(docs, Pairs):
+        inputs = dataclasses.replace(docs.inputs, extras={**docs.extras, "weight": weights})
+        return dataclasses.replace(docs, inputs=inputs)
+    return dataclasses.replace(docs, extras={**docs.extras, "weight": weights})
+
+
+def class_numbers(
+    rows: "datasets.Dataset", column: str, classes: Mapping[str, int]
+) -> Int64[np.ndarray, " rows"]:
+    """The model's number of each row's class; by name where both the dataset and the model name classes.
+
+    Args:
+        rows: the rows.
+        column: class numbers or names.
+        classes: the numbers of the model's classes by name, `config.label2id`.
+
+    Raises:
+        InputError: there is no such column, or a row's label is not a class of the model.
+    """
+    values = column_values(rows, column, "label_column")
+    names = getattr(rows.features[column], "names", None)
+    unnamed = all(name == f"LABEL_{number}" for name, number in classes.items())
+    if names is not None and not unnamed:
+        values = [names[value] if value is not None and value >= 0 else value for value in values]
+    return np.array([_class_number(value, row, classes) for row, value in enumerate(values)], np.int64)
+
+
+def _class_number(value: Any, row: int, classes: Mapping[str, int]) -> int:
+    """The number of a class, given by name or number."""
+    if isinstance(value, str) and value in classes:
+        return int(classes[value])
+    if isinstance(value, int) and 0 <= value < len(classes):
+        return int(value)
+    known = ", ".join([*classes][:8]) + (", ..." if len(classes) > 8 else "")
+    raise InputError(
+        f"row {row} has the label {value!r}, expected a number from 0 to {len(classes) - 1} or one of "
+        f"{known}: correct it, or give another label_column"
+    )
+
+
+def _numbers(values: list[Any], column: str) -> np.ndarray:
+    for row, value in enumerate(values):
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            raise InputError(f"row {row} has {value!r} in column {column!r}, expected a number: correct it")
+    return np.array(values, np.float64)
+
+
+def _prompts(rows: "datasets.Dataset", prompt_column: str | None, messages_column: str | None) -> list[Any]:
+    """The prompt of each row."""
+    if prompt_column is not None:
+        return column_values(rows, prompt_column, "prompt_column")
+    if messages_column is None:
+        raise InputError(
+            "a reward is compared with other rewards of its prompt, but these rows have no prompts: give a "
+            "prompt_column or a messages_column, or weights of your own as advantage_column"
+        )
+    chats = column_values(rows, messages_column, "messages_column")
+    return [prompt_of(chat, messages_column, str(row)) for row, chat in enumerate(chats)]

@@ -1,0 +1,108 @@
+"""How to observe a module where it uses a weight: its input and output there, and a new output in return."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+OnUse = Callable[..., Tensor]
+"""`on_use(weight name, x, y, *call) -> y`: called with the input and output of a weight, gives the output.
+
+What `call` holds is between a site's `attach` and its layer's `in_call`.
+"""
+
+Attach = Callable[[nn.Module, OnUse], Callable[[], None]]
+"""Makes a module call `on_use` wherever it uses a weight; returns the function that undoes this."""
+
+
+def attach_hook(module: nn.Module, on_use: OnUse) -> Callable[[], None]:
+    """Attach to a module that returns the output of its weight: a forward hook is enough."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Any) -> Any:
+        return on_use("weight", args[0] if args else next(iter(named.values())), y)
+
+    return module.register_forward_hook(hook, with_kwargs=True).remove
+
+
+def attach_channels_first(module: nn.Module, on_use: OnUse) -> Callable[[], None]:
+    """Attach to a normalisation over axis 1, and move the features to the end for the probe."""
+    return attach_hook(module, lambda name, x, y: on_use(name, x, y.movedim(1, -1)).movedim(-1, 1))
+
+
+def attach_attention(module: Any, on_use: OnUse) -> Callable[[], None]:
+    """Attach to the calls of `F.linear` inside nn.MultiheadAttention, where the batch is axis 1."""
+    own: dict[int, tuple[str, int]] = {}
+    linear = F.linear
+    width = module.embed_dim
+    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        weight = module._parameters.get(name)
+        if weight is not None:
+            starts = (0, width, 2 * width) if name == "in_proj_weight" else (0,)
+            own |= {weight[start].data_ptr(): (name, start) for start in starts}  # pyright: ignore
+    own[module.out_proj.weight.data_ptr()] = ("out_proj.weight", 0)  # pyright: ignore
+
+    def tapped(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = linear(x, weight, bias)
+        found = own.get(weight.data_ptr())
+        if found is None:
+            return y
+        name, start = found
+        if name == "out_proj.weight":  # [tokens * batch, features]
+            x, flat = x.unflatten(0, (-1, batch[0])), y.unflatten(0, (-1, batch[0]))
+            return on_use(name, x.movedim(1, 0), flat.movedim(1, 0)).movedim(0, 1).flatten(0, 1)
+        batch[0] = x.shape[1]
+        return on_use(name, x.movedim(1, 0), y.movedim(1, 0), start, start + len(weight)).movedim(0, 1)
+
+    batch = [1]
+    forward = module.forward
+
+    def patched(*args: Any, **named: Any) -> Any:
+        with patch.object(F, "linear", tapped):
+            return forward(*args, **named)
+
+    module.forward = patched
+    return lambda: delattr(module, "forward")
+
+
+def attach_experts(module: Any, on_use: OnUse) -> Callable[[], None]:
+    """Attach to transformers' fused experts, and compute the rows of all experts in one tensor."""
+
+    def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        chosen = top_k_index.flatten()
+        tokens = torch.arange(len(hidden), device=hidden.device).repeat_interleave(top_k_index.shape[-1])
+        real = chosen < module.num_experts  # some mixtures mark dropped tokens by one expert more
+        order = chosen.masked_fill(~real, module.num_experts).argsort(stable=True)[: int(real.sum())]
+        experts, tokens, weights = chosen[order], tokens[order], top_k_weights.flatten()[order]
+
+        def apply(name: str, x: Tensor) -> Tensor:
+            weight, bias = module.get_parameter(name), module._parameters.get(f"{name}_bias")
+            parts = []
+            for expert, part in zip(*_runs(experts, x), strict=True):
+                own = weight[expert].T if getattr(module, "is_transposed", False) else weight[expert]
+                parts.append(F.linear(part, own, None if bias is None else bias[expert]))
+            return on_use(name, x, torch.cat(parts), tokens, experts, len(hidden))
+
+        if getattr(module, "has_gate", True):
+            inner = apply("gate_up_proj", hidden[tokens])
+            gate = getattr(module, "_apply_gate", None)
+            if gate is None:
+                first, second = inner.chunk(2, dim=-1)
+                inner = module.act_fn(first) * second  # pyright: ignore[reportCallIssue]
+            else:
+                inner = gate(inner)
+        else:
+            inner = module.act_fn(apply("up_proj", hidden[tokens]))  # pyright: ignore[reportCallIssue]
+        outer = apply("down_proj", inner) * weights[:, None]
+        return torch.zeros_like(hidden).index_add(0, tokens, outer.to(hidden.dtype))
+
+    module.forward = forward
+    return lambda: delattr(module, "forward")
+
+
+def _runs(experts: Tensor, x: Tensor) -> tuple[list[int], Sequence[Tensor]]:
+    """Split the rows of `x` by expert; `experts` is sorted."""
+    present, counts = experts.unique_consecutive(return_counts=True)
+    return present.tolist(), x.split(counts.tolist())

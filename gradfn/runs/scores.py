@@ -1,0 +1,159 @@
+"""Scores on disk: of rows that a model makes now, of scores at hand, and of gradients that are stored."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradfn.engine.stream import Progress
+from gradfn.errors import InputError
+from gradfn.methods.attribution import Attribution, Joined, Queries
+from gradfn.methods.inner_product import InnerProduct
+from gradfn.runs.gradients import GRADIENTS, blocks_of, read_gradients
+from gradfn.runs.provenance import Provenance, Settings, describe
+from gradfn.runs.rows import RunRows, Summary, write_rows
+from gradfn.runs.shards import Shard
+from gradfn.scores import KIND, SELF, SHARES, Columns
+from gradfn.store import Overwrite, Store
+from gradfn.subject import Subject, SubjectOptions, subject_of
+from gradfn.transforms import Transform
+from gradfn.types import Blocks, Data, Rows
+
+READ_BYTES = 256 << 20
+
+
+def score_run(
+    run: str | Path,
+    model: nn.Module | Subject,
+    train: Data,
+    queries: Queries,
+    method: Attribution,
+    *,
+    by_block: bool = False,
+    settings: Settings | Provenance | None = None,
+    query_ids: Sequence[str] | None = None,
+    query_texts: Sequence[str] = (),
+    overwrite: Overwrite = False,
+    shard: Shard | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
+) -> Summary:
+    """Write the scores of every row against queries to `RUN/scores.h5`, which `Scores.load` reads.
+
+    The file holds `/scores [rows, dampings, queries]`, float32, and what `build` writes beside the rows.
+
+    Args:
+        queries: query examples, or their gradients after the method's `query_transform`,
+            `{block: [queries, ...]}`; None for the rows' self-influence.
+        method: see `score`.
+        by_block: write each block's share of the scores too, `/scores_by/<block>`.
+        query_ids: the names of the queries; None means those of the examples, or their numbers.
+        query_texts: their texts, to be recognised by.
+        run, model, train, settings, overwrite, shard, progress, options: see `build`.
+
+    Raises:
+        InputError: the directory holds scores made otherwise; a loss is not finite; more shards than rows;
+            `query_ids` that are not as many as the queries.
+    """
+    subject = subject_of(model, **options)
+    transform = method.row_transform if isinstance(method, InnerProduct) else None
+    how: dict[str, Any] = {"by_block": by_block, "method": method.settings()}
+    made = describe(subject, train, transform).merged(how).merged(settings)
+    names = _query_ids(queries) if query_ids is None else list(query_ids)
+    columns = Columns(names, list(query_texts), damping_names(method))
+    scorer = method.scorer(subject, queries, by_block=by_block)
+    rows = RunRows(run, KIND, made, train, subject.view.tokens, shard, overwrite, columns.arrays())
+    return write_rows(
+        rows, scorer, lambda values: _score_arrays(values, columns), subject.token_batch_size, progress
+    )
+
+
+def write_scores(
+    run: str | Path,
+    train: Data,
+    result: Rows,
+    columns: Columns,
+    *,
+    settings: Settings | Provenance,
+    tokens: bool = False,
+    overwrite: Overwrite = False,
+    shard: Shard | None = None,
+) -> Path:
+    """Write scores at hand to `RUN/scores.h5`, with what lies beside the rows.
+
+    Args:
+        result: scores `[rows, dampings * queries]` and the rows' losses; of a shard, of its rows.
+        columns: the queries and dampings that these are of.
+        settings: all that the scores depend on.
+        tokens: whether a row of the scores is a token.
+        run, train, overwrite, shard: see `score_run`.
+    """
+    made = Provenance.of(settings)
+    rows = RunRows(run, KIND, made, train, tokens, shard, overwrite, columns.arrays())
+    first, last = rows.span(rows.examples)
+    with rows.open() as writer:
+        arrays = {**_score_arrays(result.values, columns), **rows.arrays(rows.examples, result)}
+        for start, stop in writer.missing([(first, last)]):
+            part = {name: values[start - first : stop - first] for name, values in arrays.items()}
+            writer.write(start, stop, part)
+        return rows.finish(writer)
+
+
+def damping_names(method: Attribution) -> tuple[str, ...]:
+    """The dampings that scores come for, as the command line spells them; `("",)` where none is chosen.
+
+    >>> from gradfn.methods import grad_dot
+    >>> damping_names(grad_dot())
+    ('',)
+    """
+    if isinstance(method, Joined):
+        return damping_names(method.parts[0][1])
+    plain = method.curvature is None if isinstance(method, InnerProduct) else method.damping == (None,)
+    if plain:
+        return ("",)
+    return tuple("none" if damping is None else str(damping) for damping in method.damping)
+
+
+def _query_ids(queries: Queries) -> list[str]:
+    if queries is None:
+        return [SELF]
+    ids = getattr(queries, "ids", None)
+    count = len(next(iter(queries.values()))) if isinstance(queries, dict) else len(queries)
+    return [str(number) for number in range(count)] if ids is None else [str(name) for name in ids]
+
+
+def _score_arrays(values: Blocks | Tensor, columns: Columns) -> Mapping[str, np.ndarray]:
+    """Scores, and where they came by block the shares that they are the sum of, as a store holds them."""
+    shares = values if isinstance(values, dict) else {}
+    total = sum(values.values(), torch.zeros(())) if isinstance(values, dict) else values
+    axes = len(columns.dampings), len(columns.query_ids)
+    if total.shape[1] != axes[0] * axes[1]:
+        raise InputError(
+            f"a row has {total.shape[1]} scores, which is not {axes[1]} for each of {axes[0]} dampings: give "
+            "as many `query_ids` as there are queries"
+        )
+    every = {KIND: total, **{SHARES + name: share for name, share in shares.items()}}
+    return {name: scores.float().unflatten(1, axes).numpy() for name, scores in every.items()}
+
+
+def stored_scores(store: Store, scorer: Transform, *, rows_per_chunk: int | None = None) -> Iterator[Tensor]:
+    """Stream the scores of a store's rows against queries, chunk by chunk in row order: `[chunk, queries]`.
+
+    Args:
+        store: what `build` wrote.
+        scorer: from stored rows to scores, an inner product's `against`.
+        rows_per_chunk: rows in memory at a time; None: as many as 256 MiB hold.
+    """
+    names = store.names(GRADIENTS)
+    row_bytes = sum(4 * int(np.prod(store.shape(name)[1:])) for name in names)
+    for _, _, arrays in store.chunks(names, rows_per_chunk or max(1, READ_BYTES // row_bytes)):
+        yield scorer(blocks_of(arrays))  # pyright: ignore[reportReturnType]
+
+
+def stored_shares(store: Store, row: int, scorer: Transform) -> Blocks:
+    """Each block's share of a stored row's scores, `{block: [queries]}`; they sum to `stored_scores`."""
+    shares: Any = scorer(read_gradients(store, row, row + 1))
+    return {name: share[0] for name, share in shares.items()}

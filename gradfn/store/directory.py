@@ -1,0 +1,108 @@
+"""A run directory: the names of its files, the lock of its only writer, and removing what is there."""
+
+import fcntl
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradfn.errors import InputError
+from gradfn.store.file import Span, disk_errors
+
+
+def index_path(run: str | Path, kind: str = "store") -> Path:
+    """The path of the index of a run, given the run directory or the .h5 file itself.
+
+    >>> index_path("runs/facts.h5").as_posix()
+    'runs/facts.h5'
+    """
+    return Path(run) / f"{kind}.h5" if Path(run).is_dir() else Path(run)
+
+
+def segment_name(kind: str, start: int, stop: int) -> str:
+    """The path of a segment below its run directory.
+
+    >>> segment_name("store", 0, 5)
+    'segments/store-0000000000-0000000005.h5'
+    """
+    return f"segments/{kind}-{start:010d}-{stop:010d}.h5"
+
+
+def segments_of(run: Path, kind: str) -> list[Path]:
+    """The segments of one kind that a run has, in the order of their rows."""
+    pattern = re.compile(rf"{kind}-\d{{10,}}-\d{{10,}}\.h5")
+    return sorted(path for path in (run / "segments").glob("*.h5") if pattern.fullmatch(path.name))
+
+
+def uncovered(start: int, stop: int, done: Iterable[Span]) -> Iterator[Span]:
+    """Yield the parts of rows `start` to `stop` that no span of `done` (sorted, disjoint) covers."""
+    for first, last in done:
+        if first >= stop:
+            break
+        if first > start:
+            yield start, first
+        start = max(start, last)
+    if start < stop:
+        yield start, stop
+
+
+def remove_leftovers(run: Path, kind: str) -> None:
+    """Remove the temporary files of runs that were killed."""
+    for path in [*(run / "segments").glob(f".{kind}-*.h5.tmp"), run / f".{kind}.h5.tmp"]:
+        path.unlink(missing_ok=True)
+
+
+def remove_all(run: Path, kind: str) -> None:
+    """Remove what a run of this kind wrote; the index first, so that it never joins what is gone."""
+    for path in [run / f"{kind}.h5", *segments_of(run, kind)]:
+        path.unlink(missing_ok=True)
+
+
+def remove_kind(run: str | Path, kind: str) -> None:
+    """Remove every file of one kind from a run directory, if there are any.
+
+    Raises:
+        InputError: it is being written.
+        StorageError: the disk failed.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> run = tempfile.mkdtemp()
+    >>> from gradfn.store import open_writer
+    >>> with open_writer(run, "store", {}, rows=1) as writer:
+    ...     writer.write(0, 1, {"loss": np.zeros(1)})
+    >>> remove_kind(run, "store")
+    >>> [path.name for path in Path(run).iterdir()], [*Path(run, "segments").iterdir()]
+    (['segments'], [])
+    """
+    run, lock = Path(run), Path(run) / f".{kind}.lock"
+    if not (lock.exists() or (run / f"{kind}.h5").exists() or segments_of(run, kind)):
+        return
+    with locked(run, kind), disk_errors(run):
+        remove_leftovers(run, kind)
+        remove_all(run, kind)
+        lock.unlink()
+
+
+@contextmanager
+def locked(run: Path, kind: str) -> Iterator[None]:
+    """Hold the lock of the only writer of this kind; the system releases it when the process dies."""
+    with disk_errors(run):
+        handle = os.open(run / f".{kind}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(
+            f"another run is writing the {kind} of {run}: wait for it to end, or write to another directory"
+        ) from None
+    except OSError as error:
+        warnings.warn(
+            f"{run} cannot be locked ({error.strerror}): write to it from one process only", stacklevel=4
+        )
+    try:
+        yield
+    finally:
+        os.close(handle)

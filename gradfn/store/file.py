@@ -1,0 +1,266 @@
+"""One HDF5 file: a header of attributes, and arrays. It appears under its name complete, or not at all."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from gradfn.errors import InputError, StorageError
+from gradfn.store.arrays import ArraySpec
+
+FORMAT = 2
+"""What is written. Scores of format 1 have no axis of dampings; other kinds are as they were."""
+READABLE = (1, 2)
+CHUNK_BYTES = 1 << 20
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# Version 1.10 of the format is the first with virtual datasets, and checksums its own metadata.
+LIBVER = ("v110", "v110")
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one file holds.
+
+    Args:
+        kind: "store", "scores", or another word.
+        rows: how many rows the run has; `start` and `stop` say which of them this file has.
+        settings: all that the rows depend on, as plain JSON values.
+        arrays: of rows, each as one row of it is.
+        fixed: arrays without a row dimension.
+        segments: the rows of the files that an index joins; empty for a file that holds its rows itself.
+        request: what was asked for, such as a command and its options: recorded, and never compared.
+        format: the version of the layout.
+    """
+
+    kind: str
+    rows: int
+    start: int
+    stop: int
+    settings: dict[str, Any]
+    arrays: dict[str, ArraySpec]
+    fixed: dict[str, ArraySpec] = field(default_factory=dict)
+    segments: tuple[Span, ...] = ()
+    request: dict[str, Any] = field(default_factory=dict)
+    format: int = field(default_factory=lambda: FORMAT)
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _put_header(file: h5py.File, header: Header) -> None:
+    manifest = dict(vars(header))
+    settings = json.dumps(manifest.pop("settings"))
+    text = json.dumps(manifest, default=vars)
+    # HDF5 checksums its metadata and our arrays, but not the heap where long attributes lie.
+    file.attrs.update(settings=settings, manifest=text, checksum=_digest(settings, text))
+
+
+def get_header(file: h5py.File) -> Header:
+    """The header of an open file, after its checksum was compared."""
+    if "manifest" not in file.attrs:
+        raise InputError(f"{file.filename} was not written by gradfn: give the run directory or its .h5 file")
+    settings, text = (str(file.attrs[name]) for name in ("settings", "manifest"))
+    if file.attrs["checksum"] != _digest(settings, text):
+        raise ValueError("checksum of the settings")
+    manifest = json.loads(text)
+    if manifest["format"] not in READABLE:
+        raise InputError(
+            f"{file.filename} has format {manifest['format']} and this gradfn reads "
+            f"{' and '.join(map(str, READABLE))}: use the gradfn that made it"
+        )
+    for group in ("arrays", "fixed"):
+        manifest[group] = {
+            name: ArraySpec(spec["dtype"], tuple(spec["shape"])) for name, spec in manifest[group].items()
+        }
+    manifest["segments"] = tuple((start, stop) for start, stop in manifest["segments"])
+    return Header(settings=json.loads(settings), **manifest)
+
+
+def _chunks(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Return the shape of a chunk of about `CHUNK_BYTES`: whole rows, or parts of a row that is larger."""
+    budget, chunk = max(1, CHUNK_BYTES // itemsize), []
+    for size in reversed(shape):
+        chunk.append(max(1, min(size, budget)))
+        budget //= chunk[-1]
+    return tuple(reversed(chunk))
+
+
+def new_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
+    """Make a checksummed dataset, in chunks of whole rows where rows are small enough."""
+    if 0 in shape:
+        return file.create_dataset(name, shape, dtype)
+    # Strings of one width are mostly padding, which compression takes back.
+    gzip = 1 if dtype.kind == "S" else None
+    chunks = _chunks(shape, dtype.itemsize)
+    return file.create_dataset(name, shape, dtype, chunks=chunks, compression=gzip, fletcher32=True)
+
+
+def _put(file: h5py.File, name: str, array: np.ndarray) -> None:
+    # A scalar is stored as one element, because HDF5 does not checksum scalars.
+    array = np.atleast_1d(array)
+    dataset = new_dataset(file, name, array.shape, array.dtype)
+    if array.size:
+        dataset[...] = array
+
+
+def put_all(file: h5py.File, header: Header, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a header and arrays into an open file."""
+    _put_header(file, header)
+    for name, array in arrays.items():
+        _put(file, name, array)
+
+
+class _Sink(io.FileIO):
+    """A file that remembers a failed write instead of raising it.
+
+    HDF5 cannot close a file that it failed to write: it keeps the file open and crashes the process at exit.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        rest = memoryview(data)
+        try:
+            while self.error is None and len(rest):
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = error
+            return 0
+
+
+def _write_file(path: Path, fill: Callable[[h5py.File], None]) -> None:
+    with _Sink(path, "w+") as sink:
+        try:
+            with h5py.File(sink, "w", libver=LIBVER) as file:
+                fill(file)
+        finally:
+            if sink.error is not None:
+                raise sink.error
+        os.fsync(sink.fileno())
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system while writing `path` into a `StorageError` of one sentence."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        remedy = "free some space" if error.errno in DISK_FULL else "make the place writable"
+        raise StorageError(
+            f"cannot write {path} ({os.strerror(error.errno)}): {remedy} and run the same command again, "
+            "which keeps the rows that are complete"
+        ) from error
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the names of the files in a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot, and order their renames by themselves
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def create_file(path: Path, fill: Callable[[h5py.File], None]) -> None:
+    """Make a file that appears as `path` complete and on disk, or not at all."""
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        # Ctrl-C inside a write of HDF5 would end like a failed one; only the main thread is ever interrupted.
+        with disk_errors(path), ThreadPoolExecutor(max_workers=1) as thread:
+            thread.submit(_write_file, partial, fill).result()
+            os.replace(partial, path)
+            sync_directory(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Make a complete file appear under another name too: by a hard link, or else by a copy."""
+    partial = target.with_name(f".{target.name}.tmp")
+    try:
+        with disk_errors(target):
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(path, partial)
+            except OSError:
+                shutil.copyfile(path, partial)
+                with partial.open("rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(partial, target)
+            sync_directory(target.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+DAMAGE = {
+    "truncated file": "it was cut short",
+    "checksum": "a checksum does not match",
+    "filter returned failure": "a checksum does not match",
+    "signature not found": "it is not an HDF5 file",
+}
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path} is missing: run the same command again, which recomputes only it")
+    if isinstance(error, OSError) and error.errno is not None:
+        return StorageError(
+            f"cannot read {path} ({os.strerror(error.errno)}): make it readable and try again"
+        )
+    text = str(error).lower()
+    reason = next((words for sign, words in DAMAGE.items() if sign in text), "its content makes no sense")
+    return InputError(
+        f"{path} is damaged ({reason}): delete it and run the same command again, which recomputes only it"
+    )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[h5py.File]:
+    """Open a complete file to read from; an error of HDF5 becomes an `InputError` of one sentence."""
+    try:
+        # Complete files do not change, and HDF5's own locks fail on some network file systems.
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except (InputError, StorageError):
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file.
+
+    Raises:
+        InputError: the file is missing, damaged, or was not written by gradfn.
+        StorageError: the system does not let it be read.
+    """
+    with reading(path) as file:
+        return get_header(file)

@@ -1,0 +1,224 @@
+"""Reading what a run wrote: the segments themselves, each checked against the index that joins them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from gradfn.errors import InputError
+from gradfn.store.arrays import ArraySpec, decoded
+from gradfn.store.compare import differing
+from gradfn.store.directory import index_path, segment_name, segments_of
+from gradfn.store.file import Header, Span, get_header, read_header, reading
+
+
+def steps(rows: int, step: int) -> Iterator[Span]:
+    """Yield `(start, stop)` of `step` rows each, the last of what is left.
+
+    >>> list(steps(5, 2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@dataclass(frozen=True)
+class Store:
+    """Reads what a run wrote; see `open_store`.
+
+    It keeps no file open, so it can be pickled and used after a fork. It reads the segments themselves: a
+    virtual dataset silently gives fill values for a segment that it cannot open.
+    """
+
+    path: Path
+    header: Header = field(repr=False)
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the rows depend on, as given to `open_writer`."""
+        return self.header.settings
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What was asked for, as given to `open_writer`."""
+        return self.header.request
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.header.rows
+
+    @property
+    def span(self) -> Span:
+        """The first row that is here, and the row after the last: all rows, or those of a part."""
+        return self.header.start, self.header.stop
+
+    def files(self) -> list[Path]:
+        """Return the files that hold the rows."""
+        return [path for path, _, _ in self._pieces(*self.span)]
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Return the names of the arrays of rows, in the order written, below a prefix like "gradients"."""
+        group = prefix.rstrip("/") + "/"
+        return [name for name in self.header.arrays if not prefix or name == prefix or name.startswith(group)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an array, rows first."""
+        return (self.rows, *self._look_up(name, self.header.arrays).shape)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return rows `start` to `stop` of an array; strings come as an object array of `str`.
+
+        Raises:
+            InputError: there is no such array, or a segment is damaged or gone.
+        """
+        return self.read_all([name], start, stop)[name]
+
+    def read_all(
+        self, names: Sequence[str], start: int = 0, stop: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return rows `start` to `stop` of several arrays by name; see `read`. Each file is opened once."""
+        first, last, _ = slice(start, stop).indices(self.rows)
+        arrays = self._stored(names, first, max(first, last))
+        return {name: decoded(array) for name, array in arrays.items()}
+
+    def chunks(
+        self, names: Sequence[str], rows_per_chunk: int
+    ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+        """Yield `(start, stop, {name: rows start to stop})` from the first row to the last."""
+        if rows_per_chunk < 1:
+            raise InputError(f"rows_per_chunk must be at least 1, got {rows_per_chunk}")
+        for start, stop in steps(self.rows, rows_per_chunk):
+            arrays = self._stored(names, start, stop)
+            yield start, stop, {name: decoded(array) for name, array in arrays.items()}
+
+    def fixed(self, name: str) -> np.ndarray:
+        """Return an array without a row dimension; strings come as an object array of `str`."""
+        spec = self._look_up(name, self.header.fixed)
+        with reading(self.path) as file:
+            return decoded(_dataset(file, name)[...].reshape(spec.shape))
+
+    def verify(self) -> None:
+        """Refuse a store of which a segment is gone, unreadable or another run's."""
+        for piece in self._pieces(*self.span):
+            with self._piece(*piece):
+                pass
+
+    def _look_up(self, name: str, specs: Mapping[str, ArraySpec]) -> ArraySpec:
+        if name not in specs:
+            held = ", ".join([*specs][:8]) + (f" and {len(specs) - 8} more" if len(specs) > 8 else "")
+            raise InputError(f"{self.path} has no array {name!r}: choose from {held or 'none'}")
+        return specs[name]
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Path, int, int]]:
+        """Yield the files that hold rows `start` to `stop`, with the first and last row of each."""
+        if not self.header.segments:
+            yield self.path, 0, self.rows
+        for first, last in self.header.segments:
+            if first < stop and start < last:
+                yield self.path.parent / segment_name(self.header.kind, first, last), first, last
+
+    @contextmanager
+    def _piece(self, path: Path, start: int, stop: int) -> Iterator[h5py.File]:
+        with reading(path) as file:
+            there = get_header(file)
+            span = (there.kind, there.rows, there.start, there.stop)
+            if span != (self.header.kind, self.rows, start, stop) or differing(there.settings, self.settings):
+                raise InputError(f"{path} is not the file that {self.path} joins: run their command again")
+            yield file
+
+    def _stored(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
+        """Return rows as they lie in the files, opening each file once for all names."""
+        if start < stop and not self.span[0] <= start < stop <= self.span[1]:
+            raise InputError(f"{self.path} is a part, without rows {start} to {stop}: join the parts first")
+        specs = {name: self._look_up(name, self.header.arrays) for name in names}
+        out = {name: np.empty((stop - start, *spec.shape), spec.stored_dtype) for name, spec in specs.items()}
+        for path, first, last in self._pieces(start, stop):
+            begin, end = max(start, first), min(stop, last)
+            with self._piece(path, first, last) as file:
+                for name, rows in out.items():
+                    dataset = _dataset(file, name, (last - first, *rows.shape[1:]))
+                    rows[begin - start : end - start] = dataset[begin - first : end - first]
+        return out
+
+
+def _dataset(file: h5py.File, name: str, shape: tuple[int, ...] | None = None) -> h5py.Dataset:
+    dataset = file[name]
+    # Slicing past the end would silently give fewer rows.
+    if not isinstance(dataset, h5py.Dataset) or shape not in (None, dataset.shape):
+        raise ValueError(f"{name} is not what the header says")
+    return dataset
+
+
+def open_store(run: str | Path, kind: str = "store") -> Store:
+    """Open what a run wrote, after checking that every segment is there and readable.
+
+    Args:
+        run: the run directory, or the .h5 file of an index.
+        kind: which index of the directory.
+
+    Raises:
+        InputError: the run is absent or unfinished, or a segment is missing or damaged.
+    """
+    run, path = Path(run), index_path(run, kind)
+    if not path.exists():
+        raise InputError(_why_absent(run, kind))
+    if run.is_file() and not h5py.is_hdf5(run):
+        raise InputError(f"{run} is no HDF5 file: give the directory of a run, or its {kind}.h5")
+    path = path.resolve()  # segments lie beside the file itself, not beside a link to it
+    store = Store(path, read_header(path))
+    if store.span != (0, store.rows):
+        what = "part" if store.header.segments else "segment"
+        raise InputError(f"{path} is one {what} of a run: open the run directory, {_whole_run(path)}")
+    store.verify()
+    return store
+
+
+def open_part(run: str | Path, kind: str) -> Store:
+    """Open what a run wrote that has a part of the rows; `read` takes the numbers they have among all rows.
+
+    Raises:
+        InputError: the run is absent or unfinished, or a segment is missing or damaged.
+
+    >>> import tempfile
+    >>> from gradfn.store import open_writer
+    >>> run = tempfile.mkdtemp()
+    >>> with open_writer(run, "store", {}, rows=10, part=(4, 6)) as writer:
+    ...     writer.write(4, 6, {"loss": np.array([0.5, 0.25])})
+    ...     _ = writer.finish()
+    >>> open_part(run, "store").read("loss", 5, 6)
+    array([0.25])
+    """
+    run = Path(run)
+    path = (run / f"{kind}.h5").resolve()
+    if not path.exists():
+        raise InputError(_why_absent(run, kind))
+    store = Store(path, read_header(path))
+    store.verify()
+    return store
+
+
+def _whole_run(path: Path) -> Path:
+    """The run directory that a segment, or the index of a part, belongs to."""
+    own = path.parent.parent if path.parent.name == "segments" else path.parent
+    return own.parent.parent if own.parent.name == "shards" else own
+
+
+def _why_absent(run: Path, kind: str) -> str:
+    if not run.exists():
+        return f"{run} does not exist: give the directory of a run, or its {kind}.h5"
+    parts = (kind, "sums") if kind == "hessian" else (kind,)
+    if any(any(run.glob(f"shards/*/{part}.h5")) for part in parts):
+        return f"the {kind} of {run} lies in shards: join them with `merge_run`"
+    if segments_of(run, kind):
+        return f"the {kind} of {run} is unfinished: run the command that makes it again, which resumes"
+    return f"{run} has no {kind}.h5: give the directory of a run that wrote one"

@@ -1,0 +1,197 @@
+"""Optimizers as pure functions of state and gradient, of one model or of many stacked ones."""
+
+from collections.abc import Callable
+from math import pi
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from gradfn.train.spec import Training
+from gradfn.types import Params
+
+
+class State(NamedTuple):
+    """A model in training. Many models are stacked: then every tensor has a leading axis of models.
+
+    Args:
+        params: the parameters.
+        moments: what the optimizer remembers: nothing, the momentum, or Adam's two moments.
+        taken: the number of steps taken so far.
+        total: the number of steps of the whole training, which the schedule needs.
+    """
+
+    params: Params
+    moments: tuple[Params, ...]
+    taken: Tensor
+    total: Tensor
+
+
+Update = Callable[[Training, State, Params, Tensor | None], State]
+"""`update` or `update_in_place`."""
+
+
+def first_state(params: Params, training: Training, total: Tensor) -> State:
+    """The state before the first step.
+
+    Args:
+        params: of one model, or stacked.
+        training: its optimizer decides which moments there are.
+        total: the number of steps of the whole training: `[]`, or `[models]`.
+
+    >>> params = {"w": torch.ones(2)}
+    >>> state = first_state(params, Training(1, 1, 0.1, "adam"), torch.tensor(10))
+    >>> len(state.moments), state.taken
+    (2, tensor(0))
+    """
+    count = 2 if training.optimizer != "sgd" else 1 if training.momentum else 0
+    zeros = tuple({name: torch.zeros_like(value) for name, value in params.items()} for _ in range(count))
+    return State(params, zeros, torch.zeros_like(total), total)
+
+
+def learning_rate(training: Training, taken: Tensor, total: Tensor) -> Float64[Tensor, "*models"]:
+    """The learning rate of the next step, warmup and schedule included.
+
+    Args:
+        training: the learning rate, its schedule and its warmup.
+        taken: the number of steps taken so far.
+        total: the number of steps of the whole training.
+
+    >>> learning_rate(Training(1, 1, 0.1, schedule="linear"), torch.tensor(5), torch.tensor(10))
+    tensor(0.0500, dtype=torch.float64)
+    """
+    t = taken.double()
+    left = ((total - t) / (total - training.warmup).clamp_min(1)).clamp(0, 1)
+    match training.schedule:
+        case "linear":
+            factor = left
+        case "cosine":
+            factor = (1 - (pi * left).cos()) / 2
+        case _:
+            factor = torch.ones_like(t)
+    if training.warmup:
+        factor = torch.where(t < training.warmup, t / training.warmup, factor)
+    return training.learning_rate * factor
+
+
+def update(training: Training, state: State, grads: Params, active: Tensor | None = None) -> State:
+    """The state after one step of the optimizer. All is elementwise, so stacked states are updated alike.
+
+    * sgd: `b' = mu b + g`, `p' = p - lr b'` (nesterov: `p - lr (g + mu b')`), with `g` for `g + decay p`
+    * adam: `m' = b1 m + (1 - b1) g`, `v' = b2 v + (1 - b2) g²`,
+      `p' = p - lr m' / (1 - b1^t) / (sqrt(v' / (1 - b2^t)) + eps)`, with `g` for `g + decay p`
+    * adamw: the same, with `(1 - lr decay) p` for `p`, and without decay in `g`
+
+    Args:
+        training: the optimizer and its settings.
+        state: before the step.
+        grads: the gradient of each parameter, by name.
+        active: which models take the step, `[]` or `[models]`; the state of the others stays. None: all.
+
+    >>> state = first_state({"w": torch.ones(1)}, Training(1, 1, 0.5, "sgd"), torch.tensor(1))
+    >>> update(Training(1, 1, 0.5, "sgd"), state, {"w": torch.ones(1)}).params["w"]
+    tensor([0.5000])
+    """
+
+    def chosen(new: Tensor, old: Tensor) -> Tensor:
+        return new if active is None else torch.where(_align(active, new), new, old)
+
+    lr, taken = learning_rate(training, state.taken, state.total), state.taken + 1
+    step = _sgd if training.optimizer == "sgd" else _adam
+    parts = [state.params, *state.moments]
+    made: list[Params] = [{} for _ in parts]
+    for name in state.params:
+        old = [part[name] for part in parts]
+        for part, new, before in zip(made, step(training, grads[name], old, lr, taken), old, strict=True):
+            part[name] = chosen(new, before)
+    return State(made[0], tuple(made[1:]), chosen(taken, state.taken), state.total)
+
+
+def _align(number: Tensor, like: Tensor) -> Tensor:
+    """A number a model, with as many axes as a tensor that has a leading axis of models."""
+    return number.reshape((*number.shape, *[1] * (like.ndim - number.ndim)))
+
+
+def _sgd(training: Training, g: Tensor, old: list[Tensor], lr: Tensor, t: Tensor) -> list[Tensor]:
+    p, *moments = old
+    if training.weight_decay:
+        g = g + training.weight_decay * p
+    if moments:
+        moments = [training.momentum * moments[0] + g]
+        g = g + training.momentum * moments[0] if training.nesterov else moments[0]
+    return [torch.addcmul(p, g, _align(-lr.to(p.dtype), p)), *moments]
+
+
+def _adam(training: Training, g: Tensor, old: list[Tensor], lr: Tensor, t: Tensor) -> list[Tensor]:
+    p, m, v = old
+    b1, b2 = training.betas
+    if training.weight_decay and training.optimizer == "adam":
+        g = g + training.weight_decay * p
+    elif training.weight_decay:
+        p = p * _align((1 - lr * training.weight_decay).to(p.dtype), p)
+    m = torch.lerp(m, g, 1 - b1)
+    v = torch.addcmul(b2 * v, g, g, value=1 - b2)
+    size, scale = lr / (1 - b1 ** t.double()), (1 - b2 ** t.double()).rsqrt()
+    direction = m / (_root(v) * _align(scale.to(p.dtype), p) + training.eps)
+    return [torch.addcmul(p, direction, _align(-size.to(p.dtype), p)), m, v]
+
+
+def _root(v: Tensor) -> Tensor:
+    """`sqrt(v)` with the derivative 0 at 0. The root has an infinite one there, but Adam's step is smooth."""
+    if not torch.is_grad_enabled():
+        return v.sqrt()
+    return torch.where(v > 0, torch.where(v > 0, v, 1).sqrt(), 0)
+
+
+def update_in_place(training: Training, state: State, grads: Params, active: Tensor | None = None) -> State:
+    """The step of `update` for stacked models that all take it at the same count, written into the state.
+
+    PyTorch's fused optimizers do it in one pass over the memory of parameters and moments.
+
+    Args:
+        training, state, grads: see `update`.
+        active: None.
+
+    >>> state = first_state({"w": torch.ones(1, 1)}, Training(1, 1, 0.5, "sgd"), torch.tensor([1]))
+    >>> update_in_place(Training(1, 1, 0.5, "sgd"), state, {"w": torch.ones(1, 1)}).params["w"]
+    tensor([[0.5000]])
+    """
+    assert active is None
+    lr = float(learning_rate(training, state.taken[0].cpu(), state.total[0].cpu()))
+    # Fused kernels walk through memory and ignore strides, so gradients must be dense.
+    along = [g if torch.empty_like(g).stride() == g.stride() else g.contiguous() for g in grads.values()]
+    params, *moments = (
+        [_laid_out(part[name], like) for name, like in zip(grads, along, strict=True)]
+        for part in (state.params, *state.moments)
+    )
+    # They copy a transposed tensor, so all are given as the vectors that lie in memory.
+    p, g, *m = ([tensor.as_strided((tensor.numel(),), (1,)) for tensor in part]
+                for part in (params, along, *moments))  # fmt: skip
+    if training.optimizer == "sgd":
+        sgd(p, g, [*m[0]] if m else [None] * len(p), fused=True, lr=lr,
+            weight_decay=training.weight_decay, momentum=training.momentum, dampening=0.0,
+            nesterov=training.nesterov, maximize=False, has_sparse_grad=False)  # fmt: skip
+    else:
+        steps = [state.taken[0].float() for _ in params]  # the optimizer adds the step itself
+        (adam if training.optimizer == "adam" else adamw)(
+            p, g, m[0], m[1], [], steps, fused=True, amsgrad=False,
+            beta1=training.betas[0], beta2=training.betas[1], lr=lr, maximize=False,
+            weight_decay=training.weight_decay, eps=training.eps,
+        )  # fmt: skip
+    made = [dict(zip(grads, part, strict=True)) for part in (params, *moments)]
+    return State(made[0], tuple(made[1:]), state.taken + 1, state.total)
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the strides of another one.
+
+    Gradients of weights come transposed, so a state is copied at its first step and never again.
+    """
+    if tensor.stride() == like.stride():
+        return tensor
+    new = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=like.device)
+    return new.copy_(tensor)

@@ -1,0 +1,84 @@
+"""One training step as a pure, twice differentiable function, and the losses of a batch that it needs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradfn.model.params import call
+from gradfn.train.optimizers import State, update
+from gradfn.train.spec import Training
+from gradfn.types import Batch, LossFn, Params
+
+Losses = Callable[[Params, Batch], Tensor]
+"""The losses of a batch at given parameters, `[batch]`; or of stacked ones, `[models, batch]`."""
+
+
+def make_step(loss: LossFn, training: Training) -> Callable[[State, Batch, Tensor], State]:
+    """The training step, a pure function of state, batch and example weights, twice differentiable in all.
+
+    The gradient is that of `sum_b weights_b loss_b`, with no division by the batch size. Where all weights
+    are 0, the state stays as it is.
+
+    Args:
+        loss: `loss(params, example) -> scalar`; its `batched`, where it has one, is used instead.
+        training: optimizer and schedule.
+
+    Returns:
+        `step(state, batch, weights [batch]) -> state`, of one model; `vmap(step)` steps many.
+
+    >>> import torch
+    >>> from gradfn.train import first_state
+    >>> def loss(p, e):
+    ...     return (p["w"] * e["x"]).sum()
+    >>> training = Training(1, 2, 0.5, "sgd")
+    >>> state = first_state({"w": torch.zeros(1)}, training, torch.tensor(1))
+    >>> step = make_step(loss, training)
+    >>> step(state, {"x": torch.tensor([[1.0], [3.0]])}, torch.tensor([0.5, 0.5])).params["w"]
+    tensor([-1.])
+    """
+    losses = losses_of(loss)
+
+    def step(state: State, batch: Batch, weights: Tensor) -> State:
+        grads = grad(lambda params: (losses(params, batch) * weights).sum())(state.params)
+        return update(training, state, grads, (weights != 0).any())
+
+    return step
+
+
+def losses_of(loss: LossFn) -> Losses:
+    """The losses of a batch as a function of parameters: `loss.batched` where there is one, else `vmap`.
+
+    Attention runs by its formula: fused kernels can be neither mapped over nor differentiated twice.
+
+    >>> import torch
+    >>> losses_of(lambda p, e: p["w"] * e["x"])({"w": torch.tensor(2.0)}, {"x": torch.arange(3.0)})
+    tensor([0., 2., 4.])
+    """
+    each = vmap(loss, in_dims=(None, 0))
+    module = None
+    if callable(getattr(loss, "batched", None)) and isinstance(getattr(loss, "model", None), nn.Module):
+        whole: Any = getattr(loss, "with_whole_logits", None)
+        module = _LossModule(loss if whole is None else whole())
+
+    def losses(params: Params, batch: Batch) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            if module is None:
+                return each(params, dict(batch))
+            return call(module, {f"model.{name}": p for name, p in params.items()}, dict(batch))
+
+    return losses
+
+
+class _LossModule(nn.Module):
+    """A loss and its model as one module, so that a call can replace the model's parameters."""
+
+    def __init__(self, loss: Any):
+        super().__init__()
+        self.model, self.loss = loss.model, loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The losses of the batch."""
+        return self.loss.batched(batch)

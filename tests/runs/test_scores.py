@@ -1,0 +1,153 @@
+"""Scores on disk, of a model and of stored gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+import gradfn as gf
+from gradfn.errors import InputError
+from gradfn.linalg.spectrum import Damping, Spectrum
+from gradfn.methods.attribution import Joined
+from gradfn.methods.inner_product import InnerProduct
+from gradfn.model.sites import View
+from gradfn.runs import scores as runs
+from gradfn.scores import SHARES, Columns, Scores
+from gradfn.statistics import ekfac
+from gradfn.types import Rows
+
+
+def test_stored_scores_are_scores_on_the_fly(model, documents, tmp_path, transform):
+    queries = documents.select([2, 5])
+    gf.build(tmp_path / "run", model, documents, transform)
+    blocks = gf.collect(model, queries, transform)
+    live = gf.score(model, documents, queries, method=gf.methods.InnerProduct(transform, transform))
+    with gf.open_store(tmp_path / "run") as store:
+        chunks = list(runs.stored_scores(store, gf.dot(blocks), rows_per_chunk=3))
+        (whole,) = runs.stored_scores(store, gf.dot(blocks))
+    assert [len(chunk) for chunk in chunks] == [3, 3, 2]
+    torch.testing.assert_close(torch.cat(chunks), live, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole, live, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_read_a_bounded_part_at_a_time(llama, documents, tmp_path, monkeypatch):
+    gf.build(tmp_path / "run", llama, documents, gf.project(4))
+    blocks = gf.collect(llama, documents.select([0]), gf.project(4))
+    monkeypatch.setattr(runs, "READ_BYTES", 2 * 4 * 16 * len(blocks))
+    with gf.open_store(tmp_path / "run") as store:
+        assert [len(chunk) for chunk in runs.stored_scores(store, gf.dot(blocks))] == [2, 2, 2, 2]
+
+
+def test_a_unit_norm_can_be_added_to_stored_rows(model, documents, tmp_path):
+    gf.build(tmp_path / "run", model, documents, gf.project(4))
+    cosine = gf.grad_cosine(gf.project(4))
+    blocks = gf.collect(model, documents, cosine.query_transform)
+    with gf.open_store(tmp_path / "run") as store:
+        stored = torch.cat(list(runs.stored_scores(store, gf.grad_cosine().against(blocks))))
+    torch.testing.assert_close(
+        stored, gf.score(model, documents, documents, method=cosine), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(stored.diag()[[0, 1, 2]], torch.ones(3))
+    assert (stored[3] == 0).all()  # a row with nothing to supervise
+
+
+def test_score_run_writes_what_load_reads(model, documents, tmp_path):
+    queries, method = documents.select([1, 4]), gf.grad_dot(gf.project(4))
+    summary = runs.score_run(
+        tmp_path, model, documents, queries, method, query_texts=["a text that ends in NUL\0", "another"]
+    )
+    with gf.open_store(summary.path, "scores") as store:
+        assert (store.read("scores").dtype, store.shape("scores")) == (np.float32, (8, 1, 2))
+    scores = Scores.load(tmp_path)
+    assert (scores.row_ids, scores.query_ids) == (documents.ids, ["row 1", "row 4"])
+    assert scores.query_texts == ["a text that ends in NUL", "another"]
+    assert (scores.dampings, scores.documents, scores.shares) == (("",), None, {})
+    torch.testing.assert_close(scores.matrix, gf.score(model, documents, queries, method=method))
+    assert scores.losses is not None
+    assert torch.equal(scores.losses == 0, torch.from_numpy(documents.supervised == 0))
+
+
+def test_queries_are_named_after_their_numbers_where_they_have_no_names(llama, documents, tmp_path):
+    gradients = gf.collect(llama, documents.select([1, 4]), gf.project(4))
+    runs.score_run(tmp_path / "a", llama, documents, gradients, gf.grad_dot(gf.project(4)))
+    runs.score_run(tmp_path / "b", llama, documents, None, gf.grad_dot(gf.project(4)))
+    assert Scores.load(tmp_path / "a").query_ids == ["0", "1"]
+    assert Scores.load(tmp_path / "b").query_ids == ["self-influence"]
+
+
+def test_names_that_are_not_as_many_as_the_queries_are_refused(llama, documents, tmp_path):
+    queries, method = documents.select([1, 4]), gf.grad_dot(gf.project(4))
+    with pytest.raises(
+        InputError, match="2 scores, which is not 1 for each of 1 dampings: give as many `query"
+    ):
+        runs.score_run(tmp_path, llama, documents, queries, method, query_ids=["one"])
+
+
+def test_scores_of_tokens_sum_to_those_of_their_documents(llama, documents, tmp_path):
+    queries, method = documents.select([1]), gf.grad_dot(gf.project(4))
+    runs.score_run(tmp_path, llama, documents, queries, method, view=View(tokens=True))
+    scores = Scores.load(tmp_path)
+    assert scores.documents is not None
+    assert scores.positions is not None
+    assert scores.documents.bincount().tolist() == documents.lengths.tolist()
+    assert scores.positions.tolist() == [at for length in documents.lengths.tolist() for at in range(length)]
+    assert scores.row_ids == [documents.ids[row] for row in scores.documents.tolist()]
+    sums = torch.zeros(8, 1).index_add_(0, scores.documents, scores.matrix)
+    torch.testing.assert_close(sums, gf.score(llama, documents, queries, method=method), rtol=1e-4, atol=1e-4)
+
+
+def test_scores_at_hand_are_written_like_those_of_an_engine(llama, documents, tmp_path):
+    queries, method = documents.select([1, 4]), gf.grad_dot(gf.project(4))
+    runs.score_run(tmp_path / "a", llama, documents, queries, method)
+    made = Scores.load(tmp_path / "a")
+    columns = Columns(made.query_ids, made.query_texts, made.dampings)
+    runs.write_scores(
+        tmp_path / "b", documents, Rows(made.matrix, made.losses), columns, settings=made.settings
+    )
+    again = Scores.load(tmp_path / "b")
+    assert torch.equal(again.values, made.values)
+    assert (again.row_ids, again.query_ids) == (made.row_ids, made.query_ids)
+    assert again.settings == made.settings
+
+
+def test_shares_sum_to_the_scores(model, documents, tmp_path):
+    queries = gf.collect(model, documents.select([1, 4]), gf.project(4))
+    gf.runs.score_run(tmp_path, model, documents, queries, gf.grad_dot(gf.project(4)), by_block=True)
+    gf.build(tmp_path, model, documents, gf.project(4))
+    with gf.open_store(tmp_path, "scores") as scores, gf.open_store(tmp_path) as store:
+        shares = {name.removeprefix(SHARES): scores.read(name)[:, 0] for name in scores.names(SHARES)}
+        assert shares.keys() == queries.keys()
+        np.testing.assert_allclose(sum(shares.values()), scores.read("scores")[:, 0], rtol=1e-4, atol=1e-5)
+        for name, share in runs.stored_shares(store, 2, gf.dot(queries, by_block=True)).items():
+            np.testing.assert_allclose(share.numpy(), shares[name][2], rtol=1e-4, atol=1e-5)
+        unit = runs.stored_shares(store, 2, gf.grad_cosine().against(queries, by_block=True))
+        (whole,) = runs.stored_scores(store, gf.grad_cosine().against(queries))
+        torch.testing.assert_close(sum(unit.values()), whole[2], rtol=1e-4, atol=1e-6)
+
+
+def test_scores_with_a_curvature_on_disk(llama, documents, tmp_path):
+    H = gf.hessian(tmp_path, llama, documents, ekfac())
+    method = gf.influence(H, damping=(Damping(0.1), Damping(1.0)))
+    queries = gf.collect(llama, documents.select([1]))
+    runs.score_run(tmp_path, llama, documents, queries, method)
+    scores = Scores.load(tmp_path)
+    assert scores.dampings == ("0.1", "1")
+    live = gf.score(llama, documents, documents.select([1]), method=method)
+    torch.testing.assert_close(scores.values[:, :, 0].T, live, rtol=1e-4, atol=1e-4)
+
+
+def test_dampings_of_joined_and_own_attributions():
+    class Own:
+        damping = (Damping(0.1), None)
+
+        def scorer(self, subject, query, *, by_block=False):
+            raise NotImplementedError
+
+        def settings(self):
+            return {}
+
+    H = {"a": Spectrum(None, torch.eye(2), torch.ones(1, 2))}
+    damped = InnerProduct(gf.chain(), gf.chain(), H, damping=(Damping(0.5), None))
+    assert runs.damping_names(damped) == ("0.5", "none")
+    assert runs.damping_names(Joined([(None, damped), (None, damped)])) == ("0.5", "none")
+    assert runs.damping_names(Joined([(None, gf.grad_dot())])) == ("",)
+    assert runs.damping_names(Own()) == ("0.1", "none")

@@ -1,0 +1,66 @@
+"""A run directory: one writer, and files that are removed."""
+
+import fcntl
+
+import pytest
+from stored import ROWS, SETTINGS, assert_holds_rows, one_sentence, segment, slices, start, write
+
+from gradfn.errors import InputError
+from gradfn.store import open_store, open_writer
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path):
+    write(tmp_path)
+    mine = [tmp_path / "segments" / ".store-0000000000-0000000001.h5.tmp", tmp_path / ".store.h5.tmp"]
+    other = tmp_path / "segments" / ".scores-0000000000-0000000001.h5.tmp"
+    for path in [*mine, other]:
+        path.write_bytes(b"half")
+    write(tmp_path)
+    assert not any(path.exists() for path in mine)
+    assert other.exists()
+
+
+def test_overwrite_touches_only_its_own_files(tmp_path):
+    write(tmp_path, kind="store")
+    write(tmp_path, kind="scores")
+    others = ["notes.txt", "hessian.h5", "segments/notes.h5", "segments/store-1-2.h5", "scores.h5"]
+    for name in others[:-1]:
+        (tmp_path / name).write_text("mine")
+    before = [(tmp_path / name).read_bytes() for name in others]
+    write(tmp_path, slices(12), settings={"other": 1}, overwrite=True)
+    assert [(tmp_path / name).read_bytes() for name in others] == before
+    assert open_store(tmp_path).settings == {"other": 1}
+    assert_holds_rows(open_store(tmp_path, "scores"))
+    assert not segment(tmp_path, 0, 5).exists()
+    assert segment(tmp_path, 0, 5, "scores").exists()
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    with open_writer(tmp_path, "store", SETTINGS, ROWS):
+        with pytest.raises(InputError) as error, open_writer(tmp_path, "store", {}, 1, overwrite=True):
+            pass
+        one_sentence(error, "another run is writing", tmp_path)
+        with open_writer(tmp_path, "scores", SETTINGS, ROWS):
+            pass
+    with open_writer(tmp_path, "store", SETTINGS, ROWS):
+        pass
+
+
+def test_a_writer_in_another_process_is_refused_until_it_dies(tmp_path):
+    child = start("with open_writer(run, 'store', {}, 1):\n    ready()\n    time.sleep(60)", tmp_path)
+    with pytest.raises(InputError, match="another run is writing"), open_writer(tmp_path, "store", {}, 1):
+        pass
+    child.kill()
+    child.communicate()
+    with open_writer(tmp_path, "store", {}, 1):
+        pass
+
+
+def test_a_file_system_without_locks_warns(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        write(tmp_path)
+    assert_holds_rows(open_store(tmp_path))

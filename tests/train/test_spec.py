@@ -1,0 +1,25 @@
+from dataclasses import replace
+
+import pytest
+
+from gradfn.errors import InputError
+from gradfn.train import (
+    Training,
+)
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"epochs": 0}, "epochs must be 1 or more"), ({"batch_size": 0}, "batch_size must be"),
+    ({"learning_rate": 0.0}, "learning_rate must be above 0"), ({"eps": 0.0}, "eps must be"),
+    ({"learning_rate": float("nan")}, "learning_rate"), ({"betas": (0.9, 1.0)}, "betas must be"),
+    ({"learning_rate": float("inf")}, "learning_rate must be above 0, and finite, not inf"),
+    ({"weight_decay": float("inf")}, "weight_decay must be 0 or more, and finite, not inf"),
+    ({"eps": float("inf")}, "eps must be above 0, and finite, not inf"),
+    ({"weight_decay": -1.0}, "weight_decay"), ({"warmup": -1}, "warmup must be"),
+    ({"momentum": 0.9}, "momentum and nesterov are settings of sgd"),
+    ({"optimizer": "sgd", "nesterov": True}, "nesterov"),
+    ({"optimizer": "sgd", "momentum": 1.0}, "momentum must be"),
+])  # fmt: skip
+def test_settings_out_of_range_are_refused(changes, says):
+    with pytest.raises(InputError, match=says):
+        replace(Training(1, 1, 0.1), **changes)
