@@ -1,4 +1,4 @@
-"""The pages name what exists: links and anchors, names of the library, files; and the index has every page."""
+"""The pages name what exists: links and anchors, names of the library, files. The index has every page."""
 
 import ast
 import json
@@ -124,5 +124,6 @@ def test_the_api_reference_has_every_room():
     assert command
     documented = set(gradfn.__all__) | {name.removeprefix("gradfn.") for name in command[0].split()}
     package = Path(gradfn.__file__).parent
-    rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    files = [path for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    rooms = {path.stem for path in files}
     assert rooms - {"__init__", "cli", "memory", "random"} <= documented
