@@ -127,3 +127,15 @@ def test_the_api_reference_has_every_room():
     files = [path for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     rooms = {path.stem for path in files}
     assert rooms - {"__init__", "cli", "memory", "random"} <= documented
+
+
+SELF_CONTAINED = ("case_studies", "coming_from", "curvature", "evaluation", "exact", "retraining", "verify")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SELF_CONTAINED)
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page}
+    for block in re.findall(r"```python\n(.*?)```", text_of(DOCS / f"{page}.md"), re.DOTALL):
+        exec(compile(block, f"{page}.md", "exec"), names)
