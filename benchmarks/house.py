@@ -23,8 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 ROOMS = (
-    "types", "errors", "random", "data", "subject", "linalg", "model", "transforms", "engine", "statistics",
-    "exact", "methods", "train", "runs", "evaluate", "report", "hf", "testing", "example", "cli",
+    "types", "errors", "random", "memory", "data", "store", "linalg", "model", "subject", "scores",
+    "transforms", "engine", "statistics", "exact", "methods", "train", "runs", "evaluate", "report", "hf",
+    "testing", "example", "cli",
 )  # fmt: skip
 """The rooms of gradfn in order: each imports only from those before it."""
 

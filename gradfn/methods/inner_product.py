@@ -31,7 +31,7 @@ class InnerProduct:
     Args:
         row_transform: `R`, what is done to the gradients of training rows, before any curvature.
         query_transform: `Q`, what is done to the gradients of queries, before any curvature.
-        curvature: one spectrum a block, of what `train` and `query` give.
+        curvature: one spectrum a block, of what `row_transform` and `query_transform` give.
         damping: of the curvature; for several, scores come for each of them.
         norm: "cosine" instead of an inner product, taken in the geometry of the curvature if there is one;
             "relative" divides an inner product by `|H^-1 g|` of the row, which keeps outliers from being
