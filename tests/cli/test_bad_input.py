@@ -14,6 +14,7 @@ import torch
 from tiny import DOCUMENTS, make_model, make_tokenizer, save, write_jsonl
 
 import gradfn as gf
+from gradfn.report.exports import WRITERS
 
 ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
 HUB = "no file or folder here has this name; check the path"
@@ -647,7 +648,7 @@ def test_an_export_that_fails(command, model, corpus, tmp_path, monkeypatch):
     def full(rows, columns, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("gradfn.cli.show._write_csv", full)
+    monkeypatch.setitem(WRITERS, "csv", full)
     result = command("score", "--model", model, "--dataset", corpus, *ASK, "--csv", tmp_path / "t.csv")
     assert (result.status, result.err.count("\n")) == (1, 1)
     assert "could not write" in result.err
