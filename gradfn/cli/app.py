@@ -12,7 +12,7 @@ import typer
 import gradfn
 from gradfn.cli.commands import COMMANDS, CURVATURE, TRUTH
 from gradfn.cli.console import Command, Group
-from gradfn.cli.request import Request, flag_of, takes
+from gradfn.cli.request import Request, flag, flag_of, slots_of, takes
 from gradfn.errors import InputError, StorageError
 
 app = typer.Typer(
@@ -74,9 +74,20 @@ def _sentence(error: Exception) -> str:
 def _with_flags(text: str) -> str:
     """A message of the library, in which arguments are named as the command line spells them."""
     text = re.sub(r"`shard=Shard\((\w+), (\w+)\)`", r"--shard \1/\2", text)
-    for argument, flag in FLAGS.items():
-        text = text.replace(argument, flag)
-    return text
+    for argument, option in FLAGS.items():
+        text = text.replace(argument, option)
+    named = (slots_of(request).values() for request in COMMANDS)
+    names = "|".join(sorted({slot.name for slots in named for slot in slots if not slot.about.positional}))
+    pattern = rf"(?<![\w'\"/.`-])(`?)({names})(?:=('[^']*'|[\w.:+]+))?`?(?![\w'\"=`])"
+    return re.sub(pattern, _flagged, text)
+
+
+def _flagged(match: re.Match[str]) -> str:
+    """An argument that the library names, as an option; a plain word stays, which needs not be one."""
+    quote, name, value = match.groups()
+    if value is None and not quote and "_" not in name:
+        return match[0]
+    return flag(name) if value in (None, "True") else f"{flag(name)} {value.strip(chr(39))}"
 
 
 def _version(wanted: bool) -> bool:

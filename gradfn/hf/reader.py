@@ -106,7 +106,7 @@ class Reader:
                 self._check_tokens(pair.inputs, pair.outputs)
                 return pair
             case "seq2seq_lm":
-                raise InputError("an input alone has no loss: give what the model said with --completion")
+                raise InputError("an input alone has no loss: give what the model said as `completion`")
             case task:
                 raise InputError(f"a text has no label, which {task} needs: give a dataset of queries")
 
@@ -115,7 +115,7 @@ class Reader:
         prompt, completion = (columns.get(key) for key in ("prompt_column", "completion_column"))
         if prompt is None or completion is None:
             raise InputError(
-                "seq2seq-lm maps prompts to completions: give --prompt-column and --completion-column"
+                "seq2seq-lm maps prompts to completions: give `prompt_column` and `completion_column`"
             )
         pairs = tokenize_pairs(
             rows, self.tokenizer, prompt_column=prompt, completion_column=completion,
