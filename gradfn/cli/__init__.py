@@ -6,6 +6,7 @@ import sys
 from io import TextIOWrapper
 
 from gradfn.cli.app import app, report
+from gradfn.cli.peers import translated
 
 __all__ = ["main"]
 
@@ -21,7 +22,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop
     try:
-        status = app(arguments, prog_name="gradfn", standalone_mode=False)
+        status = app(translated(arguments), prog_name="gradfn", standalone_mode=False)
     except Exception as error:
         if debug:
             raise

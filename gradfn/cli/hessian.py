@@ -3,88 +3,77 @@
 from typing import Any
 
 from gradfn import statistics as kinds
-from gradfn.cli import inputs
-from gradfn.cli.merge import next_facts, shard_facts, tokens_of
-from gradfn.cli.projections import with_projection
-from gradfn.cli.show import console, count, facts, progress_bar
-from gradfn.cli.stages import COMPONENTS, check_fit, load_stages
-from gradfn.cli.tell import gradients_line, subject_facts
+from gradfn.cli.commands import HessianRequest, MixRequest
+from gradfn.cli.console import console
+from gradfn.cli.inputs import check_request, check_run, load_model_and_rows, recorded, require
+from gradfn.cli.method import check_fit
+from gradfn.cli.options import COMPONENTS
+from gradfn.cli.stages import load_stages, projection_of
 from gradfn.errors import InputError
-from gradfn.hf import load_rows
+from gradfn.report.progress import progress_bar
+from gradfn.report.summaries import (
+    Facts,
+    curvature_facts,
+    gradients_line,
+    next_facts,
+    shard_facts,
+    tokens_of,
+)
+from gradfn.report.tables import facts
 from gradfn.runs.curvatures import hessian, mix_runs
 from gradfn.runs.merge import hessian_shard
-from gradfn.runs.shards import Shard, parse_shard, shard_run
-from gradfn.statistics import Curvature
+from gradfn.runs.shards import Shard, shard_run
 from gradfn.statistics.fold import passes
 
-NONE_OF_THESE = {"hessian_path": None, "damping": None}
-"""A curvature is fitted without another one."""
 
-
-def run_hessian(**options: Any) -> None:
+def run_hessian(request: HessianRequest) -> None:
     """Load, fit, report."""
-    inputs.check_run(options["run"])
-    inputs.check_options(options)
-    for name in ("model", "dataset"):
-        if options[name] is None:
-            raise InputError(f"no --{name}: a curvature needs a model and a dataset")
-    check_fit(options)
-    shard, kind = parse_shard(options["shard"]), str(options["kind"])
-    default = "rademacher:16x16" if kind == "second_moment" else "none"
-    options = {**with_projection({**options, **NONE_OF_THESE}, default), "by": "example"}
-    fold = getattr(kinds, kind)()
-    rows = load_rows(options["dataset"], options["split"])
-    subject = inputs.load_subject(options)
-    documents = inputs.load_documents(subject, rows, options)
-    stages = load_stages(subject, options)
-    where = {"path": inputs.anchored(options["dataset"]), "split": options["split"]}
-    lines = [*subject_facts(subject, documents), *shard_facts(documents, shard)]
+    check_run(request.run)
+    check_request(request)
+    require(request, "a curvature needs a model and a dataset")
+    check_fit(request.fit, request.loss.criterion, request.loss.label_smoothing)
+    default = "rademacher:16x16" if request.kind == "second_moment" else "none"
+    projection, fold = projection_of(request.gradients, request.seed, default), getattr(kinds, request.kind)()
+    loaded, documents = load_model_and_rows(request)
+    shard, fit = request.output.shard, request.fit
+    stages = load_stages(loaded, projection, request.gradients.optimizer_state)
+    lines = [*loaded.facts(documents), *shard_facts(documents, shard)]
     console().print(facts([*lines, ("gradients", gradients_line(stages.base))]))
-    how = {
-        "labels": str(options["labels"]), "seed": options["seed"], "partitions": options["partitions"],
-        "overwrite": options["overwrite"],
-        "settings": {**subject.settings(), **stages.settings, "data": where}, **subject.engine_options(),
+    how: dict[str, Any] = {
+        "labels": fit.labels, "seed": request.seed, "partitions": fit.partitions,
+        "overwrite": request.output.overwrite,
+        "settings": {**loaded.settings(), **stages.settings, **recorded(request)},
+       
     }  # fmt: skip
-    total = tokens_of(documents, shard) * options["partitions"]
-    given = options["run"], subject.model, documents, fold, stages.base
+    total = tokens_of(documents, shard) * fit.partitions
+    given = request.run, loaded.subject, documents, fold, stages.base
     if shard is not None:
-        with subject.multiplying(), progress_bar("curvature", total) as progress:
+        with loaded.multiplying(), progress_bar("curvature", total) as progress:
             done = hessian_shard(*given, shard=shard, progress=progress, **how)
-        console().print(facts(_shard_facts(options["run"], shard, done, passes(fold))))
+        console().print(facts(_sums_facts(request.run, shard, done, passes(fold))))
         return
-    with subject.multiplying(), progress_bar("curvature", total * passes(fold)) as progress:
+    with loaded.multiplying(), progress_bar("curvature", total * passes(fold)) as progress:
         fitted = hessian(*given, progress=progress, **how)
-    console().print(facts(_facts(options["run"], fitted)))
+    console().print(facts(curvature_facts(request.run, fitted)))
 
 
-def _shard_facts(run: str, shard: Shard, done: int, passes: int) -> list[tuple[str, str]]:
+def _sums_facts(run: str, shard: Shard, done: int, passes: int) -> Facts:
     """Which sums are there, and what comes next."""
     which = f", pass {done} of {passes}" if passes > 1 else ""
     then = "" if done == passes else ", then every shard again"
     return [("sums", f"{shard_run(run, shard)}{which}"), *next_facts(run, shard, then)]
 
 
-def run_mix(**options: Any) -> None:
+def run_mix(request: MixRequest) -> None:
     """Mix, report."""
-    inputs.check_run(options["run"])
-    components = options["target_downweight_components"]
-    if options["coefficient"] is not None and components != COMPONENTS:
+    check_run(request.run)
+    if request.coefficient is not None and request.components != COMPONENTS:
         raise InputError(
             "--coefficient is a weight, and --target-downweight-components chooses one: leave one of them out"
         )
     mixed, weight = mix_runs(
-        options["run"], options["query"], options["train"], coefficient=options["coefficient"],
-        components=components, overwrite=options["overwrite"],
+        request.run, request.query, request.train, coefficient=request.coefficient,
+        components=request.components, settings=request.record(), overwrite=request.output.overwrite,
     )  # fmt: skip
     lines = [("mixed", f"{weight:.4g} of the queries', {1 - weight:.4g} of the training rows'")]
-    console().print(facts([*lines, *_facts(options["run"], mixed)]))
-
-
-def _facts(run: str, fitted: Curvature) -> list[tuple[str, str]]:
-    shape = f"{fitted.kind}, {count(len(fitted), 'block')}, {count(fitted.rows, 'row')}"
-    largest = max(float(one.values.max()) for one in fitted.values())
-    total = sum(float(one.values.sum()) for one in fitted.values())
-    return [
-        ("curvature", f"{run}/hessian.h5 [{shape}]"),
-        ("eigenvalues", f"sum {total:.4g}, largest {largest:.4g}"),
-    ]
+    console().print(facts([*lines, *curvature_facts(request.run, mixed)]))

@@ -1,599 +1,490 @@
-"""The vocabulary of the command line: every option, once, in groups that commands take."""
+"""The options of the command line, in groups that requests hold. Nothing here loads torch before it must."""
 
-import inspect
-from collections.abc import Callable, Mapping
-from enum import StrEnum
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import typer
+from gradfn.cli.request import OUTPUT, found, option
+from gradfn.errors import InputError
 
-Group = Mapping[str, tuple[Any, Any]]
-"""Options by the name of their parameter: the annotated type and the default."""
+if TYPE_CHECKING:
+    from gradfn.linalg.spectrum import Damping
+    from gradfn.runs.shards import Shard
+    from gradfn.train.spec import Training
 
+Task = Literal[
+    "causal_lm", "seq2seq_lm", "classification", "image_classification", "regression", "masked_lm"
+]  # fmt: skip
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+Criterion = Literal["cross_entropy", "log_odds", "kl"]
+Reduction = Literal["mean", "sum"]
+Kind = Literal["second_moment", "kfac", "ekfac", "shampoo", "tkfac"]
+Labels = Literal["data", "model"]
+By = Literal["example", "module", "head", "token"]
+StoredBy = Literal["example", "head", "token"]
+Optimizer = Literal["sgd", "adam", "adamw"]
+Schedule = Literal["constant", "linear", "cosine"]
+Init = Literal["given", "random"]
 
-class Precision(StrEnum):
-    """Of the model: its dtype, or fp32 with rounded products; statistics are float32 or better in all."""
-
-    fp32 = "fp32"
-    tf32 = "tf32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp64 = "fp64"
-
-
-class Attention(StrEnum):
-    """Kernel of attention, by the names of transformers."""
-
-    sdpa = "sdpa"
-    eager = "eager"
-    flash_attention_2 = "flash_attention_2"
-    flash_attention_3 = "flash_attention_3"
-
-
-class Reduction(StrEnum):
-    """How a document's loss comes from its positions."""
-
-    mean = "mean"
-    sum = "sum"
+IMAGES = "image_classification"
+"""The task whose rows are images."""
+COMPONENTS = 1000
+"""Directions that TrackStar counts less where no option says how many."""
 
 
-class Aggregated(StrEnum):
-    """What becomes of the rows of a query set."""
-
-    mean = "mean"
-    sum = "sum"
+# --- from text to values
 
 
-class Kind(StrEnum):
-    """Curvatures."""
+def device_named(name: str) -> str:
+    """A device; "auto" is a CUDA GPU where there is one, else the CPU."""
+    if name != "auto":
+        return name
+    import torch
 
-    second_moment = "second_moment"
-    kfac = "kfac"
-    ekfac = "ekfac"
-    shampoo = "shampoo"
-    tkfac = "tkfac"
-
-
-class LabelsOf(StrEnum):
-    """Where a curvature's labels come from."""
-
-    data = "data"
-    model = "model"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class TaskName(StrEnum):
-    """What the model was made for, which decides what a loss compares."""
+def dampings(text: str) -> Any:
+    """Dampings as they are spelled."""
+    from gradfn.linalg.spectrum import parse_dampings
 
-    causal_lm = "causal_lm"
-    seq2seq_lm = "seq2seq_lm"
-    classification = "classification"
-    image_classification = "image_classification"
-    regression = "regression"
-    masked_lm = "masked_lm"
+    return parse_dampings(text)
 
 
-class LossName(StrEnum):
-    """What is computed of a position's logits."""
+def shard(text: str) -> Any:
+    """A shard as it is spelled."""
+    from gradfn.runs.shards import parse_shard
 
-    cross_entropy = "cross_entropy"
-    log_odds = "log_odds"
-    kl = "kl"
-
-
-class By(StrEnum):
-    """How finely scores are told apart."""
-
-    example = "example"
-    module = "module"
-    head = "head"
-    token = "token"
+    return parse_shard(text)
 
 
-class StoredBy(StrEnum):
-    """How finely a store tells gradients apart; its blocks are modules in any case."""
+def dims(text: str) -> int | tuple[int, int]:
+    """`4096`, or `128x128`.
 
-    example = "example"
-    head = "head"
-    token = "token"
+    Raises:
+        InputError: anything else.
 
-
-class OptimizerName(StrEnum):
-    """Optimizers of retraining."""
-
-    sgd = "sgd"
-    adam = "adam"
-    adamw = "adamw"
-
-
-class ScheduleName(StrEnum):
-    """What the learning rate does after the warmup."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class Init(StrEnum):
-    """Where retraining starts."""
-
-    given = "given"
-    random = "random"
-
-
-def _option(kind: Any, name: str, help: str) -> Any:
-    return Annotated[kind, typer.Option(name, help=help, show_default=True)]
-
-
-def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of the groups, behind its own; they reach it as keywords.
-
-    >>> @takes({"top": (int, 3)})
-    ... def command(run: str, **options): ...
-    >>> inspect.signature(command)
-    <Signature (run: str, *, top: int = 3) -> None>
+    >>> dims("128x64")
+    (128, 64)
     """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-            for group in groups
-            for name, (kind, default) in group.items()
-        ]
-        new = signature.replace(parameters=[*own, *added], return_annotation=None)
-        annotations = {p.name: p.annotation for p in new.parameters.values()}
-        # The parser reads the signature and the annotations, not the code.
-        command.__signature__ = new  # pyright: ignore[reportFunctionMemberAccess]
-        command.__annotations__ = {**annotations, "return": None}
-        return command
-
-    return decorate
+    if not (match := re.fullmatch(r"0*([1-9]\d{0,8})(?:x0*([1-9]\d{0,8}))?", text, re.ASCII)):
+        raise InputError(
+            f"--keep {text!r}: give 128x128 for both sides of every block, or 4096 of each flattened"
+        )
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
 
 
-Store = Annotated[str, typer.Argument(help="A run directory, or the store.h5 in it.")]
-Run = Annotated[
-    str,
-    typer.Argument(
-        help="The run directory to write; made if absent, resumed if it was made by the same command."
-    ),
-]
-ScoreRun = Annotated[
-    str | None, typer.Argument(help="The run directory to write scores.h5 to; none: only show them.")
-]
-TruthRun = Annotated[
-    str, typer.Argument(help="The run directory to write truth.h5 to; resumed if the same command made it.")
-]
-CheckedModel = Annotated[str, typer.Argument(help="Local folder, .gguf file or hub name.")]
-FittedQuery = Annotated[str, typer.Argument(help="The run directory of the queries' curvature.")]
-FittedTrain = Annotated[str, typer.Argument(help="The run directory of the training rows' curvature.")]
-Merged = Annotated[str, typer.Argument(help="The run directory that the shards were given.")]
-Truth = Annotated[str, typer.Argument(help="What gradfn retrain wrote.")]
-Scores = Annotated[list[str], typer.Argument(metavar="RUN", help="What gradfn score RUN wrote; several.")]
-OneScores = Annotated[str, typer.Argument(metavar="RUN", help="What gradfn score RUN wrote.")]
-OtherScores = Annotated[str, typer.Argument(metavar="OTHER", help="Scores of the same rows and queries.")]
-SelfScores = Annotated[str, typer.Argument(metavar="RUN", help="What gradfn score RUN --self wrote.")]
-Inspected = Annotated[str, typer.Argument(help="A run directory, or an .h5 file in it.")]
+def paths(text: str) -> tuple[str, ...]:
+    """Paths with commas between.
 
-_PRECISION = "Dtype of the model's weights; tf32: fp32, multiplied on the device's TF32 or bf16 units"
-_ATTENTION = "Kernel of attention; changes rounding, speed and memory."
-MODEL: Group = {
-    "model": (_option(str | None, "--model", "Local folder, .gguf file or hub name."), None),
-    "task": (_option(TaskName, "--task", "What the model does with a row."), TaskName.causal_lm),
-    "precision": (
-        _option(Precision, "--precision", f"{_PRECISION}."),
-        Precision.fp32,
-    ),
-    "attention": (
-        _option(Attention | None, "--attention", f"{_ATTENTION} [default: what transformers takes]"),
-        None,
-    ),
-    "device": (_option(str, "--device", "cpu, cuda, cuda:1, ..."), "cpu"),
-    "token_batch_size": (
-        _option(
-            int,
-            "--token-batch-size",
-            "Tokens a batch, padding included, or patches of images; changes no result.",
-        ),
-        4096,
-    ),
-}
-CHECKED: Group = {name: option for name, option in MODEL.items() if name != "model"}
-STORED_MODEL: Group = {
-    "model": (_option(str | None, "--model", "The store's model, if it lies elsewhere by now."), None),
-    "precision": (
-        _option(Precision | None, "--precision", f"{_PRECISION}. [default: the store's]"),
-        None,
-    ),
-    "attention": (_option(Attention | None, "--attention", f"{_ATTENTION} [default: the store's]"), None),
-    "device": MODEL["device"],
-    "token_batch_size": MODEL["token_batch_size"],
-}
+    >>> paths("a, b")
+    ('a', 'b')
+    """
+    named = tuple(part.strip() for part in text.split(","))
+    if "" in named:
+        raise InputError(f"--checkpoints {text!r} names none, or an empty one: give them with commas between")
+    return named
 
-DATASET: Group = {
-    "dataset": (
-        _option(
-            str | None,
-            "--dataset",
-            "Training rows: .jsonl .json .csv .parquet .arrow .txt, a save_to_disk folder, a folder of "
-            "images (a folder a class), or a hub name.",
-        ),
-        None,
-    ),
-    "split": (_option(str, "--split", 'Split of --dataset, or a part of one: "train[:100]".'), "train"),
-}
-QUERY_SPLIT: Group = {
-    "split": (
-        _option(str, "--split", 'Split of a dataset in --query, or a part of one: "test[:100]".'),
-        "train",
-    ),
-}
-COLUMNS: Group = {
-    "text_column": (_option(str, "--text-column", "Column with the text."), "text"),
-    "image_column": (
-        _option(
-            str | None,
-            "--image-column",
-            "Column with images, or with their paths, relative to the dataset's. [default: the only column "
-            "of images, or image]",
-        ),
-        None,
-    ),
-    "prompt_column": (
-        _option(str | None, "--prompt-column", "Column with prompts, which are not supervised."),
-        None,
-    ),
-    "completion_column": (
-        _option(str | None, "--completion-column", "Column with completions: only they are supervised."),
-        None,
-    ),
-    "messages_column": (
-        _option(
-            str | None,
-            "--messages-column",
-            "Column with chats, lists of role and content, for the tokenizer's template; only the "
-            "assistant is supervised. [default: messages, where there is no text]",
-        ),
-        None,
-    ),
-    "label_column": (
-        _option(
-            str | None,
-            "--label-column",
-            "Column with what a row is to be mapped to: class numbers or names, or (regression) numbers. "
-            "[default, of images: label]",
-        ),
-        None,
-    ),
-    "truncation": (
-        _option(bool, "--truncation", "Cut documents that are longer than the model's context."),
-        False,
-    ),
-}
-WEIGHTS: Group = {
-    "reward_column": (
-        _option(
-            str | None,
-            "--reward-column",
-            "Column with rewards: a row's loss is multiplied by its reward less the mean of its prompt.",
-        ),
-        None,
-    ),
-    "advantage_column": (
-        _option(str | None, "--advantage-column", "Column with numbers that multiply the rows' losses."),
-        None,
-    ),
-}
-QUERY: Group = {
-    "query": (
-        _option(
-            str | None,
-            "--query",
-            "A text in quotes, or a dataset of queries (a file, or a save_to_disk folder): its prompts and "
-            "completions, or its texts.",
-        ),
-        None,
-    ),
-    "completion": (
-        _option(str | None, "--completion", "What follows the text of --query; only it is supervised."),
-        None,
-    ),
-    "query_path": (
-        _option(str | None, "--query-path", "Query gradients that build or reduce wrote."),
-        None,
-    ),
-}
 
-METHOD: Group = {
-    "method": (
-        _option(
-            str | None,
-            "--method",
-            "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, "
-            "tkfac, relatif, trak, datainf, or FILE.py:NAME for your own. [default: grad_dot, or what other "
-            "options say]",
-        ),
-        None,
-    ),
-    "self_influence": (
-        _option(bool, "--self", "Instead of queries: each row's influence on itself, for outliers."),
-        False,
-    ),
-    "group_column": (
-        _option(str | None, "--group-column", "Column of --query: queries of a group are averaged to one."),
-        None,
-    ),
-    "checkpoints": (
-        _option(
-            str | None,
-            "--checkpoints",
-            "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak).",
-        ),
-        None,
-    ),
-    "checkpoint_weights": (
-        _option(
-            str | None,
-            "--checkpoint-weights",
-            "A weight for each checkpoint, such as its learning rate. [default: 1 / number of checkpoints]",
-        ),
-        None,
-    ),
-    "target_downweight_components": (
-        _option(int, "--target-downweight-components", "trackstar: directions of the queries to count less."),
-        1000,
-    ),
-}
-KEEP: Group = {
-    "keep": (
-        _option(
-            str, "--keep", "Coordinates: 128x128 of both sides of every block, or 4096 of each flattened one."
-        ),
-        "128x128",
-    ),
-    "rows": (_option(int, "--rows", "Training rows, and queries at most, to look at."), 512),
-    "seed": (_option(int, "--seed", "Which rows, the noise of the start, and what masked-lm masks."), 0),
-}
-OPTIMIZER: Group = {
-    "optimizer_state": (
-        _option(
-            str | None,
-            "--optimizer-state",
-            "Scale gradients as the optimizer does: its state_dict, a Trainer checkpoint, or safetensors.",
-        ),
-        None,
-    ),
-}
-_HESSIAN = "A curvature that hessian or mix wrote: H^-1 on the queries, or (cosine) H^-1/2 on both sides."
-_DAMPING = "Of the curvature: 0.1 adds 0.1 mean(lambda); or absolute:, truncated:, tikhonov:, factored:NUMBER"
-DAMPING: Group = {
-    "damping": (_option(str | None, "--damping", f"{_DAMPING}; several with commas. [default: 0.1]"), None),
-}
-CURVATURE: Group = {
-    "hessian_path": (_option(str | None, "--hessian-path", _HESSIAN), None),
-    **DAMPING,
-}
-FIT: Group = {
-    "labels": (
-        _option(LabelsOf, "--labels", "Of curvatures: the data's, or drawn from the model with --seed."),
-        LabelsOf.data,
-    ),
-    "partitions": (
-        _option(int, "--partitions", "Fit curvatures in so many passes, with less memory; same result."),
-        1,
-    ),
-}
-KIND: Group = {
-    "kind": (_option(Kind, "--method", "What to fit."), Kind.second_moment),
-}
-MIX: Group = {
-    "target_downweight_components": METHOD["target_downweight_components"],
-    "coefficient": (
-        _option(
-            float | None, "--coefficient", "Weight of the queries' curvature. [default: TrackStar's choice]"
-        ),
-        None,
-    ),
-}
-_PROJECTION = (
+def weights(text: str) -> tuple[float, ...]:
+    """Finite numbers with commas between."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(map(isfinite, numbers)):
+        raise InputError(f"--checkpoint-weights {text} are not numbers: give 0.1,0.05, say")
+    return numbers
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--remove-top {text} are not whole numbers: give 10,20, say") from None
+
+
+def found_method(text: str) -> str:
+    """`FILE.py:NAME` with the path of the file absolute.
+
+    >>> found_method("ekfac")
+    'ekfac'
+    """
+    path, colon, name = text.rpartition(":")
+    return f"{found(path)}:{name}" if colon else text
+
+
+def found_projection(text: str) -> str:
+    """A projection as it is spelled, with the runs that it is read from absolute."""
+    from gradfn.transforms.projection import quoted
+
+    def place(match: re.Match[str]) -> str:
+        path = match[2][1:-1].replace('""', '"') if match[2].startswith('"') else match[2].strip()
+        return match[1] + quoted(found(path)) + match[3]
+
+    return re.sub(r'(selective:|pca:\d+x\d+:)("(?:[^"]|"")*"|[^">]*[^">\s])(\s*)', place, text)
+
+
+# --- what is longer than a line
+
+_DATASET = (
+    "Training rows: .jsonl .json .csv .parquet .arrow .txt, a save_to_disk folder, a folder of images (a "
+    "folder a class), or a hub name."
+)
+_IMAGES = "Column with images, or with their paths, relative to the dataset's."
+_MESSAGES = (
+    "Column with chats, lists of role and content, for the tokenizer's template; only the assistant is "
+    "supervised."
+)
+_LABELS = "Column with what a row is to be mapped to: class numbers or names, or (regression) numbers."
+_REWARDS = "Column with rewards: a row's loss is multiplied by its reward less the mean of its prompt."
+_QUERY = (
+    "A text in quotes, or a dataset of queries (a file, or a save_to_disk folder): its prompts and "
+    "completions, or its texts."
+)
+_METHOD = (
+    "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
+    "relatif, trak, datainf, or FILE.py:NAME for your own."
+)
+_CHECKPOINTS = (
+    "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."
+)
+_WEIGHTS = "A weight for each checkpoint, such as its learning rate."
+_OPTIMIZER = "Scale gradients as the optimizer does: its state_dict, a Trainer checkpoint, or safetensors."
+PROJECTION = (
     "'gaussian:64x64' projects both sides of each layer's gradient, 'sjlt:4096' the flattened gradient; "
     "'mask:128x128 > sjlt:4096', 'joint > fjlt:2048', 'pca:64x64:RUN', 'selective:RUN', 'none'. Kinds: "
     "rademacher, gaussian, orthonormal, mask, sjlt, fjlt."
 )
-_OTHERWISE = "[default: the curvature's, or else rademacher:16x16]"
-PROJECTION: Group = {
-    "projection": (_option(str | None, "--projection", f"{_PROJECTION} {_OTHERWISE}"), None),
-    "projection_dim": (
-        _option(
-            int | None,
-            "--projection-dim",
-            "16 is short for --projection rademacher:16x16 (or the kind that --projection names), but sides "
-            "up to 16 stay; 0: the full gradient.",
-        ),
-        None,
-    ),
-    "seed": (_option(int, "--seed", "Key of the projection, and what masked-lm masks."), 0),
-}
-_METHODS = "[default: the curvature's, or else the method's, rademacher:16x16 or none]"
-SCORE_PROJECTION: Group = {
-    **PROJECTION,
-    "projection": (_option(str | None, "--projection", f"{_PROJECTION} {_METHODS}"), None),
-}
-UNIT: Group = {
-    "unit_normalize": (
-        _option(bool, "--unit-normalize", "Scale every row's gradient to norm 1 (cosine)."),
-        False,
-    ),
-}
-REFERENCE: Group = {
-    "reference": (
-        _option(str | None, "--reference", "The model that kl compares with, of the same vocabulary."),
-        None,
-    ),
-}
-QUERY_LOSS: Group = {
-    "query_loss": (
-        _option(LossName | None, "--query-loss", "Loss of the queries, where it is not that of the rows."),
-        None,
-    ),
-}
-LOSS: Group = {
-    "loss": (_option(LossName, "--loss", "Loss of a position (or class)."), LossName.cross_entropy),
-    **REFERENCE,
-    "label_smoothing": (
-        _option(float, "--label-smoothing", "Share of cross-entropy's target that goes to all tokens alike."),
-        0.0,
-    ),
-    "loss_reduction": (
-        _option(Reduction, "--loss-reduction", "Over a document's supervised tokens."),
-        Reduction.mean,
-    ),
-}
-LAYERS: Group = {
-    "include": (
-        _option(
-            list[str] | None,
-            "--include",
-            "Glob of layers to take; several may be given. All weight matrices but the LM head "
-            "and embeddings, unless told.",
-        ),
-        None,
-    ),
-    "exclude": (
-        _option(list[str] | None, "--exclude", "Glob of layers to leave out; several may be given."),
-        None,
-    ),
-}
-
+_DIM = (
+    "16 is short for --projection rademacher:16x16 (or the kind that --projection names), but sides up to 16 "
+    "stay; 0: the full gradient."
+)
+_HESSIAN = "A curvature that hessian or mix wrote: H^-1 on the queries, or (cosine) H^-1/2 on both sides."
+_DAMPING = (
+    "Of the curvature: 0.1 adds 0.1 mean(lambda); or absolute:, truncated:, tikhonov:, factored:NUMBER; "
+    "several with commas."
+)
+_DIRECTIONS = "trackstar: directions of the queries to count less."
+_INCLUDE = (
+    "Glob of layers to take; several may be given. All weight matrices but the LM head and embeddings, "
+    "unless told."
+)
 _BY = "What a score belongs to: a row, in all or by module or attention head too; or a token of a row."
-BY: Group = {"by": (_option(By, "--by", _BY), By.example)}
-STORED_BY: Group = {
-    "by": (
-        _option(
-            StoredBy,
-            "--by",
-            "What a gradient belongs to: a row and module; one attention head of it; a token of a row.",
-        ),
-        StoredBy.example,
-    ),
-}
-QUERY_BY: Group = {"by": (_option(By | None, "--by", f"{_BY} [default: the store's]"), None)}
+_STORED_BY = "What a gradient belongs to: a row and module; one attention head of it; a token of a row."
+_SHARD = "I/N: do the I-th of N parts of the rows, or models, as an array's job; gradfn merge joins them."
+_REMOVE = "Instead of subsets at random: all rows, all but each query's so many best, and controls: 10,20."
 
-TRAINED: Group = {name: option for name, option in MODEL.items() if name != "token_batch_size"}
-ASKED: Group = {name: option for name, option in QUERY.items() if name != "query_path"}
-SUBSETS: Group = {
-    "subsets": (
-        _option(
-            int | None,
-            "--subsets",
-            "How many subsets of the rows to train on. [default: 50; with --leave-out 1, one a row]",
-        ),
+# --- groups
+
+_PRECISION = "Dtype of the model's weights; tf32: fp32, multiplied on the device's TF32 or bf16 units."
+_ATTENTION = "Kernel of attention; changes rounding, speed and memory."
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model, and how it runs."""
+
+    PANEL: ClassVar[str] = "Model"
+    path: str | None = option(None, "Local folder, .gguf file or hub name.", name="model", file=found)
+    task: Task = option("causal_lm", "What the model does with a row.")
+    precision: Precision | None = option("fp32", _PRECISION)
+    attention: Attention | None = option(None, _ATTENTION, shown="what transformers takes")
+    device: str = option("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one.", parse=device_named)
+    token_batch_size: int = option(4096, "Tokens a batch with padding, or patches; changes no result.")
+
+
+STORED_MODEL: dict[str, Any] = {
+    "path": option(None, "The store's model, if it lies elsewhere by now.", name="model", file=found),
+    "task": None,
+    "precision": option(None, _PRECISION, shown="the store's"),
+    "attention": option(None, _ATTENTION, shown="the store's"),
+}
+"""What a command says otherwise whose model is that of a store."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The training rows, and which of their columns are read."""
+
+    PANEL: ClassVar[str] = "Data"
+    dataset: str | None = option(None, _DATASET, file=found)
+    split: str = option("train", 'Split of --dataset, or a part of one: "train[:100]".')
+    text_column: str = option("text", "Column with the text.")
+    image_column: str | None = option(None, _IMAGES, shown="the only column of images, or image")
+    prompt_column: str | None = option(None, "Column with prompts, which are not supervised.")
+    completion_column: str | None = option(None, "Column with completions: only they are supervised.")
+    messages_column: str | None = option(None, _MESSAGES, shown="messages, where there is no text")
+    label_column: str | None = option(None, _LABELS, shown="of images, label")
+    truncation: bool = option(False, "Cut documents that are longer than the model's context.")
+    reward_column: str | None = option(None, _REWARDS)
+    advantage_column: str | None = option(None, "Column with numbers that multiply the rows' losses.")
+
+    def columns(self, names: list[str], *, query: bool) -> dict[str, str | None]:
+        """The columns to read: those given, else text, else prompt and completion (queries: these first).
+
+        >>> DataOptions().columns(["prompt", "completion"], query=True)["prompt_column"]
+        'prompt'
+        """
+        given = {
+            "text_column": self.text_column,
+            "prompt_column": self.prompt_column,
+            "completion_column": self.completion_column,
+        }
+        pair = {"prompt_column": "prompt", "completion_column": "completion"}
+        if self.messages_column is not None:
+            return {**given, "messages_column": self.messages_column}
+        if self.label_column is not None or self.prompt_column or self.completion_column:
+            return given
+        if set(pair.values()) <= set(names) and (query or self.text_column not in names):
+            return {**given, **pair}
+        if "messages" in names and self.text_column not in names and "input_ids" not in names:
+            return {**given, "messages_column": "messages"}
+        return given
+
+    def check(self, task: str, by: str | None = None) -> None:
+        """Refuse columns that do not go together, or not with the task."""
+        if task == IMAGES:
+            return self._check_images(by)
+        if self.image_column is not None:
+            raise InputError(f"--image-column is for image-classification, not for {task}: give --task too")
+        labelled = task in ("classification", "regression")
+        if labelled and self.label_column is None:
+            raise InputError(f"{task} needs to know its labels: give --label-column")
+        if not labelled and self.label_column is not None:
+            raise InputError(
+                f"--label-column is for classification and regression, not for {task}: give --task too"
+            )
+        pair = self.prompt_column is not None or self.completion_column is not None
+        if labelled and pair:
+            raise InputError(f"{task} reads a text: give --text-column, not prompts and completions")
+        if self.messages_column is not None and (pair or task != "causal_lm"):
+            raise InputError(
+                "--messages-column stands alone: leave out the columns of prompts and completions, and "
+                "give no --task but causal-lm"
+            )
+        if self.reward_column is not None and self.advantage_column is not None:
+            raise InputError(
+                "rewards or advantages weigh the rows: give --reward-column or --advantage-column"
+            )
+        if by == "token" and task == "seq2seq_lm":
+            raise InputError("pairs of inputs and outputs have no tokens of a row: use --by example, or head")
+
+    def _check_images(self, by: str | None) -> None:
+        """Refuse what goes with texts and not with images."""
+        for name in ("prompt_column", "completion_column", "messages_column", "reward_column"):
+            if getattr(self, name) is not None:
+                raise InputError(f"images are no texts: leave out --{name.replace('_', '-')}")
+        if self.truncation:
+            raise InputError("images are not cut, but made of one size: leave out --truncation")
+        if by == "token":
+            raise InputError("images have no tokens of a row: use --by example, module or head")
+
+
+UNWEIGHTED: dict[str, Any] = {"reward_column": None, "advantage_column": None}
+"""Rows that are read without weights."""
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """What the training rows are asked about."""
+
+    PANEL: ClassVar[str] = "Query"
+    query: str | None = option(None, _QUERY, file=found)
+    completion: str | None = option(None, "What follows the text of --query; only it is supervised.")
+    query_path: str | None = option(None, "Query gradients that build or reduce wrote.", file=found)
+    query_loss: Criterion | None = option(None, "Of the queries, if not that of the rows.", panel="Loss")
+    group_column: str | None = option(None, "Column of --query: a group's queries are averaged to one.")
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """How rows are scored, at which checkpoints."""
+
+    PANEL: ClassVar[str] = "Method"
+    name: str | None = option(
+        None, _METHOD, name="method", shown="grad_dot, or what other options say", file=found_method
+    )
+    self_influence: bool = option(
+        False, "Instead of queries: rows' influence on themselves, for outliers.", name="self", panel="Query"
+    )
+    checkpoints: tuple[str, ...] | None = option(None, _CHECKPOINTS, parse=paths, commas=True, file=found)
+    checkpoint_weights: tuple[float, ...] | None = option(
+        None, _WEIGHTS, parse=weights, commas=True, shown="1 / number of checkpoints"
+    )
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """What is done to every gradient before it is compared."""
+
+    PANEL: ClassVar[str] = "Gradients"
+    optimizer_state: str | None = option(None, _OPTIMIZER, file=found)
+    projection: str | None = option(
         None,
-    ),
-    "fraction": (_option(float | None, "--fraction", "Share of the rows in a subset. [default: 0.5]"), None),
-    "leave_out": (
-        _option(int | None, "--leave-out", "Instead of a share: rows to leave out; 1 leaves each out once."),
-        None,
-    ),
-    "remove_top": (
-        _option(
-            str | None,
-            "--remove-top",
-            "Instead of subsets at random: all rows, all but each query's so many best, and controls: 10,20.",
-        ),
-        None,
-    ),
-    "scores": (_option(str | None, "--scores", "For --remove-top: the run of scores that says which."), None),
-    "seeds": (_option(int, "--seeds", "Models of each subset, whose losses are averaged."), 2),
-}
-RETRAINING: Group = {
-    "epochs": (_option(int, "--epochs", "Passes over a subset."), 3),
-    "batch_size": (_option(int, "--batch-size", "Rows a step."), 8),
-    "optimizer": (_option(OptimizerName, "--optimizer", "As in torch.optim."), OptimizerName.adamw),
-    "learning_rate": (_option(float, "--learning-rate", "Before the schedule."), 1e-3),
-    "momentum": (_option(float, "--momentum", "Of sgd."), 0.0),
-    "weight_decay": (_option(float, "--weight-decay", "In the convention of the optimizer."), 0.0),
-    "schedule": (
-        _option(ScheduleName, "--schedule", "Of the learning rate after the warmup; down to 0."),
-        ScheduleName.constant,
-    ),
-    "warmup": (_option(int, "--warmup", "Steps over which the learning rate rises from 0."), 0),
-    "init": (
-        _option(Init, "--init", "Start from the weights of --model, or from new ones of its architecture."),
-        Init.given,
-    ),
-    "seed": (_option(int, "--seed", "Of subsets, data orders, new weights, and what masked-lm masks."), 0),
-}
-AGGREGATION: Group = {
-    "aggregation": (_option(Aggregated, "--aggregation", "Of the rows' gradients."), Aggregated.mean),
-}
-SHARD: Group = {
-    "shard": (
-        _option(
-            str | None,
-            "--shard",
-            "I/N: do the I-th of N parts of the rows, or models, as an array's job; gradfn merge joins them.",
-        ),
-        None,
-    ),
-}
-OVERWRITE: Group = {
-    "overwrite": (
-        _option(bool, "--overwrite", "Replace a table that is there, and a run that was made otherwise."),
-        False,
-    ),
-}
-TABLE: Group = {
-    "top": (_option(int, "--top", "Proponents and opponents to show of each query."), 3),
-    "csv": (_option(Path | None, "--csv", "Write the table here too."), None),
-    "jsonl": (_option(Path | None, "--jsonl", "Write the table here too."), None),
-    "parquet": (_option(Path | None, "--parquet", "Write the table here too."), None),
-}
-EXPORTS: Group = {name: TABLE[name] for name in ("csv", "jsonl", "parquet")}
-PLOT: Group = {"plot": (_option(Path | None, "--plot", "Draw it here: a .png, .pdf or .svg."), None)}
-RESAMPLING: Group = {
-    "seed": (_option(int, "--seed", "Of intervals, and of the queries that dampings are chosen on."), 0),
-}
-WRONG: Group = {
-    "dataset": (_option(str | None, "--dataset", "The rows that were scored. [default: as recorded]"), None),
-    "split": (_option(str | None, "--split", "Split of a dataset. [default: as recorded]"), None),
-    "label_column": (
-        _option(str, "--label-column", "Column with 1 for a row that is wrong and 0 for a right one."),
-        "is_wrong",
-    ),
-    "top": (
-        _option(int | None, "--top", "Rows of which the precision is told. [default: as many as are wrong]"),
-        None,
-    ),
-}
-KNOWN: Group = {
-    "query": (
-        _option(
-            str | None,
-            "--query",
-            "The queries that were scored, with a column source: a row's id. [default: as recorded]",
-        ),
-        None,
-    ),
-    **QUERY_SPLIT,
-    "top": (_option(int, "--top", "Rows among which a source counts as found."), 5),
-}
-AGREEMENT: Group = {"top": (_option(int, "--top", "Proponents that are compared."), 10)}
-MASKED: Group = {
-    **MODEL, **DATASET, **COLUMNS, **WEIGHTS, **ASKED, **OPTIMIZER, **LOSS, **QUERY_LOSS, **LAYERS,
-}  # fmt: skip
-"""Of a mask that is fitted to a model's gradients; stored ones have all of this behind them."""
-STORES: Group = {
-    "store": (
-        _option(
-            str | None,
-            "--store",
-            "Instead of a model and a dataset: the rows' whole gradients, which build wrote.",
-        ),
-        None,
-    ),
-    "query_path": QUERY["query_path"],
-}
-GRADIENTS: Group = {**OPTIMIZER, **PROJECTION, **CURVATURE, **UNIT, **LOSS, **LAYERS, **STORED_BY}
-"""Of commands that write gradients."""
+        PROJECTION,
+        shown="the curvature's, or else the method's, rademacher:16x16 or none",
+        file=found_projection,
+    )
+    projection_dim: int | None = option(None, _DIM)
+    unit_normalize: bool = option(False, "Scale every row's gradient to norm 1 (cosine).")
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """A curvature that was fitted before, and how it is damped."""
+
+    PANEL: ClassVar[str] = "Curvature"
+    path: str | None = option(None, _HESSIAN, name="hessian_path", file=found)
+    damping: "tuple[Damping, ...] | None" = option(None, _DAMPING, parse=dampings, commas=True, shown="0.1")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a curvature is fitted."""
+
+    PANEL: ClassVar[str] = "Curvature"
+    labels: Labels = option("data", "Of curvatures: the data's, or drawn from the model with --seed.")
+    partitions: int = option(1, "Fit curvatures in so many passes, with less memory; same result.")
+    components: int = option(COMPONENTS, _DIRECTIONS, name="target_downweight_components")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is differentiated."""
+
+    PANEL: ClassVar[str] = "Loss"
+    criterion: Criterion = option("cross_entropy", "Loss of a position (or class).", name="loss")
+    reference: str | None = option(None, "The model that kl compares with, of one vocabulary.", file=found)
+    label_smoothing: float = option(0.0, "Share of cross-entropy's target that goes to all tokens alike.")
+    reduction: Reduction = option("mean", "Over a document's supervised tokens.", name="loss_reduction")
+
+
+def check_losses(
+    task: str, losses: Sequence[str], label_smoothing: float = 0.0, reference: str | None = None
+) -> None:
+    """Refuse losses that do not go together."""
+    if not 0 <= label_smoothing < 1:
+        raise InputError(f"--label-smoothing must be at least 0 and below 1, not {label_smoothing}")
+    if task == "regression" and (label_smoothing or set(losses) != {"cross_entropy"}):
+        raise InputError(
+            "the loss of a regression is the squared error: leave out --loss, --query-loss and "
+            "--label-smoothing"
+        )
+    if label_smoothing and "cross_entropy" not in losses:
+        raise InputError(
+            f"--label-smoothing is for cross-entropy, not for {losses[0]}: leave one of them out"
+        )
+    if "kl" in losses and task != "causal_lm":
+        raise InputError(f"kl compares next tokens, not what {task} gives: use another loss, or causal-lm")
+    if "kl" in losses and reference is None:
+        raise InputError("kl needs a model to compare with: give --reference, or use another loss")
+    if reference is not None and "kl" not in losses:
+        raise InputError("--reference is for kl, and no loss is: give --loss kl, or leave it out")
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """With respect to what, and how finely."""
+
+    PANEL: ClassVar[str] = "Layers"
+    include: tuple[str, ...] = option((), _INCLUDE)
+    exclude: tuple[str, ...] = option((), "Glob of layers to leave out; several may be given.")
+    by: By | None = option("example", _BY)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether scores are told apart by block."""
+        return self.by in ("module", "head")
+
+
+STORED_BY: Any = option("example", _STORED_BY, type=StoredBy)
+QUERY_BY: Any = option(None, _BY, shown="the store's")
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What is shown and exported."""
+
+    PANEL: ClassVar[str] = OUTPUT
+    top: int | None = option(3, "Proponents and opponents to show of each query.")
+    csv: Path | None = option(None, "Write the table here too.", parse=Path, file=os.path.abspath)
+    jsonl: Path | None = option(None, "Write the table here too.", parse=Path, file=os.path.abspath)
+    parquet: Path | None = option(None, "Write the table here too.", parse=Path, file=os.path.abspath)
+
+    @property
+    def paths(self) -> dict[str, Path | None]:
+        """Where the table is exported to."""
+        return {"csv": self.csv, "jsonl": self.jsonl, "parquet": self.parquet}
+
+    def check(self, overwrite: bool, *more: Path | None) -> None:
+        """Refuse, before any work, a file that could not be written or would be replaced.
+
+        Args:
+            more: other files that are written.
+        """
+        if self.top is not None and self.top < 1:
+            raise InputError(f"--top must be 1 or more, not {self.top}")
+        given = [path for path in (*self.paths.values(), *more) if path is not None]
+        if len({path.absolute() for path in given}) < len(given):
+            raise InputError("two exports have the same path: give each a file of its own")
+        for path in given:
+            if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+                raise InputError(
+                    f"cannot write {path}: give a file in a folder that exists and can be written"
+                )
+            if path.exists() and not overwrite:
+                raise InputError(f"{path} exists: give another name, or --overwrite to replace it")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run directory is written."""
+
+    PANEL: ClassVar[str] = OUTPUT
+    shard: "Shard | None" = option(None, _SHARD, parse=shard)
+    overwrite: bool = option(False, "Replace a table that is there, and a run that was made otherwise.")
+
+
+@dataclass(frozen=True)
+class SubsetOptions:
+    """Which subsets models are retrained on."""
+
+    PANEL: ClassVar[str] = "Subsets"
+    subsets: int | None = option(None, "How many subsets.", shown="50; with --leave-out 1, one a row")
+    fraction: float | None = option(None, "Share of the rows in a subset.", shown="0.5")
+    leave_out: int | None = option(None, "Instead of a share: rows to leave out; 1 leaves each out once.")
+    remove_top: tuple[int, ...] | None = option(None, _REMOVE, parse=sizes, commas=True)
+    scores: str | None = option(None, "For --remove-top: the run of scores that says which.", file=found)
+    seeds: int = option(2, "Models of each subset, whose losses are averaged.")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How models are retrained."""
+
+    PANEL: ClassVar[str] = "Training"
+    epochs: int = option(3, "Passes over a subset.")
+    batch_size: int = option(8, "Rows a step.")
+    optimizer: Optimizer = option("adamw", "As in torch.optim.")
+    learning_rate: float = option(1e-3, "Before the schedule.")
+    momentum: float = option(0.0, "Of sgd.")
+    weight_decay: float = option(0.0, "In the convention of the optimizer.")
+    schedule: Schedule = option("constant", "Of the learning rate after the warmup; down to 0.")
+    warmup: int = option(0, "Steps over which the learning rate rises from 0.")
+    init: Init = option("given", "Start from the weights of --model, or from new ones of its architecture.")
+
+    def training(self) -> "Training":
+        """The training, refused before anything is loaded where it makes no sense."""
+        from gradfn.train.spec import Training
+
+        return Training(
+            self.epochs, self.batch_size, self.learning_rate, self.optimizer, momentum=self.momentum,
+            weight_decay=self.weight_decay, schedule=self.schedule, warmup=self.warmup,
+        )  # fmt: skip

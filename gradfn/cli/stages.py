@@ -1,24 +1,89 @@
-"""What the options say is done to gradients: optimizer normalisation, projection, curvature, norm."""
+"""What is done to gradients as it is asked for: optimizer normalisation, projection, curvature, norm."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
-from gradfn.cli import options as o
-from gradfn.cli.inputs import Options, Subject, anchored
+from gradfn.cli.inputs import Loaded, anchored
+from gradfn.cli.options import CurvatureOptions, GradientOptions
 from gradfn.errors import InputError
 from gradfn.hf.optimizer_state import load_optimizer_state
-from gradfn.linalg.spectrum import Damping, parse_dampings
-from gradfn.methods import RECIPES, Problem, Recipe, influence, recipe_named
-from gradfn.methods.inner_product import Norm
+from gradfn.linalg.maps import Kind
+from gradfn.linalg.spectrum import Damping
 from gradfn.runs.curvatures import load_curvature, open_curvature
-from gradfn.runs.masks import refuse_foreign
-from gradfn.runs.provenance import Provenance, refuse_mismatch
-from gradfn.statistics import Curvature
+from gradfn.runs.masks import LOADERS, projection_named, refuse_foreign
+from gradfn.runs.provenance import Provenance, rebuild, refuse_mismatch
+from gradfn.statistics.curvature import Curvature
 from gradfn.transforms import Chain, Transform, chain, precondition, unit_normalize
+from gradfn.transforms.project import Compress, Project
+from gradfn.transforms.projection import lenient
 
-COMPONENTS: int = o.METHOD["target_downweight_components"][1]
-"""Directions that TrackStar counts less where no option says how many."""
+
+def projection_of(
+    gradients: GradientOptions, seed: int, default: str, curvature: str | None = None, masks: bool = False
+) -> Chain:
+    """The projection that is asked for: spelled whole, or a kind and a dimension; else the curvature's.
+
+    What is spelled with its dimensions must make some block smaller.
+
+    Args:
+        seed: the key of what is drawn.
+        default: what it is where neither the options nor the curvature say.
+        curvature: the run directory of a curvature.
+        masks: whether the seed draws masks of tokens too, which are no concern of the curvature's.
+
+    Raises:
+        InputError: dimensions twice, or a spelling that says nothing.
+    """
+    kind, dim = gradients.projection, gradients.projection_dim
+    if kind is not None and kind not in get_args(Kind):
+        if dim is not None:
+            raise InputError(f"--projection {kind!r} is whole by itself: leave out --projection-dim")
+        return projection_named(kind, seed)
+    if dim is not None and dim < 0:
+        raise InputError(f"the projection dimension must be 0 (the full gradient) or more, not {dim}")
+    if dim == 0 and kind is not None:
+        raise InputError(
+            f"--projection-dim 0 is the full gradient, which has no {kind}: leave one of them out"
+        )
+    if dim == 0:
+        return projection_named("none")
+    if dim is None and kind is None and curvature is not None:
+        return _of_curvature(curvature, 0 if masks else seed)
+    if dim is None and kind is None:
+        return lenient(projection_named(default, seed))
+    side = 16 if dim is None else dim
+    return lenient(projection_named(f"{kind or 'rademacher'}:{side}x{side}", seed))
+
+
+def _of_curvature(path: str, seed: int) -> Chain:
+    """The projection that a curvature was fitted behind; refuses a seed of which it is not drawn."""
+    with open_curvature(path) as store:
+        stages = [stage for stage in Provenance.of(store).stages if "projection" in stage]
+    found = chain(rebuild({"transform": {"chain": stages}}, loaders=LOADERS))
+    drawn = {stage.seed for stage in found.stages if isinstance(stage, Project | Compress)}
+    if seed and drawn and seed not in drawn:
+        raise InputError(
+            f"--seed {seed} is not that of the projection of the curvature in {path}, which is "
+            f"{', '.join(map(str, sorted(drawn)))}: leave it out"
+        )
+    return found
+
+
+def dampings_of(curvature: CurvatureOptions, *, fitted: bool = False) -> tuple[Damping, ...]:
+    """The dampings of a curvature, which is looked at before anything else is loaded.
+
+    Args:
+        fitted: whether the method fits a curvature where none is given.
+
+    Raises:
+        InputError: no such curvature, or a damping without one.
+    """
+    if curvature.path is not None:
+        open_curvature(curvature.path)
+    elif curvature.damping is not None and not fitted:
+        raise InputError("--damping belongs to a curvature: give --hessian-path, or a --method that fits one")
+    return curvature.damping or (Damping(),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +93,7 @@ class Stages:
     Args:
         normalize: the optimizer's normalisation, or nothing.
         projection: the random projection, or nothing.
-        curvature: the one of --hessian-path.
+        curvature: one that was fitted before.
         dampings: of a curvature.
         settings: the paths of what was read.
     """
@@ -54,49 +119,32 @@ class Stages:
         return chain(self.base, power, *norm)
 
 
-def dampings_of(options: Options, *, fitted: bool = False) -> tuple[Damping, ...]:
-    """What --damping says, read before anything is loaded.
+def load_stages(
+    loaded: Loaded, projection: Chain, state: str | None, curvature: CurvatureOptions | None = None
+) -> Stages:
+    """Read the optimizer state and the curvature.
 
     Args:
-        fitted: whether the method fits a curvature where --hessian-path gives none.
+        state: the path of an optimizer's state.
 
     Raises:
-        InputError: no damping, or one without a curvature.
+        InputError: a curvature or a projection of another model, layers or transform.
     """
-    path, damping = options["hessian_path"], options["damping"]
-    if path is not None:
-        with open_curvature(path):
-            pass
-    elif damping is not None and not fitted:
-        raise InputError("--damping belongs to a curvature: give --hessian-path, or a --method that fits one")
-    return (Damping(),) if damping is None else parse_dampings(damping)
-
-
-def load_stages(subject: Subject, options: Options, *, fitted: bool = False) -> Stages:
-    """Read the optimizer state and the curvature that the options name.
-
-    Args:
-        fitted: see `dampings_of`.
-
-    Raises:
-        InputError: a curvature of another model, layers or transform; a damping without a curvature.
-    """
-    dampings, path = dampings_of(options, fitted=fitted), options["hessian_path"]
-    state = options["optimizer_state"]
-    normalize = chain() if state is None else normalizer(state, subject)
+    normalize = chain() if state is None else normalizer(state, loaded)
     settings: dict[str, Any] = {} if state is None else {"optimizer_state": {"path": anchored(state)}}
-    projection = options["projection"]
-    refuse_foreign(projection, normalize, subject.settings())
-    wanted = {**subject.settings(), "transform": chain(normalize, projection).settings()}
-    H = None if path is None else curvature_for(path, wanted, dampings)
-    if path is not None:
-        settings["hessian"] = {"path": anchored(path)}
+    refuse_foreign(projection, normalize, loaded.settings())
+    dampings = (curvature and curvature.damping) or (Damping(),)
+    if curvature is None or curvature.path is None:
+        return Stages(normalize, projection, None, dampings, settings)
+    wanted = {**loaded.settings(), "transform": chain(normalize, projection).settings()}
+    H = curvature_for(curvature.path, wanted, dampings)
+    settings["hessian"] = {"path": anchored(curvature.path)}
     return Stages(normalize, projection, H, dampings, settings)
 
 
-def normalizer(path: str, subject: Subject) -> Transform:
+def normalizer(path: str, loaded: Loaded) -> Transform:
     """The scaling of gradients that the optimizer had reached."""
-    return load_optimizer_state(path, subject.model, replace(subject.view, tokens=False))
+    return load_optimizer_state(path, loaded.model, replace(loaded.subject.view, tokens=False))
 
 
 def curvature_for(path: str, wanted: Mapping[str, Any], dampings: Sequence[Damping]) -> Curvature:
@@ -107,98 +155,3 @@ def curvature_for(path: str, wanted: Mapping[str, Any], dampings: Sequence[Dampi
     for damping in dampings:
         next(iter(H.values())).power(-1.0, damping)
     return H
-
-
-def recipe_of(options: Options) -> tuple[str, Recipe]:
-    """The method that --method, --unit-normalize and --hessian-path ask for together."""
-    name, unit = options["method"], options["unit_normalize"]
-    given = options["hessian_path"] is not None
-    if name is None and given:
-        norm: Norm = "cosine" if unit else "none"
-        name, recipe = f"influence{' cosine' if unit else ''}", Recipe(_given(norm), norm=norm)
-    else:
-        name = name or ("grad_cosine" if unit else "grad_dot")
-        name = name if ":" in name else name.replace("-", "_")
-        recipe = recipe_named(name)
-        if unit and recipe.norm != "cosine":
-            raise InputError(f"{name} has no unit norm: leave out --unit-normalize, or --method")
-        if given and not recipe.curvature:
-            raise InputError(f"{name} has no curvature: leave out --hessian-path, or --method")
-        if given and recipe.fits is not None:
-            _check_kind(name, recipe.fits, options["hessian_path"])
-    _check_fit(name, recipe, options)
-    _check_sides(name, recipe, options)
-    return name, recipe
-
-
-def _check_kind(name: str, fits: str, path: str) -> None:
-    """Refuse a curvature of another kind than the method is named after."""
-    with open_curvature(path) as store:
-        kind = str(store.read("fit/kind")[0])
-    if kind != fits:
-        raise InputError(
-            f"{name} takes a curvature of kind {fits}, and that in {path} is {kind}: leave out --method, or "
-            f"fit one with gradfn hessian --method {fits}"
-        )
-
-
-def check_fit(options: Options) -> None:
-    """Refuse a curvature in no pass, and labels that cannot be drawn."""
-    if options["partitions"] < 1:
-        raise InputError(f"--partitions must be 1 or more, not {options['partitions']}")
-    plain = str(options["loss"]) == "cross_entropy" and not options["label_smoothing"]
-    if str(options["labels"]) == "model" and not plain:
-        raise InputError("labels are drawn for a plain cross-entropy or squared error only: use the data's")
-
-
-def _check_fit(name: str, recipe: Recipe, options: Options) -> None:
-    """Refuse options of a fit where nothing is fitted, and those that the fit will not go with."""
-    given = options["hessian_path"] is not None
-    dampings, fits = dampings_of(options, fitted=recipe.curvature), recipe.curvature and not given
-    check_fit(options)
-    _check_components(name, options, fits)
-    for option, told in (
-        ("labels", str(options["labels"]) != "data"),
-        ("partitions", options["partitions"] > 1),
-    ):
-        if told and not fits:
-            raise InputError(f"--{option} is of a curvature that is fitted here, and none is: leave it out")
-    factored = any(damping.kind == "factored" for damping in dampings)
-    if factored and fits and name in RECIPES and not recipe.product:
-        products = " or ".join(known for known, other in RECIPES.items() if other.product)
-        raise InputError(
-            f"factored damping needs a curvature that is a product of two factors, which that of {name} is "
-            f"not: choose --method {products}, or another damping"
-        )
-
-
-def _check_components(name: str, options: Options, fits: bool) -> None:
-    """Refuse a number of directions that nothing counts less; a recipe of one's own may look at it."""
-    components, own = options["target_downweight_components"], ":" in name
-    if components < 1:
-        raise InputError(f"--target-downweight-components must be 1 or more, not {components}")
-    if components != COMPONENTS and not own and not (name == "trackstar" and fits):
-        raise InputError(
-            "--target-downweight-components is of the curvatures that --method trackstar fits here, and none "
-            "are: leave it out"
-        )
-
-
-def _check_sides(name: str, recipe: Recipe, options: Options) -> None:
-    """Refuse queries that a method cannot have."""
-    if options["self_influence"] and not recipe.self_influence:
-        raise InputError(f"{name} gives no self-influence: choose grad_dot, or a curvature, for --self")
-    if options["query_path"] is None:
-        return
-    if name == "trak":
-        raise InputError("trak projects all layers together, which stored gradients are not: give --query")
-    if name == "trackstar" and options["hessian_path"] is None:
-        raise InputError("trackstar fits a curvature over the queries: give --query, or --hessian-path")
-
-
-def _given(norm: Norm) -> Callable[[Problem], Any]:
-    def make(problem: Problem) -> Any:
-        assert problem.curvature is not None
-        return influence(problem.curvature, problem.stage, damping=problem.damping, norm=norm)
-
-    return make

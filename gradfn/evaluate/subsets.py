@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.random import choice
+from gradfn.random import choice, words
 
 __all__ = ["check_fraction", "check_subsets", "leave_one_out", "random_subsets", "without_top"]
 
@@ -68,11 +68,15 @@ def check_fraction(fraction: float) -> None:
         )
 
 
-def leave_one_out(rows: int) -> Bool[Tensor, "rows rows"]:
-    """One subset a row, without that row.
+def leave_one_out(rows: int, number: int | None = None, seed: int = 0) -> Bool[Tensor, "subsets rows"]:
+    """One subset a row, without that row; or so many of these, drawn at random.
+
+    Args:
+        rows: how many rows there are.
+        number: how many subsets, in an order that is drawn with `seed`; None: all, in the order of the rows.
 
     Raises:
-        InputError: fewer than three rows.
+        InputError: fewer than three rows, or subsets, or more subsets than rows.
 
     >>> leave_one_out(3).int()
     tensor([[0, 1, 1],
@@ -81,7 +85,15 @@ def leave_one_out(rows: int) -> Bool[Tensor, "rows rows"]:
     """
     if rows < FEWEST:
         raise InputError(f"leaving one out needs at least {FEWEST} rows, not {rows}: give more data")
-    return ~torch.eye(rows, dtype=torch.bool)
+    without = ~torch.eye(rows, dtype=torch.bool)
+    if number is None:
+        return without
+    if not FEWEST <= number <= rows:
+        raise InputError(
+            f"leaving out one of {rows:,} rows makes {FEWEST} to {rows:,} subsets, not {number:,}: choose as "
+            "many of these, or leave it out for all"
+        )
+    return without[torch.from_numpy(words(rows, "leave one out", seed).argsort(kind="stable"))[:number]]
 
 
 def without_top(scores: Float[Tensor, "rows queries"], ks: Sequence[int]) -> Bool[Tensor, "subsets rows"]:

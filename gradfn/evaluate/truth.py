@@ -114,6 +114,43 @@ class Truth:
             margins=None if self.margins is None else self.margins[models],
         )  # fmt: skip
 
+    def leaving_one_out(self) -> "Truth":
+        """The same of the models that were trained without one row each.
+
+        Raises:
+            InputError: there are fewer than three such subsets.
+        """
+        alone = self.subsets.sum(1) == self.subsets.shape[1] - 1
+        if len(self.numbers[alone].unique()) < FEWEST:
+            raise InputError(
+                f"{int(alone.sum())} of the {len(alone)} retrained models leave out one row each, and a "
+                f"correlation needs {FEWEST} or more such subsets: make them with gradfn "
+                "retrain --leave-out 1"
+            )
+        return self.of_models(alone)
+
+    def whole_seeds(self) -> "Truth":
+        """The same of the seeds of which no model diverged: removals are compared, so all must be there.
+
+        Raises:
+            InputError: of every seed a model diverged.
+        """
+        whole = ~torch.isin(self.seeds, self.seeds[self.diverged])
+        if not bool(whole.any()):
+            raise InputError(
+                "of every seed a model diverged, so a removal is missing: retrain with a lower learning rate"
+            )
+        return self.of_models(whole)
+
+    @property
+    def of_answers(self) -> bool:
+        """Whether a query's loss is minus the log-probability of its whole answer, which is no class."""
+        if self.margins is not None:
+            return False
+        loss, subsets = self.settings.get("query_loss", {}), self.settings.get("subsets", {})
+        whole = loss.get("reduction") == "sum" or subsets.get("answer_tokens") == 1
+        return loss.get("criterion") == "cross_entropy" and not loss.get("label_smoothing") and whole
+
     def mean_margins(self) -> Float64[Tensor, "subsets queries"] | None:
         """The same means of the margins, where there are classes."""
         return None if self.margins is None else self._means(self.margins)

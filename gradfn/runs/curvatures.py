@@ -84,6 +84,7 @@ def mix_runs(
     *,
     coefficient: float | None = None,
     components: int = 1000,
+    settings: Settings | Provenance | None = None,
     overwrite: bool = False,
 ) -> tuple[Curvature, float]:
     """Mix two curvatures on disk, `H = a H_query + (1 - a) H_train`, to `RUN/hessian.h5`; returns it and `a`.
@@ -91,6 +92,7 @@ def mix_runs(
     Args:
         coefficient: a; None means TrackStar's, see `mixing_coefficient`.
         components: TrackStar's number of directions to count less.
+        settings, overwrite: see `build`.
 
     Raises:
         InputError: they were fitted on different models, layers or projections.
@@ -108,7 +110,7 @@ def mix_runs(
         hessian={"kind": f"mix of {H_query.kind}", **parts},
         data=DataSource(fingerprint=prints),
     )
-    with _curvature_writer(run, made, overwrite) as writer:
+    with _curvature_writer(run, made.merged(settings), overwrite) as writer:
         if not writer.complete:
             write_curvature(writer, mixed)
     return mixed, weight

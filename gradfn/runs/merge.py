@@ -23,6 +23,7 @@ from gradfn.runs.shards import (
     shard_rows,
     shard_run,
     shards_of,
+    whole_request,
 )
 from gradfn.statistics import Curvature, ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import Additive, FoldState, TwoPass, check_fit, fit_sums
@@ -320,7 +321,7 @@ def _carried_out(plan: _Plan, overwrite: bool) -> Iterator[Joined]:
         yield Joined(kind, join_shards(plan.run, kind, overwrite=overwrite), count)
     if (fit := plan.fit) is not None:
         with open_writer(
-            plan.run, fit.kind, fit.made.settings(), 1, overwrite, request=fit.made.request
+            plan.run, fit.kind, fit.made.settings(), 1, overwrite, request=whole_request(fit.stores[0])
         ) as writer:
             if not writer.complete:
                 write_curvature(writer, fit.curvature(), {SUMMED: [fit.digest()]})

@@ -195,12 +195,20 @@ def join_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> Path:
     """
     stores = joinable_shards(run, kind, overwrite=overwrite)
     first = stores[0]
-    with open_writer(run, kind, first.settings, first.rows, overwrite, request=first.request) as writer:
+    with open_writer(
+        run, kind, first.settings, first.rows, overwrite, request=whole_request(first)
+    ) as writer:
         if not writer.complete:
             for span, path in _segments_of(stores).items():
                 if span not in writer.done:
                     writer.take(path)
         return writer.finish({name: first.index_array(name) for name in first.header.index_arrays})
+
+
+def whole_request(part: Store) -> dict[str, Any]:
+    """What a joined run records as its request: that of a part, without the shard."""
+    given = part.request.get("given", {})
+    return {**part.request, "given": {key: value for key, value in given.items() if key != "shard"}}
 
 
 def _segments_of(stores: Sequence[Store]) -> dict[Span, Path]:

@@ -207,6 +207,31 @@ def open_part(run: str | Path, kind: str) -> Store:
     return store
 
 
+def requests_of(run: str | Path) -> dict[str, dict[str, Any]]:
+    """The requests that the files of a run record, complete or not, by the kind of what they hold.
+
+    Args:
+        run: the run directory, or an .h5 file.
+
+    Raises:
+        InputError: there is no such run, or a file is damaged.
+
+    >>> import tempfile
+    >>> from gradfn.store import open_writer
+    >>> run = tempfile.mkdtemp()
+    >>> with open_writer(run, "store", {}, rows=2, request={"command": "build"}) as writer:
+    ...     writer.write(0, 1, {"loss": np.array([0.5])})
+    >>> requests_of(run)
+    {'store': {'command': 'build'}}
+    """
+    run = Path(run)
+    if not run.exists():
+        raise InputError(f"{run} does not exist: give the directory of a run, or an .h5 file in it")
+    paths = [run] if run.is_file() else [*sorted(run.glob("segments/*.h5")), *sorted(run.glob("*.h5"))]
+    headers = [read_header(path) for path in paths]
+    return {header.kind: header.request for header in headers if header.request}
+
+
 def _whole_run(path: Path) -> Path:
     """The run directory that a segment, or the index of a part, belongs to."""
     own = path.parent.parent if path.parent.name == "segments" else path.parent

@@ -45,8 +45,8 @@ def no_terminal():
     """The width is fixed, and a slow machine gets no lines of progress."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COLUMNS", raising=False)
-        patch.setattr("gradfn.cli.show.QUIET_BELOW_S", float("inf"))
-        patch.setattr("gradfn.cli.show.PLAIN_EVERY_S", float("inf"))
+        patch.setattr("gradfn.report.progress.QUIET_BELOW_S", float("inf"))
+        patch.setattr("gradfn.report.progress.PLAIN_EVERY_S", float("inf"))
         yield
 
 
@@ -54,8 +54,7 @@ def no_terminal():
 def loaded_once():
     """Commands share what they load, which takes most of their time here; tests/hf is about loading."""
     with pytest.MonkeyPatch.context() as patch:
-        commands = ("build", "hessian", "queries", "score")
-        for place in ("inputs.load_model", "inputs.load_tokenizer", *(f"{c}.load_rows" for c in commands)):
+        for place in ("inputs.load_model", "inputs.load_tokenizer", "inputs.load_rows", "queries.load_rows"):
             module, name = place.split(".")
             load = getattr(import_module(f"gradfn.cli.{module}"), name)
             patch.setattr(f"gradfn.cli.{place}", remembering(load))

@@ -54,12 +54,12 @@ def test_no_command_shows_the_help(ok, group):
 
 
 def test_the_help_names_all_commands(ok):
-    assert all(f"  {name} " in ok() for name in COMMANDS)
+    assert all(f"│ {name} " in ok() for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_the_list_of_commands_is_not_cut_short(ok, name):
-    assert "..." not in next(line for line in ok().splitlines() if line.startswith(f"  {name} "))
+    assert "..." not in next(line for line in ok().splitlines() if line.startswith(f"│ {name} "))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "run", "model", "dataset", "device", "token_batch_size", "truncation", "query_path", "top", "csv",
     "jsonl", "parquet", "overwrite", "task", "reference", "label_column", "image_column",
     "messages_column", "reward_column", "advantage_column", "attention", "optimizer_state", "hessian_path",
-    "damping", "self_influence", "group_column", "checkpoints", "checkpoint_weights",
+    "damping", "self", "config", "group_column", "checkpoints", "checkpoint_weights",
     "target_downweight_components", "labels", "partitions", "shard",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}

@@ -14,6 +14,7 @@ import torch
 from tiny import DOCUMENTS, make_model, make_tokenizer, save, write_jsonl
 
 import gradfn as gf
+from gradfn.report.exports import WRITERS
 
 ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
 HUB = "no file or folder here has this name; check the path"
@@ -132,7 +133,7 @@ def test_models_that_are_none(refused, corpus, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(refused, model, corpus):
-    words = "device 'cuda' cannot be used here .*: use device='cpu'"
+    words = "device 'cuda' cannot be used here .*: use --device cpu"
     refused(words, "build", "run", "--model", model, "--dataset", corpus, "--device", "cuda")
 
 
@@ -142,7 +143,7 @@ def test_datasets_that_are_none(refused, model, data, tmp_path):
     for path, words in (
         ("missing.jsonl", HUB),
         ("empty.jsonl", "empty.jsonl' is an empty file: give one with rows"),
-        ("columns.jsonl", "no column 'text' in the dataset, which has body, n: give another text_column"),
+        ("columns.jsonl", "no column 'text' in the dataset, which has body, n: give another --text-column"),
     ):
         refused(words, "build", "run", "--model", model, "--dataset", path)
     path = tmp_path / "columns.jsonl"
@@ -167,7 +168,7 @@ def test_globs_that_leave_nothing(refused, model, corpus, flag):
 def test_a_document_longer_than_the_context(refused, ok, model, data):
     path = data(*DOCUMENTS, {"id": "long", "text": "The capital " * 200})
     words = (
-        r"row 12 \(id 'long'\) has \d+ tokens, more than the limit of 128: cut such rows with truncation=True"
+        r"row 12 \(id 'long'\) has \d+ tokens, more than the limit of 128: cut such rows with --truncation"
     )
     refused(words, "build", "run", "--model", model, "--dataset", path)
     assert "13 rows" in ok("build", "run", "--model", model, "--dataset", path, "--truncation")
@@ -179,7 +180,7 @@ def test_queries_that_cannot_be_used(refused, model, neox, corpus, data, tmp_pat
 
     ask("in --query: the query 'a' leaves nothing to predict", "a", which=neox)
     ask(
-        r"in --query: row 0 .* more than the limit of 128: cut such rows with truncation=True",
+        r"in --query: row 0 .* more than the limit of 128: cut such rows with --truncation",
         "The capital " * 200,
     )
     ask("query 1 has nothing to predict", data({"text": "a text"}, {"text": ""}))
@@ -647,7 +648,7 @@ def test_an_export_that_fails(command, model, corpus, tmp_path, monkeypatch):
     def full(rows, columns, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("gradfn.cli.show._write_csv", full)
+    monkeypatch.setitem(WRITERS, "csv", full)
     result = command("score", "--model", model, "--dataset", corpus, *ASK, "--csv", tmp_path / "t.csv")
     assert (result.status, result.err.count("\n")) == (1, 1)
     assert "could not write" in result.err

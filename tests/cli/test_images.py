@@ -17,7 +17,7 @@ from tiny import write_jsonl
 
 import gradfn as gf
 from gradfn.hf import load_images, load_processor, load_rows
-from gradfn.testing.strategies import randomize
+from gradfn.testing.models import randomize
 
 TASK = ("--task", "image-classification")
 FULL = ("--precision", "fp64", "--projection-dim", 0)

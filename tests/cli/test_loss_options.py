@@ -344,7 +344,7 @@ def test_seq2seq(ok, command, t5, corpus, tmp_path):
         assert line["score"] == pytest.approx((rows[1] * rows[line["row"]]).sum(), rel=1e-4)
     result = command("query", tmp_path / "run", "--query", "The capital")
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "an input alone has no loss: give what the model said with --completion" in result.err
+    assert "an input alone has no loss: give what the model said as --completion" in result.err
 
 
 TEMPLATES = {

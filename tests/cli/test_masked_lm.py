@@ -14,7 +14,7 @@ import gradfn as gf
 from gradfn.hf import load_rows, tokenize
 from gradfn.hf.masking import mask_tokens
 from gradfn.random import choice
-from gradfn.testing.strategies import randomize
+from gradfn.testing.models import randomize
 
 TASK = ("--task", "masked-lm")
 FULL = ("--precision", "fp64", "--projection-dim", 0)

@@ -1,6 +1,7 @@
 """Methods and their options on the command line, against the library's recipes."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -264,7 +265,7 @@ def test_labels_are_drawn_from_the_model_with_the_seed(ok, base, neox, sides, pr
     assert_same(scores_of(tmp_path / "run"), rows_of(asked, "kfac").values)
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", get_args(Kind))
 def test_curvatures_of_every_kind_are_those_of_the_library(ok, base, neox, sides, tmp_path, kind):
     dim = 0 if kind != "second_moment" else 16
     out = ok("hessian", tmp_path / "H", *base, "--method", kind.replace("_", "-"))

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gradfn.cli.rows import TokenRows
+from gradfn.report.rows import TokenRows
 from gradfn.store import Store
 
 

@@ -7,8 +7,13 @@ from rich.console import Console
 from rich.progress import Progress
 from tiny import write_jsonl
 
-from gradfn.cli.show import _Pace, _TimeLeft, check_exports, clean, export, facts, progress_bar, ranking
+from gradfn.cli.options import TableOptions
 from gradfn.errors import InputError, StorageError
+from gradfn.report.exports import WRITERS, export_ranking
+from gradfn.report.progress import _Pace, _TimeLeft, progress_bar
+from gradfn.report.summaries import unprobed_facts
+from gradfn.report.tables import facts, ranking
+from gradfn.report.words import clean
 
 HOSTILE = (
     "[red]x[/red] \x1b[31mred\x1b[0m \x9b2J bell\x07\ttab\r\nnext\u2028line \u202eright\u200b [/bold] :smile:"
@@ -111,7 +116,7 @@ def read_jsonl(path):
 @pytest.mark.parametrize("rows", [ROWS, []])
 def test_exports_read_back_as_what_was_written(tmp_path, rows):
     paths = [tmp_path / name for name in ("t.csv", "t.jsonl", "t.parquet")]
-    export(rows, csv_path=paths[0], jsonl_path=paths[1], parquet_path=paths[2])
+    export_ranking(rows, dict(zip(("csv", "jsonl", "parquet"), paths, strict=True)))
     for path, read in zip(paths, (read_csv, read_jsonl, read_parquet), strict=True):
         assert read(path) == rows
     assert sorted(tmp_path.iterdir()) == sorted(paths)
@@ -125,38 +130,38 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gradfn.cli.show._write_csv", fail)
+    monkeypatch.setitem(WRITERS, "csv", fail)
     with pytest.raises(StorageError, match=r"could not write .*t.csv: No space left"):
-        export(ROWS, csv_path=old, jsonl_path=None, parquet_path=None)
+        export_ranking(ROWS, {"csv": old})
     assert old.read_text() == "old"
     assert list(tmp_path.iterdir()) == [old]
 
 
 def test_check_exports(tmp_path):
     there = write_jsonl(tmp_path / "there.csv", [{}])
-    check_exports([None, tmp_path / "new.csv", None], overwrite=False)
-    check_exports([there], overwrite=True)
+    TableOptions(jsonl=tmp_path / "new.csv").check(overwrite=False)
+    TableOptions(csv=there).check(overwrite=True)
     with pytest.raises(InputError, match="exists: give another name, or --overwrite"):
-        check_exports([there], overwrite=False)
+        TableOptions(csv=there).check(overwrite=False)
     for path in (tmp_path, tmp_path / "no" / "t.csv"):
         with pytest.raises(InputError, match="give a file in a folder that exists"):
-            check_exports([path], overwrite=True)
+            TableOptions(csv=path).check(overwrite=True)
     with pytest.raises(InputError, match="two exports have the same path"):
-        check_exports([tmp_path / "a", None, tmp_path / "a"], overwrite=True)
+        TableOptions(csv=tmp_path / "a", parquet=tmp_path / "a").check(overwrite=True)
 
 
 def test_progress_without_a_terminal_is_silent_when_short(capsys, monkeypatch):
-    monkeypatch.setattr("gradfn.cli.show.QUIET_BELOW_S", 2.0)
+    monkeypatch.setattr("gradfn.report.progress.QUIET_BELOW_S", 2.0)
     with progress_bar("gradients", 10) as progress:
         progress(10)
     assert capsys.readouterr() == ("", "")
 
 
 def test_progress_without_a_terminal_is_lines_when_long(capsys, monkeypatch):
-    monkeypatch.setattr("gradfn.cli.show.QUIET_BELOW_S", 2.0)
-    monkeypatch.setattr("gradfn.cli.show.PLAIN_EVERY_S", 10.0)
+    monkeypatch.setattr("gradfn.report.progress.QUIET_BELOW_S", 2.0)
+    monkeypatch.setattr("gradfn.report.progress.PLAIN_EVERY_S", 10.0)
     now = iter([0.0, 4.0, 12.0, 13.0, 26.0, 26.0])
-    monkeypatch.setattr("gradfn.cli.show.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("gradfn.report.progress.time.monotonic", lambda: next(now))
     with progress_bar("gradients", 400) as progress:
         for done in (50, 50, 100, 200):
             progress(done)
@@ -167,9 +172,9 @@ def test_progress_without_a_terminal_is_lines_when_long(capsys, monkeypatch):
 
 
 def test_the_time_left_of_a_resumed_run_is_that_of_the_new_rows(capsys, monkeypatch):
-    monkeypatch.setattr("gradfn.cli.show.PLAIN_EVERY_S", 10.0)
+    monkeypatch.setattr("gradfn.report.progress.PLAIN_EVERY_S", 10.0)
     now = iter([0.0, 0.1, 20.0, 21.0])
-    monkeypatch.setattr("gradfn.cli.show.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("gradfn.report.progress.time.monotonic", lambda: next(now))
     with progress_bar("gradients", 400) as progress:
         progress(300)  # were there already
         progress(20)
@@ -178,7 +183,7 @@ def test_the_time_left_of_a_resumed_run_is_that_of_the_new_rows(capsys, monkeypa
 
 def test_a_terminal_shows_the_time_left_after_the_first_batch(monkeypatch):
     now = iter([0.0, 30.0, 30.0, 30.0])
-    monkeypatch.setattr("gradfn.cli.show.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("gradfn.report.progress.time.monotonic", lambda: next(now))
     pace = _Pace(100)
     column, bar = _TimeLeft(pace), Progress(get_time=lambda: 0.0)
     bar.add_task("scores", total=100)
@@ -189,8 +194,6 @@ def test_a_terminal_shows_the_time_left_after_the_first_batch(monkeypatch):
 
 
 def test_layers_that_no_probe_sees_are_told():
-    from gradfn.cli.score import unprobed_facts
-
     assert unprobed_facts([]) == []
     assert unprobed_facts(["a"]) == [("note", "no probe sees a: through vmap(grad), which is slower")]
     ((_, told),) = unprobed_facts(["a", "b", "c", "d", "e"])

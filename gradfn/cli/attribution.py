@@ -1,0 +1,349 @@
+"""Scoring as it is asked for: one checkpoint at a time, and several joined."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count as counting
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfn.cli.commands import ScoreRequest
+from gradfn.cli.console import console
+from gradfn.cli.inputs import Loaded, anchored, at_checkpoint, recorded
+from gradfn.cli.queries import SELF, Asked, Queries, load_queries
+from gradfn.cli.stages import Stages, load_stages
+from gradfn.cli.stored import check_stored
+from gradfn.data import Corpus
+from gradfn.engine.cache import CachedRows
+from gradfn.engine.stream import Progress, stream_to_host
+from gradfn.errors import InputError
+from gradfn.methods.inner_product import EngineScorer, InnerProduct
+from gradfn.methods.recipes import RECIPES, Persist, Problem, Recipe
+from gradfn.methods.scoring import extremes_of
+from gradfn.report.progress import progress_bar
+from gradfn.report.rankings import ShownQueries, ranks_needed
+from gradfn.report.rows import Ranked
+from gradfn.report.summaries import (
+    Facts,
+    gradients_line,
+    next_facts,
+    resumed_facts,
+    scores_facts,
+    shard_facts,
+    tokens_of,
+    unprobed_facts,
+)
+from gradfn.report.tables import facts
+from gradfn.runs import score_run
+from gradfn.runs.curvatures import hessian
+from gradfn.runs.provenance import Provenance
+from gradfn.runs.rows import Summary, unprobed
+from gradfn.runs.scores import damping_names, write_scores
+from gradfn.runs.shards import Shard, shard_run
+from gradfn.scores import SHARES, Columns, extremes
+from gradfn.statistics.curvature import Curvature
+from gradfn.store.reader import open_part, open_store
+from gradfn.store.writer import Overwrite
+from gradfn.transforms import Chain, Transform, chain
+from gradfn.types import Data, Rows
+
+Weighted = Sequence[tuple[str | None, float]]
+"""Checkpoints and their weights; None is the model itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is to be scored, at whatever checkpoint.
+
+    Args:
+        request: as given, with the method's defaults.
+        name, recipe: the method.
+        projection: of both sides.
+        train: the training rows.
+        asked: the queries' tokens, where there are any.
+    """
+
+    request: ScoreRequest
+    name: str
+    recipe: Recipe
+    projection: Chain
+    train: Corpus
+    asked: Asked | None
+
+    @property
+    def shard(self) -> Shard | None:
+        """The part of the rows to score, where it is not all of them."""
+        return self.request.output.shard
+
+    @property
+    def top(self) -> int:
+        """How many rows of each side are shown of a query."""
+        return self.request.table.top or 0
+
+    @property
+    def noun(self) -> str:
+        """What a row of the scores is."""
+        return "token" if self.request.layers.by == "token" else "row"
+
+    @property
+    def overwrite(self) -> Overwrite:
+        """Scores made alike are kept, where only a table is to be replaced."""
+        return "unlike" if self.request.output.overwrite else False
+
+    def next(self) -> Facts:
+        """What follows on a part."""
+        return next_facts(str(self.request.run), self.shard, ", and this without --shard shows the rows")
+
+    def prepare(self, loaded: Loaded, run: str | None) -> "Prepared":
+        """What is needed to score at one checkpoint.
+
+        Args:
+            run: the checkpoint's own run directory, which keeps the curvature that the method fits.
+        """
+        request = self.request
+        stages = load_stages(loaded, self.projection, request.gradients.optimizer_state, request.curvature)
+        wanted = {**loaded.settings(), "transform": stages.base.settings()}
+        method_line = ("method", f"{self.name}, {gradients_line(stages.base)}")
+        rows = [*loaded.facts(self.train), *shard_facts(self.train, self.shard)]
+        console().print(facts([*rows, method_line, *self._unlike_less()]))
+        train = CachedRows(self.train, stages.base)
+        method = self._method(loaded, stages, wanted, train, run)
+        if lines := self._unlike_trackstar(stages, method):
+            console().print(facts(lines))
+        queries = SELF
+        if not request.method.self_influence:
+            queries, method = load_queries(loaded, self.asked, request.query, request.data, method, wanted)
+        known = {"recipe": self.name, **self._own(method, stages), **stages.settings, **queries.settings,
+                 **recorded(request)}  # fmt: skip
+        return Prepared(self, loaded, train, queries, method, Provenance.of(loaded.settings()).merged(known))
+
+    def _method(
+        self, loaded: Loaded, stages: Stages, wanted: Mapping[str, Any], train: Data, run: str | None
+    ) -> InnerProduct:
+        """The recipe's method; what it will not go with is refused before a curvature is fitted."""
+        fits = self.recipe.curvature and stages.curvature is None and self.name in RECIPES
+        if fits and self.request.query.query_path is not None:
+            check_stored(self.request.query.query_path, wanted, self.name)
+        with loaded.multiplying():
+            method = self.recipe.method(self._problem(loaded, stages, train, run))
+        if not isinstance(method, InnerProduct):
+            raise InputError(f"{self.name} gives no inner product of gradients: call gf.score in Python")
+        if stages.curvature is not None and method.curvature is not stages.curvature:
+            raise InputError(
+                f"{self.name} takes no curvature that was fitted before: leave out --hessian-path"
+            )
+        if self.request.method.self_influence and (method.norm != "none" or method.solve):
+            raise InputError(
+                f"{self.name} gives no self-influence, having a norm or solving for queries: choose "
+                "grad_dot, or a curvature"
+            )
+        return method
+
+    def _own(self, method: InnerProduct, stages: Stages) -> dict[str, Any]:
+        """What tells a recipe of somebody's own from another of its name, and what a solution may look at."""
+        if self.recipe.file is None:
+            return {}
+        own: dict[str, Any] = {"file": self.recipe.file}
+        query, fit = chain(method.query_transform).settings(), self.request.fit
+        if query != chain(method.row_transform).settings():
+            own["query"] = query
+        if method.solve is not None:
+            own |= {"dampings": list(map(str, stages.dampings)), "labels": fit.labels,
+                    "seed": self.request.seed, "components": fit.components}  # fmt: skip
+        return {"method": own}
+
+    def _unlike_less(self) -> Facts:
+        """A note where LESS is not what its paper has."""
+        if self.name != "less" or self.request.gradients.optimizer_state is not None:
+            return []
+        return [("note", "no --optimizer-state, so rows are not scaled by Adam's moments, as LESS has them")]
+
+    def _unlike_trackstar(self, stages: Stages, method: InnerProduct) -> Facts:
+        """A note where there are fewer directions than TrackStar is to count less."""
+        H, components = method.curvature, self.request.fit.components
+        if self.name != "trackstar" or stages.curvature is not None or H is None:
+            return []
+        directions = sum(one.values.numel() for one in H.values())
+        few = f"the gradients have {directions:,} directions, fewer than the {components:,} of"
+        note = ("note", f"{few} --target-downweight-components: the last counts")
+        return [note] if directions < components else []
+
+    def _problem(self, loaded: Loaded, stages: Stages, train: Data, run: str | None) -> Problem:
+        fit = self.request.fit
+        return Problem(
+            loaded.subject, train, [] if self.asked is None else self.asked.documents, stages.normalize,
+            stages.projection, stages.curvature, stages.dampings, fit.labels, self.request.seed,
+            fit.components, fit.partitions, progress_bar,
+            None if run is None else self._persist(loaded, stages, train, run),
+        )  # fmt: skip
+
+    def _persist(self, loaded: Loaded, stages: Stages, train: Data, run: str) -> Persist:
+        """What fits a curvature over the training rows as `gradfn hessian` would, and takes the one there.
+
+        A recipe that fits several finds the first in the run, and those after it in directories of theirs.
+        """
+        places = (run if number == 1 else f"{run}/hessian-{number}" for number in counting(1))
+        fit, view = self.request.fit, replace(loaded.subject.view, tokens=False)
+        settings = {**loaded.settings(), **stages.settings, **recorded(self.request),
+                    "layers": view.settings()}  # fmt: skip
+
+        def persist(fold: Any, transform: Transform, progress: Progress | None) -> Curvature:
+            return hessian(
+                next(places), replace(loaded.subject, view=view), train, fold, transform, labels=fit.labels,
+                seed=self.request.seed, partitions=fit.partitions, settings=settings,
+                overwrite=self.overwrite, progress=progress,
+            )  # fmt: skip
+
+        return persist
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A checkpoint ready to be scored: the rows, the queries' gradients, the method, what a run records."""
+
+    job: Job
+    loaded: Loaded
+    train: Data
+    queries: Queries
+    method: InnerProduct
+    settings: Provenance
+
+    @property
+    def columns(self) -> Columns:
+        """What the scores of a row are of."""
+        shown = self.queries.shown
+        return Columns(shown.ids, shown.texts, damping_names(self.method))
+
+    @property
+    def shown(self) -> ShownQueries:
+        """What is known of the queries, of each for every damping."""
+        return self.queries.shown.with_dampings(self.columns.dampings)
+
+    def scorer(self, *, by_block: bool = False) -> EngineScorer:
+        """What gives the scores of rows against the queries (or themselves), or of each block its share."""
+        return self.method.scorer(self.loaded.subject, self.queries.gradients or None, by_block=by_block)
+
+    def write(self, run: str, progress: Progress) -> Summary:
+        """Write the scores to a run directory."""
+        return score_run(
+            run, self.loaded.subject, self.train, self.queries.gradients or None, self.method,
+            by_block=self.job.request.layers.by_block, settings=self.settings, overwrite=self.job.overwrite,
+            progress=progress, shard=self.job.shard, query_ids=self.columns.query_ids,
+            query_texts=self.columns.query_texts,
+        )  # fmt: skip
+
+
+def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
+    """Score the rows, to a run directory if one is given, and rank them, but for a part of them."""
+    run, layers, needed = job.request.run, job.request.layers, ranks_needed(job.top)
+    prepared = job.prepare(loaded, run)
+    shown = prepared.shown
+    with loaded.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:
+        if run is None:
+            scorer = prepared.scorer()
+            engine, size = scorer.engine, scorer.token_batch_size
+            best = extremes_of(engine, prepared.train, needed, token_batch_size=size, progress=progress)
+            lines = unprobed_facts(unprobed(engine))
+        else:
+            done = prepared.write(run, progress)
+            lines = [*scores_facts(done.path, done.rows, len(shown.ids), job.noun, done.resumed),
+                     *unprobed_facts(done.unprobed), *job.next()]  # fmt: skip
+            best = None if job.shard else extremes(_stored_scores(run), needed)
+    if lines:
+        console().print(facts(lines))
+    if best is None:
+        return shown, None
+    ranked = Ranked(*best)
+    if not layers.by_block:
+        return shown, ranked
+    return shown, _shares(ranked, prepared) if run is None else _stored_shares(ranked, run, job)
+
+
+def _shares(ranked: Ranked, prepared: Prepared) -> Ranked:
+    """Score the rows that are shown again, by block, rather than keep the shares of all rows."""
+    job, loaded = prepared.job, prepared.loaded
+    asked = ranked.asked(job.top)
+    rows = list(asked)
+    shown, shares = job.train.select(rows), {}
+    scorer = prepared.scorer(by_block=True)
+    engine, size = scorer.engine, scorer.token_batch_size
+    with loaded.multiplying(), progress_bar("shares", int(shown.lengths.sum())) as progress:
+        for numbers, result in stream_to_host(engine, shown, token_batch_size=size, progress=progress):
+            assert isinstance(result.values, dict)
+            for place, row in enumerate(rows[number] for number in numbers):
+                for query in asked[row]:
+                    shares[row, query] = {name: float(v[place, query]) for name, v in result.values.items()}
+    return replace(ranked, shares=shares)
+
+
+def _stored_shares(ranked: Ranked, run: str, job: Job) -> Ranked:
+    """The shares that a run keeps, of the rows that are shown."""
+    with open_store(run, "scores") as store:
+
+        def of_row(row: int) -> dict[str, Any]:
+            arrays = store.read_all(store.names(SHARES), row, row + 1)
+            return {name.removeprefix(SHARES): array[0].reshape(-1) for name, array in arrays.items()}
+
+        return ranked.with_shares(job.top, of_row)
+
+
+def _stored_scores(run: str) -> Iterable[Tensor]:
+    """The score matrix of a run, streamed."""
+    with open_store(run, "scores") as store:
+        for _, _, arrays in store.chunks(["scores"], 65536):
+            yield torch.from_numpy(arrays["scores"]).flatten(1)
+
+
+# --- several checkpoints
+
+
+def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[ShownQueries, Ranked | None]:
+    """Score the rows at every checkpoint, and join what they say."""
+    run, results, resumed, shown, columns = job.request.run, [], 0, SELF.shown, Columns([])
+    for number, (path, _) in enumerate(weighted, 1):
+        one = loaded if path is None else at_checkpoint(loaded, path, job.request.model)
+        part = None if run is None else str(Path(run) / f"checkpoint-{number}")
+        prepared = job.prepare(one, part)
+        shown, columns = prepared.shown, prepared.columns
+        with one.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:
+            if part is None:
+                results.append(prepared.scorer()(prepared.train, progress=progress))
+            else:
+                resumed += prepared.write(part, progress).resumed
+                results.append(_read_scores(part, job.shard))
+    scores = job.recipe.combine(results, [weight for _, weight in weighted])
+    if scores.shape[1] != len(shown.ids):
+        shown = shown.joined(job.name)
+        columns = Columns(shown.ids, shown.texts)
+    if run is not None:
+        path = _write_joined(job, run, weighted, columns, Rows(scores, results[-1].losses))
+        lines = [*scores_facts(path, len(scores), scores.shape[1]), *resumed_facts(resumed, job.noun)]
+        console().print(facts([*lines, *job.next()]))
+    if job.shard is not None:
+        return shown, None
+    return shown, Ranked(*extremes([scores], ranks_needed(job.top)))
+
+
+def _read_scores(run: str, shard: Shard | None) -> Rows:
+    with open_part(shard_run(run, shard), "scores") as store:
+        there = "rows/loss" in store.names("rows")
+        losses = torch.from_numpy(store.read("rows/loss", *store.span)) if there else torch.zeros(0)
+        return Rows(torch.from_numpy(store.read("scores", *store.span)).flatten(1), losses)
+
+
+def _write_joined(job: Job, run: str, weighted: Weighted, columns: Columns, result: Rows) -> Path:
+    parts = [{"path": None if path is None else anchored(path), "weight": weight,
+              "settings": _settings_of(shard_run(Path(run) / f"checkpoint-{number}", job.shard))}
+             for number, (path, weight) in enumerate(weighted, 1)]  # fmt: skip
+    settings = {"recipe": job.name, "checkpoints": parts, **job.request.record()}
+    return write_scores(
+        run, job.train, result, columns, settings=settings, tokens=job.request.layers.by == "token",
+        overwrite=job.overwrite, shard=job.shard,
+    )  # fmt: skip
+
+
+def _settings_of(run: Path) -> dict[str, Any]:
+    with open_part(run, "scores") as store:
+        return store.settings

@@ -1,0 +1,411 @@
+"""What every command is asked: a request each. Its docstring is the command's help."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from gradfn.cli.options import (
+    COMPONENTS,
+    PROJECTION,
+    QUERY_BY,
+    STORED_BY,
+    STORED_MODEL,
+    UNWEIGHTED,
+    Criterion,
+    CurvatureOptions,
+    DataOptions,
+    FitOptions,
+    GradientOptions,
+    Kind,
+    LayerOptions,
+    LossOptions,
+    MethodOptions,
+    ModelOptions,
+    QueryOptions,
+    RunOptions,
+    SubsetOptions,
+    TableOptions,
+    TrainingOptions,
+    dims,
+    found_projection,
+)
+from gradfn.cli.request import OUTPUT, Request, argument, found, group, option
+
+_MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
+_SCORED = "What gradfn score RUN wrote"
+_QUERY_SPLIT = option("train", 'Split of a dataset in --query, or a part of one: "test[:100]".')
+_SEED = "Key of the projection, and what masked-lm masks."
+ALONE: dict[str, Any] = {"shard": None}
+"""A run that is not written in parts."""
+
+
+def run(help: str = _MADE, **how: Any) -> Any:
+    """The run directory that a command writes."""
+    return argument(help, file=os.path.abspath, **how)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRequest(Request):
+    """What every command is asked that loads a model and rows."""
+
+    model: ModelOptions = group(ModelOptions)
+    data: DataOptions = group(DataOptions)
+    loss: LossOptions = group(LossOptions)
+    layers: LayerOptions = group(LayerOptions, by=None)
+    seed: int = option(0, _SEED, panel="Gradients")
+
+    @property
+    def query_loss(self) -> Criterion | None:
+        """The loss of queries, where it is another than the rows'."""
+        query = getattr(self, "query", None)
+        return query.query_loss if isinstance(query, QueryOptions) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest(ModelRequest):
+    """Show which training rows made the model do this.
+
+    For each query, its proponents and opponents. A positive score is a proponent: a training step on that row
+    lowers the query's loss. Without arguments: the example inside the package, a tiny language model and the
+    corpus that it learned.
+    """
+
+    COMMAND: ClassVar[str] = "score"
+    WRITES: ClassVar[str] = "scores"
+    FIRST: ClassVar[tuple[str, ...]] = ("model", "dataset", "query", "method", "projection_dim", "top")
+    run: str | None = run("The run directory to write scores.h5 to; none: only show them.", default=None)
+    layers: LayerOptions = group(LayerOptions)
+    query: QueryOptions = group(QueryOptions)
+    method: MethodOptions = group(MethodOptions)
+    gradients: GradientOptions = group(GradientOptions)
+    curvature: CurvatureOptions = group(CurvatureOptions)
+    fit: FitOptions = group(FitOptions)
+    table: TableOptions = group(TableOptions)
+    output: RunOptions = group(RunOptions)
+
+
+_OTHERWISE: Any = option(
+    None, PROJECTION, shown="the curvature's, or else rademacher:16x16", file=found_projection
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientsRequest(ModelRequest):
+    """What commands are asked that write gradients."""
+
+    FIRST: ClassVar[tuple[str, ...]] = ("model", "dataset", "projection_dim", "hessian_path")
+    run: str = run()
+    layers: LayerOptions = group(LayerOptions, by=STORED_BY)
+    gradients: GradientOptions = group(GradientOptions, projection=_OTHERWISE)
+    curvature: CurvatureOptions = group(CurvatureOptions)
+    output: RunOptions = group(RunOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest(GradientsRequest):
+    """Write a store of per-example gradients.
+
+    `gradfn query` searches it; `gradfn score --query-path` takes it as queries.
+    """
+
+    COMMAND: ClassVar[str] = "build"
+    WRITES: ClassVar[str] = "store"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceRequest(GradientsRequest):
+    """Write the mean or sum of a query set's gradients.
+
+    `gradfn score --query-path` and `gradfn query --query-path` take it as one query.
+    """
+
+    COMMAND: ClassVar[str] = "reduce"
+    WRITES: ClassVar[str] = "store"
+    aggregation: Literal["mean", "sum"] = option("mean", "Of the rows' gradients.", panel="Gradients")
+    output: RunOptions = group(RunOptions, **ALONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryRequest(Request):
+    """Search a store that `gradfn build` wrote.
+
+    The search is exact. Model, layers, loss and transform are the store's.
+    """
+
+    COMMAND: ClassVar[str] = "query"
+    FIRST: ClassVar[tuple[str, ...]] = ("query", "completion", "by", "top")
+    store: str = argument("A run directory, or the store.h5 in it.", file=found)
+    query: QueryOptions = group(QueryOptions, group_column=None)
+    model: ModelOptions = group(ModelOptions, **STORED_MODEL)
+    data: DataOptions = group(DataOptions, dataset=None, split=_QUERY_SPLIT, **UNWEIGHTED)
+    curvature: CurvatureOptions = group(CurvatureOptions)
+    gradients: GradientOptions = group(
+        GradientOptions, optimizer_state=None, projection=None, projection_dim=None
+    )
+    loss: LossOptions = group(LossOptions, criterion=None, label_smoothing=None, reduction=None)
+    layers: LayerOptions = group(LayerOptions, include=None, exclude=None, by=QUERY_BY)
+    table: TableOptions = group(TableOptions)
+    output: RunOptions = group(RunOptions, **ALONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianRequest(ModelRequest):
+    """Fit a curvature over a dataset's gradients.
+
+    `gradfn score`, `query`, `reduce` and `build` take it as --hessian-path.
+    """
+
+    COMMAND: ClassVar[str] = "hessian"
+    WRITES: ClassVar[str] = "hessian"
+    FIRST: ClassVar[tuple[str, ...]] = ("model", "dataset", "method", "projection_dim")
+    run: str = run()
+    kind: Kind = option("second_moment", "What to fit.", name="method", panel="Curvature")
+    gradients: GradientOptions = group(GradientOptions, unit_normalize=None)
+    fit: FitOptions = group(FitOptions, components=None)
+    output: RunOptions = group(RunOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixRequest(Request):
+    """Mix two curvatures, a H_query + (1 - a) H_train.
+
+    With TrackStar's a, directions that are common to all queries count less.
+    """
+
+    COMMAND: ClassVar[str] = "mix"
+    WRITES: ClassVar[str] = "hessian"
+    PANEL: ClassVar[str] = "Curvature"
+    run: str = run()
+    query: str = argument("The run directory of the queries' curvature.", file=found)
+    train: str = argument("The run directory of the training rows' curvature.", file=found)
+    components: int = option(
+        COMPONENTS, "Directions of the queries to count less.", name="target_downweight_components"
+    )
+    coefficient: float | None = option(None, "Weight of the queries' curvature.", shown="TrackStar's choice")
+    output: RunOptions = group(RunOptions, **ALONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest(Request):
+    """Join the shards of an array job.
+
+    What `--shard I/N` wrote becomes what one process would have written.
+    """
+
+    COMMAND: ClassVar[str] = "merge"
+    run: str = run("The run directory that the shards were given.")
+    output: RunOptions = group(RunOptions, **ALONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskFitRequest(ModelRequest):
+    """Choose the coordinates of gradients that keep their inner products with queries.
+
+    The gradients are those of a model, or stored ones. Other commands take the mask as --projection
+    'selective:RUN', alone or with more behind it.
+    """
+
+    COMMAND: ClassVar[str] = "mask fit"
+    WRITES: ClassVar[str] = "mask"
+    PANEL: ClassVar[str] = "Mask"
+    FIRST: ClassVar[tuple[str, ...]] = ("model", "dataset", "query", "keep")
+    run: str = run()
+    keep: int | tuple[int, int] = option(
+        "128x128", "Coordinates: 128x128 of both sides of every block, or 4096 of each flattened.", parse=dims
+    )
+    rows: int = option(512, "Training rows, and queries at most, to look at.")
+    seed: int = option(0, "Which rows, the noise of the start, and what masked-lm masks.")
+    query: QueryOptions = group(QueryOptions, group_column=None)
+    gradients: GradientOptions = group(
+        GradientOptions, projection=None, projection_dim=None, unit_normalize=None
+    )
+    store: str | None = option(
+        None, "Instead of model and dataset: whole gradients, which build wrote.", panel="Data", file=found
+    )
+    output: RunOptions = group(RunOptions, **ALONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainRequest(ModelRequest):
+    """Retrain models on subsets: the ground truth of attribution.
+
+    Many models train at once. What is stored is the loss (of classes, the margin too) of every query under
+    every model, which `gradfn evaluate` compares with scores. All parameters are trained, without dropout.
+    """
+
+    COMMAND: ClassVar[str] = "retrain"
+    WRITES: ClassVar[str] = "truth"
+    FIRST: ClassVar[tuple[str, ...]] = ("model", "dataset", "query", "subsets", "epochs", "learning_rate")
+    run: str = run("The run directory to write truth.h5 to; resumed if the same command made it.")
+    model: ModelOptions = group(ModelOptions, token_batch_size=None)
+    layers: LayerOptions = group(LayerOptions, include=None, exclude=None, by=None)
+    query: QueryOptions = group(QueryOptions, query_path=None, group_column=None)
+    subsets: SubsetOptions = group(SubsetOptions)
+    training: TrainingOptions = group(TrainingOptions)
+    seed: int = option(0, "Of subsets, data orders, new weights, and what masked-lm masks.", panel="Subsets")
+    output: RunOptions = group(RunOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(Request):
+    """What every evaluation is asked."""
+
+    table: TableOptions = group(TableOptions, top=None)
+    output: RunOptions = group(RunOptions, **ALONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRequest(EvaluateRequest):
+    """What a comparison with retrained models is asked."""
+
+    truth: str = argument("What gradfn retrain wrote.", file=found)
+    runs: tuple[str, ...] = argument(f"{_SCORED}; several.", metavar="RUN", file=found)
+    plot: Path | None = option(None, "Draw it here: a .png, .pdf or .svg.", parse=Path, file=os.path.abspath)
+    seed: int = option(0, "Of intervals, and of the queries that dampings are chosen on.", panel="Evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LdsRequest(ComparisonRequest):
+    """Show the linear datamodeling score, beside the noise ceiling.
+
+    For each query the rank correlation, over subsets, of the scores of a subset's rows with minus the loss of
+    models trained on it. Of several dampings one is chosen, on queries that are not reported.
+    """
+
+    COMMAND: ClassVar[str] = "evaluate lds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LooRequest(ComparisonRequest):
+    """Show the correlation with models retrained without one row.
+
+    The truth is that of `gradfn retrain --leave-out 1`.
+    """
+
+    COMMAND: ClassVar[str] = "evaluate loo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrittlenessRequest(EvaluateRequest):
+    """Show what removing each query's best rows does.
+
+    Beside removing as many random ones: how far losses rise, and how many predictions of classes flip. The
+    truth is that of `gradfn retrain --remove-top K --scores RUN`.
+    """
+
+    COMMAND: ClassVar[str] = "evaluate brittleness"
+    truth: str = argument("What gradfn retrain wrote.", file=found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MislabelRequest(EvaluateRequest):
+    """Show whether self-influence finds rows that are wrong.
+
+    AUROC, average precision and precision at k.
+    """
+
+    COMMAND: ClassVar[str] = "evaluate mislabel"
+    PANEL: ClassVar[str] = "Data"
+    run: str = argument("What gradfn score RUN --self wrote.", file=found)
+    dataset: str | None = option(None, "The rows that were scored.", shown="as recorded", file=found)
+    split: str | None = option(None, "Split of a dataset.", shown="as recorded")
+    label_column: str = option("is_wrong", "Column with 1 for a row that is wrong and 0 for a right one.")
+    table: TableOptions = group(
+        TableOptions, top=option(None, "Rows of which the precision is told.", shown="as many as are wrong")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallRequest(EvaluateRequest):
+    """Show how often known sources are found.
+
+    Recall at 1 and at --top, and the mean reciprocal rank.
+    """
+
+    COMMAND: ClassVar[str] = "evaluate recall"
+    PANEL: ClassVar[str] = "Data"
+    runs: tuple[str, ...] = argument(f"{_SCORED}; several.", metavar="RUN", file=found)
+    query: str | None = option(
+        None, "The queries scored, with a column source: a row's id.", shown="as recorded", file=found
+    )
+    split: str = _QUERY_SPLIT
+    table: TableOptions = group(TableOptions, top=option(5, "Rows among which a source counts as found."))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapRequest(EvaluateRequest):
+    """Show how far two runs agree.
+
+    On the strongest proponents, and on the order of all rows.
+    """
+
+    COMMAND: ClassVar[str] = "evaluate overlap"
+    run: str = argument(f"{_SCORED}.", file=found)
+    other: str = argument("Scores of the same rows and queries.", file=found)
+    table: TableOptions = group(TableOptions, top=option(10, "Proponents that are compared."))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoRequest(Request):
+    """Show what a run holds and how it was made."""
+
+    COMMAND: ClassVar[str] = "info"
+    run: str = argument("A run directory, or an .h5 file in it.")
+    command: bool = option(False, "Print the command that makes the run again, and nothing else.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerunRequest(Request):
+    """Run the command again that made a run.
+
+    Into the same run, which resumes if it is not complete, or into a new one. Tables are shown and not
+    exported, and nothing is overwritten.
+    """
+
+    COMMAND: ClassVar[str] = "rerun"
+    run: str = argument("A run directory, or an .h5 file in it.")
+    into: str | None = option(None, "The run directory to write instead.", short="-o")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRequest(ModelRequest):
+    """Show what is attributed, whether it is right, and how noisy.
+
+    Coverage of all parameters; the engine against plain autograd; rows in batches against rows alone, and the
+    precision against fp32, on a few rows of --dataset, or on random tokens.
+    """
+
+    COMMAND: ClassVar[str] = "check"
+    model: ModelOptions = group(
+        ModelOptions, path=argument("Local folder, .gguf file or hub name.", name="model")
+    )
+    data: DataOptions = group(DataOptions, **UNWEIGHTED)
+    loss: LossOptions = group(
+        LossOptions, criterion=None, reference=None, label_smoothing=None, reduction=None
+    )
+    seed: int = option(0, "What masked-lm masks.", panel="Data")
+
+
+ATTRIBUTION, CURVATURE, RUNS, TRUTH = "Attribution", "Curvatures and masks", "Runs", "Ground truth"
+COMMANDS: dict[type[Request], tuple[str, str]] = {
+    ScoreRequest: (ATTRIBUTION, "score:run_score"),
+    BuildRequest: (ATTRIBUTION, "build:run_build"),
+    QueryRequest: (ATTRIBUTION, "query:run_query"),
+    ReduceRequest: (ATTRIBUTION, "build:run_reduce"),
+    HessianRequest: (CURVATURE, "hessian:run_hessian"),
+    MixRequest: (CURVATURE, "hessian:run_mix"),
+    MaskFitRequest: (CURVATURE, "mask:run_mask_fit"),
+    RetrainRequest: (TRUTH, "retrain:run_retrain"),
+    LdsRequest: (OUTPUT, "evaluate:run_lds"),
+    LooRequest: (OUTPUT, "evaluate:run_loo"),
+    BrittlenessRequest: (OUTPUT, "evaluate:run_brittleness"),
+    MislabelRequest: (OUTPUT, "evaluate:run_mislabel"),
+    RecallRequest: (OUTPUT, "evaluate:run_recall"),
+    OverlapRequest: (OUTPUT, "evaluate:run_overlap"),
+    CheckRequest: (RUNS, "check:run_check"),
+    InfoRequest: (RUNS, "info:run_info"),
+    RerunRequest: (RUNS, "rerun:run_rerun"),
+    MergeRequest: (RUNS, "merge:run_merge"),
+}
+"""Every command: its panel, and the file and function that run it."""

@@ -1,0 +1,90 @@
+"""Where results are printed, and help in panels."""
+
+import inspect
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from typer.core import TyperCommand, TyperGroup
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ARGUMENTS, FIRST, OPTIONS = "Arguments", "Most used", "Options"
+PANELS = (ARGUMENTS, FIRST, "Data", "Query", "Method", "Model", "Gradients", "Curvature")
+"""What the help shows first, in this order."""
+
+
+def console() -> "Console":
+    """Where results are printed; 100 columns where there is no terminal."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+    return Console(width=width, highlight=False, soft_wrap=False, emoji=False)
+
+
+class Command(TyperCommand):
+    """A command whose help is in panels."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words of the usage; that an argument may stand in a file makes it no option."""
+        arguments = (one for one in self.params if one.param_type_name == "argument")
+        return ["[OPTIONS]", *(str(one.metavar) for one in arguments)]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help; Typer's own loads Markdown and syntax highlighting, and takes twice the time."""
+        formatter.write(_help(self, ctx, {}))
+
+
+class Group(TyperGroup):
+    """Commands whose help is in panels."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help; see `Command`."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            panels.setdefault(command.rich_help_panel or "Commands", []).append((name, _text(command)[0]))
+        formatter.write(_help(self, ctx, panels))
+
+
+def _help(command: Any, ctx: Any, commands: dict[str, list[tuple[str, str]]]) -> str:
+    """Usage, description, and a panel for each kind of commands, arguments and options."""
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    panels = dict(commands)
+    for one in command.get_params(ctx):
+        panels.setdefault(_panel_of(one), []).append((_spelled(one), one.help or ""))
+    out = console()
+    with out.capture() as capture:
+        out.print(Text("\n\n".join([command.get_usage(ctx), *_text(command)]) + "\n"))
+        for title in sorted(
+            panels, key=lambda title: PANELS.index(title) if title in PANELS else len(PANELS)
+        ):
+            grid = Table.grid(padding=(0, 2), expand=True)
+            grid.add_column(no_wrap=True)
+            grid.add_column(ratio=1)
+            for name, text in panels[title]:
+                grid.add_row(Text(name, style="bold cyan"), Text(text))
+            out.print(Panel(grid, title=Text(title, style="bold"), title_align="left", border_style="dim"))
+    return capture.get()
+
+
+def _text(command: Any) -> list[str]:
+    """The paragraphs of a description."""
+    return [" ".join(part.split()) for part in inspect.cleandoc(command.help or "").split("\n\n")]
+
+
+def _panel_of(one: Any) -> str:
+    return ARGUMENTS if one.param_type_name == "argument" else one.rich_help_panel or OPTIONS
+
+
+def _spelled(one: Any) -> str:
+    """An option as it is typed, by its first name, and what follows it."""
+    if one.param_type_name == "argument":
+        return one.metavar
+    short = [name for name in one.opts if not name.startswith("--")]
+    names = ", ".join([*short, next(name for name in one.opts if name.startswith("--"))])
+    return names if one.is_flag or one.metavar is None else f"{names} {one.metavar}"

@@ -1,0 +1,60 @@
+"""`gradfn rerun`: the command that made a run, again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gradfn.cli.app import runner
+from gradfn.cli.commands import COMMANDS, RerunRequest
+from gradfn.cli.console import console
+from gradfn.cli.request import Request, checked, command_line, make
+from gradfn.errors import InputError
+from gradfn.report.tables import facts
+from gradfn.runs.shards import shard_run
+from gradfn.store import requests_of
+
+DROPPED = ("overwrite", "csv", "jsonl", "parquet")
+"""What is not done twice."""
+
+
+def recorded_request(run: str) -> tuple[type[Request], dict[str, Any]]:
+    """The command that made a run, and what it was given.
+
+    Raises:
+        InputError: there is no such run, it has no record, or several commands wrote to it.
+    """
+    found = requests_of(run)
+    if not found:
+        raise InputError(
+            f"{run} does not record the command that made it, since an older gradfn or a Python program "
+            "wrote it: give that command yourself"
+        )
+    commands = {request["command"]: kind for kind, request in found.items()}
+    if len(commands) > 1:
+        files = " and ".join(f"{kind}.h5 is of gradfn {command}" for command, kind in commands.items())
+        raise InputError(f"several commands wrote to {run} ({files}): give one of these files")
+    (name,) = commands
+    kind = next((one for one in COMMANDS if name == one.COMMAND), None)
+    if kind is None:
+        raise InputError(f"{run} was made by gradfn {name}, which is no command of this gradfn")
+    request = found[kind.WRITES] if kind.WRITES in found else next(iter(found.values()))
+    return kind, checked(kind, request["given"], f"the record of {run}")
+
+
+def spelled(request: Mapping[str, Any]) -> str:
+    """The command of a record, as it would be typed."""
+    kind = next((one for one in COMMANDS if request["command"] == one.COMMAND), None)
+    return f"gradfn {request['command']}" if kind is None else command_line(kind, request["given"])
+
+
+def run_rerun(request: RerunRequest) -> None:
+    """Read what was asked, say it, and do it."""
+    kind, recorded = recorded_request(request.run)
+    given = {name: value for name, value in recorded.items() if name not in DROPPED}
+    if request.into is not None:
+        given["run"] = request.into
+    made: Any = make(kind, given)
+    lines = [("command", command_line(kind, given))]
+    if (shard_run(made.run, made.output.shard) / f"{kind.WRITES}.h5").exists():
+        lines.append(("complete", "this run has all its rows, and nothing is computed again"))
+    console().print(facts(lines))
+    runner(kind)(made)

@@ -1,0 +1,196 @@
+"""Tables of evaluations: what is shown, and what is exported."""
+
+from collections.abc import Sequence
+from math import isnan
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from gradfn.evaluate.bootstrap import Estimate, mean_estimate
+from gradfn.evaluate.brittleness import Brittleness, Flips, Removal
+from gradfn.evaluate.comparison import Compared, Comparison
+from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
+from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
+from gradfn.evaluate.truth import Truth
+from gradfn.report.summaries import Facts
+from gradfn.report.tables import rows_table
+from gradfn.report.words import count
+from gradfn.scores import Scores
+
+
+def columns(name: str, one: Estimate | None) -> dict[str, float | None]:
+    """An estimate with the ends of its interval in an exported table; what is not known is empty.
+
+    >>> columns("lds", Estimate(0.5, 0.4, float("nan")))
+    {'lds': 0.5, 'lds_low': 0.4, 'lds_high': None}
+    """
+    values = (None, None, None) if one is None else one
+    return {key: None if value is None or isnan(value) else value
+            for key, value in zip(ends(name), values, strict=True)}  # fmt: skip
+
+
+def ends(name: str) -> tuple[str, str, str]:
+    """The columns of an estimate."""
+    return name, f"{name}_low", f"{name}_high"
+
+
+def between(one: Estimate) -> str:
+    """The interval of an estimate, where it has one."""
+    return "" if isnan(one.low) else f"{one.low:.2f} to {one.high:.2f}"
+
+
+# --- scores beside retrained models
+
+
+def comparison_facts(
+    truth: Truth, told: Comparison, ceiling: Estimate | None, subsets: int, path: str
+) -> Facts:
+    """What scores are compared with."""
+    kept = truth.of_models(truth.averaged())
+    made = f"{count(subsets, 'subset')} x {_seeds(kept)}, of {count(len(truth.row_ids), 'row')}"
+    lines = [("truth", path), ("models", made), *_diverged(truth, kept)]
+    whole, reported = len(truth.query_ids), len(told.queries)
+    if reported < whole:
+        lines.append(
+            ("queries", f"{reported:,} of {whole:,}; dampings are chosen on the other {whole - reported:,}")
+        )
+    else:
+        lines.append(("queries", f"{whole:,}"))
+    if ceiling is None:
+        lines.append(("noise ceiling", _why_unknown(truth)))
+    for one in told.runs:
+        if one.constant:
+            queries = count(one.constant, "query")
+            lines.append(("note", f"{one.name} has one score for all rows of {queries}, which count as 0"))
+    return lines
+
+
+def _why_unknown(truth: Truth) -> str:
+    if len(truth.seeds.unique()) == 1:
+        return "unknown, with one seed a subset: gradfn retrain --seeds 2 tells it"
+    return "unknown, with one seed left of each subset: retrain with a lower --learning-rate"
+
+
+def _diverged(truth: Truth, kept: Truth) -> Facts:
+    """How many models diverged, and what is left out with them."""
+    if not (diverged := int(truth.diverged.sum())):
+        return []
+    lost = {
+        noun: len(getattr(truth, name).unique()) - len(getattr(kept, name).unique())
+        for noun, name in (("subset", "numbers"), ("seed", "seeds"))
+    }
+    left_out = " and ".join(count(number, noun) for noun, number in lost.items() if number)
+    models = f"{diverged:,} of {count(len(truth.diverged), 'model')}"
+    return [("diverged", f"{models}; left out for the means to be over the same seeds: {left_out}")]
+
+
+def _seeds(kept: Truth) -> str:
+    return count(len(kept.seeds.unique()), "seed")
+
+
+def comparison_table(told: Comparison, ceiling: Estimate | None) -> Table:
+    """Correlations of runs with retrained models, and the noise ceiling below them."""
+    lines = [
+        {"run": one.name, "damping": one.damping, "LDS": f"{one.lds.value:.3f}",
+         "95 % interval": between(one.lds), "of ceiling": _share(one.lds, ceiling),
+         "Pearson": f"{one.pearson.value:.3f}", "95 % interval ": between(one.pearson)}
+        for one in told.runs
+    ]  # fmt: skip
+    if ceiling is not None:
+        lines.append(
+            {"run": "noise ceiling", "LDS": f"{ceiling.value:.3f}", "95 % interval": between(ceiling)}
+        )
+    names = ("run", "damping", "LDS", "95 % interval", "of ceiling", "Pearson", "95 % interval ")
+    return rows_table(lines, names)
+
+
+def _share(one: Estimate, ceiling: Estimate | None) -> str:
+    return f"{one.value / ceiling.value:.0%}" if ceiling and ceiling.value > 0 else ""
+
+
+def comparison_row(
+    one: Compared, told: Comparison, ceiling: Estimate | None, truth: Truth, subsets: int
+) -> dict[str, Any]:
+    """A run in the exported table."""
+    return {
+        "run": one.name, "damping": one.damping,
+        **columns("lds", one.lds), **columns("pearson", one.pearson), **columns("ceiling", ceiling),
+        "share_of_ceiling": one.lds.value / ceiling.value if ceiling and ceiling.value > 0 else None,
+        "subsets": subsets, "models": len(truth.diverged), "diverged": int(truth.diverged.sum()),
+        "queries": len(told.queries),
+    }  # fmt: skip
+
+
+# --- brittleness
+
+
+def removal_facts(
+    truth: Truth, kept: Truth, full: Tensor, parts: Sequence[Removal], flipped: Flips | None, path: str
+) -> Facts:
+    """What was removed."""
+    queries = count(len(full), "query")
+    controls = count(min(len(part.random) for part in parts), "random removal")
+    lines = [
+        ("truth", path),
+        ("models", f"{queries} x {count(len(parts), 'size')}, {controls} of each size, {_seeds(kept)}"),
+        ("full model", f"mean loss {float(full.mean()):.3f}"),
+    ]
+    if flipped is not None:
+        lines.append(("predictions", f"{flipped.right:,} of {queries} right, which are those that can flip"))
+    return [*lines, *_diverged(truth, kept)]
+
+
+def removal_line(k: int, one: Brittleness, flipped: Flips | None) -> dict[str, str]:
+    """What removing `k` rows does, as it is shown."""
+    rises = {"removed": f"{k:,}", "loss rises by": _signed(one.rise), "by chance": _signed(one.by_chance),
+             "above chance": f"{one.above_chance.value:.0%}"}  # fmt: skip
+    if flipped is not None and flipped.flipped is not None and flipped.flipped_by_chance is not None:
+        by_chance = f"{flipped.flipped_by_chance.value:.0%} by chance"
+        return {**rises, "predictions flip": f"{flipped.flipped.value:.0%}, {by_chance}"}
+    if one.lost is None or one.lost_by_chance is None:
+        return rises
+    return {**rises, "answers lost": f"{one.lost.value:.0%}, {one.lost_by_chance.value:.0%} by chance"}
+
+
+def removal_row(k: int, one: Brittleness, flipped: Flips | None) -> dict[str, Any]:
+    """What removing `k` rows does, in the exported table."""
+    more = dict.fromkeys(Flips._fields) if flipped is None else flipped._asdict()
+    row: dict[str, Any] = {"k": k, "right": more.pop("right")}
+    for name, estimate in {**one._asdict(), **more}.items():
+        row |= columns(name, estimate)
+    return row
+
+
+def _signed(one: Estimate) -> str:
+    return f"{one.value:+.3f}" + ("" if isnan(one.low) else f" ({one.low:.3f} to {one.high:.3f})")
+
+
+# --- known answers
+
+
+def mislabel_row(run: Scores, number: int, wrong: Tensor, k: int) -> dict[str, Any]:
+    """How well self-influence at one damping finds wrong rows: numbers, and beside them what is shown."""
+    scores = run.values[number, :, 0]
+    found = auroc(scores, wrong), average_precision(scores, wrong), precision_at(scores, wrong, k)
+    names = ("auroc", "average_precision", "precision_at_k")
+    shown = ("AUROC", "average precision", f"precision@{k}")
+    return {
+        "run": run.name, "damping": run.dampings[number], "k": k, **dict(zip(names, found, strict=True)),
+        **{name: f"{value:.3f}" for name, value in zip(shown, found, strict=True)},
+    }  # fmt: skip
+
+
+def recall_rows(run: Scores, sources: Tensor, k: int) -> list[dict[str, Any]]:
+    """How often sources are found, a row a damping: numbers, and beside them what is shown."""
+    table = []
+    for damping, scores in zip(run.dampings, run.values, strict=True):
+        first, among = (mean_estimate(recall_at(scores, sources, n)) for n in (1, k))
+        mrr = mean_estimate(reciprocal_rank(scores, sources))
+        row = {"run": run.name, "damping": damping, "k": k, "queries": sources.shape[1]}
+        for name, one in (("recall_at_1", first), ("recall_at_k", among), ("mrr", mrr)):
+            row |= columns(name, one)
+        for name, one in (("recall@1", first), (f"recall@{k}", among), ("MRR", mrr)):
+            row[name] = f"{one.value:.3f}" + (f" ({interval})" if (interval := between(one)) else "")
+        table.append(row)
+    return table

@@ -1,0 +1,104 @@
+"""Tables as files: CSV, JSON lines, Parquet."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradfn.errors import StorageError
+
+Row = Mapping[str, Any]
+EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "text")
+FURTHER = {"module": ("module", "share"), "head": ("module", "share"),
+           "token": ("document", "position", "token")}  # fmt: skip
+"""Columns of an export that there are only where scores are told apart so finely."""
+
+
+def export_ranking(rows: Sequence[Row], paths: Mapping[str, Path | None], by: str = "example") -> None:
+    """Write rankings, a line a row, or a line a share of a score; see `export_table`.
+
+    Args:
+        by: how finely scores are told apart: "example", "module", "head" or "token".
+    """
+    lines = [line for row in rows for line in _lines(row)]
+    export_table(lines, (*EXPORTED, *FURTHER.get(by, ())), paths)
+
+
+def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[str, Path | None]) -> None:
+    """Write a table in the formats asked for, each file whole or not at all.
+
+    Args:
+        lines: what stands in the columns, by name; other names are left out.
+        paths: by format, "csv", "jsonl" or "parquet"; None: not in this one.
+
+    Raises:
+        StorageError: the disk is full or failed; the old file is kept.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "t.csv"
+    >>> export_table([{"a": 1, "b": 2}], ["b"], {"csv": path})
+    >>> path.read_text()
+    'b\\n2\\n'
+    """
+    for kind, path in paths.items():
+        if path is None:
+            continue
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            WRITERS[kind](lines, columns, partial)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise StorageError(error.errno, f"could not write {path}: {error.strerror or error}") from error
+
+
+def _lines(row: Row) -> list[dict[str, Any]]:
+    """A row of the table as lines of the export: one, or one a share."""
+    line = {key: value for key, value in row.items() if key != "shares"}
+    if "shares" not in row:
+        return [line]
+    return [{**line, "module": name, "share": share} for name, share in row["shares"]]
+
+
+def _write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_jsonl(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({name: row[name] for name in columns}, ensure_ascii=False) + "\n")
+
+
+def _write_parquet(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = {name: _parquet_kind([row[name] for row in rows]) for name in columns}
+    kinds = {**found, **dict.fromkeys(("rank", "row", "document", "position"), pa.int64()),
+             **dict.fromkeys(("score", "share"), pa.float64())}  # fmt: skip
+    schema = pa.schema([(name, kinds[name]) for name in columns])
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), path)
+
+
+def _parquet_kind(values: Sequence[Any]) -> Any:
+    """The type of a column; numbers that are sometimes absent are numbers, and an empty column is text."""
+    import pyarrow as pa
+
+    there = [value for value in values if value is not None]
+    if there and all(isinstance(value, int) for value in there):
+        return pa.int64()
+    return pa.float64() if there and all(isinstance(value, int | float) for value in there) else pa.string()
+
+
+WRITERS: dict[str, Callable[[Sequence[Row], Sequence[str], Path], None]] = {
+    "csv": _write_csv,
+    "jsonl": _write_jsonl,
+    "parquet": _write_parquet,
+}
+"""By format."""

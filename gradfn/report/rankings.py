@@ -1,0 +1,166 @@
+"""What is shown of queries: the rows that made the model do this, and how often known sources were found."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from gradfn.data import Corpus
+from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
+from gradfn.hf.answers import Answer
+from gradfn.report.rows import DocumentRows, Ranked, ShownRows, top_shares
+from gradfn.report.tables import NAME_WIDTH, facts, ranking
+from gradfn.report.words import clean, count
+
+KNOWN_RANKS = 5
+QUERY_CHARACTERS = 300
+"""Of a query that is shown; it may be a whole document."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShownQueries:
+    """What is known of queries, one for each column of the scores.
+
+    Args:
+        ids, texts: one a query.
+        shown: the texts as a person reads them, prompt and completion apart.
+        sources: the ids of the rows that are known to teach the answers, None where none is known.
+        dampings: of which every query has a column each, those of one damping together; "" is not shown.
+        documents: the queries' tokens, where every query is one document; once for all dampings.
+    """
+
+    ids: Sequence[str]
+    texts: Sequence[str]
+    shown: Sequence[str]
+    sources: Sequence[str | None] = field(default_factory=list)
+    dampings: tuple[str, ...] = ("",)
+    documents: Corpus | None = None
+
+    def joined(self, name: str) -> "ShownQueries":
+        """One for all of them."""
+        text = f"the best of {len(self.ids)} queries"
+        return ShownQueries([name], [text], [text])
+
+    def with_dampings(self, names: Sequence[str]) -> "ShownQueries":
+        """Each of them once for every damping, in the order of scores; a single damping is not shown."""
+        if len(names) == 1:
+            return self
+        times = len(names)
+        return ShownQueries(
+            [f"{query} (damping {name})" for name in names for query in self.ids],
+            list(self.texts) * times, list(self.shown) * times, list(self.sources) * times, tuple(names),
+            self.documents,
+        )  # fmt: skip
+
+    @property
+    def each(self) -> int:
+        """How many queries there are of one damping."""
+        return len(self.ids) // len(self.dampings)
+
+
+def ranks_needed(top: int) -> int:
+    """How many of the best rows to keep: those shown, and those among which a known source counts."""
+    return max(top, KNOWN_RANKS)
+
+
+def print_rankings(
+    out: Console,
+    queries: ShownQueries,
+    ranked: Ranked,
+    known: ShownRows,
+    top: int,
+    *,
+    answers: Sequence[Answer] | None = None,
+    texts: bool = True,
+) -> list[dict[str, Any]]:
+    """Show the best rows of every query, and how often known sources were found.
+
+    Args:
+        out: where.
+        ranked: the best `ranks_needed(top)` rows of every query.
+        known: what is known of the rows.
+        answers: what the model itself makes of every query, for one damping.
+        texts: whether rows and queries are texts, which BM25 can search too.
+
+    Returns:
+        The table, a line a row shown.
+    """
+    lexical = _lexical(known, queries, top) if texts else None
+    table = []
+    for number, query in enumerate(queries.ids):
+        rows = _lines(ranked, known, number, query, top)
+        table.extend(rows)
+        out.print()
+        out.print(facts(_query_facts(queries, number, answers[number % queries.each] if answers else None)))
+        out.print(ranking(rows, out.width))
+        if lexical is not None:
+            found = [clean(name, NAME_WIDTH) for name in lexical[number][:top]]
+            out.print(facts([("BM25 finds", ", ".join(found) or "no row that shares a word")]))
+    if any(queries.sources) and isinstance(known, DocumentRows):
+        out.print()
+        out.print(facts(_recall(queries, ranked, known.ids, lexical)))
+    return table
+
+
+def _lines(ranked: Ranked, known: ShownRows, query: int, query_id: str, top: int) -> list[dict[str, Any]]:
+    """The table of one query, proponents first."""
+    table = []
+    for side, rank, row, score in ranked.shown(query, top):
+        shares = {} if ranked.shares is None else {"shares": top_shares(ranked.shares[row, query])}
+        table.append({"query": query_id, "side": side, "rank": rank, "score": score,
+                      **known.cells(row), **shares})  # fmt: skip
+    return table
+
+
+def _lexical(known: ShownRows, queries: ShownQueries, top: int) -> list[list[str]] | None:
+    """What BM25 finds for every query, where sources are known and rows are documents."""
+    if not any(queries.sources) or not isinstance(known, DocumentRows):
+        return None
+    ranks = bm25_ranks(known.texts, queries.texts, ranks_needed(top))
+    return [[known.ids[int(row)] for row in found if row != NOT_FOUND] for found in ranks.tolist()]
+
+
+def _query_facts(queries: ShownQueries, number: int, answer: Answer | None) -> list[tuple[str, str]]:
+    """A query, and what the model itself makes of it."""
+    lines = [(f"query {clean(queries.ids[number])}", clean(queries.shown[number], QUERY_CHARACTERS))]
+    if damping := queries.dampings[number // queries.each]:
+        lines.append(("damping", damping))
+    if answer is None:
+        return lines
+    loss = f"loss {answer.loss:.2f} nats a token"
+    if answer.known is None:
+        return [*lines, ("model", loss)]
+    chance = f"{loss}, probability {answer.probability:.3g}"
+    if answer.known:
+        return [*lines, ("model", f"{chance}: it knows the answer")]
+    says = f' (it says "{clean(answer.says)}")' if clean(answer.says) else ""
+    return [*lines, ("model", f"{chance}: it does NOT know the answer{says}, so there may be no source")]
+
+
+def _recall(
+    queries: ShownQueries, ranked: Ranked, ids: Sequence[str], lexical: list[list[str]] | None
+) -> list[tuple[str, str]]:
+    """How often the known source of a query is ranked first and in the first five, of texts beside BM25."""
+    there = set(ids)
+    named = {number: source for number, source in enumerate(queries.sources) if source}
+    asked = {number: source for number, source in named.items() if source in there}
+    gradients = [[ids[int(row)] for row in rows[:KNOWN_RANKS]] for rows in ranked.proponents.rows]
+    parts = [("gradients", f"damping {name}: " if name else "", gradients, number)
+             for number, name in enumerate(queries.dampings)]  # fmt: skip
+    if lexical is not None:
+        parts.append(("BM25", "", lexical, 0))
+    lines = []
+    for label, damping, found, number in parts if asked else []:
+        mine = {query: source for query, source in asked.items() if query // queries.each == number}
+        first, five = (_hits(mine, found, k) for k in (1, KNOWN_RANKS))
+        of = f"{first} of {count(len(mine), 'query')}, in the top {KNOWN_RANKS} for {five}"
+        lines.append((label, f"{damping}ranks the known source first for {of}"))
+    if lost := (len(named) - len(asked)) // len(queries.dampings):
+        lines.append(("note", f"{count(lost, 'query')} with a source that is not among the rows"))
+    return lines
+
+
+def _hits(asked: Mapping[int, str], found: Sequence[Sequence[str]], k: int) -> int:
+    """How many queries have their source among the first `k` found."""
+    return sum(source in found[number][:k] for number, source in asked.items())

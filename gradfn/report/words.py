@@ -1,0 +1,24 @@
+"""Numbers with their nouns, and text from data as one line that is safe to print."""
+
+import unicodedata
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> count(1, "row"), count(1200, "row"), count(2, "query")
+    ('1 row', '1,200 rows', '2 queries')
+    """
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def clean(text: str, width: int | None = None) -> str:
+    """One line of printable text: line breaks become spaces, control characters are dropped.
+
+    >>> clean("a\\n\\x1b[31mb")
+    'a [31mb'
+    """
+    line = " ".join(text.split())
+    line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    return line if width is None or len(line) <= width else line[: width - 1].rstrip() + "…"
