@@ -411,7 +411,7 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
         (model, good, "chats need a tokenizer with a chat template, and this one has none"),
         (odd, good, "writes the prompt of row 0 differently without the answer"),
         (plain, mute, "the chat of row 0 has no message of the assistant: leave it out"),
-        (plain, words, "row 0 of column 'messages' is no chat: give a list of role and content"),
+        (plain, words, "row 0 of column 'messages' is no chat: give a list of messages"),
     ):
         result = command("build", tmp_path / "run", "--model", path, "--dataset", data)
         assert (result.status, result.err.count("\n")) == (2, 1)
