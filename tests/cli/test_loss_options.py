@@ -417,7 +417,7 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
         assert (result.status, result.err.count("\n")) == (2, 1)
         assert said in result.err
     result = command("build", tmp_path / "run", "--model", plain, "--dataset", good, "--messages-column", "x")
-    assert "no column 'x' in the dataset, which has messages: name another with --messages-col" in result.err
+    assert "no column 'x' in the dataset, which has messages: give another messages_col" in result.err
     assert not (tmp_path / "run").exists()
 
 
