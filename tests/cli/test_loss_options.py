@@ -411,13 +411,13 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
         (model, good, "chats need a tokenizer with a chat template, and this one has none"),
         (odd, good, "writes the prompt of row 0 differently without the answer"),
         (plain, mute, "the chat of row 0 has no message of the assistant: leave it out"),
-        (plain, words, "row 0 of column 'messages' is no chat: give a list of role and content"),
+        (plain, words, "row 0 of column 'messages' is no chat: give a list of messages"),
     ):
         result = command("build", tmp_path / "run", "--model", path, "--dataset", data)
         assert (result.status, result.err.count("\n")) == (2, 1)
         assert said in result.err
     result = command("build", tmp_path / "run", "--model", plain, "--dataset", good, "--messages-column", "x")
-    assert "no column 'x' in the dataset, which has messages: name another with --messages-col" in result.err
+    assert "no column 'x' in the dataset, which has messages: give another messages_col" in result.err
     assert not (tmp_path / "run").exists()
 
 

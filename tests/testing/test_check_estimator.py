@@ -63,7 +63,7 @@ def masks_in_place(*asked):
 
 def first_batch_again(*asked):
     scores = gradient_dot(*asked)
-    scores[8:16] = scores[:8][: len(scores) - 8]
+    scores[8:16] = scores[:8][: max(0, len(scores) - 8)]
     return scores
 
 
@@ -100,7 +100,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("scores", "kind", "message"), MISTAKES, ids=lambda v: getattr(v, "__name__", ""))
 def test_a_mistake_is_found_and_shown(scores, kind, message):
     with pytest.raises(BrokenLawError, match=message) as caught:
-        check_estimator(scores, kinds=[kind], max_examples=15)
+        check_estimator(scores, kinds=[kind], max_examples=100)
     assert "falsifying" not in str(caught.value).lower()
 
 
