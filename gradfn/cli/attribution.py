@@ -1,27 +1,23 @@
 """Scoring as it is asked for: one checkpoint at a time, and several joined."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count as counting
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, at_checkpoint, recorded
 from gradfn.cli.queries import SELF, Asked, Queries, load_queries
 from gradfn.cli.stages import Stages, load_stages
-from gradfn.cli.stored import check_stored
 from gradfn.data import Corpus
 from gradfn.engine.cache import CachedRows
-from gradfn.engine.stream import Progress, stream_to_host
+from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
 from gradfn.methods.inner_product import EngineScorer, InnerProduct
 from gradfn.methods.recipes import RECIPES, Persist, Problem, Recipe
-from gradfn.methods.scoring import extremes_of
+from gradfn.methods.scoring import extremes_of, shares_of
 from gradfn.report.progress import progress_bar
 from gradfn.report.rankings import ShownQueries, ranks_needed
 from gradfn.report.rows import Ranked
@@ -36,15 +32,15 @@ from gradfn.report.summaries import (
     unprobed_facts,
 )
 from gradfn.report.tables import facts
-from gradfn.runs import score_run
 from gradfn.runs.curvatures import hessian
 from gradfn.runs.provenance import Provenance
+from gradfn.runs.queries import check_stored
 from gradfn.runs.rows import Summary, unprobed
-from gradfn.runs.scores import damping_names, write_scores
-from gradfn.runs.shards import Shard, shard_run
-from gradfn.scores import SHARES, Columns, extremes
+from gradfn.runs.scores import damping_names, read_part, row_shares, score_chunks, score_run, write_scores
+from gradfn.runs.shards import Shard
+from gradfn.scores import Columns, extremes
 from gradfn.statistics.curvature import Curvature
-from gradfn.store.reader import open_part, open_store
+from gradfn.store.reader import open_store
 from gradfn.store.writer import Overwrite
 from gradfn.transforms import Chain, Transform, chain
 from gradfn.types import Data, Rows
@@ -250,7 +246,7 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
             done = prepared.write(run, progress)
             lines = [*scores_facts(done.path, done.rows, len(shown.ids), job.noun, done.resumed),
                      *unprobed_facts(done.unprobed), *job.next()]  # fmt: skip
-            best = None if job.shard else extremes(_stored_scores(run), needed)
+            best = None if job.shard else extremes(score_chunks(run), needed)
     if lines:
         console().print(facts(lines))
     if best is None:
@@ -258,42 +254,14 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
     ranked = Ranked(*best)
     if not layers.by_block:
         return shown, ranked
-    return shown, _shares(ranked, prepared) if run is None else _stored_shares(ranked, run, job)
-
-
-def _shares(ranked: Ranked, prepared: Prepared) -> Ranked:
-    """Score the rows that are shown again, by block, rather than keep the shares of all rows."""
-    job, loaded = prepared.job, prepared.loaded
-    asked = ranked.asked(job.top)
-    rows = list(asked)
-    shown, shares = job.train.select(rows), {}
-    scorer = prepared.scorer(by_block=True)
-    engine, size = scorer.engine, scorer.token_batch_size
-    with loaded.multiplying(), progress_bar("shares", int(shown.lengths.sum())) as progress:
-        for numbers, result in stream_to_host(engine, shown, token_batch_size=size, progress=progress):
-            assert isinstance(result.values, dict)
-            for place, row in enumerate(rows[number] for number in numbers):
-                for query in asked[row]:
-                    shares[row, query] = {name: float(v[place, query]) for name, v in result.values.items()}
-    return replace(ranked, shares=shares)
-
-
-def _stored_shares(ranked: Ranked, run: str, job: Job) -> Ranked:
-    """The shares that a run keeps, of the rows that are shown."""
-    with open_store(run, "scores") as store:
-
-        def of_row(row: int) -> dict[str, Any]:
-            arrays = store.read_all(store.names(SHARES), row, row + 1)
-            return {name.removeprefix(SHARES): array[0].reshape(-1) for name, array in arrays.items()}
-
-        return ranked.with_shares(job.top, of_row)
-
-
-def _stored_scores(run: str) -> Iterable[Tensor]:
-    """The score matrix of a run, streamed."""
-    with open_store(run, "scores") as store:
-        for _, _, arrays in store.chunks(["scores"], 65536):
-            yield torch.from_numpy(arrays["scores"]).flatten(1)
+    if run is not None:
+        with open_store(run, "scores") as store:
+            return shown, ranked.with_shares(job.top, lambda row: row_shares(store, row))
+    asked = ranked.asked(job.top)  # scored again, rather than to keep the shares of all rows
+    rows = job.train.select(list(asked))
+    with loaded.multiplying(), progress_bar("shares", int(rows.lengths.sum())) as progress:
+        shares = shares_of(prepared.scorer(by_block=True), rows, asked, progress=progress)
+    return shown, replace(ranked, shares=shares)
 
 
 # --- several checkpoints
@@ -312,7 +280,7 @@ def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[Sho
                 results.append(prepared.scorer()(prepared.train, progress=progress))
             else:
                 resumed += prepared.write(part, progress).resumed
-                results.append(_read_scores(part, job.shard))
+                results.append(read_part(part, job.shard)[0])
     scores = job.recipe.combine(results, [weight for _, weight in weighted])
     if scores.shape[1] != len(shown.ids):
         shown = shown.joined(job.name)
@@ -326,24 +294,12 @@ def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[Sho
     return shown, Ranked(*extremes([scores], ranks_needed(job.top)))
 
 
-def _read_scores(run: str, shard: Shard | None) -> Rows:
-    with open_part(shard_run(run, shard), "scores") as store:
-        there = "rows/loss" in store.names("rows")
-        losses = torch.from_numpy(store.read("rows/loss", *store.span)) if there else torch.zeros(0)
-        return Rows(torch.from_numpy(store.read("scores", *store.span)).flatten(1), losses)
-
-
 def _write_joined(job: Job, run: str, weighted: Weighted, columns: Columns, result: Rows) -> Path:
     parts = [{"path": None if path is None else anchored(path), "weight": weight,
-              "settings": _settings_of(shard_run(Path(run) / f"checkpoint-{number}", job.shard))}
+              "settings": read_part(f"{run}/checkpoint-{number}", job.shard)[1].to_json()}
              for number, (path, weight) in enumerate(weighted, 1)]  # fmt: skip
     settings = {"recipe": job.name, "checkpoints": parts, **job.request.record()}
     return write_scores(
         run, job.train, result, columns, settings=settings, tokens=job.request.layers.by == "token",
         overwrite=job.overwrite, shard=job.shard,
     )  # fmt: skip
-
-
-def _settings_of(run: Path) -> dict[str, Any]:
-    with open_part(run, "scores") as store:
-        return store.settings

@@ -19,14 +19,13 @@ from gradfn.cli.commands import (
 )
 from gradfn.cli.console import console
 from gradfn.errors import InputError
-from gradfn.evaluate.bootstrap import Estimate, mean_estimate
-from gradfn.evaluate.brittleness import Flips, brittleness, flips, removals
-from gradfn.evaluate.ceiling import noise_ceiling_estimate
-from gradfn.evaluate.comparison import compare, damping_curve
+from gradfn.evaluate.bootstrap import mean_estimate
+from gradfn.evaluate.brittleness import all_flips, brittleness, removals
+from gradfn.evaluate.comparison import ceiling_of, compare, damping_curve
 from gradfn.evaluate.correlation import correlation
-from gradfn.evaluate.mislabel import check_k
+from gradfn.evaluate.mislabel import check_k, marked
 from gradfn.evaluate.overlap import jaccard, top_overlap
-from gradfn.evaluate.retrieval import source_name
+from gradfn.evaluate.retrieval import known_sources
 from gradfn.evaluate.scored import evaluated_scores, in_words, made_of, refuse_other_data
 from gradfn.evaluate.truth import Truth, open_truth
 from gradfn.hf.datasets import load_rows, row_names
@@ -79,7 +78,7 @@ def _compare(truth: Truth, runs: list[Scores], request: ComparisonRequest, *, ti
         refuse_other_data(run, truth, path, request.truth)
     subsets, losses = truth.targets()
     comparison = compare(runs, subsets, losses, seed=request.seed)
-    ceiling = _ceiling(truth, comparison.queries, request.seed)
+    ceiling = ceiling_of(truth, comparison.queries, request.seed)
     console().print(facts(comparison_facts(truth, comparison, ceiling, len(subsets), request.truth)))
     console().print(comparison_table(comparison, ceiling))
     table = [comparison_row(one, comparison, ceiling, truth, len(subsets)) for one in comparison.runs]
@@ -103,7 +102,7 @@ def run_brittleness(request: BrittlenessRequest) -> None:
     subsets, losses = kept.targets()
     full, parts = removals(subsets, losses)
     found = [brittleness(full, part, probabilities=kept.of_answers) for part in parts]
-    flipped = _flips(kept, subsets, len(parts))
+    flipped = all_flips(kept.mean_margins(), subsets, len(parts))
     console().print(facts(removal_facts(truth, kept, full, parts, flipped[0], request.truth)))
     each = [*zip([part.k for part in parts], found, flipped, strict=True)]
     shown, table = [removal_line(*one) for one in each], [removal_row(*one) for one in each]
@@ -203,24 +202,6 @@ def _opened(paths: Sequence[str]) -> list[Scores]:
     return [replace(run, name=path) for run, path in zip(runs, paths, strict=True)]
 
 
-def _ceiling(truth: Truth, queries: Tensor, seed: int) -> Estimate | None:
-    """The noise ceiling of the queries reported; None where one seed is left of each subset."""
-    kept = truth.averaged()
-    if len(truth.seeds[kept].unique()) == 1:
-        return None
-    losses, numbers, seeds = truth.losses[kept][:, queries], truth.numbers[kept], truth.seeds[kept]
-    return noise_ceiling_estimate(losses, numbers, seeds=seeds, seed=seed)
-
-
-def _flips(truth: Truth, subsets: Tensor, sizes: int) -> list[Flips | None]:
-    """What becomes of predictions, for each number of rows removed; None where there are no classes."""
-    margins = truth.mean_margins()
-    if margins is None:
-        return [None] * sizes
-    full, parts = removals(subsets, margins)
-    return [flips(full, part) for part in parts]
-
-
 # --- known answers
 
 
@@ -237,14 +218,7 @@ def _marked(run: Scores, request: MislabelRequest) -> Tensor:
             "name another with --label-column"
         )
     _refuse_other_ids(rows, run.row_ids, request.run, path, "--dataset")
-    values = list(rows[column])
-    for number, value in enumerate(values):
-        if value not in (0, 1):
-            raise InputError(
-                f"row {number} has {value!r} in column {column!r}, expected 1 for a wrong row and 0 for a "
-                "right one: mend it, or name another --label-column"
-            )
-    return torch.tensor([bool(value) for value in values])
+    return marked(rows[column], column)
 
 
 def _sources(run: Scores, request: RecallRequest) -> tuple[Tensor, list[int]]:
@@ -260,19 +234,10 @@ def _sources(run: Scores, request: RecallRequest) -> tuple[Tensor, list[int]]:
             f"{', '.join(rows.column_names)}: add one"
         )
     _refuse_other_ids(rows, run.query_ids, run.name, path, "--query")
-    numbers: dict[str, list[int]] = {}
-    for number, name in enumerate(run.row_ids):  # pieces of a document share its id
-        numbers.setdefault(name, []).append(number)
-    named = [source_name(value) for value in rows["source"]]
-    known = [
-        (query, numbers[name]) for query, name in enumerate(named) if name is not None and name in numbers
-    ]
-    if not known:
+    sources, asked = known_sources(rows["source"], run.row_ids)
+    if not asked:
         raise InputError(f"none of the sources in {path} is among the rows scored: score the rows they name")
-    sources = torch.zeros(len(run.row_ids), len(known), dtype=torch.bool)
-    for column, (_, these) in enumerate(known):
-        sources[these, column] = True
-    return sources, [query for query, _ in known]
+    return sources, asked
 
 
 def _refuse_other_ids(rows: Any, ids: Sequence[str], run: str, path: str, option: str) -> None:

@@ -1,6 +1,5 @@
 """From requests to values: the model under study, its documents, and what they were made from."""
 
-import logging
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ from gradfn.hf.columns import with_weights
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.images import load_processor
 from gradfn.hf.masking import masking_of
-from gradfn.hf.models import check_device, load_model
+from gradfn.hf.models import check_device, load_model, say_once
 from gradfn.hf.reader import Reader
 from gradfn.hf.tokenizers import load_tokenizer
 from gradfn.model.fingerprint import model_fingerprint
@@ -177,7 +176,7 @@ def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | N
     if path is None:
         raise InputError("no model: give --model a local folder, a .gguf file or a hub name")
     products = _products(precision, options.device)
-    _say_once("bitsandbytes.autograd._functions")
+    say_once("bitsandbytes.autograd._functions")
     processor = load_processor(path) if task == IMAGES else None
     model = _load(path, options, task)
     vocabulary = getattr(model.config, "vocab_size", None)
@@ -214,27 +213,6 @@ def _products(precision: str, device: str) -> Products:
         return "ieee"
     check_device(device)
     return products_of(precision, torch.device(device))
-
-
-class _Once(logging.Filter):
-    """Lets a message through the first time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message is new."""
-        new = record.getMessage() not in self.known
-        self.known.add(record.getMessage())
-        return new
-
-
-def _say_once(logger: str) -> None:
-    """For libraries that say the same at every product."""
-    found = logging.getLogger(logger)
-    if not any(isinstance(known, _Once) for known in found.filters):
-        found.addFilter(_Once())
 
 
 def _load(path: str, options: ModelOptions, task: str) -> nn.Module:

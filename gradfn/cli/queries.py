@@ -16,7 +16,6 @@ from gradfn.cli.inputs import (
     load_model_and_rows,
 )
 from gradfn.cli.options import DataOptions, QueryOptions
-from gradfn.cli.stored import stored_queries
 from gradfn.data import Corpus, Documents, Images, Pairs
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
@@ -29,6 +28,7 @@ from gradfn.report.progress import progress_bar
 from gradfn.report.rankings import ShownQueries
 from gradfn.runs.gradients import ends_in_unit_norm, open_gradients
 from gradfn.runs.provenance import DataSource, Provenance
+from gradfn.runs.queries import stored_queries
 from gradfn.transforms import chain, unit_normalize
 from gradfn.types import Blocks
 

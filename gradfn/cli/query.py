@@ -8,7 +8,7 @@ from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, Settings, load_stored_subject
 from gradfn.cli.options import By, check_losses
 from gradfn.cli.queries import Queries, answers_of, load_asked, load_queries, query_rows_of
-from gradfn.cli.stages import curvature_for, dampings_of, normalizer
+from gradfn.cli.stages import dampings_of, normalizer
 from gradfn.errors import InputError
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.report.exports import export_ranking
@@ -17,6 +17,7 @@ from gradfn.report.rows import Ranked, stored_rows
 from gradfn.report.summaries import device_facts
 from gradfn.report.tables import facts
 from gradfn.report.words import count
+from gradfn.runs.curvatures import curvature_for
 from gradfn.runs.gradients import GRADIENTS, ends_in_unit_norm, open_gradients
 from gradfn.runs.masks import LOADERS
 from gradfn.runs.provenance import Provenance, rebuild, refuse_mismatch

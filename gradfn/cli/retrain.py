@@ -1,29 +1,27 @@
 """`gradfn retrain`: the ground truth of attribution, models retrained on subsets."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradfn.cli.commands import RetrainRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, check_request, check_run, recorded, require
-from gradfn.cli.options import SubsetOptions, TrainingOptions
+from gradfn.cli.options import SubsetOptions
 from gradfn.cli.queries import load_all
 from gradfn.data import Corpus
 from gradfn.errors import InputError
 from gradfn.evaluate.brittleness import brittleness_subsets
-from gradfn.evaluate.scored import evaluated_scores, refuse_other_data
+from gradfn.evaluate.scored import single_scores
 from gradfn.evaluate.subsets import check_fraction, leave_one_out, random_subsets
 from gradfn.evaluate.truth import Truth, retrain, subsets_of_models
+from gradfn.hf.models import fresh
 from gradfn.model.params import params_of
 from gradfn.report.progress import progress_bar
 from gradfn.report.summaries import Facts, device_facts, next_facts
 from gradfn.report.tables import facts
 from gradfn.report.words import count
 from gradfn.runs.shards import shard_run
-from gradfn.train.stacked import Start
 
 SUBSETS = 50
 """Random subsets, unless told."""
@@ -48,7 +46,10 @@ def run_retrain(request: RetrainRequest) -> None:
     queries, seeds, seed = asked.documents, request.subsets.seeds, request.seed
     subsets, how = _subsets(request.subsets, seed, train, queries)
     console().print(facts(_subject_facts(loaded, train, queries, subsets, request)))
-    start = start_of(loaded, request.training)
+    if hasattr(loaded.model, "peft_config"):
+        raise InputError(f"{loaded.name} has adapters, and whole models are retrained: merge them into it")
+    given = request.training.init == "given"
+    start = params_of(loaded.model) if given else lambda: fresh(loaded.model)
     own = subsets_of_models(len(subsets), seeds, shard)
     total = training.epochs * int(subsets.sum(1)[own].sum())
     known = {key: value for key, value in loaded.settings().items() if key != "layers"}
@@ -87,7 +88,8 @@ def _subsets(
     if options.remove_top is not None and options.scores is not None:
         how = {"remove_top": list(options.remove_top), "scores": anchored(options.scores),
                "first": "all rows", "seed": seed, "answer_tokens": _answer_tokens(queries)}  # fmt: skip
-        return _without_best(options.scores, options.remove_top, train, queries, seed), how
+        scores = single_scores(options.scores, train, queries)
+        return brittleness_subsets(scores, list(options.remove_top), seed=seed), how
     if options.leave_out == 1:
         masks = leave_one_out(rows, rows if number is None else number, seed)
         return masks, {"leave_out": 1, "seed": seed}
@@ -102,37 +104,6 @@ def _subsets(
 def _answer_tokens(queries: Corpus) -> int:
     """Of the longest answer; a class is one."""
     return 1 if "labels" in getattr(queries, "extras", {}) else int(queries.supervised.max())
-
-
-def _without_best(run: str, ks: tuple[int, ...], train: Corpus, queries: Corpus, seed: int) -> Tensor:
-    """All rows, those without the best of each query by scores of these rows and queries, and controls."""
-    scored = evaluated_scores(run)
-    fingerprints = {
-        "data": {"fingerprint": train.fingerprint()},
-        "query": {"fingerprint": queries.fingerprint()},
-    }
-    here = replace(scored, row_ids=list(train.ids), query_ids=list(queries.ids), settings=fingerprints)
-    refuse_other_data(scored, here, run, "what is retrained")
-    if len(scored.dampings) > 1:
-        raise InputError(
-            f"{run} has scores for {len(scored.dampings)} dampings, and rows are removed by one: score with "
-            "one --damping"
-        )
-    return brittleness_subsets(scored.values[0], list(ks), seed=seed)
-
-
-def start_of(loaded: Loaded, options: TrainingOptions) -> Start:
-    """The model's own weights, or what makes new ones of its architecture."""
-    if hasattr(loaded.model, "peft_config"):
-        raise InputError(f"{loaded.name} has adapters, and whole models are retrained: merge them into it")
-    return params_of(loaded.model) if options.init == "given" else _maker(loaded.model)
-
-
-def _maker(model: nn.Module) -> Callable[[], nn.Module]:
-    config: Any = model.config
-    like = next(model.parameters())
-    make: Any = type(model)
-    return lambda: make(config).to(like.device, like.dtype).eval()
 
 
 # --- what is said

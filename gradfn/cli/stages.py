@@ -1,6 +1,5 @@
 """What is done to gradients as it is asked for: optimizer normalisation, projection, curvature, norm."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -10,9 +9,9 @@ from gradfn.errors import InputError
 from gradfn.hf.optimizer_state import load_optimizer_state
 from gradfn.linalg.maps import Kind
 from gradfn.linalg.spectrum import Damping
-from gradfn.runs.curvatures import load_curvature, open_curvature
+from gradfn.runs.curvatures import curvature_for, open_curvature
 from gradfn.runs.masks import LOADERS, projection_named, refuse_foreign
-from gradfn.runs.provenance import Provenance, rebuild, refuse_mismatch
+from gradfn.runs.provenance import Provenance, rebuild
 from gradfn.statistics.curvature import Curvature
 from gradfn.transforms import Chain, Transform, chain, precondition, unit_normalize
 from gradfn.transforms.project import Compress, Project
@@ -145,13 +144,3 @@ def load_stages(
 def normalizer(path: str, loaded: Loaded) -> Transform:
     """The scaling of gradients that the optimizer had reached."""
     return load_optimizer_state(path, loaded.model, replace(loaded.subject.view, tokens=False))
-
-
-def curvature_for(path: str, wanted: Mapping[str, Any], dampings: Sequence[Damping]) -> Curvature:
-    """The curvature in a run directory, for gradients made as `wanted` says, that can be damped so."""
-    with open_curvature(path) as store:
-        refuse_mismatch(store, Provenance.of(wanted).by_row(), f"the curvature in {path}")
-    H = load_curvature(path)
-    for damping in dampings:
-        next(iter(H.values())).power(-1.0, damping)
-    return H

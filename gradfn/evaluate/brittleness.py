@@ -187,3 +187,13 @@ def flips(full: Float[Tensor, " queries"], removal: Removal) -> Flips:
         return Flips(0, None, None)
     wrong, by_chance = removal.top[right] <= 0, removal.random[:, right] <= 0
     return Flips(int(right.sum()), mean_estimate(wrong.double()), grid_estimate(by_chance.double()))
+
+
+def all_flips(
+    margins: Float[Tensor, "subsets queries"] | None, subsets: Bool[Tensor, "subsets rows"], sizes: int
+) -> list[Flips | None]:
+    """What becomes of predictions, for each number of rows removed; None where there are no classes."""
+    if margins is None:
+        return [None] * sizes
+    full, parts = removals(subsets, margins)
+    return [flips(full, part) for part in parts]

@@ -8,8 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gradfn.evaluate.bootstrap import Estimate
+from gradfn.evaluate.ceiling import noise_ceiling_estimate
 from gradfn.evaluate.lds import lds, lds_estimate
 from gradfn.evaluate.selection import chosen, halves
+from gradfn.evaluate.truth import Truth
 from gradfn.scores import Scores
 
 
@@ -105,3 +107,12 @@ def _best(run: Scores, subsets: Tensor, losses: Tensor, choose: Tensor | None) -
         return 0
     each = [lds(scores[:, choose], subsets, losses[:, choose]) for scores in run.values]
     return chosen(torch.stack(each), torch.arange(len(choose)))
+
+
+def ceiling_of(truth: Truth, queries: Tensor, seed: int) -> Estimate | None:
+    """The noise ceiling of some queries of a ground truth; None where one seed is left of each subset."""
+    kept = truth.averaged()
+    if len(truth.seeds[kept].unique()) == 1:
+        return None
+    losses, numbers, seeds = truth.losses[kept][:, queries], truth.numbers[kept], truth.seeds[kept]
+    return noise_ceiling_estimate(losses, numbers, seeds=seeds, seed=seed)

@@ -1,7 +1,9 @@
 """Detection of wrong rows by a score, such as self-influence: AUROC, average precision, precision at k."""
 
+from collections.abc import Iterable
+
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from gradfn.errors import InputError
@@ -98,3 +100,22 @@ def _positives(scores: Tensor, wrong: Tensor) -> int:
             "right ones: give some of both"
         )
     return positives
+
+
+def marked(values: Iterable[object], column: str) -> Bool[Tensor, " rows"]:
+    """Which rows are wrong, by the values of a column: 1 for a wrong row, 0 for a right one.
+
+    Raises:
+        InputError: any other value.
+
+    >>> marked([0, True], "is_wrong")
+    tensor([False,  True])
+    """
+    found = list(values)
+    for number, value in enumerate(found):
+        if value not in (0, 1):
+            raise InputError(
+                f"row {number} has {value!r} in column {column!r}, expected 1 for a wrong row and 0 for a "
+                "right one: mend it, or name another `label_column`"
+            )
+    return torch.tensor([bool(value) for value in found])

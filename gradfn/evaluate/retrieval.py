@@ -1,5 +1,6 @@
 """Whether known sources are found: recall at k, and the mean reciprocal rank."""
 
+from collections.abc import Iterable, Sequence
 from math import isnan
 
 import torch
@@ -98,3 +99,28 @@ def _check(scores: Tensor, sources: Tensor) -> None:
         )
     if without := int((~sources.any(0)).sum()):
         raise InputError(f"{without:,} queries have no source among the rows: leave them out")
+
+
+def known_sources(
+    named: Iterable[object], row_ids: Sequence[str]
+) -> tuple[Bool[Tensor, "rows asked"], list[int]]:
+    """Which rows are known to teach the answers, and the numbers of the queries that have such a row.
+
+    Args:
+        named: of each query the id of the row; see `source_name`.
+        row_ids: the names of the rows; pieces of a document share its name.
+
+    >>> known_sources(["b", None], ["a", "b", "b"])
+    (tensor([[False],
+            [ True],
+            [ True]]), [0])
+    """
+    numbers: dict[str, list[int]] = {}
+    for number, name in enumerate(row_ids):
+        numbers.setdefault(name, []).append(number)
+    known = {query: numbers[name] for query, value in enumerate(named)
+             if (name := source_name(value)) is not None and name in numbers}  # fmt: skip
+    sources = torch.zeros(len(row_ids), len(known), dtype=torch.bool)
+    for column, rows in enumerate(known.values()):
+        sources[rows, column] = True
+    return sources, list(known)

@@ -1,8 +1,12 @@
 """Whether scores can be evaluated, and are of the rows and queries of other scores, or of a ground truth."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.evaluate.truth import Truth
@@ -81,3 +85,21 @@ def in_words(ids: Sequence[str], other: Sequence[str]) -> str:
     differ = [name for number, name in enumerate(ids) if number >= len(other) or other[number] != name]
     named = ", ".join(differ[:SHOWN]) + (", ..." if len(differ) > SHOWN else "")
     return f"{len(ids):,} ({named})" if named else f"{len(ids):,}"
+
+
+def single_scores(run: str | Path, train: Any, query: Any) -> Float[Tensor, "rows queries"]:
+    """Read scores of one damping, which must be of these rows and queries.
+
+    Raises:
+        InputError: they are of others, or of several dampings.
+    """
+    scored = evaluated_scores(run)
+    prints = {"data": {"fingerprint": train.fingerprint()}, "query": {"fingerprint": query.fingerprint()}}
+    here = replace(scored, row_ids=list(train.ids), query_ids=list(query.ids), settings=prints)
+    refuse_other_data(scored, here, str(run), "what is retrained")
+    if len(scored.dampings) > 1:
+        raise InputError(
+            f"{run} has scores for {len(scored.dampings)} dampings, and rows are removed by one: score with "
+            "one `damping`"
+        )
+    return scored.values[0]

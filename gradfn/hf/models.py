@@ -1,5 +1,6 @@
 """Models from a folder, a GGUF file or the hub."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,31 @@ def _cast_unquantised(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def fresh(model: nn.Module) -> nn.Module:
+    """A model of the same architecture, dtype and device with new random weights, in evaluation mode."""
+    config: Any = model.config
+    like, make = next(model.parameters()), type(model)
+    return make(config).to(like.device, like.dtype).eval()  # pyright: ignore[reportCallIssue]
+
+
+class _Once(logging.Filter):
+    """Lets a message through the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        new = record.getMessage() not in self.known
+        self.known.add(record.getMessage())
+        return new
+
+
+def say_once(logger: str) -> None:
+    """Let each message of a library through once, of one that says the same at every product."""
+    found = logging.getLogger(logger)
+    if not any(isinstance(known, _Once) for known in found.filters):
+        found.addFilter(_Once())

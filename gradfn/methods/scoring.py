@@ -4,6 +4,7 @@ One convention of sign everywhere: a positive score is a proponent, a training s
 query's loss.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 import numpy as np
@@ -166,3 +167,27 @@ def best(
     values = scorer(train, progress=progress).values
     assert isinstance(values, Tensor)
     return extremes([values], k)
+
+
+def shares_of(
+    scorer: EngineScorer, data: Data, asked: Mapping[int, Sequence[int]], *, progress: Progress | None = None
+) -> dict[tuple[int, int], dict[str, float]]:
+    """Each block's share of some scores, of which no more than a batch is held.
+
+    Args:
+        scorer: made with `by_block`.
+        data: the rows that are asked about, in the order of `asked`.
+        asked: the queries (columns of the scores) of each row, by what to call the row.
+        progress: called with the tokens done.
+
+    Returns:
+        `{(row, query): {block: share}}`.
+    """
+    rows, shares = list(asked), {}
+    size = scorer.token_batch_size
+    for numbers, result in stream_to_host(scorer.engine, data, token_batch_size=size, progress=progress):
+        assert isinstance(result.values, dict)
+        for place, row in enumerate(rows[number] for number in numbers):
+            for query in asked[row]:
+                shares[row, query] = {name: float(v[place, query]) for name, v in result.values.items()}
+    return shares

@@ -1,6 +1,6 @@
 """Curvatures on disk: fitted, mixed, read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.engine.stream import Progress
-from gradfn.linalg.spectrum import Spectrum
+from gradfn.linalg.spectrum import Damping, Spectrum
 from gradfn.runs.provenance import DataSource, Provenance, Settings, describe, refuse_mismatch
 from gradfn.statistics import Curvature, mix, mixing_coefficient
 from gradfn.statistics.fold import check_fit, fit
@@ -166,3 +166,17 @@ def load_curvature(run: str | Path, kind: str = "hessian") -> Curvature:
             both = None if sides[0] is None or sides[1] is None else (sides[0], sides[1])
             spectra[name] = Spectrum(left, right, values, both)
         return Curvature(str(store.read("fit/kind")[0]), spectra, int(store.read("fit/rows")[0]))
+
+
+def curvature_for(path: str, wanted: Settings | Provenance, dampings: Sequence[Damping]) -> Curvature:
+    """Read a curvature for gradients that were made as `wanted` says, which can be damped so.
+
+    Raises:
+        InputError: it is of another model, layers or transform, or cannot have one of the dampings.
+    """
+    with open_curvature(path) as store:
+        refuse_mismatch(store, Provenance.of(wanted).by_row(), f"the curvature in {path}")
+    H = load_curvature(path)
+    for damping in dampings:
+        next(iter(H.values())).power(-1.0, damping)
+    return H

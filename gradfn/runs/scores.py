@@ -16,9 +16,9 @@ from gradfn.methods.scoring import names_of
 from gradfn.runs.gradients import GRADIENTS, blocks_of, read_gradients
 from gradfn.runs.provenance import Provenance, Settings, describe
 from gradfn.runs.rows import RunRows, Summary, write_rows
-from gradfn.runs.shards import Shard
+from gradfn.runs.shards import Shard, shard_run
 from gradfn.scores import KIND, SHARES, Columns
-from gradfn.store import Overwrite, Store
+from gradfn.store import Overwrite, Store, open_part, open_store
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Blocks, Data, Rows
@@ -135,3 +135,25 @@ def stored_shares(store: Store, row: int, scorer: Transform) -> Blocks:
     """Each block's share of a stored row's scores, `{block: [queries]}`; they sum to `stored_scores`."""
     shares: Any = scorer(read_gradients(store, row, row + 1))
     return {name: share[0] for name, share in shares.items()}
+
+
+def score_chunks(run: str | Path, *, rows_per_chunk: int = 1 << 16) -> Iterator[Tensor]:
+    """Stream the scores of a run, `[chunk, dampings * queries]`, in row order."""
+    with open_store(run, KIND) as store:
+        for _, _, arrays in store.chunks([KIND], rows_per_chunk):
+            yield torch.from_numpy(arrays[KIND]).flatten(1)
+
+
+def row_shares(store: Store, row: int) -> dict[str, np.ndarray]:
+    """Each block's share of the scores of a row, as a run keeps them: `{block: [dampings * queries]}`."""
+    arrays = store.read_all(store.names(SHARES), row, row + 1)
+    return {name.removeprefix(SHARES): array.reshape(-1) for name, array in arrays.items()}
+
+
+def read_part(run: str | Path, shard: Shard | None = None) -> tuple[Rows, Provenance]:
+    """Scores `[rows, dampings * queries]` and losses of a run, or of a part of it, and what they are of."""
+    with open_part(shard_run(run, shard), KIND) as store:
+        there = "rows/loss" in store.names("rows")
+        losses = torch.from_numpy(store.read("rows/loss", *store.span)) if there else torch.zeros(0)
+        values = torch.from_numpy(store.read(KIND, *store.span)).flatten(1)
+        return Rows(values, losses), Provenance.of(store.settings)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import gradfn as gf
-from gradfn.cli import inputs
+from gradfn.hf import models
 
 ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
 pytestmark = [
@@ -177,9 +177,9 @@ def test_what_is_not_quantised_has_the_precision_asked_for(quantised, precision)
 
 
 def test_what_a_library_repeats_is_said_once(caplog):
-    inputs._say_once("gradfn.test")
-    inputs._say_once("gradfn.test")
-    logger = inputs.logging.getLogger("gradfn.test")
+    models.say_once("gradfn.test")
+    models.say_once("gradfn.test")
+    logger = models.logging.getLogger("gradfn.test")
     for message in ("a", "b", "a"):
         logger.warning(message)
     assert [record.getMessage() for record in caplog.records] == ["a", "b"]

@@ -30,7 +30,7 @@ def check_stored(path: str, wanted: Settings, name: str) -> None:
     if made.tail:
         raise InputError(
             f"{what} have unit norm or are behind a curvature, and {name} fits one of its own: make them "
-            "again without --unit-normalize and --hessian-path"
+            "again without `unit_normalize` and `hessian_path`"
         )
 
 
@@ -63,27 +63,27 @@ def _continued(method: InnerProduct, tail: Sequence[Settings], what: str) -> Inn
             )
         if unit and not ends_in_unit_norm(method.query_transform) and method.norm != "cosine":
             raise InputError(
-                f"{what} were made with unit norm, which cannot be undone: add --unit-normalize (cosine), or "
-                "make them again without"
+                f"{what} were made with unit norm, which cannot be undone: give `unit_normalize` (cosine), "
+                "or make them again without"
             )
         return method
     (power,) = powers
     if H is None:
         raise InputError(
-            f"{what} were multiplied by H^{power['power']:g}: give that curvature with --hessian-path"
+            f"{what} were multiplied by H^{power['power']:g}: give that curvature as `hessian_path`"
         )
     if power["curvature"] != digest_of(H):
-        raise InputError(f"{what} were multiplied by another curvature than --hessian-path's: give theirs")
+        raise InputError(f"{what} were multiplied by another curvature: give theirs as `hessian_path`")
     needed = -0.5 if method.norm == "cosine" else -1.0
     needs = "a cosine needs H^-0.5 on both sides" if needed == -0.5 else "an inner product H^-1 on one side"
     if power["power"] != needed or unit != (needed == -0.5):
         raise InputError(
             f"{what} were multiplied by H^{power['power']:g}, and {needs}: make them again without "
-            "--hessian-path"
+            "`hessian_path`"
         )
     dampings = [None if damping is None else str(damping) for damping in method.damping]
     if dampings != [power["damping"]]:
-        raise InputError(f"{what} were damped by {power['damping']}: give --damping {power['damping']}")
+        raise InputError(f"{what} were damped by {power['damping']}: give `damping` {power['damping']}")
     if needed == -1.0:
         return replace(method, curvature=None, norm="none", damping=(None,))
     half = precondition(H, -0.5, method.damping[0])
