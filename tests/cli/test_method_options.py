@@ -23,7 +23,7 @@ TASKS = ("where", "who", "where")
 
 def scores_of(run):
     with gf.open_store(run, "scores") as store:
-        return store.read("scores")
+        return np.concatenate([*store.read("scores").swapaxes(0, 1)], 1)
 
 
 def ids_of(run):
@@ -160,7 +160,8 @@ def test_several_dampings_are_the_columns_of_single_runs(ok, base, fitted, queri
         singles.append(scores_of(run))
     assert_same(scores_of(tmp_path / "all"), np.concatenate(singles, 1))
     assert not np.allclose(singles[0], singles[2])
-    assert ids_of(tmp_path / "all") == [f"{query['id']} (damping {c})" for c in dampings for query in QUERIES]
+    swept = gf.Scores.load(tmp_path / "all")
+    assert (swept.query_ids, swept.dampings) == ([query["id"] for query in QUERIES], dampings)
 
 
 # --- checkpoints
