@@ -283,8 +283,11 @@ def curved(folder, ok, model, corpus, queries):
     [
         (["--damping", "0.1"], "--damping belongs to a curvature: give --hessian-path, or a --method"),
         (["--method", "less", "--damping", "1"], "--damping belongs to a curvature: give --hessian-path"),
-        (["--method", "ekfac", "--damping", "much"], "'much' is not a damping: give 0.1, say, or absolute"),
-        (["--method", "ekfac", "--damping", "0.1,"], "'' is not a damping: give 0.1, say, or absolute"),
+        (
+            ["--method", "ekfac", "--damping", "much"],
+            "'much' is not a damping: give one like 0.1 or absolute",
+        ),
+        (["--method", "ekfac", "--damping", "0.1,"], "'' is not a damping: give one like 0.1 or absolute"),
         (["--method", "ekfac", "--damping", "-1"], "a damping must be a number of 0 or more, not -1"),
         (["--method", "ekfac", "--damping", "some:1"], "no damping 'some': choose relative, absolute, trunc"),
         (
@@ -606,7 +609,7 @@ def test_a_full_disk_keeps_what_is_complete(command, ok, segmented, monkeypatch,
     run, segments, made = segmented
     before = everything_in(run)
     shutil.rmtree(run)
-    write, calls = gf.store._write_file, []
+    write, calls = gf.store.file._write_file, []
 
     def full(path, fill):
         calls.append(path)

@@ -19,7 +19,7 @@ PAIRS = ("--prompt-column", "prompt", "--completion-column", "completion")
 
 def scores_of(run):
     with h5py.File(run / "scores.h5") as file:
-        return file["scores"][()]
+        return file["scores"][:, 0]
 
 
 def gradients_of(run):

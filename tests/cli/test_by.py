@@ -32,9 +32,11 @@ def scores_in(run):
         shares = {}
         if "scores_by" in file:
             file["scores_by"].visititems(
-                lambda name, item: shares.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+                lambda name, item: (
+                    shares.update({name: item[:, 0]}) if isinstance(item, h5py.Dataset) else None
+                )
             )
-        return file["scores"][()], shares
+        return file["scores"][:, 0], shares
 
 
 def table_of(path):
@@ -114,7 +116,7 @@ def test_tokens_sum_to_the_document_and_are_where_they_are_said_to_be(ok, base, 
     net, documents, query = loaded
     expected = gf.score(net, documents, query, method=gf.grad_dot()).numpy()
     with gf.open_store(tmp_path / "run", "scores") as store:
-        scores, owners = store.read("scores"), store.read("rows/document")
+        scores, owners = store.read("scores")[:, 0], store.read("rows/document")
         offsets = store.index_array("tokens/offsets")
         assert store.index_array("documents/id").tolist() == documents.ids
         assert store.read("rows/token").tolist() == documents.input_ids.tolist()

@@ -387,8 +387,8 @@ def test_what_cannot_be_evaluated_is_refused_in_one_sentence(command, world, tmp
 
 def test_scores_of_tokens_are_refused(command, world, tmp_path):
     with open_writer(tmp_path / "tokens", "scores", {}, 2) as writer:
-        writer.write(0, 2, {"scores": np.zeros((2, 1), np.float32), "rows/document": np.arange(2)})
-        writer.finish({"queries/id": np.array(["q"], object)})
+        writer.write(0, 2, {"scores": np.zeros((2, 1, 1), np.float32), "rows/document": np.arange(2)})
+        writer.finish({"queries/id": ["q"], "dampings": [""], "documents/id": ["a", "b"]})
     err = refused(command, "lds", world.truth, tmp_path / "tokens")
     assert "scores tokens, not rows: score with --by example to evaluate" in err
 
