@@ -114,7 +114,7 @@ def test_query_takes_the_view_of_the_store(ok, base, tmp_path):
 def test_tokens_sum_to_the_document_and_are_where_they_are_said_to_be(ok, base, loaded, tmp_path):
     ok("score", tmp_path / "run", *base, *ASK, "--by", "token", "--projection-dim", 0)
     net, documents, query = loaded
-    expected = gf.score(net, documents, query, method=gf.grad_dot()).numpy()
+    expected = gf.score(net, documents, query, method=gf.grad_dot()).matrix.numpy()
     with gf.open_store(tmp_path / "run", "scores") as store:
         scores, owners = store.read("scores")[:, 0], store.read("rows/document")
         offsets = store.index_array("tokens/offsets")

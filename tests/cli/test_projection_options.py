@@ -45,8 +45,7 @@ def test_a_spelling_is_the_chain_it_stands_for(spelled, base, neox, corpus, quer
     columns = {"prompt_column": "prompt", "completion_column": "completion"}
     train = tokenize(gf.load_rows(corpus), tokenizer)
     query = tokenize(gf.load_rows(queries), tokenizer, **columns)
-    expected = gf.score(model, train, query, method=gf.grad_dot(SPELLED[spelled]()))
-    assert isinstance(expected, torch.Tensor)
+    expected = gf.score(model, train, query, method=gf.grad_dot(SPELLED[spelled]())).matrix
     np.testing.assert_allclose(
         scores_of(tmp_path / "run"), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
     )

@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_library(run, model, corpus, queries):
     net, tokens = gf.load_model(model), gf.load_tokenizer(model)
     train = gf.tokenize(gf.load_rows(corpus), tokens)
     asked = gf.tokenize(gf.load_rows(queries), tokens, prompt_column="prompt", completion_column="completion")
-    expected = gf.score(net, train, asked, method=gf.grad_dot(gf.project(16)))
+    expected = gf.score(net, train, asked, method=gf.grad_dot(gf.project(16))).matrix
     np.testing.assert_allclose(scores_of(run), expected.numpy(), rtol=1e-4, atol=1e-4)
     assert scores_of(run).shape == (len(DOCUMENTS), len(QUERIES))
 
