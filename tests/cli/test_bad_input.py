@@ -243,7 +243,7 @@ def test_stored_queries_that_were_made_differently(refused, store, model, corpus
 
 def test_a_unit_norm_cannot_be_undone(refused, store, model, corpus, tmp_path, ok):
     ok("build", tmp_path / "unit", "--model", model, "--dataset", corpus, "--unit-normalize")
-    words = "unit were made with unit norm, which cannot be undone: add --unit-normalize"
+    words = "unit were made with unit norm, which cannot be undone: give --unit-normalize"
     refused(words, "score", "run", "--model", model, "--dataset", corpus, "--query-path", "unit")
     refused(words, "query", store, "--query-path", "unit")
 
@@ -454,11 +454,11 @@ def test_gradients_are_written_for_one_damping(refused, curved, model, corpus, n
             r"multiplied by H\^-1, and a cosine needs H\^-0.5 on both sides",
         ),
         ("root", ["H"], r"multiplied by H\^-0.5, and an inner product H\^-1 on one side: make them again"),
-        ("behind", ["other"], "multiplied by another curvature than --hessian-path's: give theirs"),
+        ("behind", ["other"], "multiplied by another curvature: give theirs as --hessian-path"),
         ("behind", ["H", "--damping", "0.5"], "were damped by 0.1: give --damping 0.1"),
         ("behind", ["H", "--damping", "0.1,1"], "were damped by 0.1: give --damping 0.1"),
         ("unit", ["H"], "have unit norm, which comes after a curvature: make them again without it"),
-        ("behind", [], r"were multiplied by H\^-1: give that curvature with --hessian-path"),
+        ("behind", [], r"were multiplied by H\^-1: give that curvature as --hessian-path"),
     ],
 )
 def test_stored_queries_and_curvatures(refused, curved, store, model, corpus, stored, flags, words):
@@ -498,7 +498,7 @@ def test_a_store_that_is_behind_a_curvature(refused, curved):
 
 def test_curvatures_that_do_not_mix(refused, curved, store):
     pair = (curved / "H", curved / "other")
-    refused("a mixing coefficient lies between 0 and 1, not at 2", "mix", "run", *pair, "--coefficient", 2)
+    refused("a mixing coefficient must be between 0 and 1, not 2", "mix", "run", *pair, "--coefficient", 2)
     refused("-components must be 1 or more, not 0", "mix", "run", *pair, "--target-downweight-components", 0)
     both = ("--coefficient", 0.5, "--target-downweight-components", 20)
     refused("--coefficient is a weight, .*: leave one of them out", "mix", "run", *pair, *both)
