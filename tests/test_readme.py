@@ -14,7 +14,7 @@ def test_python_of_the_readme_runs(block, capsys):
     names = {"__name__": "readme"}
     exec(compile(block, "README.md", "exec"), names)
     scores = names["scores"]
-    assert scores.ndim == 2  # pyright: ignore[reportAttributeAccessIssue]
+    assert scores.matrix.ndim == 2  # pyright: ignore[reportAttributeAccessIssue]
     if "tokenizer" in names:
         assert "burundi" in capsys.readouterr().out
 
