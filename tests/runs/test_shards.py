@@ -378,7 +378,7 @@ def test_a_part_is_read_by_the_numbers_of_its_rows(tmp_path):
     for path, one in ((parts, "part"), (next((parts / "segments").glob("*.h5")), "segment")):
         with pytest.raises(InputError, match=f"is one {one} of a run: open the run directory, {tmp_path}$"):
             open_store(path)
-    with pytest.raises(InputError, match=r"lies in shards: join them with gradfn merge"):
+    with pytest.raises(InputError, match=r"lies in shards: join them with `merge_run`"):
         open_store(tmp_path)
     writing = open_writer(shard_run(tmp_path, Shard(1, 1)), "store", {}, 5, part=(2, 5))
     with writing as writer, pytest.raises(InputError, match=r"^rows 1 to 3 are no slice of rows 2 to 5 of"):
