@@ -576,7 +576,7 @@ def test_the_second_pass_waits_for_the_first(model, documents, tmp_path):
             assert hessian_shard(tmp_path, model, documents, ekfac(), shard=shard) == 1
     (joined,) = merge_run(tmp_path)
     assert (joined.kind, joined.path.name) == ("basis", "basis.h5")
-    with pytest.raises(InputError, match=r"the hessian of .* lies in shards: join them with gradfn merge"):
+    with pytest.raises(InputError, match=r"the hessian of .* lies in shards: join them with `merge_run`"):
         open_store(tmp_path, "hessian")
     assert hessian_shard(tmp_path, model, documents, ekfac(), shard=Shard(1, 2)) == 2
     refused(tmp_path, "^shard 2 of 2 of the second sums of .* is missing")
