@@ -60,6 +60,7 @@ TESTED_ELSEWHERE = {
     "report/tables": "tests/cli/test_show.py",
     "report/words": "tests/cli/test_show.py",
     "runs/merge": "tests/runs/test_shards.py",
+    "runs/queries": "tests/cli/test_build_query_reduce.py",
     "statistics/kfac": "tests/statistics/test_curvature.py",
     "statistics/moments": "tests/statistics/test_fold.py",
     "statistics/second_moment": "tests/statistics/test_curvature.py",
