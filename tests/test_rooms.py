@@ -33,6 +33,7 @@ TESTED_ELSEWHERE = {
     "evaluate/selection": "tests/evaluate/test_comparison.py",
     "example/corpus": "tests/example/test_example.py",
     "example/train": "tests/example/test_example.py",
+    "hf/reader": "tests/hf/test_answers.py",
     "hf/images": "tests/cli/test_images.py",
     "hf/masking": "tests/cli/test_masked_lm.py",
     "hf/reader": "tests/cli/test_masked_lm.py",
@@ -126,7 +127,7 @@ def mirrored():
     """The files of the library that have something to test, and the file that should test each."""
     for module, path in sorted(FILES.items()):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if room_of(module) not in ("", *UNTESTED) and parts[-1] != "__init__":
+        if room_of(module) not in ("", "__main__", *UNTESTED) and parts[-1] != "__init__":
             yield "/".join(parts), Path(*parts[:-1], f"test_{parts[-1]}.py")
 
 

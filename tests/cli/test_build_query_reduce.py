@@ -193,7 +193,7 @@ def test_info(ok, store, model, corpus, tmp_path):
 
 SLOW_BUILD = """
 import sys, time
-from gradfn.runs import store
+from gradfn import store
 write = store.Writer.write
 def slowly(self, *args):
     write(self, *args)
