@@ -36,7 +36,6 @@ TESTED_ELSEWHERE = {
     "hf/reader": "tests/hf/test_answers.py",
     "hf/images": "tests/cli/test_images.py",
     "hf/masking": "tests/cli/test_masked_lm.py",
-    "hf/reader": "tests/cli/test_masked_lm.py",
     "linalg/maps": "tests/transforms/test_project.py",
     "linalg/spectrum": "tests/statistics/test_curvature.py",
     "memory": "tests/engine/test_cache.py",
