@@ -97,4 +97,5 @@ def subject_of(model: nn.Module | Subject, **options: Unpack[SubjectOptions]) ->
             given = ", ".join(options)
             raise InputError(f"a Subject has its own {given}: change it with dataclasses.replace")
         return model
-    return Subject(model, **options)  # pyright: ignore[reportArgumentType]
+    given = {name: value for name, value in options.items() if value is not None}
+    return Subject(model, **given)  # pyright: ignore[reportArgumentType]
