@@ -28,10 +28,10 @@ def test_scores_on_the_fly_are_dots_of_collected_rows(data, problem, method, bud
     at = data.draw(st.integers(1, len(problem.rows) - 1))
     common = {"loss": problem.loss, "token_batch_size": budget}
     scores = score(problem.model, problem.rows[at:], problem.rows[:at], method=made, **common)
-    rows = collect(problem.model, problem.rows[at:], made.train, **common)
-    queries = collect(problem.model, problem.rows[:at], made.query, **common)
+    rows = collect(problem.model, problem.rows[at:], made.row_transform, **common)
+    queries = collect(problem.model, problem.rows[:at], made.query_transform, **common)
     assert_blocks_close(scores, dots(rows, queries))
-    expected = flat(made.train(dense))[at:] @ flat(made.query(dense))[:at].T
+    expected = flat(made.row_transform(dense))[at:] @ flat(made.query_transform(dense))[:at].T
     assert_blocks_close(scores, expected)
 
 

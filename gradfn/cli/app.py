@@ -35,6 +35,8 @@ FLAGS = {
     "give `overwrite=True`": "add --overwrite",
     "`merge_run`": "gradfn merge",
     "`mask_run` wrote a mask": "gradfn mask fit made a mask",
+    "build, score_run, hessian_shard or retrain": "build, score, hessian or retrain",
+    "`components`": "--target-downweight-components",
     "without `shard`": "without --shard",
     "end the transform in `unit_normalize()`": "add --unit-normalize",
     "`View(tokens=False)`": "--by example",

@@ -9,13 +9,14 @@ from typing import Any
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, at_checkpoint, recorded
-from gradfn.cli.queries import SELF, Asked, Queries, load_queries
+from gradfn.cli.queries import SELF, Asked, Queries, load_queries, queries_of
 from gradfn.cli.stages import Stages, load_stages
 from gradfn.data import Corpus
 from gradfn.engine.cache import CachedRows
 from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
-from gradfn.methods.inner_product import EngineScorer, InnerProduct
+from gradfn.methods.attribution import Attribution, Scorer
+from gradfn.methods.inner_product import InnerProduct, damping_names
 from gradfn.methods.recipes import RECIPES, Persist, Problem, Recipe
 from gradfn.methods.scoring import extremes_of, shares_of
 from gradfn.report.progress import progress_bar
@@ -36,14 +37,14 @@ from gradfn.runs.curvatures import hessian
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.queries import check_stored
 from gradfn.runs.rows import Summary, unprobed
-from gradfn.runs.scores import damping_names, read_part, row_shares, score_chunks, score_run, write_scores
+from gradfn.runs.scores import read_part, row_shares, score_chunks, score_run, write_scores
 from gradfn.runs.shards import Shard
 from gradfn.scores import Columns, extremes
 from gradfn.statistics.curvature import Curvature
 from gradfn.store.reader import open_store
 from gradfn.store.writer import Overwrite
 from gradfn.transforms import Chain, Transform, chain
-from gradfn.types import Data, Rows
+from gradfn.types import Blocks, Data, Rows
 
 Weighted = Sequence[tuple[str | None, float]]
 """Checkpoints and their weights; None is the model itself."""
@@ -110,38 +111,55 @@ class Job:
             console().print(facts(lines))
         queries = SELF
         if not request.method.self_influence:
-            queries, method = load_queries(loaded, self.asked, request.query, request.data, method, wanted)
+            queries, method = self._queries(loaded, method, wanted)
         known = {"recipe": self.name, **self._own(method, stages), **stages.settings, **queries.settings,
                  **recorded(request)}  # fmt: skip
         return Prepared(self, loaded, train, queries, method, Provenance.of(loaded.settings()).merged(known))
 
     def _method(
         self, loaded: Loaded, stages: Stages, wanted: Mapping[str, Any], train: Data, run: str | None
-    ) -> InnerProduct:
+    ) -> Attribution:
         """The recipe's method; what it will not go with is refused before a curvature is fitted."""
         fits = self.recipe.curvature and stages.curvature is None and self.name in RECIPES
         if fits and self.request.query.query_path is not None:
             check_stored(self.request.query.query_path, wanted, self.name)
         with loaded.multiplying():
             method = self.recipe.method(self._problem(loaded, stages, train, run))
-        if not isinstance(method, InnerProduct):
-            raise InputError(f"{self.name} gives no inner product of gradients: call gf.score in Python")
-        if stages.curvature is not None and method.curvature is not stages.curvature:
+        curvature = method.curvature if isinstance(method, InnerProduct) else None
+        if stages.curvature is not None and curvature is not stages.curvature:
             raise InputError(
                 f"{self.name} takes no curvature that was fitted before: leave out --hessian-path"
             )
-        if self.request.method.self_influence and (method.norm != "none" or method.solve):
+        solves = isinstance(method, InnerProduct) and (method.norm != "none" or method.solve)
+        if self.request.method.self_influence and solves:
             raise InputError(
                 f"{self.name} gives no self-influence, having a norm or solving for queries: choose "
                 "grad_dot, or a curvature"
             )
         return method
 
-    def _own(self, method: InnerProduct, stages: Stages) -> dict[str, Any]:
+    def _queries(
+        self, loaded: Loaded, method: Attribution, wanted: Mapping[str, Any]
+    ) -> tuple[Queries, Attribution]:
+        """The queries, with gradients where the method takes these, and the method that takes them so."""
+        query, data = self.request.query, self.request.data
+        if isinstance(method, InnerProduct):
+            return load_queries(loaded, self.asked, query, data, method, wanted)
+        if self.asked is None or query.group_column is not None:
+            option = "--query-path" if self.asked is None else "--group-column"
+            raise InputError(
+                f"{self.name} takes queries and not their gradients, which {option} is of: leave it out, and "
+                "give the queries with --query"
+            )
+        return queries_of(self.asked, loaded, query, data), method
+
+    def _own(self, method: Attribution, stages: Stages) -> dict[str, Any]:
         """What tells a recipe of somebody's own from another of its name, and what a solution may look at."""
         if self.recipe.file is None:
             return {}
         own: dict[str, Any] = {"file": self.recipe.file}
+        if not isinstance(method, InnerProduct):
+            return {"method": own}
         query, fit = chain(method.query_transform).settings(), self.request.fit
         if query != chain(method.row_transform).settings():
             own["query"] = query
@@ -156,9 +174,10 @@ class Job:
             return []
         return [("note", "no --optimizer-state, so rows are not scaled by Adam's moments, as LESS has them")]
 
-    def _unlike_trackstar(self, stages: Stages, method: InnerProduct) -> Facts:
+    def _unlike_trackstar(self, stages: Stages, method: Attribution) -> Facts:
         """A note where there are fewer directions than TrackStar is to count less."""
-        H, components = method.curvature, self.request.fit.components
+        H = method.curvature if isinstance(method, InnerProduct) else None
+        components = self.request.fit.components
         if self.name != "trackstar" or stages.curvature is not None or H is None:
             return []
         directions = sum(one.values.numel() for one in H.values())
@@ -197,13 +216,13 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A checkpoint ready to be scored: the rows, the queries' gradients, the method, what a run records."""
+    """A checkpoint ready to be scored: the rows, the queries, the method, what a run records."""
 
     job: Job
     loaded: Loaded
     train: Data
     queries: Queries
-    method: InnerProduct
+    method: Attribution
     settings: Provenance
 
     @property
@@ -217,14 +236,20 @@ class Prepared:
         """What is known of the queries, of each for every damping."""
         return self.queries.shown.with_dampings(self.columns.dampings)
 
-    def scorer(self, *, by_block: bool = False) -> EngineScorer:
+    @property
+    def query(self) -> Blocks | Data | None:
+        """What is scored against: gradients, or the queries themselves; None: each row itself."""
+        tokens = None if self.job.asked is None else self.job.asked.documents
+        return self.queries.gradients or tokens
+
+    def scorer(self, *, by_block: bool = False) -> Scorer:
         """What gives the scores of rows against the queries (or themselves), or of each block its share."""
-        return self.method.scorer(self.loaded.subject, self.queries.gradients or None, by_block=by_block)
+        return self.method.scorer(self.loaded.subject, self.query, by_block=by_block)
 
     def write(self, run: str, progress: Progress) -> Summary:
         """Write the scores to a run directory."""
         return score_run(
-            run, self.loaded.subject, self.train, self.queries.gradients or None, self.method,
+            run, self.loaded.subject, self.train, self.query, self.method,
             by_block=self.job.request.layers.by_block, settings=self.settings, overwrite=self.job.overwrite,
             progress=progress, shard=self.job.shard, query_ids=self.columns.query_ids,
             query_texts=self.columns.query_texts,
@@ -239,9 +264,8 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
     with loaded.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:
         if run is None:
             scorer = prepared.scorer()
-            engine, size = scorer.engine, scorer.token_batch_size
-            best = extremes_of(engine, prepared.train, needed, token_batch_size=size, progress=progress)
-            lines = unprobed_facts(unprobed(engine))
+            best = extremes_of(scorer, prepared.train, needed, progress=progress)
+            lines = unprobed_facts(unprobed(scorer))
         else:
             done = prepared.write(run, progress)
             lines = [*scores_facts(done.path, done.rows, len(shown.ids), job.noun, done.resumed),

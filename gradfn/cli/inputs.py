@@ -163,7 +163,7 @@ def load_stored_subject(request: QueryRequest, path: str, settings: Settings) ->
     asked = {**how, "criterion": request.query.query_loss or how["criterion"]}
     reference = None
     if asked["criterion"] == "kl":
-        reference = request.loss.reference or how["reference"]["path"]
+        reference = request.loss.reference or (how.get("reference") or {}).get("path")
     seed = settings["masking"]["seed"] if "masking" in settings else 0
     return _loaded(model, asked, View(**settings["layers"]), reference, seed)
 

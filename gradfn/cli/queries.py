@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from gradfn.report.rankings import ShownQueries
 from gradfn.runs.gradients import ends_in_unit_norm, open_gradients
 from gradfn.runs.provenance import DataSource, Provenance
 from gradfn.runs.queries import stored_queries
-from gradfn.transforms import chain, unit_normalize
+from gradfn.transforms import Transform, chain, unit_normalize
 from gradfn.types import Blocks
 
 DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"}
@@ -53,7 +53,8 @@ class Queries:
     """Query gradients and what is known of the queries.
 
     Args:
-        gradients: `{block: [queries, ...]}`, transformed; empty where rows are scored against themselves.
+        gradients: `{block: [queries, ...]}`, transformed; empty where rows are scored against themselves, or
+            by an attribution that takes the queries' tokens.
         settings: what a run records of them.
         shown: what is known of them.
     """
@@ -150,15 +151,21 @@ def load_queries(
     """
     if asked is None:
         return _read_queries(str(options.query_path), method, wanted)
-    documents, rows, transform = asked.documents, asked.rows, method.query_transform
-    unit = options.group_column is not None and ends_in_unit_norm(transform)
+    transform, groups, plain = (
+        method.query_transform,
+        options.group_column,
+        queries_of(asked, loaded, options, data),
+    )
+    unit = groups is not None and ends_in_unit_norm(transform)
     if unit:  # a mean of gradients is normalised, not of directions
         transform = chain(*chain(transform).stages[:-1])
-    with loaded.multiplying(), progress_bar("query gradients", int(documents.lengths.sum())) as progress:
-        try:
-            gradients: Any = collect(loaded.subject.for_queries(), documents, transform, progress=progress)
-        except InputError as error:
-            raise InputError(f"in --query: {error}") from error
+    queries = replace(plain, gradients=_gradients(loaded, asked.documents, transform))
+    return (_grouped(queries, asked.rows, groups, unit) if groups else queries), method
+
+
+def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions, data: DataOptions) -> Queries:
+    """What is known of queries without their gradients."""
+    documents, rows = asked.documents, asked.rows
     settings = {"path": None if rows is None else anchored(str(options.query)),
                 "fingerprint": documents.fingerprint(), "rows": len(documents),
                 "loss": loaded.loss_settings(loaded.subject.query_loss)}  # fmt: skip
@@ -166,8 +173,16 @@ def load_queries(
         documents.ids, documents.texts, _shown(documents, rows, options, data), _sources(rows),
         documents=documents,
     )  # fmt: skip
-    queries = Queries(gradients, {"query": settings}, shown)
-    return (_grouped(queries, rows, options.group_column, unit) if options.group_column else queries), method
+    return Queries({}, {"query": settings}, shown)
+
+
+def _gradients(loaded: Loaded, documents: Corpus, transform: Transform) -> Any:
+    """The queries' gradients."""
+    with loaded.multiplying(), progress_bar("query gradients", int(documents.lengths.sum())) as progress:
+        try:
+            return collect(loaded.subject.for_queries(), documents, transform, progress=progress)
+        except InputError as error:
+            raise InputError(f"in --query: {error}") from error
 
 
 def _grouped(queries: Queries, rows: Any, column: str, unit: bool) -> Queries:

@@ -1,9 +1,8 @@
 """Whether scores can be evaluated, and are of the rows and queries of other scores, or of a ground truth."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +14,14 @@ from gradfn.scores import Scores
 
 SHOWN = 3
 """Ids that a refusal shows."""
+
+
+class Sides(NamedTuple):
+    """What scores are of: the names of rows and queries, and the settings with their fingerprints."""
+
+    row_ids: Sequence[str]
+    query_ids: Sequence[str]
+    settings: Mapping[str, Any]
 
 
 def evaluated_scores(run: str | Path) -> Scores:
@@ -43,7 +50,7 @@ def made_of(settings: Mapping[str, Any]) -> Provenance:
     return (made.checkpoints[0].settings if made.checkpoints else None) or made
 
 
-def refuse_other_data(mine: Scores, theirs: Scores | Truth, what: str, other: str) -> None:
+def refuse_other_data(mine: Scores, theirs: Scores | Truth | Sides, what: str, other: str) -> None:
     """Refuse to compare two of which the rows, the queries or the training data differ.
 
     Args:
@@ -95,7 +102,7 @@ def single_scores(run: str | Path, train: Any, query: Any) -> Float[Tensor, "row
     """
     scored = evaluated_scores(run)
     prints = {"data": {"fingerprint": train.fingerprint()}, "query": {"fingerprint": query.fingerprint()}}
-    here = replace(scored, row_ids=list(train.ids), query_ids=list(query.ids), settings=prints)
+    here = Sides(list(train.ids), list(query.ids), prints)
     refuse_other_data(scored, here, str(run), "what is retrained")
     if len(scored.dampings) > 1:
         raise InputError(

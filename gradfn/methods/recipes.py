@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from runpy import run_path
 from typing import Any, Literal
@@ -19,12 +20,21 @@ import torch
 from gradfn.engine.stream import Progress, lengths_of
 from gradfn.errors import InputError, StorageError
 from gradfn.linalg.spectrum import Damping
-from gradfn.methods.attribution import Attribution, Combine, best_query, times_doubt, weighted_sum
+from gradfn.methods.attribution import (
+    Attribution,
+    Combine,
+    Joined,
+    Queries,
+    Scorer,
+    best_query,
+    times_doubt,
+    weighted_sum,
+)
 from gradfn.methods.datainf import DataInf
 from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
-from gradfn.methods.inner_product import InnerProduct, Norm
+from gradfn.methods.inner_product import EngineScorer, InnerProduct, Norm
 from gradfn.statistics import (
     Curvature,
     ekfac,
@@ -264,15 +274,34 @@ def _checked(name: str, method: Callable[[Problem], Any]) -> Callable[[Problem],
                 f"{name} gives {type(made).__name__}, not an attribution: return "
                 "gf.methods.InnerProduct(...), say"
             )
-        return made
+        return made if isinstance(made, InnerProduct | Joined) else _Own(name, made)
 
     return checked
 
 
-def _told_as(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """An attribution of somebody's own, whose faults are told as its file's."""
+
+    name: str
+    made: Attribution
+
+    @property
+    def damping(self) -> tuple[Damping | None, ...]:
+        return self.made.damping
+
+    def scorer(self, subject: Subject, query: Queries, *, by_block: bool = False) -> Scorer:
+        scorer = _told_as(self.name, partial(self.made.scorer, by_block=by_block), subject, query)
+        return scorer if isinstance(scorer, EngineScorer) else partial(_told_as, self.name, scorer)
+
+    def settings(self) -> dict[str, Any]:
+        return self.made.settings()
+
+
+def _told_as(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call what is in somebody's own file; what goes wrong there is no fault of gradfn's."""
     try:
-        return function(*arguments)
+        return function(*arguments, **options)
     except (InputError, StorageError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -4,7 +4,7 @@ One convention of sign everywhere: a positive score is a proponent, a training s
 query's loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Unpack
 
 import numpy as np
@@ -13,13 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradfn.data import offsets_of
-from gradfn.engine.engine import Engine
 from gradfn.engine.stream import Progress, lengths_of, result_numbers, results_per_row, stream_to_host
 from gradfn.errors import InputError
-from gradfn.methods.attribution import Attribution, Queries
+from gradfn.methods.attribution import Attribution, Queries, Scorer
 from gradfn.methods.inner_product import EngineScorer, damping_names
-from gradfn.scores import SELF, Scores, TopK, extremes, extremes_of_parts
-from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
+from gradfn.scores import SELF, Scores, TopK, extremes_of_parts
+from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import dot
 from gradfn.types import Blocks, Data
 
@@ -104,25 +103,36 @@ def dots(rows: Blocks, queries: Blocks) -> Float[Tensor, "rows queries"]:
     return dot(queries)(rows)  # pyright: ignore[reportReturnType]
 
 
+def _parts(
+    scorer: Scorer, train: Data, progress: Progress | None
+) -> Iterator[tuple[Tensor, Tensor | Blocks]]:
+    """The numbers of some rows (tokens, where the view is by token) and their scores, a batch at a time.
+
+    Of a scorer that is no engine these are all the rows at once.
+    """
+    if not isinstance(scorer, EngineScorer):
+        values = scorer(train, progress=progress).values
+        yield torch.arange(len(values if isinstance(values, Tensor) else next(iter(values.values())))), values
+        return
+    offsets, size = offsets_of(results_per_row(scorer.engine, train)), scorer.token_batch_size
+    for rows, result in stream_to_host(scorer.engine, train, token_batch_size=size, progress=progress):
+        yield torch.from_numpy(result_numbers(rows, offsets)), result.values
+
+
 def extremes_of(
-    engine: Engine,
-    data: Data,
-    k: int,
-    *,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
-    progress: Progress | None = None,
+    scorer: Scorer, train: Data, k: int, *, progress: Progress | None = None
 ) -> tuple[TopK, TopK]:
-    """The `k` highest and `k` lowest rows of an engine that gives scores; a batch of these is held at a time.
+    """The `k` highest and the `k` lowest rows of a scorer for every query.
+
+    Of an inner product one batch of scores is held at a time, so any number of rows will do.
 
     Args:
-        engine: its transform ends in `dot`; where its view is by token, a row is a token.
-        data, token_batch_size, progress: see `stream`.
+        scorer: see `Attribution.scorer`; where the view is by token, a row is a token.
+        train: training examples.
         k: how many of each.
+        progress: called with the tokens done.
     """
-    offsets = offsets_of(results_per_row(engine, data))
-    results = stream_to_host(engine, data, token_batch_size=token_batch_size, progress=progress)
-    numbered = ((torch.from_numpy(result_numbers(rows, offsets)), scores) for rows, (scores, _) in results)
-    return extremes_of_parts(numbered, k)  # pyright: ignore[reportArgumentType]
+    return extremes_of_parts(_parts(scorer, train, progress), k)  # pyright: ignore[reportArgumentType]
 
 
 def best(
@@ -160,19 +170,13 @@ def best(
         raise InputError(f"top must be 1 or more, not {k}")
     if not len(train):
         raise InputError("the data has no rows: give at least one example")
-    scorer = method.scorer(subject_of(model, **options), query)
-    if isinstance(scorer, EngineScorer):
-        size = scorer.token_batch_size
-        return extremes_of(scorer.engine, train, k, token_batch_size=size, progress=progress)
-    values = scorer(train, progress=progress).values
-    assert isinstance(values, Tensor)
-    return extremes([values], k)
+    return extremes_of(method.scorer(subject_of(model, **options), query), train, k, progress=progress)
 
 
 def shares_of(
-    scorer: EngineScorer, data: Data, asked: Mapping[int, Sequence[int]], *, progress: Progress | None = None
+    scorer: Scorer, data: Data, asked: Mapping[int, Sequence[int]], *, progress: Progress | None = None
 ) -> dict[tuple[int, int], dict[str, float]]:
-    """Each block's share of some scores, of which no more than a batch is held.
+    """Each block's share of some scores; of an inner product no more than a batch is held.
 
     Args:
         scorer: made with `by_block`.
@@ -184,10 +188,9 @@ def shares_of(
         `{(row, query): {block: share}}`.
     """
     rows, shares = list(asked), {}
-    size = scorer.token_batch_size
-    for numbers, result in stream_to_host(scorer.engine, data, token_batch_size=size, progress=progress):
-        assert isinstance(result.values, dict)
-        for place, row in enumerate(rows[number] for number in numbers):
+    for numbers, values in _parts(scorer, data, progress):
+        assert isinstance(values, dict)
+        for place, row in enumerate(rows[number] for number in numbers.tolist()):
             for query in asked[row]:
-                shares[row, query] = {name: float(v[place, query]) for name, v in result.values.items()}
+                shares[row, query] = {name: float(v[place, query]) for name, v in values.items()}
     return shares

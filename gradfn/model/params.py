@@ -23,6 +23,7 @@ def call(model: nn.Module, params: Params, *inputs: Any, **named: Any) -> Any:
     `functional_call` alone would replace the parameters of a module that occurs twice two times, and put its
     own replacement back afterwards.
 
+    >>> import torch
     >>> call(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)}, torch.ones(1))
     tensor([1.])
     """

@@ -206,7 +206,7 @@ def write_rows(
         path = rows.finish(writer)
     first, last = rows.span(rows.examples)
     resumed = last - first - sum(stop - start for start, stop in made)
-    layers = unprobed(scorer.engine) if isinstance(scorer, EngineScorer) else ()
+    layers = unprobed(scorer)
     return rows.summary(path, resumed, layers)
 
 
@@ -232,9 +232,14 @@ def plan_slices(lengths: np.ndarray, token_batch_size: int, row_bytes: int | np.
     return [*slices, (start, len(lengths))]
 
 
-def unprobed(engine: Engine) -> tuple[str, ...]:
-    """The layers of an engine that go through `vmap(grad)`; known for certain after its first batch."""
-    return tuple(dict.fromkeys(site.path or "root" for site in engine.sites if not site.probed))
+def unprobed(made: Engine | Scorer) -> tuple[str, ...]:
+    """The layers of an engine that go through `vmap(grad)`; known for certain after its first batch.
+
+    A scorer that is no engine has none.
+    """
+    engine = made.engine if isinstance(made, EngineScorer) else made
+    sites = engine.sites if isinstance(engine, Engine) else ()
+    return tuple(dict.fromkeys(site.path or "root" for site in sites if not site.probed))
 
 
 def unsupervised(data: Data, rows: range) -> int:

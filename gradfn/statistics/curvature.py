@@ -169,7 +169,7 @@ def mixing_coefficient(query: Curvature, train: Curvature, components: int = 100
     Source: TrackStar, arXiv:2410.17413, appendix A.1.3.
     """
     if components < 1:
-        raise InputError(f"components must be 1 or more, not {components}")
+        raise InputError(f"`components` must be 1 or more, not {components}")
     if list(query) != list(train):
         raise InputError(
             "curvatures of different blocks have no common mixing coefficient: fit both over the same layers"

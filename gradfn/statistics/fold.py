@@ -284,6 +284,7 @@ def fit_sums(
     >>> def loss(params, e):
     ...     return torch.func.functional_call(net, params, e["x"]).sum()
     >>> data = [{"x": torch.full((1,), x)} for x in (1.0, 2.0, 4.0)]
+    >>> from gradfn.statistics import mean
     >>> a, b = (fit_sums(mean(), net, data, rows=rows, loss=loss) for rows in (range(1), range(1, 3)))
     >>> mean().merge(a, b).blocks
     {'root': tensor([[7.]], dtype=torch.float64)}
@@ -306,6 +307,7 @@ def fit_sums(
 def passes(fold: Any) -> int:
     """How many times a fit goes over the data.
 
+    >>> from gradfn.statistics import mean
     >>> passes(mean())
     1
     """
@@ -342,6 +344,7 @@ def fit(
     >>> net = nn.Linear(1, 1, bias=False)
     >>> def loss(params, e):
     ...     return torch.func.functional_call(net, params, e["x"]).sum()
+    >>> from gradfn.statistics import mean
     >>> fit(mean(), net, [{"x": torch.ones(1)}, {"x": torch.zeros(1)}], loss=loss)
     {'root': tensor([[[0.5000]]])}
     """

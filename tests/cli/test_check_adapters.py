@@ -88,7 +88,7 @@ def test_an_adapter_without_a_tokenizer_has_its_bases(adapter, model):
     [
         (
             "/nowhere/base",
-            "is an adapter, whose base is missing: no model '/nowhere/base': .*; check the path",
+            "is an adapter whose base is missing: no model '/nowhere/base': .*; check the path",
         ),
         (None, "names no base_model_name_or_path: save the adapter again"),
     ],
@@ -106,7 +106,7 @@ def test_an_adapter_with_a_broken_config(command, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     result = command("check", tmp_path)
     assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
-    assert "adapter_config.json is no JSON" in result.err
+    assert "adapter_config.json is not JSON" in result.err
 
 
 # --- quantised models

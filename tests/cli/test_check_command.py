@@ -150,7 +150,7 @@ def test_tf32_is_compared_with_fp32_and_its_rounding_is_told(ok, model, bf16_uni
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--task", "classification"], "give --label-column"),
         (["--task", "seq2seq_lm"], "random tokens are for causal-lm only: give --dataset"),
-        (["--device", "nonsense"], "try --device cpu"),
+        (["--device", "nonsense"], "use --device cpu"),
         (["--split", "train[:3]"], "--split is about a dataset: give one with --dataset"),
         (["--text-column", "body"], "--text-column is about a dataset"),
         (["--truncation"], "--truncation is about a dataset"),

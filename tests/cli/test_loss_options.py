@@ -97,7 +97,7 @@ def test_the_loss_is_the_one_asked_for(ok, model, corpus, reference, nets, tmp_p
     recorded = settings["loss"]
     assert recorded["criterion"] == {"smooth": "cross_entropy"}.get(loss, loss.replace("-", "_"))
     assert recorded["label_smoothing"] == (0.3 if loss == "smooth" else 0.0)
-    assert (recorded["reference"] is not None) == (loss == "kl")
+    assert ("reference" in recorded) == (loss == "kl")
     if loss == "kl":
         assert recorded["reference"]["path"] == str(reference.resolve())
 
@@ -169,7 +169,7 @@ def test_weights_are_of_rows_and_not_of_queries(ok, model, rollouts, tmp_path):
     base = ("--model", model, "--dataset", rollouts, "--query", rollouts)
     ok("score", tmp_path / "plain", *base)
     ok("score", tmp_path / "run", *base, "--advantage-column", "advantage")
-    weights = np.array([[-1.0], [1.0], [3.0], [5.0]])
+    weights = np.array([-1.0, 1.0, 3.0, 5.0])[:, None, None]
     np.testing.assert_allclose(
         scores_of(tmp_path / "run"), scores_of(tmp_path / "plain") * weights, rtol=1e-4, atol=1e-5
     )
@@ -417,7 +417,7 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
         assert (result.status, result.err.count("\n")) == (2, 1)
         assert said in result.err
     result = command("build", tmp_path / "run", "--model", plain, "--dataset", good, "--messages-column", "x")
-    assert "no column 'x' in the dataset, which has messages: give another messages_col" in result.err
+    assert "no column 'x' in the dataset, which has messages: give another --messages-column" in result.err
     assert not (tmp_path / "run").exists()
 
 
@@ -438,8 +438,8 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
         (["--task", "classification", "--label-column", "x", "--prompt-column", "p"], "reads a text: give"),
         (["--messages-column", "m", "--prompt-column", "p"], "--messages-column stands alone"),
         (["--reward-column", "r", "--advantage-column", "a"], "rewards or advantages weigh the rows: give"),
-        (["--reward-column", "n"], "these rows have no prompts: give .* as advantage_column"),
-        (["--advantage-column", "n"], "no column 'n' in the dataset, which has .*give another adv"),
+        (["--reward-column", "n"], "these rows have no prompts: give .* as --advantage-column"),
+        (["--advantage-column", "n"], "no column 'n' in the dataset, which has .*give another --advantage-column"),
         (["--advantage-column", "text"], "row 0 has 'The capital of France.*' in column 'text', exp"),
         (["--loss", "kl", "--reference", "missing/model"], "no model 'missing/model'"),
     ],

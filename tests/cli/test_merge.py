@@ -112,7 +112,7 @@ def test_a_curvature_that_is_still_in_shards(command, ok, base, queries, tmp_pat
     in_shards(ok, 2, "hessian", tmp_path / "run", *base)
     result = command("score", tmp_path / "s", *base, "--query", queries, "--hessian-path", tmp_path / "run")
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert f"lies in shards: join them with gradfn merge {tmp_path / 'run'}" in result.err
+    assert f"the hessian of {tmp_path / 'run'} lies in shards: join them with gradfn merge" in result.err
 
 
 @pytest.mark.parametrize("more", [("--self",), (*ASK, "--by", "token"), (*ASK, "--by", "module")])
@@ -130,7 +130,10 @@ def test_the_shards_that_are_there(ok, base, tmp_path):
 
 
 BAD = {
-    "no fraction": (["build", "{run}", "--shard", "3"], "--shard takes I/N, the I-th of N parts, not '3'"),
+    "no fraction": (
+        ["build", "{run}", "--shard", "3"],
+        "a shard is I/N, the I-th of N parts, not '3': give 2/8, say",
+    ),
     "beyond": (["build", "{run}", "--shard", "3/2"], "a shard is I/N with I from 1 to N, not 3/2: give 1/2"),
     "too many": (
         ["build", "{run}", "--shard", "1/13"],

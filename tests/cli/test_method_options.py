@@ -312,3 +312,71 @@ def test_a_mixed_curvature(ok, base, neox, queries, tmp_path):
     ok("score", tmp_path / "given", *ask, "--hessian-path", tmp_path / "mixed")
     ok("score", tmp_path / "fitted", *ask, "--target-downweight-components", 5)
     assert_same(scores_of(tmp_path / "given"), scores_of(tmp_path / "fitted"))
+
+
+ATTRIBUTIONS = """
+import gradfn as gf
+from gradfn.types import Rows
+
+
+class Lengths:
+    damping = (None,)
+
+    def scorer(self, subject, query, *, by_block=False):
+        if query is None:
+            raise ValueError("no queries")
+
+        def score(train, rows=None, *, progress=None):
+            rows = range(len(train)) if rows is None else rows
+            some = [len(train[row]["input_ids"]) * 1.0 for row in rows]
+            values = next(subject.model.parameters()).new_tensor(some)
+            return Rows(values[:, None].expand(-1, len(query)), values)
+
+        return score
+
+    def settings(self):
+        return {"of": "lengths"}
+
+
+def lengths(problem):
+    return Lengths()
+
+
+class Late(Lengths):
+    def scorer(self, subject, query, *, by_block=False):
+        return lambda train, rows=None, *, progress=None: {}["x"]
+
+
+def late(problem):
+    return Late()
+
+
+def twice(problem):
+    parts = [(None, gf.grad_dot(problem.stage)), (None, gf.grad_dot(problem.stage))]
+    return gf.methods.Joined(parts, weights=[1.0, 2.0])
+"""
+
+
+def test_anything_that_yields_scores_is_a_method(ok, command, base, corpus, queries, tmp_path):
+    recipe = tmp_path / "own.py"
+    recipe.write_text(ATTRIBUTIONS)
+    ask = (*base, "--query", queries, "--projection-dim", 0)
+    ok("score", tmp_path / "plain", *ask, "--method", "grad_dot")
+    for name in ("lengths", "twice"):
+        own = (*ask, "--method", f"{recipe}:{name}")
+        ok("score", tmp_path / name, *own)
+        ok("score", *own, "--top", 12, "--jsonl", tmp_path / f"{name}.jsonl")
+        assert_same(shown(tmp_path / f"{name}.jsonl"), scores_of(tmp_path / name))
+    assert_same(scores_of(tmp_path / "twice"), 3 * scores_of(tmp_path / "plain"))
+    with gf.open_store(tmp_path / "lengths", "scores") as scores:
+        assert scores_of(tmp_path / "lengths")[:, 1].tolist() == scores.read("rows/length").tolist()
+        assert scores.settings["method"]["of"] == "lengths"
+    grouped = ("--query", queries, "--group-column", "completion")
+    for name, asked, words in (
+        ("lengths", ("--self",), "lengths failed (ValueError: no queries): mend it"),
+        ("lengths", grouped, "takes queries and not their gradients, which --group-column is of"),
+        ("late", ("--query", queries), "late failed (KeyError: 'x'): mend it"),
+    ):
+        result = command("score", *base, *asked, "--projection-dim", 0, "--method", f"{recipe}:{name}")
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert words in result.err

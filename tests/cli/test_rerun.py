@@ -182,7 +182,7 @@ def test_runs_without_a_record(command, tmp_path, write, words):
 
 def test_records_that_this_gradfn_does_not_know(command, tmp_path):
     def write(kind, request, run="run"):
-        with open_writer(tmp_path / run, kind, {"request": request}, rows=1, overwrite=True) as writer:
+        with open_writer(tmp_path / run, kind, {}, 1, overwrite=True, request=request) as writer:
             writer.write(0, 1, {"gradients/a": np.zeros((1, 2))})
             writer.finish()
 
@@ -202,4 +202,4 @@ def test_records_that_this_gradfn_does_not_know(command, tmp_path):
 def test_a_file_is_enough(ok, store):
     assert ok("info", store / "store.h5", "--command") == ok("info", store, "--command")
     with h5py.File(store / "store.h5") as file:
-        assert '"request"' in file.attrs["settings"]
+        assert '"request"' in file.attrs["manifest"]

@@ -120,7 +120,7 @@ def test_a_query_side_that_a_recipe_has_from_elsewhere(ok, otherwise, base, tmp_
     monkeypatch.setenv("UNIT", "1")
     ok(*ask)
     monkeypatch.setenv("UNIT", "0")
-    otherwise("method.query_transform is", *ask)
+    otherwise("method.query is", *ask)
 
 
 # --- ids are in no fingerprint of the data

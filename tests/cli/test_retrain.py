@@ -164,7 +164,7 @@ def test_models_that_do_not_stack_are_told(ok, folder, base, monkeypatch):
     (("--remove-top", "1"), "give both, or neither"),
     (("--remove-top", "1", "--scores", "x"), "leave out --subsets"),
     (("--remove-top", "a", "--scores", "x"), "--remove-top a are not whole numbers: give 10,20, say"),
-    (("--learning-rate", 0), "learning_rate"),
+    (("--learning-rate", 0), "--learning-rate must be above 0"),
     (("--leave-out", 1, "--subsets", 2), "makes 3 to 12 subsets, not 2: choose as many of these"),
     (("--leave-out", 1, "--subsets", 13), "makes 3 to 12 subsets, not 13"),
     (("--momentum", 0.9), "momentum and nesterov are settings of sgd"), (("--seeds", 0), "1 to 999 seeds"),

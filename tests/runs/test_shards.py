@@ -709,5 +709,5 @@ def test_a_fold_of_ones_own_has_no_shards(model, documents, tmp_path):
     with pytest.raises(
         InputError, match=r"is not fitted in shards: choose one of .*kfac.*, or leave out the shard$"
     ):
-        hessian_shard(tmp_path, model, documents, fold.mean(), shard=Shard(1, 2))
+        hessian_shard(tmp_path, model, documents, gf.statistics.mean(), shard=Shard(1, 2))
     assert not list(tmp_path.iterdir())

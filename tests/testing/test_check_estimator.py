@@ -9,11 +9,11 @@ from gradfn.testing import BrokenLawError, check_estimator
 
 
 def gradient_dot(model, loss, train, query):
-    return gf.score(model, train, query, method=gf.grad_dot(), loss=loss)
+    return gf.score(model, train, query, method=gf.grad_dot(), loss=loss).matrix
 
 
 def gradient_cosine(model, loss, train, query):
-    return gf.score(model, train, query, method=gf.grad_cosine(), loss=loss)
+    return gf.score(model, train, query, method=gf.grad_cosine(), loss=loss).matrix
 
 
 def divided_by_the_batch(*asked):
