@@ -439,7 +439,7 @@ def test_chats_that_cannot_be_read(command, model, tmp_path):
         (["--messages-column", "m", "--prompt-column", "p"], "--messages-column stands alone"),
         (["--reward-column", "r", "--advantage-column", "a"], "rewards or advantages weigh the rows: give"),
         (["--reward-column", "n"], "these rows have no prompts: give .* as --advantage-column"),
-        (["--advantage-column", "n"], "no column 'n' in the dataset, which has .*give another --advantage-column"),
+        (["--advantage-column", "n"], "no column 'n' in the dataset, which has .*give another --adv"),
         (["--advantage-column", "text"], "row 0 has 'The capital of France.*' in column 'text', exp"),
         (["--loss", "kl", "--reference", "missing/model"], "no model 'missing/model'"),
     ],
