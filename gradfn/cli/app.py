@@ -3,7 +3,7 @@
 import errno
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -15,9 +15,43 @@ from gradfn.cli.console import Command, Group
 from gradfn.cli.request import Request, flag, flag_of, slots_of, takes
 from gradfn.errors import InputError, StorageError
 
+GROUPS = {
+    "mask": (CURVATURE, "Selective masks of gradients."),
+    "evaluate": (TRUTH, "Tell what scores are worth."),
+}
+
+
+class Commands(Group):
+    """The commands of the requests, of which only the one that is asked for is made."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        outer = (self.name,) if self.name in GROUPS else ()
+        words = {tuple(request.COMMAND.split()): request for request in COMMANDS}
+        self.requests = {name[-1]: request for name, request in words.items() if name[:-1] == outer}
+        self.commands = {**dict.fromkeys(self.requests), **self.commands}
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command by its name."""
+        request = self.requests.get(cmd_name)
+        if request is None:
+            return super().get_command(ctx, cmd_name)
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(cmd_name, cls=Command, help=request.__doc__)(takes(request, runner(request)))
+        return typer.main.get_command(alone)
+
+    def listed(self, ctx: Any) -> Iterator[tuple[str, str, str]]:
+        """The panel, name and description of each command."""
+        for name, group in self.commands.items():
+            if (request := self.requests.get(name)) is None:
+                yield GROUPS[name][0], name, group.help
+            else:
+                yield "Commands" if self.name in GROUPS else COMMANDS[request][0], name, request.__doc__ or ""
+
+
 app = typer.Typer(
     name="gradfn",
-    cls=Group,
+    cls=Commands,
     help="Which training examples made the model do this? Start with `gradfn score`: without arguments it "
     "shows an example. Options may be spelled with - or _, and may stand in a file that --config names; "
     "--debug shows the traceback of an error.",
@@ -25,10 +59,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": flag_of},
 )
-GROUPS = {
-    "mask": (CURVATURE, "Selective masks of gradients."),
-    "evaluate": (TRUTH, "Tell what scores are worth."),
-}
+for _name, (_, _help) in GROUPS.items():
+    app.add_typer(typer.Typer(help=_help, cls=Commands, rich_markup_mode=None), name=_name, cls=Commands)
 
 FLAGS = {
     "with `overwrite=True`": "with --overwrite",
@@ -111,20 +143,3 @@ def runner(request: type[Request]) -> Callable[[Any], None]:
     """What runs a request; its file is loaded when it does."""
     file, function = COMMANDS[request][1].split(":")
     return lambda made: getattr(import_module(f"gradfn.cli.{file}"), function)(made)
-
-
-def _register() -> None:
-    groups = {}
-    for request, (panel, _) in COMMANDS.items():
-        *outer, name = request.COMMAND.split()
-        if outer and outer[0] not in groups:
-            where, help = GROUPS[outer[0]]
-            groups[outer[0]] = typer.Typer(help=help, cls=Group, rich_markup_mode=None)
-            app.add_typer(groups[outer[0]], name=outer[0], cls=Group, rich_help_panel=where)
-        there = groups[outer[0]] if outer else app
-        there.command(name, cls=Command, help=request.__doc__, rich_help_panel=None if outer else panel)(
-            takes(request, runner(request))
-        )
-
-
-_register()

@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -39,12 +40,15 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """Commands whose help is in panels."""
 
+    def listed(self, ctx: Any) -> Iterable[tuple[str, str, str]]:
+        """The panel, name and description of each command."""
+        raise NotImplementedError
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help; see `Command`."""
         panels: dict[str, list[tuple[str, str]]] = {}
-        for name in self.list_commands(ctx):
-            command: Any = self.get_command(ctx, name)
-            panels.setdefault(command.rich_help_panel or "Commands", []).append((name, _text(command)[0]))
+        for panel, name, text in self.listed(ctx):
+            panels.setdefault(panel, []).append((name, _paragraphs(text)[0]))
         formatter.write(_help(self, ctx, panels))
 
 
@@ -59,7 +63,7 @@ def _help(command: Any, ctx: Any, commands: dict[str, list[tuple[str, str]]]) ->
         panels.setdefault(_panel_of(one), []).append((_spelled(one), one.help or ""))
     out = console()
     with out.capture() as capture:
-        out.print(Text("\n\n".join([command.get_usage(ctx), *_text(command)]) + "\n"))
+        out.print(Text("\n\n".join([command.get_usage(ctx), *_paragraphs(command.help or "")]) + "\n"))
         for title in sorted(
             panels, key=lambda title: PANELS.index(title) if title in PANELS else len(PANELS)
         ):
@@ -72,9 +76,9 @@ def _help(command: Any, ctx: Any, commands: dict[str, list[tuple[str, str]]]) ->
     return capture.get()
 
 
-def _text(command: Any) -> list[str]:
+def _paragraphs(text: str) -> list[str]:
     """The paragraphs of a description."""
-    return [" ".join(part.split()) for part in inspect.cleandoc(command.help or "").split("\n\n")]
+    return [" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n")]
 
 
 def _panel_of(one: Any) -> str:
