@@ -744,8 +744,8 @@ class Side:
 
         dampings = gf.Damping(0.1), gf.Damping(1e-8 * scale, "absolute")
         method = gf.influence(curvature, damping=dampings)
-        scores: Any = gf.score(self.model, self.train, self.query, method=method, loss=self.loss).matrix
-        return dict(zip(DAMPINGS, (scores * scale).split(len(self.query), dim=1), strict=True))
+        scores = gf.score(self.model, self.train, self.query, method=method, loss=self.loss)
+        return dict(zip(DAMPINGS, scores.values * scale, strict=True))
 
 
 # --- the process that compares
