@@ -16,8 +16,8 @@ from torch import Tensor
 from gradfn.errors import InputError
 
 __all__ = [
-    "IGNORED", "Corpus", "Documents", "Images", "Pairs", "check_lengths", "collate", "make_documents",
-    "offsets_of", "plan_batches",
+    "IGNORED", "Corpus", "Documents", "Images", "Pairs", "check_lengths", "check_rows", "collate",
+    "make_documents", "offsets_of", "plan_batches",
 ]  # fmt: skip
 
 IGNORED = -100
@@ -339,6 +339,30 @@ def make_documents(
     return Documents(
         tokens, targets, offsets_of(lengths), names, [""] * len(lengths) if texts is None else list(texts)
     )
+
+
+def check_rows(data: Any) -> None:
+    """Refuse what is no sequence of examples, each a mapping of tensors.
+
+    Raises:
+        InputError: a DataLoader, a dictionary of columns, rows that are tuples, ...
+
+    >>> check_rows([{"x": torch.ones(2)}])
+    >>> check_rows([(torch.ones(2), 1)])
+    Traceback (most recent call last):
+    gradfn.errors.InputError: row 0 is a tuple: give each example as a dict of tensors, {"x": x, "y": y}, say
+    """
+    kind = type(data).__name__
+    if hasattr(data, "dataset") and not hasattr(data, "__getitem__"):
+        raise InputError(f"the data is a {kind}, of batches: give the dataset in it, `loader.dataset`")
+    whole = isinstance(data, Mapping | Tensor | str) or not hasattr(data, "__getitem__")
+    if whole or not hasattr(data, "__len__"):
+        raise InputError(f"the data is a {kind}: give a sequence of examples, each a dict of tensors")
+    if len(data) and not isinstance(row := data[0], Mapping):
+        raise InputError(
+            f"row 0 is a {type(row).__name__}: give each example as a dict of tensors, "
+            '{"x": x, "y": y}, say'
+        )
 
 
 def check_lengths(lengths: Int64[np.ndarray, " rows"], others: Int64[np.ndarray, " _"], noun: str) -> None:

@@ -53,6 +53,11 @@ class Subject:
     token_batch_size: int = TOKEN_BATCH_SIZE
 
     def __post_init__(self) -> None:
+        if self.loss is None and not hasattr(self.model, "config"):
+            raise InputError(
+                f"a {type(self.model).__name__} has no loss of its own, as language models have: give one, "
+                "`loss(params, example) -> scalar`"
+            )
         loss = causal_lm_loss(self.model) if self.loss is None else self.loss
         object.__setattr__(self, "loss", loss)
         object.__setattr__(self, "query_loss", loss if self.query_loss is None else self.query_loss)

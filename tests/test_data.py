@@ -3,8 +3,18 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
-from gradfn.data import Documents, Pairs, check_lengths, collate, make_documents, offsets_of, plan_batches
+from gradfn.data import (
+    Documents,
+    Pairs,
+    check_lengths,
+    check_rows,
+    collate,
+    make_documents,
+    offsets_of,
+    plan_batches,
+)
 from gradfn.errors import InputError
 
 ROWS = [[5, 6, 7], [], [8], [9, 10]]
@@ -309,3 +319,21 @@ def test_pairs_are_an_input_and_an_output():
     assert chosen.fingerprint() != pairs.fingerprint() == pairs.select([0, 1, 2]).fingerprint()
     with pytest.raises(InputError, match="3 inputs came with 1 outputs: give one for each"):
         Pairs(inputs, make_documents([[1]]))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (TensorDataset(torch.ones(2, 3), torch.ones(2)), "row 0 is a tuple: give each example as a dict"),
+        (DataLoader(TensorDataset(torch.ones(2, 3))), "a DataLoader, of batches: give the dataset in it"),
+        ({"x": torch.ones(2, 3)}, "the data is a dict: give a sequence of examples"),
+        (torch.ones(2, 3), "the data is a Tensor: give a sequence of examples"),
+        ("corpus.jsonl", "the data is a str: give a sequence of examples"),
+        ((row for row in [{"x": torch.ones(3)}]), "the data is a generator: give a sequence of examples"),
+        ({1, 2}, "the data is a set: give a sequence of examples"),
+        ([torch.ones(3)], "row 0 is a Tensor: give each example as a dict of tensors"),
+    ],
+)
+def test_what_is_no_sequence_of_examples(data, words):
+    with pytest.raises(InputError, match=words):
+        check_rows(data)

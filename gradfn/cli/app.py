@@ -11,7 +11,8 @@ import typer
 
 import gradfn
 from gradfn.cli.commands import COMMANDS, CURVATURE, TRUTH
-from gradfn.cli.console import Command, Group
+from gradfn.cli.console import SPOKEN, Command, Group
+from gradfn.cli.options import STDOUT
 from gradfn.cli.request import Request, flag, flag_of, slots_of, takes
 from gradfn.errors import InputError, StorageError
 
@@ -139,7 +140,27 @@ def _common(
 ) -> None: ...
 
 
+def torch_threads(number: int) -> None:
+    """Use so many threads of the CPU."""
+    if number < 1:
+        raise InputError(f"--threads must be 1 or more, not {number}")
+    import torch
+
+    torch.set_num_threads(number)
+
+
 def runner(request: type[Request]) -> Callable[[Any], None]:
     """What runs a request; its file is loaded when it does."""
     file, function = COMMANDS[request][1].split(":")
-    return lambda made: getattr(import_module(f"gradfn.cli.{file}"), function)(made)
+
+    def run(made: Any) -> None:
+        tables = made.table.paths.values() if hasattr(made, "table") else ()
+        from gradfn.report.progress import QUIET
+
+        if (threads := getattr(getattr(made, "model", None), "threads", None)) is not None:
+            torch_threads(threads)
+        QUIET.set(made.quiet)
+        SPOKEN.set("nowhere" if made.quiet else "err" if STDOUT in tables else "out")
+        getattr(import_module(f"gradfn.cli.{file}"), function)(made)
+
+    return run

@@ -58,6 +58,7 @@ def _prepared(request: GradientsRequest) -> tuple[Loaded, Corpus, Chain, dict[st
     stages = load_stages(loaded, projection, gradients.optimizer_state, request.curvature)
     transform = stages.query_side(gradients.unit_normalize)
     settings = {**loaded.settings(), **stages.settings, **recorded(request)}
-    lines = [*loaded.facts(documents), *shard_facts(documents, request.output.shard)]
+    noun = "queries" if isinstance(request, ReduceRequest) else "train"
+    lines = [*loaded.facts(documents, noun), *shard_facts(documents, request.output.shard)]
     console().print(facts([*lines, ("gradients", gradients_line(transform))]))
     return loaded, documents, transform, settings

@@ -2,9 +2,11 @@
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from typer.core import TyperCommand, TyperGroup
 
@@ -16,12 +18,34 @@ PANELS = (ARGUMENTS, FIRST, "Data", "Query", "Method", "Model", "Gradients", "Cu
 """What the help shows first, in this order."""
 
 
+Spoken = Literal["out", "err", "nowhere"]
+SPOKEN: ContextVar[Spoken] = ContextVar("SPOKEN", default="out")
+"""Where a command says what it does: on stderr where stdout is for a table, nowhere if it is to be quiet."""
+
+
 def console() -> "Console":
     """Where results are printed; 100 columns where there is no terminal."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-    return Console(width=width, highlight=False, soft_wrap=False, emoji=False)
+    stream: Any = sys.stderr if SPOKEN.get() == "err" else sys.stdout
+    terminal = stream.isatty()
+    width = None if terminal or "COLUMNS" in os.environ else 100
+    file = stream if terminal else _Unpadded(stream)
+    quiet = SPOKEN.get() == "nowhere"
+    return Console(file=file, width=width, highlight=False, soft_wrap=False, emoji=False, quiet=quiet)
+
+
+class _Unpadded:
+    """A stream without the blanks with which tables fill their lines."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r" +(?=\n)", "", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Command(TyperCommand):

@@ -72,10 +72,10 @@ class Loaded:
         """Where gradients are made: float32 matrices are multiplied as the precision says."""
         return multiplying(self.products, next(self.model.parameters()).device)
 
-    def facts(self, train: Corpus) -> Facts:
+    def facts(self, train: Corpus, noun: str = "train") -> Facts:
         """What a command says first."""
         return subject_facts(
-            self.name, self.subject, train, numbers=self.reads.numbers, products=self.products
+            self.name, self.subject, train, noun=noun, numbers=self.reads.numbers, products=self.products
         )
 
     def settings(self) -> dict[str, Any]:
@@ -269,7 +269,13 @@ def load_model_and_rows(request: ModelRequest) -> tuple[Loaded, Corpus]:
     path, data = str(request.data.dataset), request.data
     rows = load_rows(path, data.split)
     loaded = load_subject(request)
-    return loaded, load_documents(loaded, rows, data, path)
+    docs = load_documents(loaded, rows, data, path)
+    if not docs.supervised.any():
+        raise InputError(
+            f"no row of {path} has anything to supervise, so all gradients are zero: give rows of two tokens "
+            "or more, with completions that are not empty"
+        )
+    return loaded, docs
 
 
 def load_documents(loaded: Loaded, rows: Any, data: DataOptions, path: str, *, query: bool = False) -> Corpus:

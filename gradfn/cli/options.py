@@ -37,6 +37,15 @@ COMPONENTS = 1000
 """Directions that TrackStar counts less where no option says how many."""
 
 
+STDOUT = Path("-")
+"""What --csv and --jsonl take for stdout."""
+
+
+def written(path: str) -> str:
+    """A path that is written, absolute; "-" is stdout."""
+    return path if path == str(STDOUT) else os.path.abspath(path)
+
+
 # --- from text to values
 
 
@@ -198,6 +207,9 @@ class ModelOptions:
     attention: Attention | None = option(None, _ATTENTION, shown="what transformers takes")
     device: str = option("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one.", parse=device_named)
     token_batch_size: int = option(4096, "Tokens a batch with padding, or patches; changes no result.")
+    threads: int | None = option(
+        None, "Threads of the CPU; 1 is best beside other programs.", shown="all cores"
+    )
 
 
 STORED_MODEL: dict[str, Any] = {
@@ -414,9 +426,10 @@ class TableOptions:
 
     PANEL: ClassVar[str] = OUTPUT
     top: int | None = option(3, "Proponents and opponents to show of each query.")
-    csv: Path | None = option(None, "Write the table here too.", parse=Path, file=os.path.abspath)
-    jsonl: Path | None = option(None, "Write the table here too.", parse=Path, file=os.path.abspath)
-    parquet: Path | None = option(None, "Write the table here too.", parse=Path, file=os.path.abspath)
+    show: int | None = option(5, "Queries to show; files have all of them.")
+    csv: Path | None = option(None, "Write the table here; - is stdout.", parse=Path, file=written)
+    jsonl: Path | None = option(None, "Write the table here; - is stdout.", parse=Path, file=written)
+    parquet: Path | None = option(None, "Write the table here.", parse=Path, file=written)
 
     @property
     def paths(self) -> dict[str, Path | None]:
@@ -431,10 +444,16 @@ class TableOptions:
         """
         if self.top is not None and self.top < 1:
             raise InputError(f"--top must be 1 or more, not {self.top}")
+        if self.show is not None and self.show < 0:
+            raise InputError(f"--show must be 0 or more, not {self.show}")
+        if self.parquet == STDOUT:
+            raise InputError("--parquet writes a file, not to stdout: give it a name, or --jsonl -")
         given = [path for path in (*self.paths.values(), *more) if path is not None]
         if len({path.absolute() for path in given}) < len(given):
             raise InputError("two exports have the same path: give each a file of its own")
         for path in given:
+            if path == STDOUT:
+                continue
             if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
                 raise InputError(
                     f"cannot write {path}: give a file in a folder that exists and can be written"

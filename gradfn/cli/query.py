@@ -53,7 +53,7 @@ def run_query(request: QueryRequest) -> None:
         shown = queries.shown.with_dampings(["none" if d is None else str(d) for d in method.damping])
         table = print_rankings(
             console(), shown, ranked, stored_rows(store, loaded.reads.tokenizer, by), top,
-            answers=answers_of(loaded, shown), texts=loaded.reads.processor is None,
+            show=request.table.show, answers=answers_of(loaded, shown), texts=loaded.reads.processor is None,
         )  # fmt: skip
     export_ranking(table, request.table.paths, by)
 

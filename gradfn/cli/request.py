@@ -115,6 +115,7 @@ class Request:
     WRITES: ClassVar[str] = ""
     """The kind of store that it writes to its run."""
 
+    quiet: bool = option(False, "Print nothing but errors.", panel=OUTPUT)
     given: Given = field(default_factory=dict, compare=False, repr=False)
 
     def gave(self, *names: str) -> str | None:

@@ -52,6 +52,7 @@ def run_score(request: ScoreRequest) -> None:
         ranked,
         known,
         job.top,
+        show=request.table.show,
         answers=answers_of(loaded, shown),
         texts=loaded.reads.processor is None,
     )

@@ -23,7 +23,7 @@ def projection_of(
 ) -> Chain:
     """The projection that is asked for: spelled whole, or a kind and a dimension; else the curvature's.
 
-    What is spelled with its dimensions must make some block smaller.
+    Dimensions that are given must make some block smaller.
 
     Args:
         seed: the key of what is drawn.
@@ -52,7 +52,8 @@ def projection_of(
     if dim is None and kind is None:
         return lenient(projection_named(default, seed))
     side = 16 if dim is None else dim
-    return lenient(projection_named(f"{kind or 'rademacher'}:{side}x{side}", seed))
+    made = projection_named(f"{kind or 'rademacher'}:{side}x{side}", seed)
+    return lenient(made) if dim is None else made
 
 
 def _of_curvature(path: str, seed: int) -> Chain:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.data import IGNORED, collate, offsets_of, plan_batches
+from gradfn.data import IGNORED, check_rows, collate, offsets_of, plan_batches
 from gradfn.engine.cache import CachedRows
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.errors import InputError
@@ -41,6 +41,7 @@ def lengths_of(data: Data) -> np.ndarray:
     >>> lengths_of([{"x": torch.zeros(3)}, {"input_ids": torch.zeros(5)}])
     array([1, 5])
     """
+    check_rows(data)
     known = getattr(data, "lengths", None)
     if known is not None:
         return np.asarray(known)
@@ -98,6 +99,7 @@ def _stream(
     progress: Progress | None,
     to_host: bool,
 ) -> Iterator[tuple[np.ndarray, Rows]]:
+    check_rows(data)
     rows = range(len(data)) if rows is None else rows
     if rows.step != 1:
         raise InputError(f"rows must follow one another, not be {rows}")
@@ -333,6 +335,7 @@ def gather(
     progress: Progress | None = None,
 ) -> Rows:
     """Run the engine over the rows and put everything, in the rows' order, into memory; see `stream`."""
+    check_rows(data)
     rows = range(len(data)) if rows is None else rows
     if not len(rows):
         raise InputError("the data has no rows: give at least one example")

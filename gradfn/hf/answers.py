@@ -11,7 +11,7 @@ from gradfn.data import IGNORED, Documents
 from gradfn.model.losses import token_losses
 
 SAID_TOKENS = 24
-"""How many tokens of the model's own answer to show, at most."""
+"""The longest answer, in tokens, of which it is told what the model says instead."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,16 @@ class Answer:
         probability: of all supervised tokens together.
         known: whether greedy decoding from the prompt gives exactly the supervised tokens; None if there is
             no prompt.
-        says: the beginning of what greedy decoding gives instead; empty if the answer is known, or without a
-            prompt.
+        says: what greedy decoding gives instead; empty if the answer is known, longer than 24 tokens, or
+            without a prompt.
+        glued: whether the answer continues the last word of the prompt, mostly for lack of a space.
     """
 
     loss: float
     probability: float
     known: bool | None
     says: str
+    glued: bool = False
 
 
 def answers(model: nn.Module, tokenizer: Any, queries: Documents) -> list[Answer]:
@@ -60,8 +62,10 @@ def _answer(model: nn.Module, tokenizer: Any, query: dict[str, Tensor]) -> Answe
         return Answer(loss, probability, None, "")
     if (logits.argmax(-1) == targets).all():
         return Answer(loss, probability, True, "")
-    count = min(len(supervised), SAID_TOKENS)
-    return Answer(loss, probability, False, _continue(model, tokenizer, ids[:start].to(device), count))
+    count, prompt = len(supervised), tokenizer.decode(ids[:start])
+    says = "" if count > SAID_TOKENS else _continue(model, tokenizer, ids[:start].to(device), count)
+    border = tokenizer.decode(ids)[len(prompt) - 1 :][:2]
+    return Answer(loss, probability, False, says, border.isalnum() and len(border) == 2)
 
 
 def _continue(model: nn.Module, tokenizer: Any, prompt: Int[Tensor, " tokens"], count: int) -> str:

@@ -50,6 +50,7 @@ from gradfn.statistics.labels import sample_labels
 from gradfn.subject import Subject
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import Joint, joint
+from gradfn.transforms.projection import lenient, parse_projection
 from gradfn.types import Blocks, Data
 
 Watch = Callable[[str, int], AbstractContextManager[Progress | None]]
@@ -262,6 +263,38 @@ def recipe_named(name: str) -> Recipe:
     recipe = found if isinstance(found, Recipe) else Recipe(found)  # pyright: ignore[reportArgumentType]
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return replace(recipe, method=_checked(name, recipe.method), file=digest)
+
+
+def method_of(method: Attribution | str, subject: Subject, train: Data, query: Queries) -> Attribution:
+    """The attribution itself, or the one that a name stands for, which is fitted to the training rows.
+
+    Args:
+        method: "ekfac", say, with the options that `gradfn score --method ekfac` has by default.
+        subject, train, query: see `gradfn.score`.
+
+    Raises:
+        InputError: no such method, a loss that it is not defined with, gradients instead of queries.
+
+    >>> subject = Subject(torch.nn.Linear(1, 1), lambda params, example: params["weight"].sum())
+    >>> method_of("grad_dot", subject, [], []).row_transform.stages[0].kind
+    'rademacher'
+    """
+    if not isinstance(method, str):
+        if isinstance(method, Attribution):
+            return method
+        raise InputError(f"{method!r} is no method: give gf.grad_dot(), say, or the name of one, 'ekfac'")
+    recipe = recipe_named(method)
+    if isinstance(query, dict):
+        raise InputError(f"{method} by its name takes queries and not their gradients: give the examples")
+    criterion = getattr(subject.loss, "criterion", recipe.criterion)
+    if recipe.criterion is not None and criterion != recipe.criterion:
+        raise InputError(
+            f"{method} takes the loss {recipe.criterion} and not {criterion}: give "
+            f'loss=gf.causal_lm_loss(model, criterion="{recipe.criterion}")'
+        )
+    projection = lenient(parse_projection(recipe.projection))
+    made = recipe.method(Problem(subject, train, query or [], projection=projection))
+    return made if recipe.combine is weighted_sum else Joined([(None, made)], combine=recipe.combine)
 
 
 def _checked(name: str, method: Callable[[Problem], Any]) -> Callable[[Problem], Attribution]:

@@ -17,6 +17,7 @@ from gradfn.engine.stream import Progress, lengths_of, result_numbers, results_p
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Attribution, Queries, Scorer
 from gradfn.methods.inner_product import EngineScorer, damping_names
+from gradfn.methods.recipes import method_of
 from gradfn.scores import SELF, Scores, TopK, extremes_of_parts
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import dot
@@ -28,7 +29,7 @@ def score(
     train: Data,
     query: Queries,
     *,
-    method: Attribution,
+    method: Attribution | str,
     by_block: bool = False,
     progress: Progress | None = None,
     **options: Unpack[SubjectOptions],
@@ -40,7 +41,7 @@ def score(
         train: training examples.
         query: query examples, whose gradients are held in memory, or these gradients; None: each row is
             scored against itself.
-        method: how, `grad_dot(...)` or `grad_cosine(...)`, say.
+        method: how: `grad_dot(...)`, `influence(...)` or another, or its name, "ekfac", say, see `RECIPES`.
         by_block: keep each module's (or, by the view, each head's) share of a score apart, as `shares`.
         progress: called with the tokens done.
         options: `loss`, `query_loss`, `view`, `token_batch_size`; see `Subject`.
@@ -58,7 +59,9 @@ def score(
     tensor([[1., 0.],
             [0., 4.]])
     """
-    subject, dampings = subject_of(model, **options), damping_names(method)
+    subject = subject_of(model, **options)
+    method = method_of(method, subject, train, query)
+    dampings = damping_names(method)
     values, losses = method.scorer(subject, query, by_block=by_block)(train, progress=progress)
     shares = values if isinstance(values, dict) else {}
     total = sum(shares.values(), torch.zeros(())) if isinstance(values, dict) else values
@@ -141,7 +144,7 @@ def best(
     query: Data,
     k: int,
     *,
-    method: Attribution,
+    method: Attribution | str,
     progress: Progress | None = None,
     **options: Unpack[SubjectOptions],
 ) -> tuple[TopK, TopK]:
@@ -170,7 +173,9 @@ def best(
         raise InputError(f"top must be 1 or more, not {k}")
     if not len(train):
         raise InputError("the data has no rows: give at least one example")
-    return extremes_of(method.scorer(subject_of(model, **options), query), train, k, progress=progress)
+    subject = subject_of(model, **options)
+    scorer = method_of(method, subject, train, query).scorer(subject, query)
+    return extremes_of(scorer, train, k, progress=progress)
 
 
 def shares_of(

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[st
 
     Args:
         lines: what stands in the columns, by name; other names are left out.
-        paths: by format, "csv", "jsonl" or "parquet"; None: not in this one.
+        paths: by format, "csv", "jsonl" or "parquet"; None: not in this one; "-": to stdout.
 
     Raises:
         StorageError: the disk is full or failed; the old file is kept.
@@ -45,12 +47,15 @@ def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[st
     for kind, path in paths.items():
         if path is None:
             continue
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        if str(path) == "-":
+            TEXTS[kind](lines, columns, sys.stdout)
+            continue
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
         try:
-            WRITERS[kind](lines, columns, partial)
-            partial.replace(path)
+            WRITERS[kind](lines, columns, unfinished)
+            unfinished.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise StorageError(error.errno, f"could not write {path}: {error.strerror or error}") from error
 
 
@@ -62,17 +67,27 @@ def _lines(row: Row) -> list[dict[str, Any]]:
     return [{**line, "module": name, "share": share} for name, share in row["shares"]]
 
 
-def _write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
+def _put_csv(rows: Sequence[Row], columns: Sequence[str], file: Any) -> None:
+    writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _put_jsonl(rows: Sequence[Row], columns: Sequence[str], file: Any) -> None:
+    for row in rows:
+        file.write(json.dumps({name: row[name] for name in columns}, ensure_ascii=False) + "\n")
+
+
+TEXTS: dict[str, Callable[[Sequence[Row], Sequence[str], Any], None]] = {
+    "csv": _put_csv,
+    "jsonl": _put_jsonl,
+}
+"""The formats that are text, which can go to stdout."""
+
+
+def _write_text(kind: str, rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _write_jsonl(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({name: row[name] for name in columns}, ensure_ascii=False) + "\n")
+        TEXTS[kind](rows, columns, file)
 
 
 def _write_parquet(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
@@ -97,8 +112,8 @@ def _parquet_kind(values: Sequence[Any]) -> Any:
 
 
 WRITERS: dict[str, Callable[[Sequence[Row], Sequence[str], Path], None]] = {
-    "csv": _write_csv,
-    "jsonl": _write_jsonl,
+    "csv": partial(_write_text, "csv"),
+    "jsonl": partial(_write_text, "jsonl"),
     "parquet": _write_parquet,
 }
 """By format."""

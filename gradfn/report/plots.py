@@ -1,4 +1,4 @@
-"""Plots of evaluations, by matplotlib (`pip install 'gradfn[plot]'`), which loads with the first plot."""
+"""Plots of evaluations, by matplotlib (`pip install matplotlib`), which loads with the first plot."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +64,7 @@ def check_plot(path: str | Path) -> None:
     if Path(path).suffix.lower().removeprefix(".") not in FORMATS:
         raise InputError(f"cannot plot to {path}: give a name that ends in .png, .pdf or .svg")
     if find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib, which is not installed: pip install 'gradfn[plot]'")
+        raise InputError("plots need matplotlib, which is not installed: pip install matplotlib")
 
 
 def plot_lds(
@@ -181,7 +181,19 @@ def _figure(path: str | Path, panels: int, size: tuple[float, float]) -> Iterato
 
 
 def _colours(count: int) -> list[str]:
-    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+    """A colour a run: the palette, then darker and lighter, so that up to 21 runs differ.
+
+    >>> len(set(_colours(21)))
+    21
+    """
+    toward = {0: (0.0, 0.0), 1: (0.45, 0.0), 2: (0.5, 1.0)}
+    made = []
+    for number in range(count):
+        again, at = divmod(number, len(COLOURS))
+        share, grey = toward[again % len(toward)]
+        parts = [int(COLOURS[at][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        made.append("#" + "".join(f"{round(255 * (p + share * (grey - p))):02X}" for p in parts))
+    return made
 
 
 def _bars(
@@ -248,9 +260,10 @@ def _lines(axis: Any, points: Sequence[Point], colours: Mapping[str, str]) -> di
         # Only where lines meet: a single point stands at its own x.
         aside = span ** (DODGE * (there.index(name) - (len(there) - 1) / 2))
         x, colour = [p.x * aside for p in line], colours[name]
+        marker = MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]
         axis.vlines(x, [p.low for p in line], [p.high for p in line], color=colour, linewidth=1.2, alpha=0.5)
-        axis.plot(x, [p.lds for p in line], color=colour, marker=MARKERS[number % len(MARKERS)],
-                  markersize=4.5, linewidth=1.6, markeredgewidth=0)  # fmt: skip
+        axis.plot(x, [p.lds for p in line], color=colour, marker=marker, markersize=4.5, linewidth=1.6,
+                  markeredgewidth=0)  # fmt: skip
         ends[name] = x[-1], line[-1].lds
     axis.set_ylabel("LDS, mean over queries with 95 % interval")
     return ends

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import (
@@ -18,31 +19,85 @@ from rich.progress import (
 )
 from rich.text import Text
 
+QUIET: ContextVar[bool] = ContextVar("QUIET", default=False)
+"""Whether nothing is to be shown."""
 PLAIN_EVERY_S = 10.0
 QUIET_BELOW_S = 2.0
 RESUMED_WITHIN_S = 0.5
+WIDE = 80
+"""Columns of a terminal, below which only the share done and the time left are shown."""
+CROWDED_AFTER_S, CROWDED_EVERY_S = 5.0, 30.0
 
 
 @contextmanager
 def progress_bar(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
     """A bar with the time left on a terminal; elsewhere a plain line every ten seconds."""
+    if QUIET.get():
+        yield lambda done: None
+        return
     if sys.stderr.isatty():
         pace = _Pace(total)
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-                   TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit), TimeElapsedColumn(),
-                   _TimeLeft(pace))  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(label, total=total)
+        console = Console(stderr=True)
+        name, done = TextColumn("{task.description}"), TaskProgressColumn()
+        numbers = TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit)
+        wide = (BarColumn(), done, numbers, TimeElapsedColumn()) if console.width >= WIDE else (done,)
+        columns: tuple[ProgressColumn, ...] = (name, *wide, _TimeLeft(pace))
+        with Progress(*columns, console=console, transient=True) as bar:
+            task, crowd = bar.add_task(label, total=total), _Crowd()
 
             def advance(done: int) -> None:
-                pace.add(done, time.monotonic())
+                pace.add(done, now := time.monotonic())
                 bar.advance(task, done)
+                if said := crowd.look(now):
+                    bar.console.print(f"note: {said}")
 
             yield advance
         return
     lines = _PlainProgress(label, total, unit)
     yield lines
     lines.close()
+
+
+def crowded(switches: int, seconds: float, threads: int) -> bool:
+    """Whether other programs want the cores on which our threads wait for each other.
+
+    Each thread of a matrix product waits for the slowest, and one that the system has put aside is slow. On
+    idle cores the system hardly ever does so.
+
+    Args:
+        switches: how often the system took the processor away (`ru_nivcsw`).
+
+    >>> crowded(1000, 10.0, 2), crowded(1000, 10.0, 1), crowded(20, 10.0, 2)
+    (True, False, False)
+    """
+    return threads > 1 and seconds >= CROWDED_AFTER_S and switches > CROWDED_EVERY_S * seconds
+
+
+class _Crowd:
+    """Says once that other programs slow the threads down."""
+
+    def __init__(self) -> None:
+        self.start, self.before, self.told = time.monotonic(), _switches(), False
+
+    def look(self, now: float) -> str | None:
+        """What to say, if anything."""
+        import torch
+
+        seconds, threads = now - self.start, torch.get_num_threads()
+        if self.told or not crowded(_switches() - self.before, seconds, threads):
+            return None
+        self.told = True
+        return (
+            f"other programs use the cores, on which {threads} threads wait for each other: try --threads 1"
+        )
+
+
+def _switches() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 class _Pace:
@@ -83,12 +138,14 @@ class _PlainProgress:
 
     def __init__(self, label: str, total: int, unit: str):
         self.label, self.unit, self.pace = label, unit, _Pace(total)
-        self.last = self.pace.start
+        self.last, self.crowd = self.pace.start, _Crowd()
 
     def __call__(self, done: int) -> None:
         now, pace = time.monotonic(), self.pace
         pace.add(done, now)
         left = pace.left(now)
+        if said := self.crowd.look(now):
+            self._line(f"note: {said}")
         if now - self.last >= PLAIN_EVERY_S and left is not None and pace.done < pace.total:
             self.last = now
             self._line(f"{pace.done / pace.total:.0%}, {now - pace.start:.0f} s, about {left:.0f} s left")

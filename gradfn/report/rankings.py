@@ -14,6 +14,8 @@ from gradfn.report.tables import NAME_WIDTH, facts, ranking
 from gradfn.report.words import clean, count
 
 KNOWN_RANKS = 5
+LIKELY_NATS = 0.7
+"""Below this loss a token, half of the tokens' probability, an answer is not called unknown."""
 QUERY_CHARACTERS = 300
 """Of a query that is shown; it may be a whole document."""
 
@@ -71,15 +73,17 @@ def print_rankings(
     known: ShownRows,
     top: int,
     *,
+    show: int | None = None,
     answers: Sequence[Answer] | None = None,
     texts: bool = True,
 ) -> list[dict[str, Any]]:
-    """Show the best rows of every query, and how often known sources were found.
+    """Show how often known sources were found, and the best rows of queries.
 
     Args:
         out: where.
         ranked: the best `ranks_needed(top)` rows of every query.
         known: what is known of the rows.
+        show: how many queries to show; None: all.
         answers: what the model itself makes of every query, for one damping.
         texts: whether rows and queries are texts, which BM25 can search too.
 
@@ -87,19 +91,24 @@ def print_rankings(
         The table, a line a row shown.
     """
     lexical = _lexical(known, queries, top) if texts else None
+    if any(queries.sources) and isinstance(known, DocumentRows):
+        out.print()
+        out.print(facts(_recall(queries, ranked, known.ids, lexical)))
     table = []
     for number, query in enumerate(queries.ids):
         rows = _lines(ranked, known, number, query, top)
         table.extend(rows)
+        if show is not None and number >= show:
+            continue
         out.print()
         out.print(facts(_query_facts(queries, number, answers[number % queries.each] if answers else None)))
         out.print(ranking(rows, out.width))
         if lexical is not None:
             found = [clean(name, NAME_WIDTH) for name in lexical[number][:top]]
             out.print(facts([("BM25 finds", ", ".join(found) or "no row that shares a word")]))
-    if any(queries.sources) and isinstance(known, DocumentRows):
+    if show is not None and (left := len(queries.ids) - show) > 0:
         out.print()
-        out.print(facts(_recall(queries, ranked, known.ids, lexical)))
+        out.print(facts([("more", f"{count(left, 'query')}: --show {len(queries.ids)}, or --csv FILE")]))
     return table
 
 
@@ -134,8 +143,14 @@ def _query_facts(queries: ShownQueries, number: int, answer: Answer | None) -> l
     chance = f"{loss}, probability {answer.probability:.3g}"
     if answer.known:
         return [*lines, ("model", f"{chance}: it knows the answer")]
-    says = f' (it says "{clean(answer.says)}")' if clean(answer.says) else ""
-    return [*lines, ("model", f"{chance}: it does NOT know the answer{says}, so there may be no source")]
+    if answer.glued:
+        lines.append(
+            ("note", "the completion does not start with a space, so it goes on with the prompt's last word")
+        )
+    if answer.loss < LIKELY_NATS or not answer.says:
+        return [*lines, ("model", chance)]
+    says = f'(it says "{clean(answer.says)}")'
+    return [*lines, ("model", f"{chance}: it does NOT know the answer {says}, so there may be no source")]
 
 
 def _recall(

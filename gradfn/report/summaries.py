@@ -34,6 +34,7 @@ def subject_facts(
     subject: Subject,
     train: Corpus,
     *,
+    noun: str = "train",
     numbers: bool = False,
     products: str = "ieee",
 ) -> Facts:
@@ -41,6 +42,7 @@ def subject_facts(
 
     Args:
         name: what to call the model.
+        noun: what to call the rows.
         numbers: whether its tokens are written as their numbers.
         products: see `device_facts`.
     """
@@ -51,7 +53,7 @@ def subject_facts(
     lines = [
         *device_facts(model, products),
         ("model", f"{name} ({layer_summary(model, subject.view)}{head})"),
-        ("train", f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"),
+        (noun, f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"),
     ]
     if numbers:
         lines.append(("note", "the model has no tokenizer: tokens are written as their numbers"))

@@ -12,6 +12,7 @@ from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Attribution, Queries
 from gradfn.methods.inner_product import InnerProduct, damping_names
+from gradfn.methods.recipes import method_of
 from gradfn.methods.scoring import names_of
 from gradfn.runs.gradients import GRADIENTS, blocks_of, read_gradients
 from gradfn.runs.provenance import Provenance, Settings, describe
@@ -31,7 +32,7 @@ def score_run(
     model: nn.Module | Subject,
     train: Data,
     queries: Queries,
-    method: Attribution,
+    method: Attribution | str,
     *,
     by_block: bool = False,
     settings: Settings | Provenance | None = None,
@@ -60,6 +61,7 @@ def score_run(
             `query_ids` that are not as many as the queries.
     """
     subject = subject_of(model, **options)
+    method = method_of(method, subject, train, queries)
     transform = method.row_transform if isinstance(method, InnerProduct) else None
     how: dict[str, Any] = {"by_block": by_block, "method": method.settings()}
     made = describe(subject, train, transform).merged(how).merged(settings)

@@ -138,7 +138,7 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "jsonl", "parquet", "overwrite", "task", "reference", "label_column", "image_column",
     "messages_column", "reward_column", "advantage_column", "attention", "optimizer_state", "hessian_path",
     "damping", "self", "config", "group_column", "checkpoints", "checkpoint_weights",
-    "target_downweight_components", "labels", "partitions", "shard",
+    "target_downweight_components", "labels", "partitions", "shard", "show", "quiet", "threads",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 

@@ -156,7 +156,7 @@ class Thing(Request):
 
 
 def test_a_group_may_lack_an_option_and_a_default_is_parsed():
-    assert list(slots_of(Thing)) == ["name", "width", "more"]
+    assert list(slots_of(Thing)) == ["name", "quiet", "width", "more"]
     made = make(Thing, {"name": "x", "width": 3})
     assert made == Thing(name="x", nouns=Nouns("red", 3), more=[1, 2])
     with pytest.raises(InputError, match="Missing argument 'name': see gradfn thing --help"):

@@ -185,7 +185,7 @@ def test_named_columns_are_used_for_rows_and_queries(ok, model, tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", renamed)
     columns = ("--prompt_column", "q", "--completion_column", "a")
     flags = (*columns, "--method", "grad_cosine", "--top", 1, "--jsonl", tmp_path / "t.jsonl")
-    out = ok("score", "--model", model, "--dataset", data, "--query", data, *flags)
+    out = ok("score", "--model", model, "--dataset", data, "--query", data, *flags, "--show", 12)
     for country, city in CAPITALS.items():
         assert f"The capital of {country} is → {city}" in out
     best = [row for row in table_of(tmp_path / "t.jsonl") if row["side"] == "proponent"]
@@ -370,3 +370,36 @@ def test_without_arguments_the_example_is_shown(ok):
     out = ok("score")
     assert "known source first for" in out
     assert "burundi-government" in out
+
+
+def test_a_few_queries_are_shown_and_files_have_all(ok, command, model, corpus, tmp_path):
+    columns = ("--prompt_column", "prompt", "--completion_column", "completion", "--top", 1)
+    ask = ("score", "--model", model, "--dataset", corpus, "--query", corpus, *columns)
+    for show, seen, more in (
+        ((), 5, "more  7 queries: --show 12"),
+        (("--show", 0), 0, "more  12"),
+        (("--show", 20), 12, ""),
+    ):
+        out = ok(*ask, *show, "--jsonl", tmp_path / f"{seen}.jsonl")
+        assert out.count("\nquery ") == seen
+        assert ("\nmore " in out, more in out) == (bool(more), True)
+        assert len({row["query"] for row in table_of(tmp_path / f"{seen}.jsonl")}) == 12
+    assert "--show must be 0 or more, not -1" in command(*ask, "--show", -1).err
+
+
+def test_tables_on_stdout(command, base, tmp_path):
+    ask = ("score", *base, *ASK, "--top", 1)
+    told = command(*ask)
+    for kind in ("jsonl", "csv"):
+        result = command(*ask, f"--{kind}", "-")
+        command(*ask, f"--{kind}", tmp_path / kind)
+        assert result.out.replace("\r\n", "\n") == (tmp_path / kind).read_text(encoding="utf-8")
+        assert result.err == told.out
+        assert command(*ask, f"--{kind}", "-", "--quiet").err == ""
+    assert (command(*ask, "--quiet").out, command(*ask, "--quiet").err) == ("", "")
+    assert "--parquet writes a file, not to stdout" in command(*ask, "--parquet", "-").err
+
+
+def test_lines_have_no_blanks_at_their_end(ok, base, monkeypatch):
+    out = ok("score", *base, *ASK)
+    assert [line for line in out.splitlines() if line != line.rstrip()] == []

@@ -73,10 +73,17 @@ def test_a_text_asks_nothing(model, tokens):
     assert answer.loss > 0
 
 
-def test_a_long_answer_is_decoded_in_part(model, tokens):
+def test_of_a_long_answer_it_is_not_told_what_the_model_says(model, tokens):
     prompt = tokens(PROMPT).input_ids
-    (answer,) = answers(model, tokens, asked(tokens, prompt, [7] * 40))
-    assert answer.says == tokens.decode(greedy(model, prompt, SAID_TOKENS))
+    for length, said in ((SAID_TOKENS, tokens.decode(greedy(model, prompt, SAID_TOKENS))), (40, "")):
+        (answer,) = answers(model, tokens, asked(tokens, prompt, [7] * length))
+        assert (answer.known, answer.says) == (False, said)
+
+
+@pytest.mark.parametrize(("completion", "glued"), [("Lima", True), (" Lima", False), (".", False)])
+def test_a_completion_without_a_space_goes_on_with_the_last_word(model, tokens, completion, glued):
+    (answer,) = answers(model, tokens, text_query(tokens, PROMPT, completion))
+    assert (answer.known, answer.glued) == (False, glued)
 
 
 def test_nothing_supervised(model, tokens):

@@ -1,24 +1,29 @@
 """Every recipe against its definition, written with dense algebra on one example at a time, float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from matrices import score
+from tiny import language_model
 from torch import nn
 from torch.func import functional_call
 
+import gradfn as gf
 from gradfn import InputError, collect, project
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import gather
 from gradfn.linalg.maps import random_map
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import RECIPES, Problem, recipe_named
-from gradfn.methods.inner_product import InnerProduct
-from gradfn.methods.recipes import group_means
+from gradfn.methods.inner_product import InnerProduct, damping_names
+from gradfn.methods.recipes import group_means, method_of
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import fit
 from gradfn.subject import Subject
 from gradfn.transforms import adam, chain, compress
 from gradfn.transforms.joint import joint
+from gradfn.transforms.projection import lenient, parse_projection
 from gradfn.types import Rows
 
 
@@ -247,3 +252,29 @@ def test_shampoo_second_moment_and_labels_of_the_model():
     with pytest.raises(InputError, match="labels are drawn"):
         scores("ekfac", problem(labels="model"))
     assert second_moment().gives_curvature
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "trak"])
+def test_a_method_by_its_name(name):
+    p = problem()
+    p = replace(p, projection=lenient(parse_projection(RECIPES[name].projection)))
+    got = gf.score(p.subject, p.train, p.query, method=name)
+    made = RECIPES[name].method(p)
+    expected = gf.score(p.subject, p.train, p.query, method=made).values
+    if name == "less":
+        expected = expected.amax(2, keepdim=True)
+    torch.testing.assert_close(got.values, expected)
+    assert got.dampings == damping_names(made)
+
+
+def test_names_that_cannot_be_taken():
+    p, rows = problem(), {"root": torch.zeros(1, 2)}
+    for asked, query, words in (
+        ("ekfak", p.query, "no method 'ekfak': choose grad_dot"),
+        ("ekfac", rows, "takes queries and not their gradients"),
+    ):
+        with pytest.raises(InputError, match=words):
+            method_of(asked, p.subject, p.train, query)
+    model = language_model("llama")
+    with pytest.raises(InputError, match="trak takes the loss log_odds and not cross_entropy"):
+        method_of("trak", gf.Subject(model), [], [])

@@ -147,7 +147,7 @@ def test_what_cannot_be_plotted_is_refused_before_any_work(tmp_path, monkeypatch
         plot_runs({"one": Estimate(0.1, math.nan, math.nan)}, tmp_path / "runs.png")
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"plots need matplotlib, which is not installed: pip install 'gradfn\[plot\]'"
+        InputError, match=r"plots need matplotlib, which is not installed: pip install matplotlib"
     ):
         plot_runs(RUNS, tmp_path / "runs.png")
     assert [*tmp_path.iterdir()] == []
