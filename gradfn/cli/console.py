@@ -30,7 +30,7 @@ def console() -> "Console":
     stream: Any = sys.stderr if SPOKEN.get() == "err" else sys.stdout
     terminal = stream.isatty()
     width = None if terminal or "COLUMNS" in os.environ else 100
-    file = stream if terminal else _Unpadded(stream)
+    file: Any = stream if terminal else _Unpadded(stream)
     quiet = SPOKEN.get() == "nowhere"
     return Console(file=file, width=width, highlight=False, soft_wrap=False, emoji=False, quiet=quiet)
 
