@@ -144,7 +144,7 @@ class QueryRequest(Request):
         GradientOptions, optimizer_state=None, projection=None, projection_dim=None
     )
     loss: LossOptions = group(LossOptions, criterion=None, label_smoothing=None, reduction=None)
-    layers: LayerOptions = group(LayerOptions, include=None, exclude=None, by=QUERY_BY)
+    layers: LayerOptions = group(LayerOptions, include=None, exclude=None, no_biases=None, by=QUERY_BY)
     table: TableOptions = group(TableOptions)
     output: RunOptions = group(RunOptions, **ALONE)
 
@@ -239,7 +239,7 @@ class RetrainRequest(ModelRequest):
     FIRST: ClassVar[tuple[str, ...]] = ("model", "dataset", "query", "subsets", "epochs", "learning_rate")
     run: str = run("The run directory to write truth.h5 to; resumed if the same command made it.")
     model: ModelOptions = group(ModelOptions, token_batch_size=None)
-    layers: LayerOptions = group(LayerOptions, include=None, exclude=None, by=None)
+    layers: LayerOptions = group(LayerOptions, include=None, exclude=None, no_biases=None, by=None)
     query: QueryOptions = group(QueryOptions, query_path=None, group_column=None)
     subsets: SubsetOptions = group(SubsetOptions)
     training: TrainingOptions = group(TrainingOptions)

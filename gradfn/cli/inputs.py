@@ -135,7 +135,10 @@ def load_subject(request: ModelRequest) -> Loaded:
         "name": request.model.task, "reduction": loss.reduction, "criterion": loss.criterion,
         "label_smoothing": loss.label_smoothing, "reference": None,
     }  # fmt: skip
-    view = View(layers.include, layers.exclude, heads=layers.by == "head", tokens=layers.by == "token")
+    view = View(
+        layers.include, layers.exclude, heads=layers.by == "head", tokens=layers.by == "token",
+        biases=not layers.no_biases,
+    )  # fmt: skip
     kl = loss.criterion == "kl"
     loaded = _loaded(request.model, how, view, loss.reference if kl else None, request.seed)
     asked = request.query_loss or loss.criterion

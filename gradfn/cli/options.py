@@ -409,6 +409,7 @@ class LayerOptions:
     include: tuple[str, ...] = option((), _INCLUDE)
     exclude: tuple[str, ...] = option((), "Glob of layers to leave out; several may be given.")
     by: By | None = option("example", _BY)
+    no_biases: bool = option(False, "Leave out biases, which else are a column of their layer's gradient.")
 
     @property
     def by_block(self) -> bool:

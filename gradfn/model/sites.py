@@ -242,6 +242,7 @@ class View:
         heads: give every attention head a block of its own, `path[head]`. True reads the heads from the
             model's config; a mapping from globs over module paths to `Heads` declares them.
         tokens: give every token a row of its own; the rows of an example's tokens sum to the example's row.
+        biases: whether a bias is a column of its weight's block; if not, it is left out.
 
     Raises:
         InputError: a string was given instead of a list of globs.
@@ -254,6 +255,7 @@ class View:
     exclude: Sequence[str] = ()
     heads: bool | Mapping[str, Heads] = False
     tokens: bool = False
+    biases: bool = True
 
     def __post_init__(self):
         for name, globs in (("include", self.include), ("exclude", self.exclude)):
@@ -268,6 +270,7 @@ class View:
             "exclude": list(self.exclude),
             "heads": heads,
             "tokens": self.tokens,
+            **({} if self.biases else {"biases": False}),
         }
 
 
@@ -290,6 +293,9 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
     include, exclude = view.include, view.exclude
     head, adapters = output_head(model), hasattr(model, "peft_config")
     found = all_sites(model)
+    for name, globs in (("include", include), ("exclude", exclude)):
+        if idle := [glob for glob in globs if not any(_matches(site.path, [glob]) for site in found)]:
+            raise InputError(f"`{name}` {idle[0]!r} matches no layer: {_named(found)}")
     chosen = [
         site
         for site in found
@@ -297,14 +303,20 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
         and not _matches(site.path, exclude)
     ]
     if not chosen:
-        paths = ", ".join(site.path or "root" for site in found[:8]) or "none"
         raise InputError(
             f"no layer is left to attribute with include={list(include)} exclude={list(exclude)}: "
-            f"the model's layers are {paths}{', ...' if len(found) > 8 else ''}"
+            f"{_named(found)}"
         )
+    if not view.biases:
+        chosen = [replace(s, layer=replace(s.layer, bias=False), names=s.names[:1]) for s in chosen]
     _refuse_shared_elsewhere(model, chosen)
     shared = _share_blocks(chosen)
     return _split_heads(model, shared, view.heads) if view.heads else shared
+
+
+def _named(found: Sequence[Site]) -> str:
+    paths = ", ".join(site.path or "root" for site in found[:8]) or "none"
+    return f"the model's layers are {paths}{', ...' if len(found) > 8 else ''}"
 
 
 def _refuse_shared_elsewhere(model: nn.Module, sites: Sequence[Site]) -> None:
@@ -320,7 +332,7 @@ def _refuse_shared_elsewhere(model: nn.Module, sites: Sequence[Site]) -> None:
             site, other = weights[id(parameter)], f"{path}.{name}"
             raise InputError(
                 f"the weight of {site} is also {other}, which is not among the attributed layers, so its "
-                f"gradient would be incomplete: --include {path} too, or --exclude {site}"
+                f"gradient would be incomplete: add {path} to `include`, or {site} to `exclude`"
             )
 
 

@@ -292,3 +292,15 @@ def test_statistics_in_half_precision_are_float32_and_close(case, dtype):
             assert got[name].dtype == torch.float32
             flat, wanted = got[name].flatten().double(), want.flatten()
             assert float(torch.cosine_similarity(flat, wanted, 0)) > 0.97, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_biases_may_be_left_out(case):
+    model, batch, rows = problem(case)
+    bare = View(include=["*"], biases=False)
+    whole = naive_blocks(SumOfSquares(model), model, rows, EVERYTHING)
+    biased = {site.block: site.layer.bias for site in find_sites(model, EVERYTHING)}
+    want = {name: G[..., :-1] if biased[name] else G for name, G in whole.items()}
+    for transform in (chain(), project(2), chain(unit_normalize(), dot({n: G[:2] for n, G in want.items()}))):
+        got = probe_engine(model, Batched(model), transform, view=bare)(batch).values
+        assert_blocks_close(got, transform(want), CASES[case].tolerance)

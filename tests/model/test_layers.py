@@ -40,7 +40,6 @@ def test_all_linear_layers_but_the_head_are_attributed():
     (["head"], [], ["head"]),
     ([], ["body.*"], ["out"]),
     (["*"], ["h?ad", "out", "embed"], ["body.0", "body.1"]),
-    (["OUT", "out"], [], ["out"]),
 ])  # fmt: skip
 def test_globs_choose_modules(include, exclude, expected):
     assert paths(TinyLM(), View(include, exclude)) == expected
@@ -52,9 +51,19 @@ def test_one_glob_in_place_of_a_list_of_them_is_refused(which):
         View(**{which: "mlp*"})
 
 
+@pytest.mark.parametrize(
+    "view", [View(["no"]), View(["out", "OUT"]), View(exclude=["no"]), View(["*"], ["body"])]
+)
+def test_a_glob_that_matches_nothing_is_refused_with_the_layers_there_are(view):
+    with pytest.raises(
+        InputError, match=r"clude` '\w+' matches no layer: .*embed, body\.0, body\.1, out, head"
+    ):
+        find_sites(TinyLM(), view)
+
+
 def test_globs_that_leave_nothing_are_refused_with_the_layers_there_are():
-    with pytest.raises(InputError, match=r"include=\['no'\].*embed, body\.0, body\.1, out, head"):
-        find_sites(TinyLM(), View(include=["no"]))
+    with pytest.raises(InputError, match=r"include=\['out'\].*embed, body\.0, body\.1, out, head"):
+        find_sites(TinyLM(), View(["out"], ["o*"]))
 
 
 def test_a_model_without_weight_matrices_is_refused_unless_told_otherwise():
@@ -69,7 +78,7 @@ def test_a_tied_head_has_one_block_with_the_embedding_and_is_refused_without_it(
     blocks = [(site.path, site.block) for site in find_sites(model, View(include=["embed", "head"]))]
     assert blocks == [("embed", "embed"), ("head", "embed")]
     with pytest.raises(
-        InputError, match=r"head is also embed\.weight.*--include embed too, or --exclude head"
+        InputError, match=r"head is also embed\.weight.*add embed to `include`, or head to `exclude`"
     ):
         find_sites(model, View(include=["head"]))
 
