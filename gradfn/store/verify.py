@@ -1,0 +1,115 @@
+"""Whether files hold what was written: every array against the digest of its bytes."""
+
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+
+from gradfn.errors import InputError, StorageError
+from gradfn.store.arrays import ArraySpec
+from gradfn.store.directory import files_of, segment_name
+from gradfn.store.file import Header, get_header, read_header, reading
+from gradfn.store.guard import check_heaps, own_dataset
+from gradfn.store.reader import Store, steps
+
+PART_BYTES = 1 << 26
+
+
+def check_file(path: Path) -> Header:
+    """Read a whole file, and return its header.
+
+    Files of before format 3 have checksums alone, which take a piece that zeros have overwritten for zeros.
+
+    Raises:
+        InputError: it is missing, damaged, or was not written by gradfn.
+        StorageError: the system does not let it be read.
+    """
+    with reading(path) as file:
+        header = get_header(file)
+        count = header.stop - header.start
+        own = {} if header.segments else header.arrays
+        for name, spec in own.items():
+            _check_array(file, name, ArraySpec(spec.dtype, (count, *spec.shape)), header.digests.get(name))
+        for name, spec in header.index_arrays.items():
+            _check_array(file, name, spec, header.digests.get(name))
+        if header.segments and count == header.rows:
+            check_heaps(path)
+            for name, spec in header.arrays.items():
+                _check_links(file, header, name, spec)
+        return header
+
+
+def _check_array(file: h5py.File, name: str, spec: ArraySpec, digest: str | None) -> None:
+    shape = spec.shape or (1,)
+    dataset, found = own_dataset(file, name, shape, spec.stored_dtype), sha256()
+    row_bytes = max(1, dataset.nbytes // max(1, shape[0]))
+    for start, stop in steps(shape[0], max(1, PART_BYTES // row_bytes)):
+        found.update(dataset[start:stop])
+    if digest not in (None, found.hexdigest()):
+        raise ValueError(f"digest of {name}")
+
+
+def _check_links(file: h5py.File, header: Header, name: str, spec: ArraySpec) -> None:
+    """Refuse an index that shows other tools something else than the segments."""
+    wanted = {(segment_name(header.kind, *span), name) for span in header.segments}
+    if 0 in (header.rows, *spec.shape):
+        return
+    links = {(source.file_name, source.dset_name) for source in file[name].virtual_sources()}
+    if links != wanted:
+        raise ValueError(f"{name} is of other segments")
+
+
+class Checked(NamedTuple):
+    """A file, its header where that can be read, and what is wrong in one sentence; "" where nothing is."""
+
+    path: Path
+    header: Header | None
+    wrong: str
+
+
+def check_files(run: str | Path) -> Iterator[Checked]:
+    """Check every file of a run directory, and of those in it: shards, checkpoints.
+
+    Args:
+        run: the run directory, or an .h5 file.
+
+    Raises:
+        InputError: there is no such run.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from gradfn.store import open_writer
+    >>> run = tempfile.mkdtemp()
+    >>> with open_writer(run, "store", {}, rows=1) as writer:
+    ...     writer.write(0, 1, {"loss": np.zeros(1)})
+    >>> [(one.path.name, one.wrong) for one in check_files(run)]
+    [('store-0000000000-0000000001.h5', '')]
+    """
+    run = Path(run)
+    if not run.exists():
+        raise InputError(f"{run} does not exist: give the directory of a run, or an .h5 file in it")
+    if run.is_file():
+        yield _checked(run)
+        return
+    for folder in dict.fromkeys([run, *(path.parent for path in sorted(run.rglob("segments")))]):
+        try:
+            paths = files_of(folder)
+        except InputError as error:
+            yield Checked(folder, None, str(error))
+            continue
+        yield from map(_checked, paths)
+
+
+def _checked(path: Path) -> Checked:
+    """Check a file, and of an index also that the files which it joins are there and its own."""
+    header = None
+    try:
+        header = read_header(path)
+        check_file(path)
+        if header.segments:
+            Store(path.resolve(), header).verify()
+    except (InputError, StorageError) as error:
+        return Checked(path, header, str(error))
+    return Checked(path, header, "")
