@@ -41,6 +41,7 @@ from gradfn.runs.scores import read_part, row_shares, score_chunks, score_run, w
 from gradfn.runs.shards import Shard
 from gradfn.scores import Columns, extremes
 from gradfn.statistics.curvature import Curvature
+from gradfn.store.guard import refuse_links
 from gradfn.store.reader import open_store
 from gradfn.store.writer import Overwrite
 from gradfn.transforms import Chain, Transform, chain
@@ -297,6 +298,8 @@ def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[Sho
     for number, (path, _) in enumerate(weighted, 1):
         one = loaded if path is None else at_checkpoint(loaded, path, job.request.model)
         part = None if run is None else str(Path(run) / f"checkpoint-{number}")
+        if part is not None:
+            refuse_links(Path(part))
         prepared = job.prepare(one, part)
         shown, columns = prepared.shown, prepared.columns
         with one.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:

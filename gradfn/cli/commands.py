@@ -369,6 +369,18 @@ class RerunRequest(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyRequest(Request):
+    """Show whether the files of a run hold what was written.
+
+    Every file is read: of shards and checkpoints too. Damaged ones are named, and the command that makes them
+    again.
+    """
+
+    COMMAND: ClassVar[str] = "verify"
+    run: str = argument("A run directory, or an .h5 file in it.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckRequest(ModelRequest):
     """Show what is attributed, whether it is right, and how noisy.
 
@@ -406,6 +418,7 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     CheckRequest: (RUNS, "check:run_check"),
     InfoRequest: (RUNS, "info:run_info"),
     RerunRequest: (RUNS, "rerun:run_rerun"),
+    VerifyRequest: (RUNS, "verify:run_verify"),
     MergeRequest: (RUNS, "merge:run_merge"),
 }
 """Every command: its panel, and the file and function that run it."""

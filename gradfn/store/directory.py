@@ -39,9 +39,7 @@ def segments_of(run: Path, kind: str) -> list[Path]:
 
 def files_of(run: Path) -> list[Path]:
     """The files of a run directory, of whatever kinds: segments, then indexes."""
-    paths = [*sorted(run.glob("segments/*.h5")), *sorted(run.glob("*.h5"))]
-    refuse_links(run / "segments", *paths)
-    return paths
+    return [*sorted(run.glob("segments/*.h5")), *sorted(run.glob("*.h5"))]
 
 
 def refuse_linked(run: Path, kind: str) -> None:

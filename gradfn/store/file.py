@@ -259,12 +259,12 @@ DAMAGE = {
 
 
 def _unreadable(path: Path, error: Exception) -> Exception:
-    again = "run the same command again, which recomputes only it"
-    if shard := re.search(r"/shards/(\d+)-of-(\d+)/", path.as_posix()):
-        again = (
-            f"run the command of that shard again (`shard=Shard({shard[1]}, {shard[2]})`), which recomputes "
-            "only it, then merge"
-        )
+    again = "run the command that made it again, which recomputes only it"
+    run = path.parent.parent if path.parent.name == "segments" else path.parent
+    if shard := re.fullmatch(r"(\d+)-of-(\d+)", run.name):
+        again = f"{again} (`shard=Shard({shard[1]}, {shard[2]})`), then merge"
+    elif (run / "shards").exists():
+        again = "join the shards again with `merge_run`"
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path} is missing: {again}")
     if isinstance(error, OSError) and error.errno is not None:

@@ -229,7 +229,9 @@ def requests_of(run: str | Path) -> dict[str, dict[str, Any]]:
     run = Path(run)
     if not run.exists():
         raise InputError(f"{run} does not exist: give the directory of a run, or an .h5 file in it")
-    headers = [read_header(path) for path in ([run] if run.is_file() else files_of(run))]
+    paths = [run] if run.is_file() else files_of(run)
+    refuse_links(*(path for path in (run / "segments", *paths) if path != run))
+    headers = [read_header(path) for path in paths]
     return {header.kind: header.request for header in headers if header.request}
 
 

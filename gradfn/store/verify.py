@@ -11,7 +11,7 @@ from gradfn.errors import InputError, StorageError
 from gradfn.store.arrays import ArraySpec
 from gradfn.store.directory import files_of, segment_name
 from gradfn.store.file import Header, get_header, read_header, reading
-from gradfn.store.guard import check_heaps, own_dataset
+from gradfn.store.guard import check_heaps, own_dataset, refuse_links
 from gradfn.store.reader import Store, steps
 
 PART_BYTES = 1 << 26
@@ -68,9 +68,33 @@ class Checked(NamedTuple):
     header: Header | None
     wrong: str
 
+    @property
+    def place(self) -> tuple[Path, str]:
+        """The run directory that it lies in, and the kind of store that its name says."""
+        folder = self.path.parent
+        return folder.parent if folder.name == "segments" else folder, self.path.name.split("-")[0].split(
+            "."
+        )[0]
+
+
+def files_below(run: str | Path) -> list[Path]:
+    """Every file of a run directory, and of those in it: shards, checkpoints.
+
+    Raises:
+        InputError: there is none.
+    """
+    run = Path(run)
+    folders = [run, *(path.parent for path in sorted(run.rglob("segments")))]
+    paths = [path for folder in dict.fromkeys(folders) for path in files_of(folder)]
+    if run.is_file():
+        return [run]
+    if not paths:
+        raise InputError(f"{run} holds no run: give the directory of a run, or an .h5 file in it")
+    return paths
+
 
 def check_files(run: str | Path) -> Iterator[Checked]:
-    """Check every file of a run directory, and of those in it: shards, checkpoints.
+    """Check the files of a run directory, and of those in it; of an index also that its files are its own.
 
     Args:
         run: the run directory, or an .h5 file.
@@ -87,29 +111,15 @@ def check_files(run: str | Path) -> Iterator[Checked]:
     >>> [(one.path.name, one.wrong) for one in check_files(run)]
     [('store-0000000000-0000000001.h5', '')]
     """
-    run = Path(run)
-    if not run.exists():
-        raise InputError(f"{run} does not exist: give the directory of a run, or an .h5 file in it")
-    if run.is_file():
-        yield _checked(run)
-        return
-    for folder in dict.fromkeys([run, *(path.parent for path in sorted(run.rglob("segments")))]):
+    for path in files_below(run):
+        header, wrong = None, ""
         try:
-            paths = files_of(folder)
-        except InputError as error:
-            yield Checked(folder, None, str(error))
-            continue
-        yield from map(_checked, paths)
-
-
-def _checked(path: Path) -> Checked:
-    """Check a file, and of an index also that the files which it joins are there and its own."""
-    header = None
-    try:
-        header = read_header(path)
-        check_file(path)
-        if header.segments:
-            Store(path.resolve(), header).verify()
-    except (InputError, StorageError) as error:
-        return Checked(path, header, str(error))
-    return Checked(path, header, "")
+            if path != Path(run):
+                refuse_links(path.parent, path)
+            header = read_header(path)
+            check_file(path)
+            if header.segments:
+                Store(path.resolve(), header).verify()
+        except (InputError, StorageError) as error:
+            wrong = str(error)
+        yield Checked(path, header, wrong)

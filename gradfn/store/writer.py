@@ -37,6 +37,7 @@ from gradfn.store.file import (
     read_header,
     sync_directory,
 )
+from gradfn.store.guard import refuse_links
 from gradfn.store.reader import Store, steps
 from gradfn.store.verify import check_file
 
@@ -353,6 +354,8 @@ def open_writer(
     settings, asked = canonical(settings), canonical(request or {})
     _checked_target(run, kind, rows)
     refuse_linked(run, kind)
+    if part is not None:  # RUN/shards/I-of-N
+        refuse_links(run.parent, run)
     with disk_errors(run):
         (run / "segments").mkdir(parents=True, exist_ok=True)
         sync_directory(run)

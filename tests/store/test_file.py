@@ -73,7 +73,7 @@ def test_a_truncated_segment_is_named(tmp_path, keep):
     for opened in (open_store, write):
         with pytest.raises(InputError) as error:
             opened(tmp_path)
-        one_sentence(error, path, "damaged", "delete it and run the same command again")
+        one_sentence(error, path, "damaged", "delete it and run the command that made it again")
     path.unlink()
     write(tmp_path)
     assert_holds_rows(open_store(tmp_path))

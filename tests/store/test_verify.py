@@ -41,14 +41,14 @@ ZEROED = """
                 refused = refusal(lambda: assert_holds_rows(open_store(run, kind)))
                 assert not refused or str(path) in refused and "damaged" in refused, refused
             if CHECKED:
-                named = {wrong.split(" is damaged")[0] for _, _, wrong in check_files(run) if wrong}
+                named = {one.wrong.split(" is damaged")[0] for one in check_files(run) if one.wrong}
                 assert named == {str(path)}, (path, place, named)
         path.write_bytes(whole)
 """
 
 
 def wrong_files(run):
-    return [path for path, _, wrong in check_files(run) if wrong]
+    return [one.path for one in check_files(run) if one.wrong]
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -88,7 +88,9 @@ def test_data_that_is_right_for_hdf5_and_not_what_was_written_is_found(tmp_path)
     (tmp_path / "store.h5").unlink()
     with pytest.raises(InputError) as error:
         write(tmp_path)
-    one_sentence(error, path, "its data is not what was written", "delete it and run the same command again")
+    one_sentence(
+        error, path, "its data is not what was written", "delete it and run the command that made it again"
+    )
     path.unlink()
     assert_holds_rows(open_store(write(tmp_path)))
     assert wrong_files(tmp_path) == []
