@@ -23,7 +23,8 @@ def run_verify(request: VerifyRequest) -> None:
         for one in check_files(run):
             checked.append(one)
             progress(1)
-    wrong = [one for one in checked if one.wrong]
+    # An index says of its segments what these say themselves, who come first.
+    wrong = list({one.wrong: one for one in reversed(checked) if one.wrong}.values())[::-1]
     files = count(len(checked), "file")
     if not wrong:
         older = sum(one.header is not None and not one.header.digests for one in checked)
