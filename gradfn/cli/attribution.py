@@ -250,7 +250,7 @@ class Prepared:
     def write(self, run: str, progress: Progress) -> Summary:
         """Write the scores to a run directory."""
         return score_run(
-            run, self.loaded.subject, self.train, self.query, self.method,
+            run, self.loaded.subject, self.train, lambda: self.query, self.method,
             by_block=self.job.request.layers.by_block, settings=self.settings, overwrite=self.job.overwrite,
             progress=progress, shard=self.job.shard, query_ids=self.columns.query_ids,
             query_texts=self.columns.query_texts,
@@ -271,7 +271,11 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
             done = prepared.write(run, progress)
             lines = [*scores_facts(done.path, done.rows, len(shown.ids), job.noun, done.resumed),
                      *unprobed_facts(done.unprobed), *job.next()]  # fmt: skip
-            best = None if job.shard else extremes(score_chunks(run), needed)
+            best = (
+                None
+                if job.shard
+                else extremes(score_chunks(run, memory=job.request.table.memory << 20), needed)
+            )
     if lines:
         console().print(facts(lines))
     if best is None:

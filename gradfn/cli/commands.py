@@ -251,7 +251,7 @@ class RetrainRequest(ModelRequest):
 class EvaluateRequest(Request):
     """What every evaluation is asked."""
 
-    table: TableOptions = group(TableOptions, top=None)
+    table: TableOptions = group(TableOptions, top=None, memory=None)
     output: RunOptions = group(RunOptions, **ALONE)
 
 
@@ -312,7 +312,9 @@ class MislabelRequest(EvaluateRequest):
     split: str | None = option(None, "Split of a dataset.", shown="as recorded")
     label_column: str = option("is_wrong", "Column with 1 for a row that is wrong and 0 for a right one.")
     table: TableOptions = group(
-        TableOptions, top=option(None, "Rows of which the precision is told.", shown="as many as are wrong")
+        TableOptions,
+        memory=None,
+        top=option(None, "Rows of which the precision is told.", shown="as many as are wrong"),
     )
 
 
@@ -330,7 +332,9 @@ class RecallRequest(EvaluateRequest):
         None, "The queries scored, with a column source: a row's id.", shown="as recorded", file=found
     )
     split: str = _QUERY_SPLIT
-    table: TableOptions = group(TableOptions, top=option(5, "Rows among which a source counts as found."))
+    table: TableOptions = group(
+        TableOptions, memory=None, top=option(5, "Rows among which a source counts as found.")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +347,7 @@ class OverlapRequest(EvaluateRequest):
     COMMAND: ClassVar[str] = "evaluate overlap"
     run: str = argument(f"{_SCORED}.", file=found)
     other: str = argument("Scores of the same rows and queries.", file=found)
-    table: TableOptions = group(TableOptions, top=option(10, "Proponents that are compared."))
+    table: TableOptions = group(TableOptions, memory=None, top=option(10, "Proponents that are compared."))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -414,6 +414,7 @@ class TableOptions:
 
     PANEL: ClassVar[str] = OUTPUT
     top: int | None = option(3, "Proponents and opponents to show of each query.")
+    memory: int = option(256, "MiB that rows and scores which are read from a run take at a time.")
     csv: Path | None = option(None, "Write the table here too.", parse=Path, file=os.path.abspath)
     jsonl: Path | None = option(None, "Write the table here too.", parse=Path, file=os.path.abspath)
     parquet: Path | None = option(None, "Write the table here too.", parse=Path, file=os.path.abspath)
@@ -431,6 +432,8 @@ class TableOptions:
         """
         if self.top is not None and self.top < 1:
             raise InputError(f"--top must be 1 or more, not {self.top}")
+        if not 1 <= self.memory < 1 << 32:
+            raise InputError(f"--memory is MiB, 1 or more, not {self.memory}: give 256, say")
         given = [path for path in (*self.paths.values(), *more) if path is not None]
         if len({path.absolute() for path in given}) < len(given):
             raise InputError("two exports have the same path: give each a file of its own")

@@ -56,7 +56,7 @@ def test_no_zeroed_sector_hangs_or_changes_what_is_read(tmp_path, old):
         shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     else:
         for kind in ("store", "scores"):
-            write(tmp_path, kind=kind, index_arrays={"queries/text": TEXTS})
+            write(tmp_path, [(0, ROWS)], kind=kind, index_arrays={"queries/text": TEXTS})
     read, opened = "assert_holds_rows(open_store(run, kind))", "open_store(run, kind)"
     code = ZEROED.replace("CHECKED", str(not old))
     finished(start(code.replace(read, opened) if old else code, tmp_path))
