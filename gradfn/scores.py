@@ -346,8 +346,10 @@ def extremes_of_parts(chunks: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[
 
 def _extend(best: TopK | None, chunk: Tensor, rows: Tensor, k: int, largest: bool) -> TopK:
     """The best of those so far and of a chunk; equal scores stand in the order of their rows."""
-    by_row = rows.argsort()
-    new = _best_of(TopK(chunk[by_row].T, rows[by_row].expand(chunk.shape[1], -1)), k, largest)
+    if not bool((rows[1:] > rows[:-1]).all()):
+        by_row = rows.argsort()
+        chunk, rows = chunk[by_row], rows[by_row]
+    new = _best_of(TopK(chunk.T.contiguous(), rows.expand(chunk.shape[1], -1)), k, largest)
     if best is None:
         return new
     scores, rows = torch.cat([best.scores, new.scores], 1), torch.cat([best.rows, new.rows], 1)
@@ -357,5 +359,25 @@ def _extend(best: TopK | None, chunk: Tensor, rows: Tensor, k: int, largest: boo
 
 def _best_of(ranked: TopK, k: int, largest: bool) -> TopK:
     """The best of candidates in the order of their rows."""
+    if ranked.scores.shape[1] > 2 * k:
+        places = _best_places(ranked.scores, k, largest)
+        ranked = TopK(ranked.scores.gather(1, places), ranked.rows.gather(1, places))
     order = ranked.scores.argsort(dim=1, descending=largest, stable=True)[:, :k]
     return TopK(ranked.scores.gather(1, order), ranked.rows.gather(1, order))
+
+
+def _best_places(scores: Tensor, k: int, largest: bool) -> Tensor:
+    """Where the `k` best of every query stand, in order of place; of equal ones the first."""
+    values, places = scores.topk(k, dim=1, largest=largest)
+    worst = values.amin(1, keepdim=True) if largest else values.amax(1, keepdim=True)
+    if bool(worst.isnan().any()):
+        return scores.argsort(dim=1, descending=largest, stable=True)[:, :k].sort(dim=1).values
+    # topk takes any of those that equal the worst of the best.
+    tied = ((scores == worst).sum(1) > (values == worst).sum(1)).nonzero()[:, 0]
+    if len(tied):
+        some, edge = scores[tied], worst[tied]
+        better = ~(some <= edge) if largest else some < edge
+        equal = some == edge
+        first = equal.cumsum(1, dtype=torch.int32) <= k - better.sum(1, keepdim=True)
+        places[tied] = (better | equal & first).nonzero()[:, 1].view(-1, k)
+    return places.sort(dim=1).values

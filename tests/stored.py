@@ -6,6 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -121,3 +122,16 @@ def refusal(call, *args):
 def damage(path, change):
     content = bytearray(path.read_bytes())
     path.write_bytes(change(content))
+
+
+def flip(path):
+    """Change a bit in the largest array of a file."""
+    with h5py.File(path) as file:
+        sizes = {}
+        file.visititems(
+            lambda name, one: sizes.update({name: one.nbytes}) if hasattr(one, "nbytes") else None
+        )
+        chunk = file[max(sizes, key=lambda name: sizes[name])].id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset + chunk.size // 2] ^= 4
+    path.write_bytes(content)

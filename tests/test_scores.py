@@ -124,3 +124,23 @@ def test_top_k_refuses_a_k_below_1(k):
 def test_top_k_of_nothing_is_refused():
     with pytest.raises(InputError, match="no rows"):
         top_k([], 1)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("values", ["few", "zeros", "one", "nan", "distinct"])
+def test_the_best_are_those_of_a_stable_sort_whatever_is_equal(largest, values):
+    """Equal scores stand in the order of their rows; topk alone takes any of them."""
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        "few": torch.randint(-2, 3, (500, 6), generator=generator).float(),
+        "zeros": torch.randn(500, 6, generator=generator) * (torch.arange(500)[:, None] % 100 == 7),
+        "one": torch.ones(500, 6),
+        "nan": torch.randn(500, 6, generator=generator).where(torch.arange(500)[:, None] % 3 > 0, torch.nan),
+        "distinct": torch.randn(500, 6, generator=generator),
+    }[values]
+    for step in (500, 37):
+        for k in (1, 5, 40):
+            found = top_k(scores.split(step), k, largest=largest)
+            wanted = scores.argsort(dim=0, descending=largest, stable=True)[:k].T
+            assert torch.equal(found.rows, wanted)
+            assert torch.equal(found.scores.nan_to_num(), scores.T.gather(1, wanted).nan_to_num())

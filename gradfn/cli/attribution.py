@@ -41,6 +41,7 @@ from gradfn.runs.scores import read_part, row_shares, score_chunks, score_run, w
 from gradfn.runs.shards import Shard
 from gradfn.scores import Columns, extremes
 from gradfn.statistics.curvature import Curvature
+from gradfn.store.guard import refuse_links
 from gradfn.store.reader import open_store
 from gradfn.store.writer import Overwrite
 from gradfn.transforms import Chain, Transform, chain
@@ -249,7 +250,7 @@ class Prepared:
     def write(self, run: str, progress: Progress) -> Summary:
         """Write the scores to a run directory."""
         return score_run(
-            run, self.loaded.subject, self.train, self.query, self.method,
+            run, self.loaded.subject, self.train, lambda: self.query, self.method,
             by_block=self.job.request.layers.by_block, settings=self.settings, overwrite=self.job.overwrite,
             progress=progress, shard=self.job.shard, query_ids=self.columns.query_ids,
             query_texts=self.columns.query_texts,
@@ -270,7 +271,11 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
             done = prepared.write(run, progress)
             lines = [*scores_facts(done.path, done.rows, len(shown.ids), job.noun, done.resumed),
                      *unprobed_facts(done.unprobed), *job.next()]  # fmt: skip
-            best = None if job.shard else extremes(score_chunks(run), needed)
+            best = (
+                None
+                if job.shard
+                else extremes(score_chunks(run, memory=job.request.table.memory << 20), needed)
+            )
     if lines:
         console().print(facts(lines))
     if best is None:
@@ -297,6 +302,8 @@ def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[Sho
     for number, (path, _) in enumerate(weighted, 1):
         one = loaded if path is None else at_checkpoint(loaded, path, job.request.model)
         part = None if run is None else str(Path(run) / f"checkpoint-{number}")
+        if part is not None:
+            refuse_links(Path(part))
         prepared = job.prepare(one, part)
         shown, columns = prepared.shown, prepared.columns
         with one.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:

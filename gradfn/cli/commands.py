@@ -251,7 +251,7 @@ class RetrainRequest(ModelRequest):
 class EvaluateRequest(Request):
     """What every evaluation is asked."""
 
-    table: TableOptions = group(TableOptions, top=None, show=None)
+    table: TableOptions = group(TableOptions, top=None, show=None, memory=None)
     output: RunOptions = group(RunOptions, **ALONE)
 
 
@@ -313,7 +313,7 @@ class MislabelRequest(EvaluateRequest):
     label_column: str = option("is_wrong", "Column with 1 for a row that is wrong and 0 for a right one.")
     table: TableOptions = group(
         TableOptions,
-        show=None,
+        show=None, memory=None,
         top=option(None, "Rows of which the precision is told.", shown="as many as are wrong"),
     )
 
@@ -333,7 +333,7 @@ class RecallRequest(EvaluateRequest):
     )
     split: str = _QUERY_SPLIT
     table: TableOptions = group(
-        TableOptions, show=None, top=option(5, "Rows among which a source counts as found.")
+        TableOptions, show=None, memory=None, top=option(5, "Rows among which a source counts as found.")
     )
 
 
@@ -347,7 +347,7 @@ class OverlapRequest(EvaluateRequest):
     COMMAND: ClassVar[str] = "evaluate overlap"
     run: str = argument(f"{_SCORED}.", file=found)
     other: str = argument("Scores of the same rows and queries.", file=found)
-    table: TableOptions = group(TableOptions, show=None, top=option(10, "Proponents that are compared."))
+    table: TableOptions = group(TableOptions, show=None, memory=None, top=option(10, "Proponents that are compared."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +371,18 @@ class RerunRequest(Request):
     COMMAND: ClassVar[str] = "rerun"
     run: str = argument("A run directory, or an .h5 file in it.")
     into: str | None = option(None, "The run directory to write instead.", short="-o")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest(Request):
+    """Show whether the files of a run hold what was written.
+
+    Every file is read: of shards and checkpoints too. Damaged ones are named, and the command that makes them
+    again.
+    """
+
+    COMMAND: ClassVar[str] = "verify"
+    run: str = argument("A run directory, or an .h5 file in it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,6 +423,7 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     CheckRequest: (RUNS, "check:run_check"),
     InfoRequest: (RUNS, "info:run_info"),
     RerunRequest: (RUNS, "rerun:run_rerun"),
+    VerifyRequest: (RUNS, "verify:run_verify"),
     MergeRequest: (RUNS, "merge:run_merge"),
 }
 """Every command: its panel, and the file and function that run it."""

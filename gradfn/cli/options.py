@@ -428,6 +428,7 @@ class TableOptions:
     PANEL: ClassVar[str] = OUTPUT
     top: int | None = option(3, "Proponents and opponents to show of each query.")
     show: int | None = option(5, "Queries to show; files have all of them.")
+    memory: int = option(256, "MiB that rows and scores which are read from a run take at a time.")
     csv: Path | None = option(None, "Write the table here; - is stdout.", parse=Path, file=written)
     jsonl: Path | None = option(None, "Write the table here; - is stdout.", parse=Path, file=written)
     parquet: Path | None = option(None, "Write the table here.", parse=Path, file=written)
@@ -449,6 +450,8 @@ class TableOptions:
             raise InputError(f"--show must be 0 or more, not {self.show}")
         if self.parquet == STDOUT:
             raise InputError("--parquet writes a file, not to stdout: give it a name, or --jsonl -")
+        if not 1 <= self.memory < 1 << 32:
+            raise InputError(f"--memory is MiB, 1 or more, not {self.memory}: give 256, say")
         given = [path for path in (*self.paths.values(), *more) if path is not None]
         if len({path.absolute() for path in given}) < len(given):
             raise InputError("two exports have the same path: give each a file of its own")

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +55,24 @@ class Queries:
     """Query gradients and what is known of the queries.
 
     Args:
-        gradients: `{block: [queries, ...]}`, transformed; empty where rows are scored against themselves, or
+        make: gives `{block: [queries, ...]}`, transformed; empty where rows are scored against themselves, or
             by an attribution that takes the queries' tokens.
         settings: what a run records of them.
         shown: what is known of them.
     """
 
-    gradients: Blocks
+    make: Callable[[], Blocks]
     settings: dict[str, Any]
     shown: ShownQueries
 
+    @cached_property
+    def gradients(self) -> Blocks:
+        """The gradients, made when they are asked for: of a run that has all its scores they are not."""
+        return self.make()
+
 
 _OWN = ["how far a step on a row lowers that row's own loss"]
-SELF = Queries({}, {"query": "self"}, ShownQueries(["self-influence"], _OWN, _OWN))
+SELF = Queries(dict, {"query": "self"}, ShownQueries(["self-influence"], _OWN, _OWN))
 """What is shown of rows that are scored against themselves."""
 
 
@@ -159,7 +166,7 @@ def load_queries(
     unit = groups is not None and ends_in_unit_norm(transform)
     if unit:  # a mean of gradients is normalised, not of directions
         transform = chain(*chain(transform).stages[:-1])
-    queries = replace(plain, gradients=_gradients(loaded, asked.documents, transform))
+    queries = replace(plain, make=lambda: _gradients(loaded, asked.documents, transform))
     return (_grouped(queries, asked.rows, groups, unit) if groups else queries), method
 
 
@@ -173,7 +180,7 @@ def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions, data: DataOp
         documents.ids, documents.texts, _shown(documents, rows, options, data), _sources(rows),
         documents=documents,
     )  # fmt: skip
-    return Queries({}, {"query": settings}, shown)
+    return Queries(dict, {"query": settings}, shown)
 
 
 def _gradients(loaded: Loaded, documents: Corpus, transform: Transform) -> Any:
@@ -188,13 +195,17 @@ def _gradients(loaded: Loaded, documents: Corpus, transform: Transform) -> Any:
 def _grouped(queries: Queries, rows: Any, column: str, unit: bool) -> Queries:
     """One query for each value of a column: the mean of its queries' gradients, `unit` with norm 1."""
     groups = [str(value) for value in rows[column]]
-    gradients, names = group_means(queries.gradients, groups)
+    names = list(dict.fromkeys(groups))
     texts = [f"mean of {groups.count(name)} queries" for name in names]
     digest = hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16]
     grouping = {"groups": column, "groups_fingerprint": digest}
     settings = {"query": {**queries.settings["query"], **grouping}}
-    gradients = unit_normalize()(gradients) if unit else gradients
-    return Queries(gradients, settings, ShownQueries(names, texts, texts))
+
+    def means() -> Any:
+        gradients, _ = group_means(queries.gradients, groups)
+        return unit_normalize()(gradients) if unit else gradients
+
+    return Queries(means, settings, ShownQueries(names, texts, texts))
 
 
 def _read_queries(path: str, method: InnerProduct, wanted: Settings) -> tuple[Queries, InnerProduct]:
@@ -207,7 +218,7 @@ def _read_queries(path: str, method: InnerProduct, wanted: Settings) -> tuple[Qu
         path=anchored(path), fingerprint=made.data and made.data.fingerprint, rows=len(ids), loss=made.loss,
         transform=made.transform, aggregation=made.aggregation,
     )  # fmt: skip
-    return Queries(gradients, {"query": about.to_json()}, ShownQueries(ids, texts, texts)), method
+    return Queries(lambda: gradients, {"query": about.to_json()}, ShownQueries(ids, texts, texts)), method
 
 
 def _shown(documents: Corpus, rows: Any | None, options: QueryOptions, data: DataOptions) -> list[str]:

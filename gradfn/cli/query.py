@@ -6,7 +6,7 @@ from typing import Any
 from gradfn.cli.commands import QueryRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, Settings, load_stored_subject
-from gradfn.cli.options import By, check_losses
+from gradfn.cli.options import By, TableOptions, check_losses
 from gradfn.cli.queries import Queries, answers_of, load_asked, load_queries, query_rows_of
 from gradfn.cli.stages import dampings_of, normalizer
 from gradfn.errors import InputError
@@ -49,7 +49,7 @@ def run_query(request: QueryRequest) -> None:
         lines = [("store", f"{index_path(request.store)} [{rows}]"), ("model", loaded.path)]
         method_line = ("method", _in_words(method))
         console().print(facts([*device_facts(loaded.model, loaded.products), *lines, method_line]))
-        ranked = _ranked(store, queries, method, by, top)
+        ranked = _ranked(store, queries, method, by, request.table)
         shown = queries.shown.with_dampings(["none" if d is None else str(d) for d in method.damping])
         table = print_rankings(
             console(), shown, ranked, stored_rows(store, loaded.reads.tokenizer, by), top,
@@ -119,8 +119,9 @@ def _method(loaded: Loaded, store: Store, request: QueryRequest) -> tuple[InnerP
     return InnerProduct(chain(), chain(base), H, dampings, "cosine" if unit else "none"), wanted
 
 
-def _ranked(store: Store, queries: Queries, method: InnerProduct, by: By, top: int) -> Ranked:
-    best = extremes(stored_scores(store, method.against(queries.gradients)), ranks_needed(top))
+def _ranked(store: Store, queries: Queries, method: InnerProduct, by: By, table: TableOptions) -> Ranked:
+    top, memory = table.top or 0, table.memory << 20
+    best = extremes(stored_scores(store, method.against(queries.gradients), memory=memory), ranks_needed(top))
     if by not in ("module", "head"):
         return Ranked(*best)
     scorer = method.against(queries.gradients, by_block=True)

@@ -56,9 +56,12 @@ def build(
     """
     subject, transform = subject_of(model, **options), transform or chain()
     made = describe(subject, data, transform).merged(settings)
-    engine = probe_engine(subject.model, subject.loss, transform, view=subject.view)
     rows = RunRows(run, "store", made, data, subject.view.tokens, shard, overwrite)
-    scorer = EngineScorer(engine, subject.token_batch_size)
+
+    def scorer() -> EngineScorer:
+        engine = probe_engine(subject.model, subject.loss, transform, view=subject.view)
+        return EngineScorer(engine, subject.token_batch_size)
+
     return write_rows(rows, scorer, _gradient_arrays, subject.token_batch_size, progress)
 
 

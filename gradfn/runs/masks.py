@@ -136,7 +136,8 @@ def mask_run(
     with open_writer(run, "mask", made.settings(), blocks, overwrite, request=made.request) as writer:
         if not writer.complete:
             mask, reports = fit()
-            writer.write(0, blocks, _rows(mask, reports))
+            if writer.missing([(0, blocks)]):  # a run may have ended between its segment and its index
+                writer.write(0, blocks, _rows(mask, reports))
             writer.finish(
                 {
                     f"mask/{name}/{side}": index.cpu().numpy()

@@ -29,6 +29,8 @@ from gradfn.statistics import Curvature, ekfac, kfac, second_moment, shampoo, tk
 from gradfn.statistics.fold import Additive, FoldState, TwoPass, check_fit, fit_sums
 from gradfn.statistics.labels import check_drawn, sample_labels
 from gradfn.store import Store, Writer, differing, in_words, open_store, open_writer, remove_kind
+from gradfn.store.guard import refuse_links
+from gradfn.store.verify import check_file
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Data
@@ -169,7 +171,8 @@ def merge_run(run: str | Path, *, overwrite: bool = False) -> list[Joined]:
     """Join what the parts of array jobs wrote, `RUN/shards/I-of-N`, to what one process would have written.
 
     The parts at each of several checkpoints, `RUN/checkpoint-K/shards/I-of-N`, are joined too, and first.
-    Everything is checked before anything is written, but for whether the disk has room; it may be repeated.
+    Everything is checked before anything is written, but for the data of each segment, which is checked
+    before it is taken, and whether the disk has room; it may be repeated.
 
     Args:
         overwrite: replace what is in the run and was made otherwise, without shards, or of shards that have
@@ -181,6 +184,7 @@ def merge_run(run: str | Path, *, overwrite: bool = False) -> list[Joined]:
         StorageError: the disk is full or failed.
     """
     checkpoints = sorted(Path(run).glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    refuse_links(*checkpoints)
     plans = [plan for path in [*checkpoints, Path(run)] if (plan := _planned(path, overwrite)) is not None]
     if not plans:
         raise InputError(
@@ -234,6 +238,8 @@ def _planned(run: Path, overwrite: bool) -> _Plan | None:
         kind: len(joinable_shards(run, kind, overwrite=overwrite)) for kind in kinds if kind not in SUMS
     }
     for kind, stores in sums.items():
+        for path in [path for store in stores for path in store.files()]:
+            check_file(path)
         spans = [store.read("rows/span", *store.span)[0] for store in stores]
         refuse_gaps(run, kind, [(int(a), int(b)) for a, b in spans], _rows_of(stores[0]))
     fit = _fit_of(run, sums.get(SUMS[0], []), sums.get(SUMS[1], [])) if sums else None

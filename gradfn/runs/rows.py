@@ -178,7 +178,7 @@ class RunRows:
 
 def write_rows(
     rows: RunRows,
-    scorer: Scorer,
+    scorer_of: Callable[[], Scorer],
     arrays: Callable[[Blocks | Tensor], Mapping[str, Values]],
     token_batch_size: int,
     progress: Progress | None = None,
@@ -187,14 +187,22 @@ def write_rows(
 
     Args:
         rows: what to write, and where.
-        scorer: makes gradients or scores of examples.
+        scorer_of: gives what makes gradients or scores of examples; not called where a run has all its rows.
         arrays: these as a store holds them.
         token_batch_size: a segment holds at most 64 batches of so many tokens.
         progress: called with the tokens done, those first that were there already.
     """
-    row_bytes = _row_bytes(scorer.engine) if isinstance(scorer, EngineScorer) else 0
-    slices = rows.slices(row_bytes, token_batch_size)
+    first, last = rows.span(rows.examples)
+    # What a scorer refuses is refused before anything is written.
+    scorer = None if (shard_run(rows.run, rows.shard) / f"{rows.kind}.h5").exists() else scorer_of()
     with rows.open() as writer:
+        if writer.complete:
+            if progress:
+                progress(int(rows.lengths[rows.examples.start : rows.examples.stop].sum()))
+            return rows.summary(writer.index, last - first, ())
+        scorer = scorer or scorer_of()
+        row_bytes = _row_bytes(scorer.engine) if isinstance(scorer, EngineScorer) else 0
+        slices = rows.slices(row_bytes, token_batch_size)
         missing = [rows.between(*span) for span in writer.missing(slices)]
         made = [rows.span(examples) for examples in missing]
         if progress:
@@ -204,7 +212,6 @@ def write_rows(
             result = scorer(rows.data, examples, progress=progress)
             writer.write(start, stop, {**arrays(result.values), **rows.arrays(examples, result)})
         path = rows.finish(writer)
-    first, last = rows.span(rows.examples)
     resumed = last - first - sum(stop - start for start, stop in made)
     layers = unprobed(scorer)
     return rows.summary(path, resumed, layers)

@@ -1,6 +1,6 @@
 """Scores on disk: of rows that a model makes now, of scores at hand, and of gradients that are stored."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,13 +25,16 @@ from gradfn.transforms import Transform
 from gradfn.types import Blocks, Data, Rows
 
 READ_BYTES = 256 << 20
+"""What stored rows and their scores take at a time, unless told otherwise."""
+RANKED_BYTES = 16
+"""What a score takes while it is ranked: it is copied once, and compared."""
 
 
 def score_run(
     run: str | Path,
     model: nn.Module | Subject,
     train: Data,
-    queries: Queries,
+    queries: Queries | Callable[[], Queries],
     method: Attribution | str,
     *,
     by_block: bool = False,
@@ -49,7 +52,8 @@ def score_run(
 
     Args:
         queries: query examples, or their gradients after the method's `query_transform`,
-            `{block: [queries, ...]}`; None for the rows' self-influence.
+            `{block: [queries, ...]}`; None for the rows' self-influence; or a function that gives these,
+            called where there are rows to score.
         method: see `score`.
         by_block: write each block's share of the scores too, `/scores_by/<block>`.
         query_ids: the names of the queries; None means those of the examples, or their numbers.
@@ -61,17 +65,18 @@ def score_run(
             `query_ids` that are not as many as the queries.
     """
     subject = subject_of(model, **options)
-    method = method_of(method, subject, train, queries)
+    asked = queries if callable(queries) else lambda: queries
+    method = method_of(method, subject, train, asked() if isinstance(method, str) else None)
     transform = method.row_transform if isinstance(method, InnerProduct) else None
     how: dict[str, Any] = {"by_block": by_block, "method": method.settings()}
     made = describe(subject, train, transform).merged(how).merged(settings)
-    names = names_of(queries) if query_ids is None else list(query_ids)
+    names = names_of(asked()) if query_ids is None else list(query_ids)
     columns = Columns(names, list(query_texts), damping_names(method))
-    scorer = method.scorer(subject, queries, by_block=by_block)
     rows = RunRows(run, KIND, made, train, subject.view.tokens, shard, overwrite, columns.arrays())
     return write_rows(
-        rows, scorer, lambda values: _score_arrays(values, columns), subject.token_batch_size, progress
-    )
+        rows, lambda: method.scorer(subject, asked(), by_block=by_block),
+        lambda values: _score_arrays(values, columns), subject.token_batch_size, progress,
+    )  # fmt: skip
 
 
 def write_scores(
@@ -119,17 +124,23 @@ def _score_arrays(values: Blocks | Tensor, columns: Columns) -> Mapping[str, np.
     return {name: scores.float().unflatten(1, axes).numpy() for name, scores in every.items()}
 
 
-def stored_scores(store: Store, scorer: Transform, *, rows_per_chunk: int | None = None) -> Iterator[Tensor]:
+def stored_scores(
+    store: Store, scorer: Transform, *, rows_per_chunk: int | None = None, memory: int | None = None
+) -> Iterator[Tensor]:
     """Stream the scores of a store's rows against queries, chunk by chunk in row order: `[chunk, queries]`.
 
     Args:
         store: what `build` wrote.
         scorer: from stored rows to scores, an inner product's `against`.
-        rows_per_chunk: rows in memory at a time; None: as many as 256 MiB hold.
+        rows_per_chunk: rows in memory at a time; None: as many as `memory` holds.
+        memory: bytes that the rows and their scores take at a time; None: 256 MiB.
     """
     names = store.names(GRADIENTS)
-    row_bytes = sum(4 * int(np.prod(store.shape(name)[1:])) for name in names)
-    for _, _, arrays in store.chunks(names, rows_per_chunk or max(1, READ_BYTES // row_bytes)):
+    if rows_per_chunk is None:
+        queries = scorer(read_gradients(store, 0, 1)).shape[1]  # pyright: ignore[reportAttributeAccessIssue]
+        row_bytes = sum(4 * int(np.prod(store.shape(name)[1:])) for name in names)
+        rows_per_chunk = max(1, (memory or READ_BYTES) // (row_bytes + RANKED_BYTES * queries))
+    for _, _, arrays in store.chunks(names, rows_per_chunk):
         yield scorer(blocks_of(arrays))  # pyright: ignore[reportReturnType]
 
 
@@ -139,9 +150,13 @@ def stored_shares(store: Store, row: int, scorer: Transform) -> Blocks:
     return {name: share[0] for name, share in shares.items()}
 
 
-def score_chunks(run: str | Path, *, rows_per_chunk: int = 1 << 16) -> Iterator[Tensor]:
-    """Stream the scores of a run, `[chunk, dampings * queries]`, in row order."""
+def score_chunks(
+    run: str | Path, *, rows_per_chunk: int | None = None, memory: int | None = None
+) -> Iterator[Tensor]:
+    """Stream the scores of a run, `[chunk, dampings * queries]`, in row order; see `stored_scores`."""
     with open_store(run, KIND) as store:
+        queries = int(np.prod(store.shape(KIND)[1:]))
+        rows_per_chunk = rows_per_chunk or max(1, (memory or READ_BYTES) // (RANKED_BYTES * queries))
         for _, _, arrays in store.chunks([KIND], rows_per_chunk):
             yield torch.from_numpy(arrays[KIND]).flatten(1)
 

@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from gradfn.errors import InputError
 from gradfn.store import Span, Store, Writer, differing, in_words, open_part, open_store, open_writer
+from gradfn.store.guard import refuse_links
 
 __all__ = [
     "Shard", "complete_shards", "is_complete", "join_shards", "joinable_shards", "kind_name", "listed",
@@ -114,7 +115,9 @@ def shards_of(run: str | Path) -> dict[str, list[Shard]]:
     {'store': [Shard(number=1, count=2)]}
     """
     found: dict[str, set[Shard]] = {}
+    refuse_links(Path(run) / FOLDER)
     for folder in (Path(run) / FOLDER).glob("*"):
+        refuse_links(folder)
         if not (match := re.fullmatch(r"(\d+)-of-(\d+)", folder.name)):
             continue
         shard = Shard(int(match[1]), int(match[2]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gradfn.errors import InputError
 from gradfn.store.file import Span, disk_errors
+from gradfn.store.guard import refuse_links
 
 
 def index_path(run: str | Path, kind: str = "store") -> Path:
@@ -34,6 +35,16 @@ def segments_of(run: Path, kind: str) -> list[Path]:
     """The segments of one kind that a run has, in the order of their rows."""
     pattern = re.compile(rf"{kind}-\d{{10,}}-\d{{10,}}\.h5")
     return sorted(path for path in (run / "segments").glob("*.h5") if pattern.fullmatch(path.name))
+
+
+def files_of(run: Path) -> list[Path]:
+    """The files of a run directory, of whatever kinds: segments, then indexes."""
+    return [*sorted(run.glob("segments/*.h5")), *sorted(run.glob("*.h5"))]
+
+
+def refuse_linked(run: Path, kind: str) -> None:
+    """Refuse a run directory of which files of a kind are symbolic links, and so another's."""
+    refuse_links(run / "segments", run / f".{kind}.lock", run / f"{kind}.h5", *segments_of(run, kind))
 
 
 def uncovered(start: int, stop: int, done: Iterable[Span]) -> Iterator[Span]:
@@ -80,6 +91,7 @@ def remove_kind(run: str | Path, kind: str) -> None:
     run, lock = Path(run), Path(run) / f".{kind}.lock"
     if not (lock.exists() or (run / f"{kind}.h5").exists() or segments_of(run, kind)):
         return
+    refuse_linked(run, kind)
     with locked(run, kind), disk_errors(run):
         remove_leftovers(run, kind)
         remove_all(run, kind)
@@ -90,7 +102,7 @@ def remove_kind(run: str | Path, kind: str) -> None:
 def locked(run: Path, kind: str) -> Iterator[None]:
     """Hold the lock of the only writer of this kind; the system releases it when the process dies."""
     with disk_errors(run):
-        handle = os.open(run / f".{kind}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(run / f".{kind}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

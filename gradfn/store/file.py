@@ -1,15 +1,16 @@
 """One HDF5 file: a header of attributes, and arrays. It appears under its name complete, or not at all."""
 
 import errno
-import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ import numpy as np
 
 from gradfn.errors import InputError, StorageError
 from gradfn.store.arrays import ArraySpec
+from gradfn.store.guard import text_of
 
-FORMAT = 2
-"""What is written. Scores of format 1 have no axis of dampings; other kinds are as they were."""
-READABLE = (1, 2)
+FORMAT = 3
+"""What is written. Scores of format 1 have no axis of dampings; before 3, texts of the header have no fixed
+length, and arrays no digests."""
+READABLE = (1, 2, 3)
+RESUMED = (2, 3)
+"""Formats of which segments may lie beside each other."""
 CHUNK_BYTES = 1 << 20
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Version 1.10 of the format is the first with virtual datasets, and checksums its own metadata.
@@ -42,6 +47,7 @@ class Header:
         index_arrays: arrays without a row dimension.
         segments: the rows of the files that an index joins; empty for a file that holds its rows itself.
         request: what was asked for, such as a command and its options: recorded, and never compared.
+        digests: of the bytes of every array that lies in the file itself.
         format: the version of the layout.
     """
 
@@ -54,33 +60,36 @@ class Header:
     index_arrays: dict[str, ArraySpec] = field(default_factory=dict)
     segments: tuple[Span, ...] = ()
     request: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     format: int = field(default_factory=lambda: FORMAT)
 
 
 def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return sha256("\0".join(texts).encode()).hexdigest()
 
 
 def _put_header(file: h5py.File, header: Header) -> None:
     manifest = dict(vars(header))
     settings = json.dumps(manifest.pop("settings"))
     text = json.dumps(manifest, default=vars)
-    # HDF5 checksums its metadata and our arrays, but not the heap where long attributes lie.
-    file.attrs.update(settings=settings, manifest=text, checksum=_digest(settings, text))
+    # HDF5 has no checksum of the heap where texts without a fixed length lie, and loops in a damaged one.
+    for name, value in {"settings": settings, "manifest": text, "checksum": _digest(settings, text)}.items():
+        content = value.encode()
+        file.attrs.create(name, np.array(content, h5py.string_dtype("utf-8", len(content))))
 
 
 def get_header(file: h5py.File) -> Header:
     """The header of an open file, after its checksum was compared."""
     if "manifest" not in file.attrs:
         raise InputError(f"{file.filename} was not written by gradfn: give the run directory or its .h5 file")
-    settings, text = (str(file.attrs[name]) for name in ("settings", "manifest"))
-    if file.attrs["checksum"] != _digest(settings, text):
+    settings, text = text_of(file, "settings"), text_of(file, "manifest")
+    if text_of(file, "checksum") != _digest(settings, text):
         raise ValueError("checksum of the settings")
     manifest = json.loads(text)
     if manifest["format"] not in READABLE:
         raise InputError(
             f"{file.filename} has format {manifest['format']} and this gradfn reads "
-            f"{' and '.join(map(str, READABLE))}: use the gradfn that made it"
+            f"{', '.join(map(str, READABLE))}: use the gradfn that made it"
         )
     if manifest["format"] == 1:
         manifest["index_arrays"] = manifest.pop("fixed")
@@ -89,7 +98,19 @@ def get_header(file: h5py.File) -> Header:
             name: ArraySpec(spec["dtype"], tuple(spec["shape"])) for name, spec in manifest[group].items()
         }
     manifest["segments"] = tuple((start, stop) for start, stop in manifest["segments"])
-    return Header(settings=json.loads(settings), **manifest)
+    header = Header(settings=json.loads(settings), **manifest)
+    _check_plain(header)
+    return header
+
+
+def _check_plain(header: Header) -> None:
+    """Refuse a header that no gradfn writes: what it says names files, and says what is read from them."""
+    ends = [header.start, *(row for span in header.segments for row in span), header.stop]
+    tiles = all(a == b for a, b in zip(ends[::2], ends[1::2], strict=True)) or not header.segments
+    specs = [*header.arrays.values(), *header.index_arrays.values()]
+    numbers = all(np.dtype(spec.dtype).kind in "biufcS" for spec in specs)
+    if not (re.fullmatch("[a-z_]+", header.kind) and tiles and numbers):
+        raise ValueError("no header of gradfn")
 
 
 def _chunks(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
@@ -105,10 +126,13 @@ def new_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dt
     """Make a checksummed dataset, in chunks of whole rows where rows are small enough."""
     if 0 in shape:
         return file.create_dataset(name, shape, dtype)
-    # Strings of one width are mostly padding, which compression takes back.
-    gzip = 1 if dtype.kind == "S" else None
-    chunks = _chunks(shape, dtype.itemsize)
-    return file.create_dataset(name, shape, dtype, chunks=chunks, compression=gzip, fletcher32=True)
+    # Strings of one width are mostly padding, which compression takes back. Numbers are not compressed, but
+    # a chunk that zeros have overwritten is no gzip stream, where zero is the right fletcher32 of zeros.
+    level = 1 if dtype.kind == "S" else 0
+    return file.create_dataset(
+        name, shape, dtype, chunks=_chunks(shape, dtype.itemsize), compression="gzip", compression_opts=level,
+        fletcher32=True,
+    )  # fmt: skip
 
 
 def _put(file: h5py.File, name: str, array: np.ndarray) -> None:
@@ -120,8 +144,9 @@ def _put(file: h5py.File, name: str, array: np.ndarray) -> None:
 
 
 def put_all(file: h5py.File, header: Header, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a header and arrays into an open file."""
-    _put_header(file, header)
+    """Write a header and arrays into an open file, with the digests of these beside those it has."""
+    digests = {name: sha256(np.ascontiguousarray(array)).hexdigest() for name, array in arrays.items()}
+    _put_header(file, replace(header, digests={**header.digests, **digests}))
     for name, array in arrays.items():
         _put(file, name, array)
 
@@ -152,7 +177,7 @@ class _Sink(io.FileIO):
 
 
 def _write_file(path: Path, fill: Callable[[h5py.File], None]) -> None:
-    with _Sink(path, "w+") as sink:
+    with _Sink(path, "x+") as sink:
         try:
             with h5py.File(sink, "w", libver=LIBVER) as file:
                 fill(file)
@@ -195,6 +220,7 @@ def create_file(path: Path, fill: Callable[[h5py.File], None]) -> None:
     try:
         # Ctrl-C inside a write of HDF5 would end like a failed one; only the main thread is ever interrupted.
         with disk_errors(path), ThreadPoolExecutor(max_workers=1) as thread:
+            partial.unlink(missing_ok=True)
             thread.submit(_write_file, partial, fill).result()
             os.replace(partial, path)
             sync_directory(path.parent)
@@ -226,22 +252,28 @@ DAMAGE = {
     "truncated file": "it was cut short",
     "checksum": "a checksum does not match",
     "filter returned failure": "a checksum does not match",
+    "digest": "its data is not what was written",
+    "elsewhere": "it takes data from another file",
     "signature not found": "it is not an HDF5 file",
 }
 
 
 def _unreadable(path: Path, error: Exception) -> Exception:
+    again = "run the command that made it again, which recomputes only it"
+    run = path.parent.parent if path.parent.name == "segments" else path.parent
+    if shard := re.fullmatch(r"(\d+)-of-(\d+)", run.name):
+        again = f"{again} (`shard=Shard({shard[1]}, {shard[2]})`), then merge"
+    elif (run / "shards").exists():
+        again = "join the shards again with `merge_run`"
     if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} is missing: run the same command again, which recomputes only it")
+        return InputError(f"{path} is missing: {again}")
     if isinstance(error, OSError) and error.errno is not None:
         return StorageError(
             f"cannot read {path} ({os.strerror(error.errno)}): make it readable and try again"
         )
     text = str(error).lower()
     reason = next((words for sign, words in DAMAGE.items() if sign in text), "its content makes no sense")
-    return InputError(
-        f"{path} is damaged ({reason}): delete it and run the same command again, which recomputes only it"
-    )
+    return InputError(f"{path} is damaged ({reason}): delete it and {again}")
 
 
 @contextmanager

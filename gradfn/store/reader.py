@@ -12,8 +12,9 @@ import numpy as np
 from gradfn.errors import InputError
 from gradfn.store.arrays import ArraySpec, decoded
 from gradfn.store.compare import differing
-from gradfn.store.directory import index_path, segment_name, segments_of
+from gradfn.store.directory import files_of, index_path, segment_name, segments_of
 from gradfn.store.file import Header, Span, get_header, read_header, reading
+from gradfn.store.guard import own_dataset, refuse_links
 
 
 def steps(rows: int, step: int) -> Iterator[Span]:
@@ -105,7 +106,8 @@ class Store:
         """Return an array of the index, without a row dimension; strings come as objects of `str`."""
         spec = self._look_up(name, self.header.index_arrays)
         with reading(self.path) as file:
-            return decoded(_dataset(file, name)[...].reshape(spec.shape))
+            dataset = own_dataset(file, name, spec.shape or (1,), spec.stored_dtype)
+            return decoded(dataset[...].reshape(spec.shape))
 
     def verify(self) -> None:
         """Refuse a store of which a segment is gone, unreadable or another run's."""
@@ -128,13 +130,15 @@ class Store:
                 yield self.path.parent / segment_name(self.header.kind, first, last), first, last
 
     @contextmanager
-    def _piece(self, path: Path, start: int, stop: int) -> Iterator[h5py.File]:
+    def _piece(self, path: Path, start: int, stop: int) -> Iterator[tuple[h5py.File, Header]]:
+        if path != self.path:
+            refuse_links(path.parent, path)
         with reading(path) as file:
             there = get_header(file)
             span = (there.kind, there.rows, there.start, there.stop)
             if span != (self.header.kind, self.rows, start, stop) or differing(there.settings, self.settings):
                 raise InputError(f"{path} is not the file that {self.path} joins: run their command again")
-            yield file
+            yield file, there
 
     def _stored(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
         """Return rows as they lie in the files, opening each file once for all names."""
@@ -144,19 +148,14 @@ class Store:
         out = {name: np.empty((stop - start, *spec.shape), spec.stored_dtype) for name, spec in specs.items()}
         for path, first, last in self._pieces(start, stop):
             begin, end = max(start, first), min(stop, last)
-            with self._piece(path, first, last) as file:
+            with self._piece(path, first, last) as (file, there):
                 for name, rows in out.items():
-                    dataset = _dataset(file, name, (last - first, *rows.shape[1:]))
+                    own = there.arrays[name]
+                    if own.wider(specs[name]) != specs[name]:
+                        raise ValueError(f"{name} is {own} there")
+                    dataset = own_dataset(file, name, (last - first, *own.shape), own.stored_dtype)
                     rows[begin - start : end - start] = dataset[begin - first : end - first]
         return out
-
-
-def _dataset(file: h5py.File, name: str, shape: tuple[int, ...] | None = None) -> h5py.Dataset:
-    dataset = file[name]
-    # Slicing past the end would silently give fewer rows.
-    if not isinstance(dataset, h5py.Dataset) or shape not in (None, dataset.shape):
-        raise ValueError(f"{name} is not what the header says")
-    return dataset
 
 
 def open_store(run: str | Path, kind: str = "store") -> Store:
@@ -174,6 +173,8 @@ def open_store(run: str | Path, kind: str = "store") -> Store:
         raise InputError(_why_absent(run, kind))
     if run.is_file() and not h5py.is_hdf5(run):
         raise InputError(f"{run} is no HDF5 file: give the directory of a run, or its {kind}.h5")
+    if run.is_dir():
+        refuse_links(path)
     path = path.resolve()  # segments lie beside the file itself, not beside a link to it
     store = Store(path, read_header(path))
     if store.span != (0, store.rows):
@@ -198,10 +199,11 @@ def open_part(run: str | Path, kind: str) -> Store:
     >>> open_part(run, "store").read("loss", 5, 6)
     array([0.25])
     """
-    run = Path(run)
-    path = (run / f"{kind}.h5").resolve()
+    run, path = Path(run), Path(run) / f"{kind}.h5"
     if not path.exists():
         raise InputError(_why_absent(run, kind))
+    refuse_links(path)
+    path = path.resolve()
     store = Store(path, read_header(path))
     store.verify()
     return store
@@ -227,7 +229,8 @@ def requests_of(run: str | Path) -> dict[str, dict[str, Any]]:
     run = Path(run)
     if not run.exists():
         raise InputError(f"{run} does not exist: give the directory of a run, or an .h5 file in it")
-    paths = [run] if run.is_file() else [*sorted(run.glob("segments/*.h5")), *sorted(run.glob("*.h5"))]
+    paths = [run] if run.is_file() else files_of(run)
+    refuse_links(*(path for path in (run / "segments", *paths) if path != run))
     headers = [read_header(path) for path in paths]
     return {header.kind: header.request for header in headers if header.request}
 

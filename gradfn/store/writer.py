@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,17 @@ import numpy as np
 from gradfn.errors import InputError
 from gradfn.store.arrays import ArraySpec, Values, as_array, check_array_names, joined_specs
 from gradfn.store.compare import MISSING, canonical, differing, in_words, shown
-from gradfn.store.directory import locked, remove_all, remove_leftovers, segment_name, segments_of, uncovered
+from gradfn.store.directory import (
+    locked,
+    refuse_linked,
+    remove_all,
+    remove_leftovers,
+    segment_name,
+    segments_of,
+    uncovered,
+)
 from gradfn.store.file import (
+    RESUMED,
     Header,
     Span,
     create_file,
@@ -27,7 +37,9 @@ from gradfn.store.file import (
     read_header,
     sync_directory,
 )
+from gradfn.store.guard import refuse_links
 from gradfn.store.reader import Store, steps
+from gradfn.store.verify import check_file
 
 COPIED_KINDS = frozenset({"scores", "basis"})
 COPY_BYTES = 1 << 26
@@ -37,7 +49,7 @@ Overwrite = bool | Literal["unlike"]
 
 
 def _refuse_other_settings(path: Path, there: Header, here: Header) -> None:
-    if there.format != here.format:
+    if there.format != here.format and there.format not in RESUMED:
         raise InputError(
             f"{path} was written by an older gradfn, in format {there.format}, which can be read but not "
             f"resumed in format {here.format}: give `overwrite=True` to make it again, or write to another "
@@ -76,7 +88,9 @@ class Writer:
         self._joins = part is None
         self._header = Header(kind, rows, *self._span, settings, arrays={}, request=request or {})
         self.done: list[Span] = []
-        for path in segments_of(run, kind):
+        refuse_linked(run, kind)
+        self._adopted = segments_of(run, kind)
+        for path in self._adopted:
             self._adopt(path)
         self.complete = self._is_complete()
         if self.complete:
@@ -199,7 +213,7 @@ class Writer:
             InputError: it was made with other settings, overlaps rows that are there, or is damaged.
             StorageError: the disk is full or failed; the segments before are kept.
         """
-        there = read_header(path)
+        there = check_file(path)
         _refuse_other_settings(path, there, self._header)
         self._check_span(there.start, there.stop)
         arrays = self._join(path, there.arrays)
@@ -220,6 +234,8 @@ class Writer:
         if self.complete:
             return self.index
         self._check_all_done()
+        for path in self._adopted:
+            check_file(path)
         stored = {name: as_array(name, values) for name, values in (index_arrays or {}).items()}
         check_array_names([*self._header.arrays, *stored])
         specs = {name: ArraySpec(array.dtype.str, array.shape) for name, array in stored.items()}
@@ -266,14 +282,18 @@ def _linked_index(file: h5py.File, joined: "Store", index_arrays: Mapping[str, n
 
 def _copied_index(file: h5py.File, joined: "Store", index_arrays: Mapping[str, np.ndarray]) -> None:
     """Copy the segments, a bounded part at a time, so that the index can be moved without them."""
-    put_all(file, replace(joined.header, segments=()), index_arrays)
+    digests = {}
     for name, spec in joined.header.arrays.items():
-        dataset = new_dataset(file, name, joined.shape(name), spec.stored_dtype)
+        dataset, digest = new_dataset(file, name, joined.shape(name), spec.stored_dtype), sha256()
         row_bytes = max(1, spec.stored_dtype.itemsize * int(np.prod(spec.shape)))
         whole = dataset.chunks[0] if dataset.chunks else 1
         step = whole * max(1, COPY_BYTES // (row_bytes * whole))
         for start, stop in steps(joined.rows, step):
-            dataset[start:stop] = joined._stored([name], start, stop)[name]
+            rows = joined._stored([name], start, stop)[name]
+            dataset[start:stop] = rows
+            digest.update(rows)
+        digests[name] = digest.hexdigest()
+    put_all(file, replace(joined.header, segments=(), digests=digests), index_arrays)
 
 
 def _checked_target(run: Path, kind: str, rows: int) -> None:
@@ -333,6 +353,9 @@ def open_writer(
     run, rows = Path(run), operator.index(rows)
     settings, asked = canonical(settings), canonical(request or {})
     _checked_target(run, kind, rows)
+    refuse_linked(run, kind)
+    if part is not None:  # RUN/shards/I-of-N
+        refuse_links(run.parent, run)
     with disk_errors(run):
         (run / "segments").mkdir(parents=True, exist_ok=True)
         sync_directory(run)

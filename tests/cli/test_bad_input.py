@@ -557,10 +557,10 @@ def test_a_damaged_segment(refused, ok, segmented, damage, reason):
     run, segments, made = segmented
     before = everything_in(run)
     damage(segments[1])
-    words = rf"{segments[1].name} is damaged \(.*{reason}\): delete it and run the same command again"
+    words = rf"{segments[1].name} is damaged \(.*{reason}\): delete it and run the command that made it again"
     refused(words, "query", run, *ASK)
     segments[1].unlink()
-    refused(f"{segments[1].name} is missing: run the same command again", "query", run, *ASK)
+    refused(f"{segments[1].name} is missing: run the command that made it again", "query", run, *ASK)
     assert "rows that were there already" in ok(*made)
     assert everything_in(run) == before
 

@@ -3,6 +3,7 @@ import re
 import h5py
 import numpy as np
 import pytest
+from stored import flip
 
 import gradfn as gf
 
@@ -180,3 +181,52 @@ def test_merge_replaces_only_when_told(command, ok, base, tmp_path):
     ok("merge", tmp_path / "run", "--overwrite")
     with gf.open_store(tmp_path / "run") as store:
         assert all(store.shape(name) == (12, 3, 3) for name in store.names("gradients"))
+
+
+@pytest.mark.parametrize("kind", ["build", "score", "hessian"])
+def test_a_damaged_shard_is_named_before_it_is_taken_and_made_again(command, ok, base, tmp_path, kind):
+    run, more = tmp_path / "run", ASK if kind == "score" else ()
+    store = {"build": "store", "score": "scores", "hessian": "hessian"}[kind]
+    ok(kind, tmp_path / "whole", *base, *more)
+    in_shards(ok, 2, kind, run, *base, *more)
+    (path,) = (run / "shards/2-of-2/segments").iterdir()
+    flip(path)
+    for _ in range(2):
+        refused = command("merge", run)
+        assert (refused.status, refused.err.count("\n")) == (2, 1)
+        assert f"{path} is damaged" in refused.err
+        assert "delete it and run the command that made it again" in refused.err
+        assert "(--shard 2/2), then merge" in refused.err
+    path.unlink()
+    ok(kind, run, *base, *more, "--shard", "2/2")
+    ok("merge", run)
+    same(run, tmp_path / "whole", store, rtol=1e-4, atol=1e-5)
+
+
+def test_damage_after_a_merge_leads_out_in_two_steps(command, ok, base, tmp_path):
+    run = tmp_path / "run"
+    in_shards(ok, 2, "build", run, *base)
+    ok("merge", run)
+    (shard,) = (run / "shards/2-of-2/segments").iterdir()
+    flip(shard)  # and its second name in the run
+    joined = run / "segments" / shard.name
+    said = command("query", run, *ASK).err
+    assert f"{joined} is damaged" in said
+    assert "delete it and join the shards again with gradfn merge" in said
+    joined.unlink()
+    assert f"{shard} is damaged" in command("merge", run).err
+    shard.unlink()
+    ok("build", run, *base, "--shard", "2/2")
+    ok("merge", run)
+    assert "proponent 1" in ok("query", run, *ASK)
+
+
+def test_a_shard_that_is_a_link_is_not_written_through(command, ok, base, tmp_path):
+    run, theirs = tmp_path / "run", tmp_path / "theirs/shards/1-of-2"
+    ok("build", tmp_path / "theirs", *base, "--shard", "1/2")
+    (run / "shards").mkdir(parents=True)
+    (run / "shards/1-of-2").symlink_to(theirs)
+    before = sorted(path.name for path in theirs.rglob("*"))
+    for arguments in (("build", run, *base, "--shard", "1/2", "--overwrite"), ("merge", run)):
+        assert "is a symbolic link" in command(*arguments).err
+    assert sorted(path.name for path in theirs.rglob("*")) == before

@@ -129,6 +129,20 @@ def test_runs_of_any_name_are_spelled_and_read_again(stores, tmp_path, name):
     assert spell(projection_named(spell(pca))) == spell(pca)
 
 
+@pytest.mark.parametrize("gone", ["mask.h5", "segments/mask-0000000000-0000000003.h5"])
+def test_a_mask_that_lost_a_file_is_made_again(stores, tmp_path, gone):
+    """A run that is killed, or whose disk is full, between its segment and its index has the first alone."""
+
+    def fitted():
+        return mask_run(tmp_path, lambda: stored_mask(*stores, (2, 2)), blocks=3, settings={})
+
+    mask, reports = fitted()
+    (tmp_path / gone).unlink()
+    again, told = fitted()
+    assert (again.settings(), told) == (mask.settings(), reports)
+    assert len(open_store(tmp_path, "mask").read("blocks/name")) == 3
+
+
 def test_a_quote_is_closed():
     with pytest.raises(InputError, match="has a quote that is not closed"):
         projection_named('selective:"my>run')

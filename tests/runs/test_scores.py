@@ -33,9 +33,33 @@ def test_stored_scores_are_scores_on_the_fly(model, documents, tmp_path, transfo
 def test_rows_are_read_a_bounded_part_at_a_time(llama, documents, tmp_path, monkeypatch):
     gf.build(tmp_path / "run", llama, documents, gf.project(4))
     blocks = gf.collect(llama, documents.select([0]), gf.project(4))
-    monkeypatch.setattr(runs, "READ_BYTES", 2 * 4 * 16 * len(blocks))
+    row = 4 * 16 * len(blocks) + runs.RANKED_BYTES
+    monkeypatch.setattr(runs, "READ_BYTES", 2 * row)
+    many = {name: block.expand(100, -1, -1) for name, block in blocks.items()}
     with gf.open_store(tmp_path / "run") as store:
         assert [len(chunk) for chunk in runs.stored_scores(store, gf.dot(blocks))] == [2, 2, 2, 2]
+        assert [len(chunk) for chunk in runs.stored_scores(store, gf.dot(blocks), memory=3 * row)] == [
+            3,
+            3,
+            2,
+        ]
+        memory = 4 * (row + 99 * runs.RANKED_BYTES)
+        assert [len(chunk) for chunk in runs.stored_scores(store, gf.dot(many), memory=memory)] == [4, 4]
+
+
+def test_a_finished_run_makes_no_gradients_of_queries(llama, documents, tmp_path):
+    def scored(queries):
+        return runs.score_run(tmp_path, llama, documents, queries, gf.grad_dot(), query_ids=["a", "b"])
+
+    def refuse():
+        raise AssertionError("the scores are there")
+
+    done = scored(lambda: documents.select([0, 1]))
+    again = scored(refuse)
+    assert (again.path, again.rows, again.zero) == (done.path, done.rows, done.zero)
+    assert again.resumed == done.rows
+    memory = 3 * 2 * runs.RANKED_BYTES
+    assert [len(chunk) for chunk in runs.score_chunks(tmp_path, memory=memory)] == [3, 3, 2]
 
 
 def test_a_unit_norm_can_be_added_to_stored_rows(model, documents, tmp_path):

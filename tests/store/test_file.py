@@ -57,12 +57,12 @@ def test_settings_far_over_64_kilobytes(tmp_path):
 
 
 def test_a_store_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_module, "FORMAT", 3)
+    monkeypatch.setattr(file_module, "FORMAT", 4)
     write(tmp_path)
     monkeypatch.undo()
     with pytest.raises(InputError) as error:
         open_store(tmp_path)
-    one_sentence(error, "format 3", "reads 1 and 2")
+    one_sentence(error, "format 4", "reads 1, 2, 3")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -73,7 +73,7 @@ def test_a_truncated_segment_is_named(tmp_path, keep):
     for opened in (open_store, write):
         with pytest.raises(InputError) as error:
             opened(tmp_path)
-        one_sentence(error, path, "damaged", "delete it and run the same command again")
+        one_sentence(error, path, "damaged", "delete it and run the command that made it again")
     path.unlink()
     write(tmp_path)
     assert_holds_rows(open_store(tmp_path))

@@ -88,7 +88,7 @@ def test_scores_can_be_mailed_alone_and_a_store_cannot(tmp_path):
     assert_holds_rows(open_store(tmp_path / "scores.h5"))
     with pytest.raises(InputError) as error:
         open_store(tmp_path / "store.h5")
-    one_sentence(error, "store-0000000000-0000000005.h5 is missing", "run the same command again")
+    one_sentence(error, "store-0000000000-0000000005.h5 is missing", "run the command that made it again")
 
 
 def test_a_link_to_an_index_finds_its_segments(tmp_path):

@@ -1,0 +1,125 @@
+"""Whether files hold what was written: every array against the digest of its bytes."""
+
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+
+from gradfn.errors import InputError, StorageError
+from gradfn.store.arrays import ArraySpec
+from gradfn.store.directory import files_of, segment_name
+from gradfn.store.file import Header, get_header, read_header, reading
+from gradfn.store.guard import check_heaps, own_dataset, refuse_links
+from gradfn.store.reader import Store, steps
+
+PART_BYTES = 1 << 26
+
+
+def check_file(path: Path) -> Header:
+    """Read a whole file, and return its header.
+
+    Files of before format 3 have checksums alone, which take a piece that zeros have overwritten for zeros.
+
+    Raises:
+        InputError: it is missing, damaged, or was not written by gradfn.
+        StorageError: the system does not let it be read.
+    """
+    with reading(path) as file:
+        header = get_header(file)
+        count = header.stop - header.start
+        own = {} if header.segments else header.arrays
+        for name, spec in own.items():
+            _check_array(file, name, ArraySpec(spec.dtype, (count, *spec.shape)), header.digests.get(name))
+        for name, spec in header.index_arrays.items():
+            _check_array(file, name, spec, header.digests.get(name))
+        if header.segments and count == header.rows:
+            check_heaps(path)
+            for name, spec in header.arrays.items():
+                _check_links(file, header, name, spec)
+        return header
+
+
+def _check_array(file: h5py.File, name: str, spec: ArraySpec, digest: str | None) -> None:
+    shape = spec.shape or (1,)
+    dataset, found = own_dataset(file, name, shape, spec.stored_dtype), sha256()
+    row_bytes = max(1, dataset.nbytes // max(1, shape[0]))
+    for start, stop in steps(shape[0], max(1, PART_BYTES // row_bytes)):
+        found.update(dataset[start:stop])
+    if digest not in (None, found.hexdigest()):
+        raise ValueError(f"digest of {name}")
+
+
+def _check_links(file: h5py.File, header: Header, name: str, spec: ArraySpec) -> None:
+    """Refuse an index that shows other tools something else than the segments."""
+    wanted = {(segment_name(header.kind, *span), name) for span in header.segments}
+    if 0 in (header.rows, *spec.shape):
+        return
+    links = {(source.file_name, source.dset_name) for source in file[name].virtual_sources()}
+    if links != wanted:
+        raise ValueError(f"{name} is of other segments")
+
+
+class Checked(NamedTuple):
+    """A file, its header where that can be read, and what is wrong in one sentence; "" where nothing is."""
+
+    path: Path
+    header: Header | None
+    wrong: str
+
+    @property
+    def place(self) -> tuple[Path, str]:
+        """The run directory that it lies in, and the kind of store that its name says."""
+        folder = self.path.parent
+        return folder.parent if folder.name == "segments" else folder, self.path.name.split("-")[0].split(
+            "."
+        )[0]
+
+
+def files_below(run: str | Path) -> list[Path]:
+    """Every file of a run directory, and of those in it: shards, checkpoints.
+
+    Raises:
+        InputError: there is none.
+    """
+    run = Path(run)
+    folders = [run, *(path.parent for path in sorted(run.rglob("segments")))]
+    paths = [path for folder in dict.fromkeys(folders) for path in files_of(folder)]
+    if run.is_file():
+        return [run]
+    if not paths:
+        raise InputError(f"{run} holds no run: give the directory of a run, or an .h5 file in it")
+    return paths
+
+
+def check_files(run: str | Path) -> Iterator[Checked]:
+    """Check the files of a run directory, and of those in it; of an index also that its files are its own.
+
+    Args:
+        run: the run directory, or an .h5 file.
+
+    Raises:
+        InputError: there is no such run.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from gradfn.store import open_writer
+    >>> run = tempfile.mkdtemp()
+    >>> with open_writer(run, "store", {}, rows=1) as writer:
+    ...     writer.write(0, 1, {"loss": np.zeros(1)})
+    >>> [(one.path.name, one.wrong) for one in check_files(run)]
+    [('store-0000000000-0000000001.h5', '')]
+    """
+    for path in files_below(run):
+        header, wrong = None, ""
+        try:
+            if path != Path(run):
+                refuse_links(path.parent, path)
+            header = read_header(path)
+            check_file(path)
+            if header.segments:
+                Store(path.resolve(), header).verify()
+        except (InputError, StorageError) as error:
+            wrong = str(error)
+        yield Checked(path, header, wrong)

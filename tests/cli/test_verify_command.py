@@ -1,0 +1,68 @@
+"""`gradfn verify`: the damaged files of a run, and the command that makes them again."""
+
+import shlex
+
+import pytest
+from stored import flip
+
+ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
+
+
+@pytest.fixture
+def base(model, corpus):
+    return "--model", model, "--dataset", corpus
+
+
+def plain(text):
+    return " ".join(text.split())
+
+
+def test_a_run_that_is_as_it_was_written(ok, base, tmp_path):
+    ok("build", tmp_path / "run", *base)
+    assert f"verified 2 files of {tmp_path / 'run'}: all as written" in plain(ok("verify", tmp_path / "run"))
+    assert "verified 1 file of" in plain(ok("verify", tmp_path / "run/store.h5"))
+
+
+@pytest.mark.parametrize(("kind", "more"), [("build", ()), ("score", ASK), ("hessian", ())])
+def test_what_is_damaged_is_named_with_its_command(command, ok, base, tmp_path, kind, more):
+    run = tmp_path / "run"
+    ok(kind, run, *base, *more)
+    for path in sorted(run.rglob("*.h5")):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        result = command("verify", run)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert (
+            f"1 of 2 files of {run} is damaged ({path}): delete it and run gradfn {kind} {run}" in result.err
+        )
+        path.unlink()
+        again = result.err.split("delete it and run gradfn ")[1].split(", which recomputes only")[0]
+        ok(*shlex.split(again))
+        assert "all as written" in plain(ok("verify", run))
+
+
+def test_shards_are_verified_and_merged_again(command, ok, base, tmp_path):
+    run = tmp_path / "run"
+    for number in (1, 2):
+        ok("build", run, *base, "--shard", f"{number}/2")
+    ok("merge", run)
+    (shard,) = (run / "shards/1-of-2/segments").iterdir()
+    joined = run / "segments" / shard.name
+    flip(shard)
+    result = command("verify", run)
+    assert result.status == 2
+    for path in (shard, joined):
+        assert str(path) in result.err
+        path.unlink()
+    assert f"gradfn merge {run}" in result.err
+    assert "--shard 1/2" in result.err
+    ok("build", run, *base, "--shard", "1/2")
+    ok("merge", run)
+    assert "7 files" in ok("verify", run)
+
+
+def test_what_is_no_run(command, tmp_path):
+    assert "holds no run" in command("verify", tmp_path).err
+    assert "holds no run" in command("verify", tmp_path / "absent").err
+    (tmp_path / "note.txt").write_text("no run")
+    assert "note.txt is damaged (it is not an HDF5 file)" in command("verify", tmp_path / "note.txt").out
