@@ -27,7 +27,7 @@ from gradfn.methods.recipes import group_means
 from gradfn.report.progress import progress_bar
 from gradfn.report.rankings import ShownQueries
 from gradfn.runs.gradients import ends_in_unit_norm, open_gradients
-from gradfn.runs.provenance import DataSource, Provenance
+from gradfn.runs.provenance import DataSource, Provenance, ids_digest
 from gradfn.runs.queries import stored_queries
 from gradfn.transforms import Transform, chain, unit_normalize
 from gradfn.types import Blocks
@@ -167,7 +167,7 @@ def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions, data: DataOp
     """What is known of queries without their gradients."""
     documents, rows = asked.documents, asked.rows
     settings = {"path": None if rows is None else anchored(str(options.query)),
-                "fingerprint": documents.fingerprint(), "rows": len(documents),
+                "fingerprint": documents.fingerprint(), "rows": len(documents), "ids": ids_digest(documents),
                 "loss": loaded.loss_settings(loaded.subject.query_loss)}  # fmt: skip
     shown = ShownQueries(
         documents.ids, documents.texts, _shown(documents, rows, options, data), _sources(rows),

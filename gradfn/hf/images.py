@@ -89,7 +89,7 @@ def load_images(
     files = _Files(_encoded(rows, column), column, Path(folder).expanduser())
     titles, digests = _inspect(files)
     made_by = processor_fingerprint(processor)
-    pixels = _Pixels(files, processor, getattr(config, "num_channels", 3))
+    pixels = _Pixels(files, digests, processor, getattr(config, "num_channels", 3))
     first = pixels(0)
     _check_reads(model, first)
     classes = {number: name for name, number in config.label2id.items()}
@@ -128,15 +128,22 @@ class _Files:
 
 @dataclass(frozen=True, eq=False)
 class _Pixels:
-    """What the image processor makes of an image; another shape than that of the first is refused."""
+    """What the image processor makes of an image; another shape than the first's, or other bytes than those
+    that were digested, are refused."""
 
     files: _Files
+    digests: list[str]
     processor: Any
     channels: int
     shape: torch.Size | None = None
 
     def __call__(self, row: int) -> Tensor:
         name, data = self.files.read(row)
+        if hashlib.sha256(data).hexdigest() != self.digests[row]:
+            raise InputError(
+                f"the image of row {row} ({name}) was replaced while it was in use: run again, and leave the "
+                "images as they are until the run is done"
+            )
         try:
             image = _decoded(data, "L" if self.channels == 1 else "RGB")
             pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]

@@ -221,6 +221,19 @@ def test_images_are_the_same_from_files_folders_and_bytes(place):
     assert named.fingerprint() == first.fingerprint()
 
 
+def test_an_image_that_is_replaced_during_a_run(place, tmp_path):
+    copy = shutil.copytree(place, tmp_path / "copy")
+    rows = images(copy, "train.jsonl")
+    before = rows[3]["pixel_values"]
+    shutil.copy(copy / "pets/cat/0.png", copy / "pets/cat/3.png")
+    with pytest.raises(
+        gf.InputError, match=r"image of row 3 \(3.png\) was replaced while it was in use: run"
+    ):
+        rows[3]
+    assert not torch.equal(images(copy, "train.jsonl")[3]["pixel_values"], before)
+    assert images(copy, "train.jsonl").fingerprint() != rows.fingerprint()
+
+
 def test_pixels_are_what_the_processor_says(place):
     with Image.open(place / "pets/cat/2.png") as image:
         small = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR), np.float64)

@@ -308,3 +308,44 @@ def test_an_adapter_among_the_weights_of_a_model_is_refused(tmp_path):
     words = "holds an adapter and also the weights model.safetensors, so it is ambiguous: move the adapter"
     with pytest.raises(InputError, match=words):
         load_model(folder, "classification")
+
+
+def changed(folder, file, **values):
+    """The fingerprint of the model in a folder after values in a file of it have changed."""
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**settings, **values}))
+    return model_fingerprint(load_model(folder))
+
+
+def test_what_a_config_says_beside_the_weights_is_in_the_fingerprint(copy, llama_folder, tmp_path):
+    llama = shutil.copytree(llama_folder, tmp_path / "llama_copy")
+    before = model_fingerprint(load_model(copy)), model_fingerprint(load_model(llama))
+    rope = {"rope_theta": 9, "rope_type": "default"}
+    other = [
+        changed(copy, "config.json", num_attention_heads=1),
+        changed(copy, "config.json", num_attention_heads=2, hidden_act="relu"),
+        changed(copy, "config.json", hidden_act="gelu", layer_norm_eps=1e-3),
+        changed(llama, "config.json", rms_norm_eps=1e-3),
+        changed(llama, "config.json", rms_norm_eps=1e-6, rope_parameters=rope),
+    ]  # fmt: skip
+    assert len({*before, *other}) == 7
+    same = {
+        "use_cache": False,
+        "transformers_version": "4.0.0",
+        "_name_or_path": "elsewhere",
+        "dtype": "bfloat16",
+    }
+    assert changed(copy, "config.json", layer_norm_eps=1e-5, **same) == before[0]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_what_an_adapter_says_beside_its_weights_is_in_the_fingerprint(neox_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(neox_folder)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["dense"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    before = model_fingerprint(load_model(tmp_path))
+    assert before == model_fingerprint(load_model(tmp_path))
+    assert changed(tmp_path, "adapter_config.json", inference_mode=False, peft_version="0.1") == before
+    assert changed(tmp_path, "adapter_config.json", lora_alpha=200) != before
+    assert changed(tmp_path, "adapter_config.json", lora_alpha=2, use_rslora=True) != before
