@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
 from gradfn.hf.answers import Answer, answers
 from gradfn.hf.datasets import load_rows
+from gradfn.hf.unpack import PACKED, kind_of
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
 from gradfn.report.progress import progress_bar
@@ -32,7 +34,11 @@ from gradfn.runs.queries import stored_queries
 from gradfn.transforms import Transform, chain, unit_normalize
 from gradfn.types import Blocks
 
-DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"}
+DATA_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}
+FURTHER = {".7z", ".avro", ".feather", ".h5", ".hdf5", ".orc", ".pkl", ".tar", ".tgz", ".xls", ".xlsx",
+           ".xml", ".xz", ".yaml", ".yml", ".zip"}  # fmt: skip
+"""Endings of files that are no datasets here; a single word with one is no text either."""
+PATH = re.compile(r"(?=.*/)~?/?([\w.-]+/)*[\w.:-]*", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +78,10 @@ SELF = Queries({}, {"query": "self"}, ShownQueries(["self-influence"], _OWN, _OW
 def is_dataset(query: str) -> bool:
     """Whether --query names a dataset rather than being a text."""
     # `Path.exists` raises on what is too long to be a name.
-    return Path(query).suffix.lower() in DATA_SUFFIXES or os.path.exists(query)
+    if kind_of(Path(query)) in DATA_SUFFIXES or Path(query).suffix.lower() in PACKED or os.path.exists(query):
+        return True
+    named = kind_of(Path(query)) in FURTHER and not re.search(r"\s", query)
+    return named or PATH.fullmatch(query) is not None
 
 
 def query_rows_of(options: QueryOptions, split: str = "train") -> Any | None:
@@ -91,7 +100,16 @@ def query_rows_of(options: QueryOptions, split: str = "train") -> Any | None:
         raise InputError("--query is empty: give a text in quotes, or a dataset")
     if any("\ud800" <= letter <= "\udfff" for letter in query + (completion or "")):
         raise InputError("the query is not valid UTF-8: give it in the encoding of the terminal")
-    return load_rows(query, split) if is_dataset(query) else None
+    if not is_dataset(query):
+        return None
+    try:
+        return load_rows(query, split)
+    except InputError as error:
+        if os.path.exists(query) or kind_of(Path(query)) in DATA_SUFFIXES:
+            raise
+        raise InputError(
+            f"{error}; a text that looks like a path is asked in a dataset of queries"
+        ) from error
 
 
 def load_asked(loaded: Loaded, rows: Any | None, options: QueryOptions, data: DataOptions) -> Asked | None:
@@ -225,6 +243,8 @@ def _shown(documents: Corpus, rows: Any | None, options: QueryOptions, data: Dat
         if prompt is None or completion is None:
             return documents.texts
         prompts, completions = list(rows[prompt]), list(rows[completion])
+        if not all(isinstance(side, str | None) for side in (*prompts, *completions)):
+            return documents.texts
     pairs = zip(documents.texts, prompts, completions, strict=True)
     return [f"{prompt} → {end.strip()}" if prompt and end else text for text, prompt, end in pairs]
 

@@ -17,7 +17,7 @@ from gradfn.data import Images
 from gradfn.errors import InputError
 from gradfn.hf.columns import class_numbers
 from gradfn.hf.datasets import check_column, row_names
-from gradfn.hf.hub import summary
+from gradfn.hf.hub import local, summary
 from gradfn.hf.locate import load_pretrained, locate_processor
 from gradfn.model.losses import model_loss
 
@@ -86,7 +86,7 @@ def load_images(
     config: Any = model.config
     labels = class_numbers(rows, label_column, config.label2id)
     column = _image_column(rows, image_column)
-    files = _Files(_encoded(rows, column), column, Path(folder).expanduser())
+    files = _Files(_encoded(rows, column), column, local(folder))
     titles, digests = _inspect(files)
     made_by = processor_fingerprint(processor)
     pixels = _Pixels(files, digests, processor, getattr(config, "num_channels", 3))

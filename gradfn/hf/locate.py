@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import hub_answers, is_hub_name, listing, quiet, summary
+from gradfn.hf.hub import hub_answers, is_hub_name, listing, local, quiet, summary
 
 Place = tuple[str, dict[str, Any]]
 """The first argument of `from_pretrained`, and further ones."""
@@ -35,7 +35,7 @@ def locate_model(path: str | Path) -> Place:
     Raises:
         InputError: nothing is there, or a folder holds no model or more than one.
     """
-    place = Path(path).expanduser()
+    place = local(path)
     if place.is_file():
         return _gguf(place)
     if not place.is_dir():
@@ -68,7 +68,7 @@ def locate_tokenizer(path: str | Path) -> Place:
     Raises:
         InputError: nothing is there, or a folder holds no tokenizer.
     """
-    place = Path(path).expanduser()
+    place = local(path)
     folder = place.parent if place.is_file() else place
     if folder.is_dir() and any((folder / name).exists() for name in _TOKENIZER):
         return str(folder), {}
@@ -86,7 +86,7 @@ def locate_tokenizer(path: str | Path) -> Place:
 
 def has_no_tokenizer(path: str | Path) -> bool:
     """Whether a path is the folder of a model without a tokenizer."""
-    place = Path(path).expanduser()
+    place = local(path)
     if not place.is_dir() or (place / ADAPTER).is_file() or next(place.glob("*.gguf"), None):
         return False
     return not any((place / name).exists() for name in _TOKENIZER)
@@ -98,7 +98,7 @@ def locate_processor(path: str | Path) -> Place:
     Raises:
         InputError: nothing is there, or a folder holds no image processor.
     """
-    place = Path(path).expanduser()
+    place = local(path)
     if not place.exists():
         return _locate_hub("image processor", path)
     if any((place / name).is_file() for name in _PROCESSOR):

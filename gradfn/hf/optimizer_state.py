@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import listing, quiet, summary
+from gradfn.hf.hub import listing, local, quiet, summary
 from gradfn.model.sites import Site, View, blocks_of, find_sites
 from gradfn.transforms import Transform, adafactor, adam
 from gradfn.types import Blocks
@@ -125,7 +125,7 @@ def load_optimizer_state(path: str | Path, model: nn.Module, view: View | None =
     Source: Adam, arXiv:1412.6980, algorithm 1; Adafactor, arXiv:1804.04235, section 3.
     """
     sites = find_sites(model, view)
-    moments = _moments(_read(Path(path).expanduser()), model, sites)
+    moments = _moments(_read(local(path)), model, sites)
     sides = {site.block: _sides(site, moments[site.names[0]]) for site in sites}
     found = {block: pair for block, pair in sides.items() if pair is not None}
     if len(found) == len(sides):
