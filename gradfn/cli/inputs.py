@@ -19,6 +19,7 @@ from gradfn.errors import InputError
 from gradfn.hf.columns import with_weights
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.images import load_processor
+from gradfn.hf.locate import has_no_tokenizer
 from gradfn.hf.masking import masking_of
 from gradfn.hf.models import check_device, load_model, say_once
 from gradfn.hf.reader import Reader
@@ -192,9 +193,33 @@ def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | N
 
 
 def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
-    """The same with a checkpoint's weights; the tokenizer is the model's."""
+    """The same with a checkpoint's weights; the tokenizer is the model's.
+
+    Raises:
+        InputError: it is of another architecture, or has a tokenizer with another vocabulary.
+    """
     model = _load(path, options, loaded.reads.task)
+    shapes, others = _own_shapes(loaded.model), _own_shapes(model)
+    differ = sorted(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
+    if type(model) is not type(loaded.model) or differ:
+        kind, other = type(loaded.model).__name__, type(model).__name__
+        what = f"is a {other}, and the model a {kind}" if kind != other else f"differs in {differ[0]}"
+        raise InputError(f"checkpoint {path} {what}: give checkpoints of the training of one model")
+    own = loaded.reads.tokenizer
+    reads = own is not None and not loaded.reads.numbers and not has_no_tokenizer(path)
+    if reads and load_tokenizer(path).get_vocab() != own.get_vocab():
+        raise InputError(
+            f"checkpoint {path} has a tokenizer with another vocabulary than the model's: give checkpoints of "
+            "the training of one model"
+        )
     return replace(loaded, subject=loaded.subject.at(model), path=path)
+
+
+def _own_shapes(model: nn.Module) -> dict[str, Any]:
+    """The shapes of a model's parameters by name, without those of adapters, which checkpoints may have."""
+    known = ((name.replace(".base_layer.", "."), p.shape) for name, p in model.named_parameters())
+    added = ("lora_", "modules_to_save", "original_module")
+    return {name: shape for name, shape in known if not any(one in name for one in added)}
 
 
 def _masking(path: str, tokenizer: Any, seed: int) -> dict[str, Any]:

@@ -240,6 +240,8 @@ class DataOptions:
         pair = {"prompt_column": "prompt", "completion_column": "completion"}
         if self.messages_column is not None:
             return {**given, "messages_column": self.messages_column}
+        if self.text_column != "text" and not query:  # what was asked for is read, or not there
+            return given
         if self.label_column is not None or self.prompt_column or self.completion_column:
             return given
         if set(pair.values()) <= set(names) and (query or self.text_column not in names):

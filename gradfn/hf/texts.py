@@ -197,6 +197,8 @@ def _choose_encoder(
             f"a prompt column and a completion column go together, got only {paired[0]!r}: name both"
         )
     if not paired and "input_ids" in rows.column_names:
+        if text_column != "text":
+            check_column(rows, text_column, "give another text_column")
         text_column = text_column if text_column in rows.column_names else ""
         return lambda table, ids: _from_token_ids(table, ids, tokenizer, text_column)
     if tokenizer is None:

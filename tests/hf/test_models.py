@@ -349,3 +349,46 @@ def test_what_an_adapter_says_beside_its_weights_is_in_the_fingerprint(neox_fold
     assert changed(tmp_path, "adapter_config.json", inference_mode=False, peft_version="0.1") == before
     assert changed(tmp_path, "adapter_config.json", lora_alpha=200) != before
     assert changed(tmp_path, "adapter_config.json", lora_alpha=2, use_rslora=True) != before
+
+
+SIZES = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "tie_word_embeddings": True}  # fmt: skip
+
+
+def saved(folder, make, config, **values):
+    """A model in a folder, with other values in its config afterwards."""
+    make(config).save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **values}))
+    return folder
+
+
+@pytest.mark.parametrize(("make", "config", "task", "words"), [
+    (transformers.LlamaForSequenceClassification, transformers.LlamaConfig, "causal_lm",
+     "was saved as LlamaForSequenceClassification, not as a LlamaForCausalLM for causal_lm: give a model"),
+    (transformers.LlamaForTokenClassification, transformers.LlamaConfig, "causal_lm", "was saved as LlamaF"),
+    (transformers.LlamaForTokenClassification, transformers.LlamaConfig, "classification", "was saved as "),
+    (transformers.BertForMaskedLM, transformers.BertConfig, "causal_lm", "was saved as BertForMaskedLM, n"),
+    (transformers.BertForTokenClassification, transformers.BertConfig, "masked_lm", "lacks weights of Ber"),
+])  # fmt: skip
+def test_a_model_with_another_head_is_refused(tmp_path, make, config, task, words):
+    with pytest.raises(InputError, match=words):
+        load_model(saved(tmp_path, make, config(**SIZES)), task)
+
+
+def test_weights_that_have_no_place_are_refused(tmp_path):
+    llama = transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES)
+    fewer = saved(tmp_path / "fewer", *llama, num_hidden_layers=1)
+    words = (
+        r"has weights that LlamaForCausalLM has no place for, such as model.layers.1.\S+ \(9 in all\): give a"
+    )
+    with pytest.raises(InputError, match=words):
+        load_model(fewer)
+    head = transformers.LlamaForSequenceClassification, transformers.LlamaConfig(**SIZES)
+    with pytest.raises(InputError, match=r"no place for, such as score.weight \(1 in all\)"):
+        load_model(saved(tmp_path / "head", *head, architectures=None))
+
+
+def test_a_body_may_have_a_pooler_that_its_head_does_not_read(tmp_path):
+    made = saved(tmp_path, transformers.BertForPreTraining, transformers.BertConfig(**SIZES))
+    assert type(load_model(made, "masked_lm")) is transformers.BertForMaskedLM
