@@ -178,10 +178,13 @@ def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | N
         raise InputError("no model: give --model a local folder, a .gguf file or a hub name")
     products = _products(precision, options.device)
     say_once("bitsandbytes.autograd._functions")
-    processor = load_processor(path) if task == IMAGES else None
+    trusted = options.trust_remote_code
+    processor = load_processor(path, trust_remote_code=trusted) if task == IMAGES else None
     model = _load(path, options, task)
     vocabulary = getattr(model.config, "vocab_size", None)
-    tokenizer = load_tokenizer(path, vocabulary=vocabulary) if processor is None else None
+    tokenizer = None
+    if processor is None:
+        tokenizer = load_tokenizer(path, vocabulary=vocabulary, trust_remote_code=trusted)
     masking = _masking(path, tokenizer, seed) if task == "masked_lm" else None
     reads = Reader(model, task, tokenizer, processor, masking)
     other = None
@@ -207,9 +210,10 @@ def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
         raise InputError(f"checkpoint {path} {what}: give checkpoints of the training of one model")
     own = loaded.reads.tokenizer
     reads = own is not None and not loaded.reads.numbers and not has_no_tokenizer(path)
-    if reads and load_tokenizer(path).get_vocab() != own.get_vocab():
+    trusted = options.trust_remote_code
+    if reads and load_tokenizer(path, trust_remote_code=trusted).get_vocab() != own.get_vocab():
         raise InputError(
-            f"checkpoint {path} has a tokenizer with another vocabulary than the model's: give checkpoints of "
+            f"checkpoint {path} has a tokenizer of another vocabulary than the model's: give checkpoints of "
             "the training of one model"
         )
     return replace(loaded, subject=loaded.subject.at(model), path=path)
@@ -243,7 +247,10 @@ def _products(precision: str, device: str) -> Products:
 def _load(path: str, options: ModelOptions, task: str) -> nn.Module:
     """A model that can do the task, as the options say; tf32 is of products, not of weights."""
     dtype = "fp32" if options.precision in ("tf32", None) else options.precision
-    model = load_model(path, task=task, precision=dtype, device=options.device, attention=options.attention)
+    model = load_model(
+        path, task=task, precision=dtype, device=options.device, attention=options.attention,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
     config: Any = model.config
     if task in ("classification", "regression") and config.pad_token_id is None:
         raise InputError(
@@ -273,7 +280,8 @@ def _load_reference(options: ModelOptions, path: str, recorded: Settings | None,
     reference = _load(path, options, "causal_lm")
     heads: Any = output_head(reference), output_head(reads.model)
     theirs, ours = (len(one.weight) for one in heads)
-    if theirs != ours or (load_tokenizer(path, vocabulary=ours).get_vocab() != reads.tokenizer.get_vocab()):
+    how: dict[str, Any] = {"vocabulary": ours, "trust_remote_code": options.trust_remote_code}
+    if theirs != ours or load_tokenizer(path, **how).get_vocab() != reads.tokenizer.get_vocab():
         raise InputError(
             f"the reference {path} has another vocabulary than the model, or no tokenizer, and kl compares "
             "token by token: give one with the same tokenizer beside it"

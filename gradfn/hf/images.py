@@ -30,15 +30,18 @@ PATCH = 16
 """The side of the patches by which images are counted, where the model has no patches."""
 
 
+FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM", "TGA", "ICO")
+"""The formats that images may have, as Pillow calls them."""
 _PLAIN = ("string", "large_string", "binary", "large_binary")
 """Kinds of columns that hold paths or bytes."""
 
 
-def load_processor(path: str | Path) -> Any:
+def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The image processor of a model. It uses Pillow, so that pixels are the same on every machine.
 
     Args:
         path: as for `load_model`.
+        trust_remote_code: run Python code that comes with the processor.
 
     Raises:
         InputError: Pillow is not installed, there is no image processor, or it cannot be loaded.
@@ -49,7 +52,8 @@ def load_processor(path: str | Path) -> Any:
 
     source, options = locate_processor(path)
     loader = AutoImageProcessor.from_pretrained
-    return load_pretrained("image processor", path, loader, source, backend="pil", **options)
+    options |= {"backend": "pil", "trust_remote_code": trust_remote_code}
+    return load_pretrained("image processor", path, loader, source, **options)
 
 
 def processor_fingerprint(processor: Any) -> str:
@@ -168,9 +172,9 @@ def _unreadable(row: int, name: str, error: Exception) -> InputError:
 
 def _decoded(data: bytes, mode: str) -> Any:
     """An upright image of 8 bits a channel."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+    image = ImageOps.exif_transpose(_opened(data))
     if image.mode[0] in "IF":
         raise ValueError(f"its mode is {image.mode}, not one of 8 bits")
     if image.mode == "P":  # RGB has no place for the transparency that a palette may have
@@ -178,15 +182,21 @@ def _decoded(data: bytes, mode: str) -> Any:
     return image.convert(mode)
 
 
-def _inspect(files: _Files) -> tuple[list[str], list[str]]:
-    """The name of every image and a digest of its bytes; a file without the header of an image is refused."""
+def _opened(data: bytes) -> Any:
+    """An image of one of the known formats: Pillow gives others, PostScript say, to other programs."""
     from PIL import Image
 
+    Image.init()
+    return Image.open(BytesIO(data), formats=[one for one in FORMATS if one in Image.OPEN])
+
+
+def _inspect(files: _Files) -> tuple[list[str], list[str]]:
+    """The name of every image and a digest of its bytes; a file without the header of an image is refused."""
     names, digests = [], []
     for row in range(len(files.rows)):
         name, data = files.read(row)
         try:
-            with Image.open(BytesIO(data)) as image:
+            with _opened(data) as image:
                 image.verify()
         except MemoryError:
             raise

@@ -117,14 +117,15 @@ def locate_base(config: Path) -> Place:
     Raises:
         InputError: the adapter names no base, or it is not there.
     """
-    from transformers import AutoConfig
+    from transformers import PreTrainedConfig
 
     base = _base_of(config)
     if base is None:
         raise InputError(f"{config} names no base_model_name_or_path: save the adapter again")
     try:
         source, options = locate_model(base)
-        load_pretrained("model", base, AutoConfig.from_pretrained, source, **options)
+        # Not AutoConfig, which asks on the terminal whether to run code that comes with the base.
+        load_pretrained("model", base, PreTrainedConfig.get_config_dict, source, **options)
     except InputError as error:
         raise InputError(f"{config.parent} is an adapter whose base is missing: {error}") from error
     return source, options

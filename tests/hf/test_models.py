@@ -351,7 +351,7 @@ def test_what_an_adapter_says_beside_its_weights_is_in_the_fingerprint(neox_fold
     assert changed(tmp_path, "adapter_config.json", lora_alpha=2, use_rslora=True) != before
 
 
-SIZES = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+TIED = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
          "num_attention_heads": 2, "tie_word_embeddings": True}  # fmt: skip
 
 
@@ -373,22 +373,40 @@ def saved(folder, make, config, **values):
 ])  # fmt: skip
 def test_a_model_with_another_head_is_refused(tmp_path, make, config, task, words):
     with pytest.raises(InputError, match=words):
-        load_model(saved(tmp_path, make, config(**SIZES)), task)
+        load_model(saved(tmp_path, make, config(**TIED)), task)
 
 
 def test_weights_that_have_no_place_are_refused(tmp_path):
-    llama = transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES)
+    llama = transformers.LlamaForCausalLM, transformers.LlamaConfig(**TIED)
     fewer = saved(tmp_path / "fewer", *llama, num_hidden_layers=1)
     words = (
         r"has weights that LlamaForCausalLM has no place for, such as model.layers.1.\S+ \(9 in all\): give a"
     )
     with pytest.raises(InputError, match=words):
         load_model(fewer)
-    head = transformers.LlamaForSequenceClassification, transformers.LlamaConfig(**SIZES)
+    head = transformers.LlamaForSequenceClassification, transformers.LlamaConfig(**TIED)
     with pytest.raises(InputError, match=r"no place for, such as score.weight \(1 in all\)"):
         load_model(saved(tmp_path / "head", *head, architectures=None))
 
 
 def test_a_body_may_have_a_pooler_that_its_head_does_not_read(tmp_path):
-    made = saved(tmp_path, transformers.BertForPreTraining, transformers.BertConfig(**SIZES))
+    made = saved(tmp_path, transformers.BertForPreTraining, transformers.BertConfig(**TIED))
     assert type(load_model(made, "masked_lm")) is transformers.BertForMaskedLM
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_an_adapter_whose_base_has_code_of_its_own(tmp_path, monkeypatch):
+    folder, _ = adapted(tmp_path, ["classifier"])
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    auto = {"AutoConfig": "mine.Mine", "AutoModelForSequenceClassification": "mine.Model"}
+    text = json.dumps({**config, "model_type": "mine", "auto_map": auto})
+    (tmp_path / "base" / "config.json").write_text(text)
+    (tmp_path / "base" / "mine.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(
+        InputError, match="comes with code of its own: read it, then give trust_remote_code=True"
+    ):
+        load_model(folder, "classification")
+    assert not (tmp_path / "ran").exists()
