@@ -313,7 +313,8 @@ class MislabelRequest(EvaluateRequest):
     label_column: str = option("is_wrong", "Column with 1 for a row that is wrong and 0 for a right one.")
     table: TableOptions = group(
         TableOptions,
-        show=None, memory=None,
+        show=None,
+        memory=None,
         top=option(None, "Rows of which the precision is told.", shown="as many as are wrong"),
     )
 
@@ -347,7 +348,9 @@ class OverlapRequest(EvaluateRequest):
     COMMAND: ClassVar[str] = "evaluate overlap"
     run: str = argument(f"{_SCORED}.", file=found)
     other: str = argument("Scores of the same rows and queries.", file=found)
-    table: TableOptions = group(TableOptions, show=None, memory=None, top=option(10, "Proponents that are compared."))
+    table: TableOptions = group(
+        TableOptions, show=None, memory=None, top=option(10, "Proponents that are compared.")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

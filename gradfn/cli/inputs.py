@@ -19,6 +19,7 @@ from gradfn.errors import InputError
 from gradfn.hf.columns import with_weights
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.images import load_processor
+from gradfn.hf.locate import has_no_tokenizer
 from gradfn.hf.masking import masking_of
 from gradfn.hf.models import check_device, load_model, say_once
 from gradfn.hf.reader import Reader
@@ -180,10 +181,13 @@ def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | N
         raise InputError("no model: give --model a local folder, a .gguf file or a hub name")
     products = _products(precision, options.device)
     say_once("bitsandbytes.autograd._functions")
-    processor = load_processor(path) if task == IMAGES else None
+    trusted = options.trust_remote_code
+    processor = load_processor(path, trust_remote_code=trusted) if task == IMAGES else None
     model = _load(path, options, task)
     vocabulary = getattr(model.config, "vocab_size", None)
-    tokenizer = load_tokenizer(path, vocabulary=vocabulary) if processor is None else None
+    tokenizer = None
+    if processor is None:
+        tokenizer = load_tokenizer(path, vocabulary=vocabulary, trust_remote_code=trusted)
     masking = _masking(path, tokenizer, seed) if task == "masked_lm" else None
     reads = Reader(model, task, tokenizer, processor, masking)
     other = None
@@ -195,9 +199,34 @@ def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | N
 
 
 def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
-    """The same with a checkpoint's weights; the tokenizer is the model's."""
+    """The same with a checkpoint's weights; the tokenizer is the model's.
+
+    Raises:
+        InputError: it is of another architecture, or has a tokenizer with another vocabulary.
+    """
     model = _load(path, options, loaded.reads.task)
+    shapes, others = _own_shapes(loaded.model), _own_shapes(model)
+    differ = sorted(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
+    if type(model) is not type(loaded.model) or differ:
+        kind, other = type(loaded.model).__name__, type(model).__name__
+        what = f"is a {other}, and the model a {kind}" if kind != other else f"differs in {differ[0]}"
+        raise InputError(f"checkpoint {path} {what}: give checkpoints of the training of one model")
+    own = loaded.reads.tokenizer
+    reads = own is not None and not loaded.reads.numbers and not has_no_tokenizer(path)
+    trusted = options.trust_remote_code
+    if reads and load_tokenizer(path, trust_remote_code=trusted).get_vocab() != own.get_vocab():
+        raise InputError(
+            f"checkpoint {path} has a tokenizer of another vocabulary than the model's: give checkpoints of "
+            "the training of one model"
+        )
     return replace(loaded, subject=loaded.subject.at(model), path=path)
+
+
+def _own_shapes(model: nn.Module) -> dict[str, Any]:
+    """The shapes of a model's parameters by name, without those of adapters, which checkpoints may have."""
+    known = ((name.replace(".base_layer.", "."), p.shape) for name, p in model.named_parameters())
+    added = ("lora_", "modules_to_save", "original_module")
+    return {name: shape for name, shape in known if not any(one in name for one in added)}
 
 
 def _masking(path: str, tokenizer: Any, seed: int) -> dict[str, Any]:
@@ -221,7 +250,10 @@ def _products(precision: str, device: str) -> Products:
 def _load(path: str, options: ModelOptions, task: str) -> nn.Module:
     """A model that can do the task, as the options say; tf32 is of products, not of weights."""
     dtype = "fp32" if options.precision in ("tf32", None) else options.precision
-    model = load_model(path, task=task, precision=dtype, device=options.device, attention=options.attention)
+    model = load_model(
+        path, task=task, precision=dtype, device=options.device, attention=options.attention,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
     config: Any = model.config
     if task in ("classification", "regression") and config.pad_token_id is None:
         raise InputError(
@@ -251,7 +283,8 @@ def _load_reference(options: ModelOptions, path: str, recorded: Settings | None,
     reference = _load(path, options, "causal_lm")
     heads: Any = output_head(reference), output_head(reads.model)
     theirs, ours = (len(one.weight) for one in heads)
-    if theirs != ours or (load_tokenizer(path, vocabulary=ours).get_vocab() != reads.tokenizer.get_vocab()):
+    how: dict[str, Any] = {"vocabulary": ours, "trust_remote_code": options.trust_remote_code}
+    if theirs != ours or load_tokenizer(path, **how).get_vocab() != reads.tokenizer.get_vocab():
         raise InputError(
             f"the reference {path} has another vocabulary than the model, or no tokenizer, and kl compares "
             "token by token: give one with the same tokenizer beside it"

@@ -206,6 +206,7 @@ class ModelOptions:
     precision: Precision | None = option("fp32", _PRECISION)
     attention: Attention | None = option(None, _ATTENTION, shown="what transformers takes")
     device: str = option("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one.", parse=device_named)
+    trust_remote_code: bool = option(False, "Run Python code that comes with models, once you have read it.")
     token_batch_size: int = option(4096, "Tokens a batch with padding, or patches; changes no result.")
     threads: int | None = option(
         None, "Threads of the CPU; 1 is best beside other programs.", shown="all cores"
@@ -252,6 +253,8 @@ class DataOptions:
         pair = {"prompt_column": "prompt", "completion_column": "completion"}
         if self.messages_column is not None:
             return {**given, "messages_column": self.messages_column}
+        if self.text_column != "text" and not query:  # what was asked for is read, or not there
+            return given
         if self.label_column is not None or self.prompt_column or self.completion_column:
             return given
         if set(pair.values()) <= set(names) and (query or self.text_column not in names):

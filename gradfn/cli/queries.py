@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,17 +25,22 @@ from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
 from gradfn.hf.answers import Answer, answers
 from gradfn.hf.datasets import load_rows
+from gradfn.hf.unpack import PACKED, kind_of
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
 from gradfn.report.progress import progress_bar
 from gradfn.report.rankings import ShownQueries
 from gradfn.runs.gradients import ends_in_unit_norm, open_gradients
-from gradfn.runs.provenance import DataSource, Provenance
+from gradfn.runs.provenance import DataSource, Provenance, ids_digest
 from gradfn.runs.queries import stored_queries
 from gradfn.transforms import Transform, chain, unit_normalize
 from gradfn.types import Blocks
 
-DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt"}
+DATA_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}
+FURTHER = {".7z", ".avro", ".feather", ".h5", ".hdf5", ".orc", ".pkl", ".tar", ".tgz", ".xls", ".xlsx",
+           ".xml", ".xz", ".yaml", ".yml", ".zip"}  # fmt: skip
+"""Endings of files that are no datasets here; a single word with one is no text either."""
+PATH = re.compile(r"(?=.*/)~?/?([\w.-]+/)*[\w.:-]*", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +85,10 @@ SELF = Queries(dict, {"query": "self"}, ShownQueries(["self-influence"], _OWN, _
 def is_dataset(query: str) -> bool:
     """Whether --query names a dataset rather than being a text."""
     # `Path.exists` raises on what is too long to be a name.
-    return Path(query).suffix.lower() in DATA_SUFFIXES or os.path.exists(query)
+    if kind_of(Path(query)) in DATA_SUFFIXES or Path(query).suffix.lower() in PACKED or os.path.exists(query):
+        return True
+    named = kind_of(Path(query)) in FURTHER and not re.search(r"\s", query)
+    return named or PATH.fullmatch(query) is not None
 
 
 def query_rows_of(options: QueryOptions, split: str = "train") -> Any | None:
@@ -98,7 +107,16 @@ def query_rows_of(options: QueryOptions, split: str = "train") -> Any | None:
         raise InputError("--query is empty: give a text in quotes, or a dataset")
     if any("\ud800" <= letter <= "\udfff" for letter in query + (completion or "")):
         raise InputError("the query is not valid UTF-8: give it in the encoding of the terminal")
-    return load_rows(query, split) if is_dataset(query) else None
+    if not is_dataset(query):
+        return None
+    try:
+        return load_rows(query, split)
+    except InputError as error:
+        if os.path.exists(query) or kind_of(Path(query)) in DATA_SUFFIXES:
+            raise
+        raise InputError(
+            f"{error}; a text that looks like a path is asked in a dataset of queries"
+        ) from error
 
 
 def load_asked(loaded: Loaded, rows: Any | None, options: QueryOptions, data: DataOptions) -> Asked | None:
@@ -174,7 +192,7 @@ def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions, data: DataOp
     """What is known of queries without their gradients."""
     documents, rows = asked.documents, asked.rows
     settings = {"path": None if rows is None else anchored(str(options.query)),
-                "fingerprint": documents.fingerprint(), "rows": len(documents),
+                "fingerprint": documents.fingerprint(), "rows": len(documents), "ids": ids_digest(documents),
                 "loss": loaded.loss_settings(loaded.subject.query_loss)}  # fmt: skip
     shown = ShownQueries(
         documents.ids, documents.texts, _shown(documents, rows, options, data), _sources(rows),
@@ -236,6 +254,8 @@ def _shown(documents: Corpus, rows: Any | None, options: QueryOptions, data: Dat
         if prompt is None or completion is None:
             return documents.texts
         prompts, completions = list(rows[prompt]), list(rows[completion])
+        if not all(isinstance(side, str | None) for side in (*prompts, *completions)):
+            return documents.texts
     pairs = zip(documents.texts, prompts, completions, strict=True)
     return [f"{prompt} → {end.strip()}" if prompt and end else text for text, prompt, end in pairs]
 

@@ -10,6 +10,7 @@ from gradfn.cli.options import By, TableOptions, check_losses
 from gradfn.cli.queries import Queries, answers_of, load_asked, load_queries, query_rows_of
 from gradfn.cli.stages import dampings_of, normalizer
 from gradfn.errors import InputError
+from gradfn.hf.datasets import check_column
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.report.exports import export_ranking
 from gradfn.report.rankings import print_rankings, ranks_needed
@@ -37,6 +38,8 @@ def run_query(request: QueryRequest) -> None:
     query_rows = query_rows_of(request.query, request.data.split)
     if query_rows is None and (split := request.gave("split")):
         raise InputError(f"{split} is of a dataset in --query, and none is given: leave it out")
+    if query_rows is not None and request.gave("text_column"):
+        check_column(query_rows, request.data.text_column, "give another text_column")
     with open_gradients(request.store) as store:
         by = _stored_by(store, request)
         path = request.model.path or _recorded_model(request.store, store.settings)

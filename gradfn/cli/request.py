@@ -236,12 +236,15 @@ def make(request: type[R], given: Given) -> R:
         given: checked values by option name, see `Given`.
 
     Raises:
-        InputError: an argument is missing, or a text is not what its option takes.
+        InputError: an argument is missing, or a text is empty or not what its option takes.
     """
     values: dict[str | None, dict[str, Any]] = {None: {}}
     for name, slot in slots_of(request).items():
         if slot.required and name not in given:
             raise InputError(f"Missing argument {name!r}: see gradfn {request.COMMAND} --help")
+        text = given.get(name)
+        if not slot.about.positional and "" in [text, *(text if isinstance(text, list) else [])]:
+            raise InputError(f"{flag(name)} is empty: give a value, or leave it out")
         values.setdefault(slot.owner, {})[slot.field] = slot.value(given.get(name, slot.default))
     kinds = {one.name: one.metadata["group"][0] for one in fields(request) if "group" in one.metadata}
     groups = {name: kind(**values.get(name, {})) for name, kind in kinds.items()}

@@ -33,23 +33,63 @@ def chat_encoder(rows: "datasets.Dataset", tokenizer: Any, column: str) -> Encod
         InputError: there is no such column or no chat template; when called, a chat that does not fit.
     """
     check_column(rows, column, "give another messages_column")
+    _check_template(tokenizer)
+    marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()))
+
+    def documents(table: "pyarrow.Table", ids: list[str]) -> Documents:
+        made = []
+        for given, name in zip(decoded(rows, table, column), ids, strict=True):
+            chat = _messages(given, column, name)
+            last = len(chat) - 1
+            made.append(_marked(tokenizer, chat, name) if marked else _behind(tokenizer, chat, last, name))
+        tokens, labels, texts = zip(*made, strict=True)
+        return make_documents(tokens, labels, ids=ids, texts=texts)
+
+    return documents
+
+
+def pair_encoder(rows: "datasets.Dataset", tokenizer: Any, prompts: str, completions: str) -> Encoder:
+    """The function that makes documents of prompts and completions in messages; see `tokenize`.
+
+    Args:
+        rows: the rows.
+        tokenizer: one with a chat template.
+        prompts, completions: the columns.
+
+    Raises:
+        InputError: there is no chat template; when called, messages that do not fit.
+    """
+    _check_template(tokenizer)
+
+    def documents(table: "pyarrow.Table", ids: list[str]) -> Documents:
+        made = []
+        sides = (decoded(rows, table, column) for column in (prompts, completions))
+        for asked, said, name in zip(*sides, ids, strict=True):
+            prompt = _checked(asked, prompts, name)
+            chat = prompt + _checked(said, completions, name)
+            made.append(_behind(tokenizer, chat, len(prompt), name))
+        tokens, labels, texts = zip(*made, strict=True)
+        return make_documents(tokens, labels, ids=ids, texts=texts)
+
+    return documents
+
+
+def holds_chats(rows: "datasets.Dataset", column: str) -> bool:
+    """Whether a column holds lists of messages."""
+    import datasets
+
+    whole: Any = rows.features.get(column)
+    kind = getattr(whole, "feature", whole)
+    # Messages of unlike keys are JSON inside.
+    return isinstance(kind, datasets.Json) or (isinstance(kind, dict) and "role" in kind)
+
+
+def _check_template(tokenizer: Any) -> None:
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(
             "chats need a tokenizer with a chat template, and this one has none: use the model's tuned "
             "version, or turn the chats into prompts and completions"
         )
-    marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()))
-    encode = _marked_chat if marked else _last_answer
-
-    def documents(table: "pyarrow.Table", ids: list[str]) -> Documents:
-        given = decoded(rows, table, column)
-        chats = [_messages(chat, column, name) for chat, name in zip(given, ids, strict=True)]
-        tokens, labels, texts = zip(
-            *(encode(tokenizer, chat, name) for chat, name in zip(chats, ids, strict=True)), strict=True
-        )
-        return make_documents(tokens, labels, ids=ids, texts=texts)
-
-    return documents
 
 
 def prompt_of(chat: Any, column: str, name: str) -> str:
@@ -71,17 +111,29 @@ def prompt_of(chat: Any, column: str, name: str) -> str:
 
 def _messages(chat: Any, column: str, name: str) -> list[dict[str, Any]]:
     """A chat up to the assistant's last message; the messages after it have no loss."""
-    if not isinstance(chat, list) or not all(isinstance(m, dict) and "role" in m for m in chat):
-        raise InputError(
-            f"row {name} of column {column!r} is no chat: give a list of messages with role and content"
-        )
+    chat = _checked(chat, column, name)
     said = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
     if not said:
         raise InputError(f"the chat of row {name} has no message of the assistant: leave it out")
     return chat[: said[-1] + 1]
 
 
-def _marked_chat(tokenizer: Any, chat: list[dict[str, Any]], name: str) -> _Encoded:
+def _checked(chat: Any, column: str, name: str) -> list[dict[str, Any]]:
+    """Messages without the keys that are null: in a table every message has the keys of all others."""
+    if not isinstance(chat, list) or not all(isinstance(m, dict) and "role" in m for m in chat):
+        raise InputError(
+            f"row {name} of column {column!r} is no chat: give a list of messages with role and content"
+        )
+    return [_without_nulls(message) for message in chat]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _marked(tokenizer: Any, chat: list[dict[str, Any]], name: str) -> _Encoded:
     """A chat whose template marks the tokens of the assistant, which are supervised."""
     made = _templated(tokenizer, chat, name, return_dict=True, return_assistant_tokens_mask=True)
     pairs = zip(made["input_ids"], made["assistant_masks"], strict=True)
@@ -89,10 +141,12 @@ def _marked_chat(tokenizer: Any, chat: list[dict[str, Any]], name: str) -> _Enco
     return list(made["input_ids"]), labels, _templated(tokenizer, chat, name, tokenize=False)
 
 
-def _last_answer(tokenizer: Any, chat: list[dict[str, Any]], name: str) -> _Encoded:
-    """A chat of which only the last message is supervised."""
+def _behind(tokenizer: Any, chat: list[dict[str, Any]], asked_by: int, name: str) -> _Encoded:
+    """A chat of which only the messages behind the first `asked_by` are supervised."""
     whole = list(_templated(tokenizer, chat, name, return_dict=True)["input_ids"])
-    asked = _templated(tokenizer, chat[:-1], name, return_dict=True, add_generation_prompt=True)["input_ids"]
+    asked = _templated(tokenizer, chat[:asked_by], name, return_dict=True, add_generation_prompt=True)[
+        "input_ids"
+    ]
     if list(asked) != whole[: len(asked)]:
         raise InputError(
             f"the chat template writes the prompt of row {name} differently without the answer, so the "

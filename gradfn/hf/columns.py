@@ -1,6 +1,7 @@
 """Labels and weights of rows, from the columns of a dataset."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -126,7 +127,8 @@ def _numbers(values: list[Any], column: str) -> np.ndarray:
 def _prompts(rows: "datasets.Dataset", prompt_column: str | None, messages_column: str | None) -> list[Any]:
     """The prompt of each row."""
     if prompt_column is not None:
-        return column_values(rows, prompt_column, "prompt_column")
+        prompts = column_values(rows, prompt_column, "prompt_column")
+        return [one if isinstance(one, str) else json.dumps(one, sort_keys=True) for one in prompts]
     if messages_column is None:
         raise InputError(
             "a reward is compared with other rewards of its prompt, but these rows have no prompts: give a "

@@ -2,13 +2,17 @@
 
 import glob
 import re
-import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from itertools import count as counting
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import hub_answers, is_hub_name, offline, quiet, summary
+from gradfn.hf.hub import disk_fault, hub_answers, is_hub_name, local, offline, quiet, summary
+from gradfn.hf.json_names import named_rows, with_names
+from gradfn.hf.unpack import PACKED, kind_of, read_bytes, temporary_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
     ".json": ("json", {}),
     # Only an empty cell is missing: pandas would also drop the texts "NA", "None" and "null". Ids of rows and
     # of their sources are texts: 007 is not 7.
@@ -28,6 +33,10 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
 }
 
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", "")
+"""Endings of what else lies in the folders of datasets: images, and folders."""
+_CRAWLED = 50_000
+"""Files of a folder whose endings are looked at."""
 _BATCH = 1000
 """Rows tokenised at once: enough for the tokenizer's threads, few enough to hold as Python lists."""
 
@@ -35,11 +44,13 @@ _BATCH = 1000
 def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
     """The rows of a dataset, in memory. A local file is read anew each time, without a cache.
 
-    Texts in JSON that look like times stay texts, and so do the columns `id` and `source` of a .csv.
+    Texts in JSON that look like times stay texts. The columns `id` and `source` of JSON and of a .csv are
+    texts, with the digits that the file has.
 
     Args:
-        path: a .jsonl, .json, .csv, .parquet, .arrow or .txt file (one row a line), a folder that
-            `save_to_disk` wrote or that holds such files, or a hub name, `name` or `name:configuration`.
+        path: a .jsonl, .json, .csv, .parquet, .arrow or .txt file (one row a line), also compressed as .gz,
+            .bz2 or .zst; a folder that `save_to_disk` wrote or that holds such files; or a hub name, `name`
+            or `name:configuration`.
         split: a split or a slice of one, such as "train[:100]", "test[10%:20%]" or "train+test". The rows of
             a file, and of a folder with a single unnamed dataset, are "train".
 
@@ -51,7 +62,7 @@ def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
     ...
     gradfn.errors.InputError: no dataset 'corpus.jsonl': no file or folder here has this name; check the path
     """
-    place = Path(path).expanduser()
+    place = local(path)
     rows = _select_split(_read_local(place), split, path) if place.exists() else _read_hub(path, split)
     if len(rows) == 0:
         raise InputError(f"dataset {str(path)!r} has no rows in split {split!r}: give a split that has rows")
@@ -126,23 +137,47 @@ def _read_local(place: Path) -> dict[str, "datasets.Dataset"]:
                 rows = datasets.Dataset.load_from_disk(str(place))
                 return {str(rows.split or "train"): rows, "train": rows}
             if place.is_dir():
-                kinds = {file.suffix.lower() for file in place.rglob("*")} & _READERS.keys()
-                return _read_uncached(str(place.resolve()), _READERS[".csv"][1] if kinds == {".csv"} else {})
+                return _read_uncached(str(place.resolve()), _folder_options(place))
             return _read_file(place)
     except InputError:
         raise
-    except Exception as error:  # whatever is raised here is about what lies at `place`
+    except Exception as error:  # whatever else is raised here is about what lies at `place`
+        if fault := disk_fault(error):
+            raise fault from error
         raise InputError(f"dataset {str(place)!r} cannot be read ({summary(error)}): check it") from error
 
 
+def _folder_options(place: Path) -> dict[str, Any]:
+    """The options that files of one kind need; a folder of too many other files is refused."""
+    files = list(islice(place.rglob("*"), _CRAWLED))
+    kinds = Counter(map(kind_of, files))
+    if len(files) == _CRAWLED and sum(kinds[kind] for kind in (*_READERS, *_IMAGES)) < _CRAWLED / 2:
+        raise InputError(
+            f"folder {place} holds {_CRAWLED:,} files or more, most of them no rows: give the folder of "
+            "a dataset"
+        )
+    return _READERS[".csv"][1] if kinds.keys() & _READERS.keys() == {".csv"} else {}
+
+
 def _read_file(file: Path) -> dict[str, "datasets.Dataset"]:
-    if file.suffix.lower() not in _READERS:
-        raise InputError(f"{file} has no known ending: expected one of {', '.join(_READERS)}, or a folder")
+    if kind_of(file) not in _READERS:
+        raise InputError(
+            f"{file} has no known ending: expected one of {', '.join(_READERS)}, perhaps with "
+            f"{', '.join(PACKED)} behind it, or a folder"
+        )
     if file.stat().st_size == 0:
         raise InputError(f"dataset {str(file)!r} is an empty file: give one with rows")
-    reader, options = _READERS[file.suffix.lower()]
-    # Escaped, because the reader would expand brackets and stars in the name.
-    return _read_uncached(reader, {"data_files": {"train": glob.escape(str(file.resolve()))}, **options})
+    reader, options = _READERS[kind_of(file)]
+    with temporary_folder() as folder:
+        if file.suffix.lower() in PACKED:
+            plain = Path(folder) / file.stem
+            plain.write_bytes(read_bytes(file))
+            file = plain
+        if reader in ("json", "csv", "text") and not file.read_bytes().strip():
+            raise InputError(f"dataset {str(file)!r} has no rows, only blanks: give one with rows")
+        # Escaped, because the reader would expand brackets and stars in the name.
+        files = {"data_files": {"train": glob.escape(str(file.resolve()))}, **options}
+        return _read_uncached(reader, files)
 
 
 def _read_uncached(reader: str, options: dict[str, Any]) -> dict[str, "datasets.Dataset"]:
@@ -153,17 +188,27 @@ def _read_uncached(reader: str, options: dict[str, Any]) -> dict[str, "datasets.
         splits = datasets.load_dataset(reader, cache_dir=cache, keep_in_memory=True, **options, **more)
         return {str(name): rows for name, rows in splits.items()}
 
-    with tempfile.TemporaryDirectory(prefix="gradfn-") as cache:
+    with temporary_folder() as cache:
+        builder = datasets.load_dataset_builder(reader, cache_dir=cache, **options)
+        if builder.name != "json":
+            return read(cache)
+        files: Any = builder.config.data_files
+        named = {str(split): [named_rows(Path(file)) for file in some] for split, some in files.items()}
+        if not all(part.exact for parts in named.values() for part in parts):
+            texts = (Path(cache) / f"{number}.jsonl" for number in counting())
+            named = {split: [part.rewritten(next(texts)) for part in parts] for split, parts in named.items()}
+            paths = {split: [glob.escape(str(part.file)) for part in parts] for split, parts in named.items()}
+            reader, options = "json", {"data_files": paths}
         splits = read(cache)
         first = next(iter(splits.values()))
         time = re.compile(r"(timestamp|date(32|64)|time(32|64))\[")
         dated = [field.name for field in first.features.arrow_schema if time.search(str(field.type))]
-        if first.info.builder_name != "json" or not dated:
-            return splits
-        # JSON has no times: the reader took texts for them. Columns of type Json stay what they were.
-        features = {**first.features, **{column: datasets.Json() for column in dated}}
-        splits = read(cache, features=datasets.Features(features))
-        return {name: _as_texts(rows, first.features, dated) for name, rows in splits.items()}
+        if dated:
+            # JSON has no times: the reader took texts for them. Columns of type Json stay what they were.
+            features = {**first.features, **{column: datasets.Json() for column in dated}}
+            splits = read(cache, features=datasets.Features(features))
+            splits = {name: _as_texts(rows, first.features, dated) for name, rows in splits.items()}
+        return {split: with_names(rows, named[split]) for split, rows in splits.items()}
 
 
 def _as_texts(
@@ -184,7 +229,7 @@ def _read_hub(path: str | Path, split: str) -> "datasets.Dataset":
     import datasets
 
     name, _, configuration = str(path).partition(":")
-    if isinstance(path, Path) or Path(name).suffix.lower() in _READERS or not is_hub_name(name):
+    if isinstance(path, Path) or kind_of(Path(name)) in _READERS or not is_hub_name(name):
         raise InputError(f"no dataset {str(path)!r}: no file or folder here has this name; check the path")
     reachable = hub_answers()
     try:

@@ -1,6 +1,7 @@
 """The Hugging Face hub: whether it answers, and silencing the output of its libraries."""
 
 import contextlib
+import errno
 import logging
 import threading
 import warnings
@@ -8,7 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["hub_answers", "is_hub_name", "listing", "offline", "quiet", "summary"]
+from gradfn.errors import InputError, StorageError
+
+__all__ = ["disk_fault", "hub_answers", "is_hub_name", "listing", "local", "offline", "quiet", "summary"]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE}
+"""What is wrong with a machine, and not with the file that is read."""
 
 _PATIENCE = 3.0
 """Seconds to wait for the hub; its client would retry for half a minute."""
@@ -110,3 +116,34 @@ def listing(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return (", ".join(names[:6]) or "nothing") + more
+
+
+def disk_fault(error: BaseException) -> StorageError | None:
+    """What failed on this machine, where an error of reading was caused by that and not by what is read.
+
+    >>> disk_fault(OSError(errno.ENOSPC, "No space left on device"))
+    StorageError(...No space left on device...)
+    >>> disk_fault(ValueError("no JSON"))
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        full = "No space left on device" in str(cause) or "Disk quota exceeded" in str(cause)
+        if full or (isinstance(cause, OSError) and cause.errno in _FULL):
+            return StorageError(f"this machine failed ({summary(cause)}): free space there, or set TMPDIR")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def local(path: str | Path) -> Path:
+    """A path of this machine, of which can be asked whether it exists.
+
+    Raises:
+        InputError: it is of a user who has no home here, too long, or in a folder that cannot be read.
+    """
+    try:
+        place = Path(path).expanduser()
+        place.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else summary(error)
+        raise InputError(f"{str(path)[:80]!r} cannot be looked for ({why}): check the path") from error
+    return place

@@ -17,7 +17,7 @@ from gradfn.data import Images
 from gradfn.errors import InputError
 from gradfn.hf.columns import class_numbers
 from gradfn.hf.datasets import check_column, row_names
-from gradfn.hf.hub import summary
+from gradfn.hf.hub import local, summary
 from gradfn.hf.locate import load_pretrained, locate_processor
 from gradfn.model.losses import model_loss
 
@@ -30,15 +30,18 @@ PATCH = 16
 """The side of the patches by which images are counted, where the model has no patches."""
 
 
+FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM", "TGA", "ICO")
+"""The formats that images may have, as Pillow calls them."""
 _PLAIN = ("string", "large_string", "binary", "large_binary")
 """Kinds of columns that hold paths or bytes."""
 
 
-def load_processor(path: str | Path) -> Any:
+def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The image processor of a model. It uses Pillow, so that pixels are the same on every machine.
 
     Args:
         path: as for `load_model`.
+        trust_remote_code: run Python code that comes with the processor.
 
     Raises:
         InputError: Pillow is not installed, there is no image processor, or it cannot be loaded.
@@ -49,7 +52,8 @@ def load_processor(path: str | Path) -> Any:
 
     source, options = locate_processor(path)
     loader = AutoImageProcessor.from_pretrained
-    return load_pretrained("image processor", path, loader, source, backend="pil", **options)
+    options |= {"backend": "pil", "trust_remote_code": trust_remote_code}
+    return load_pretrained("image processor", path, loader, source, **options)
 
 
 def processor_fingerprint(processor: Any) -> str:
@@ -86,10 +90,10 @@ def load_images(
     config: Any = model.config
     labels = class_numbers(rows, label_column, config.label2id)
     column = _image_column(rows, image_column)
-    files = _Files(_encoded(rows, column), column, Path(folder).expanduser())
+    files = _Files(_encoded(rows, column), column, local(folder))
     titles, digests = _inspect(files)
     made_by = processor_fingerprint(processor)
-    pixels = _Pixels(files, processor, getattr(config, "num_channels", 3))
+    pixels = _Pixels(files, digests, processor, getattr(config, "num_channels", 3))
     first = pixels(0)
     _check_reads(model, first)
     classes = {number: name for name, number in config.label2id.items()}
@@ -128,15 +132,22 @@ class _Files:
 
 @dataclass(frozen=True, eq=False)
 class _Pixels:
-    """What the image processor makes of an image; another shape than that of the first is refused."""
+    """What the image processor makes of an image; another shape than the first's, or other bytes than those
+    that were digested, are refused."""
 
     files: _Files
+    digests: list[str]
     processor: Any
     channels: int
     shape: torch.Size | None = None
 
     def __call__(self, row: int) -> Tensor:
         name, data = self.files.read(row)
+        if hashlib.sha256(data).hexdigest() != self.digests[row]:
+            raise InputError(
+                f"the image of row {row} ({name}) was replaced while it was in use: run again, and leave the "
+                "images as they are until the run is done"
+            )
         try:
             image = _decoded(data, "L" if self.channels == 1 else "RGB")
             pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
@@ -161,9 +172,9 @@ def _unreadable(row: int, name: str, error: Exception) -> InputError:
 
 def _decoded(data: bytes, mode: str) -> Any:
     """An upright image of 8 bits a channel."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+    image = ImageOps.exif_transpose(_opened(data))
     if image.mode[0] in "IF":
         raise ValueError(f"its mode is {image.mode}, not one of 8 bits")
     if image.mode == "P":  # RGB has no place for the transparency that a palette may have
@@ -171,15 +182,21 @@ def _decoded(data: bytes, mode: str) -> Any:
     return image.convert(mode)
 
 
-def _inspect(files: _Files) -> tuple[list[str], list[str]]:
-    """The name of every image and a digest of its bytes; a file without the header of an image is refused."""
+def _opened(data: bytes) -> Any:
+    """An image of one of the known formats: Pillow gives others, PostScript say, to other programs."""
     from PIL import Image
 
+    Image.init()
+    return Image.open(BytesIO(data), formats=[one for one in FORMATS if one in Image.OPEN])
+
+
+def _inspect(files: _Files) -> tuple[list[str], list[str]]:
+    """The name of every image and a digest of its bytes; a file without the header of an image is refused."""
     names, digests = [], []
     for row in range(len(files.rows)):
         name, data = files.read(row)
         try:
-            with Image.open(BytesIO(data)) as image:
+            with _opened(data) as image:
                 image.verify()
         except MemoryError:
             raise

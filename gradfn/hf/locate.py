@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import hub_answers, is_hub_name, listing, quiet, summary
+from gradfn.hf.hub import hub_answers, is_hub_name, listing, local, quiet, summary
 
 Place = tuple[str, dict[str, Any]]
 """The first argument of `from_pretrained`, and further ones."""
@@ -35,7 +35,7 @@ def locate_model(path: str | Path) -> Place:
     Raises:
         InputError: nothing is there, or a folder holds no model or more than one.
     """
-    place = Path(path).expanduser()
+    place = local(path)
     if place.is_file():
         return _gguf(place)
     if not place.is_dir():
@@ -68,7 +68,7 @@ def locate_tokenizer(path: str | Path) -> Place:
     Raises:
         InputError: nothing is there, or a folder holds no tokenizer.
     """
-    place = Path(path).expanduser()
+    place = local(path)
     folder = place.parent if place.is_file() else place
     if folder.is_dir() and any((folder / name).exists() for name in _TOKENIZER):
         return str(folder), {}
@@ -86,7 +86,7 @@ def locate_tokenizer(path: str | Path) -> Place:
 
 def has_no_tokenizer(path: str | Path) -> bool:
     """Whether a path is the folder of a model without a tokenizer."""
-    place = Path(path).expanduser()
+    place = local(path)
     if not place.is_dir() or (place / ADAPTER).is_file() or next(place.glob("*.gguf"), None):
         return False
     return not any((place / name).exists() for name in _TOKENIZER)
@@ -98,7 +98,7 @@ def locate_processor(path: str | Path) -> Place:
     Raises:
         InputError: nothing is there, or a folder holds no image processor.
     """
-    place = Path(path).expanduser()
+    place = local(path)
     if not place.exists():
         return _locate_hub("image processor", path)
     if any((place / name).is_file() for name in _PROCESSOR):
@@ -117,14 +117,15 @@ def locate_base(config: Path) -> Place:
     Raises:
         InputError: the adapter names no base, or it is not there.
     """
-    from transformers import AutoConfig
+    from transformers import PreTrainedConfig
 
     base = _base_of(config)
     if base is None:
         raise InputError(f"{config} names no base_model_name_or_path: save the adapter again")
     try:
         source, options = locate_model(base)
-        load_pretrained("model", base, AutoConfig.from_pretrained, source, **options)
+        # Not AutoConfig, which asks on the terminal whether to run code that comes with the base.
+        load_pretrained("model", base, PreTrainedConfig.get_config_dict, source, **options)
     except InputError as error:
         raise InputError(f"{config.parent} is an adapter whose base is missing: {error}") from error
     return source, options

@@ -1,6 +1,8 @@
 """Models from a folder, a GGUF file or the hub."""
 
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,15 @@ MODEL_CLASSES = {
     "image_classification": "AutoModelForImageClassification",
     "regression": "AutoModelForSequenceClassification",
 }
+
+
+_HEAD = re.compile(
+    r"For((?:Sequence|Token|Image)Classification|QuestionAnswering|MultipleChoice|MaskedLM|CausalLM)$"
+)
+"""Names of heads that do not stand for each other."""
+_HEADS = re.compile(r"(score|classifier|classification_head|qa_outputs)\.")
+_SPARE = re.compile(r"pooler|inv_freq|position_ids|masked_bias|att(n|ention)\.bias$")
+"""Weights of a body that a head may do without, and buffers that older versions saved."""
 
 
 def load_model(
@@ -87,11 +98,40 @@ def load_model(
             f"{path} lacks weights of {type(model).__name__}, such as {min(missing)} ({len(missing)} in "
             f"all), which would be random numbers: give a model that was saved with its head for {task}"
         )
+    if adapter is None or task.endswith("_lm"):  # an adapter may bring the head of a classifier
+        _check_saved_for(model, path, task, info["unexpected_keys"])
     if getattr(model, "is_quantized", False):
         _cast_unquantised(model, PRECISIONS[precision])
     if precision == "fp64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products of experts have no float64
     return model.to(device).eval().requires_grad_(False)
+
+
+def _check_saved_for(model: Any, path: str | Path, task: str, unexpected: Iterable[str]) -> None:
+    """Refuse a model that was saved with another head, or with layers that its config does not have.
+
+    A head that is tied to the embedding is never missing, whatever the weights are of.
+    """
+    saved, here = model.config.architectures or [], _HEAD.search(_head_name(type(model).__name__))
+    heads = [found[1] for found in map(_HEAD.search, saved) if found]
+    if here is not None and heads and here[1] not in heads:
+        raise InputError(
+            f"{path} was saved as {saved[0]}, not as a {type(model).__name__} for {task}: give a model that "
+            "was saved with this head, or another task"
+        )
+    body = f"{model.base_model_prefix}."
+    foreign = sorted(
+        key for key in unexpected if _HEADS.match(key) or (key.startswith(body) and not _SPARE.search(key))
+    )
+    if foreign:
+        raise InputError(
+            f"{path} has weights that {type(model).__name__} has no place for, such as {foreign[0]} "
+            f"({len(foreign)} in all): give a model that was saved for {task}, with its own config.json"
+        )
+
+
+def _head_name(name: str) -> str:
+    return re.sub(r"LMHeadModel$", "ForCausalLM", name)
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import listing, quiet, summary
+from gradfn.hf.hub import listing, local, quiet, summary
 from gradfn.model.sites import Site, View, blocks_of, find_sites
 from gradfn.transforms import Transform, adafactor, adam
 from gradfn.types import Blocks
@@ -125,7 +125,7 @@ def load_optimizer_state(path: str | Path, model: nn.Module, view: View | None =
     Source: Adam, arXiv:1412.6980, algorithm 1; Adafactor, arXiv:1804.04235, section 3.
     """
     sites = find_sites(model, view)
-    moments = _moments(_read(Path(path).expanduser()), model, sites)
+    moments = _moments(_read(local(path)), model, sites)
     sides = {site.block: _sides(site, moments[site.names[0]]) for site in sites}
     found = {block: pair for block, pair in sides.items() if pair is not None}
     if len(found) == len(sides):
@@ -378,7 +378,10 @@ def _parse(name: str, state: Mapping[str, Any], group: Mapping[str, Any], path: 
     """The second moment in the state of each kind of optimizer; see the table at the top."""
     values = {key: _checked(v, name, path) for key, v in state.items() if key in _MOMENTS}
     if "row_var" in state or "variance" in state:
-        return _of_torch_adafactor(state, values, group["eps"][0])
+        least = (_sequence(group.get("eps"), "eps", name, path) or (None,))[0]
+        return _of_torch_adafactor(
+            state, values, None if least is None else _number(least, "eps", name, path)
+        )
     if "exp_avg_sq_row" in state:
         row, col = values["exp_avg_sq_row"], values["exp_avg_sq_col"]
         return _Moment(0.0, row=row, col=col / row.mean(-1, keepdim=True))
@@ -386,11 +389,14 @@ def _parse(name: str, state: Mapping[str, Any], group: Mapping[str, Any], path: 
         return _Moment(0.0, values[_MOMENT])
     eps = _number(group.get("eps"), "eps", name, path)
     if "square_avg" in state:
-        centre = state["grad_avg"].square() if group.get("centered") else 0.0
+        centre = _tensor(state, "grad_avg", name, path).square() if group.get("centered") else 0.0
         return _Moment(eps, (values["square_avg"] - centre).clamp_min(0))
-    v = values["max_exp_avg_sq" if group.get("amsgrad") else _MOMENT]
-    beta2 = _number((group.get("betas") or (None, None))[1], "betas", name, path)
+    v = _tensor(values, "max_exp_avg_sq" if group.get("amsgrad") else _MOMENT, name, path)
+    betas = _sequence(group.get("betas"), "betas", name, path)
+    beta2 = _number(betas[-1] if len(betas) > 1 else None, "betas", name, path)
     step = _number(state.get("step", group.get("step")), "step", name, path)
+    if beta2 >= 1:
+        raise InputError(f"{path} has beta2 {beta2:g} for {name}, expected less than 1: correct the state")
     if step < 1:
         raise InputError(
             f"{path} has {name} before its first step: give the state of an optimizer that has trained"
@@ -408,8 +414,23 @@ def _of_torch_adafactor(state: Mapping[str, Any], values: Mapping[str, Tensor], 
     return _Moment(0.0, row=row, col=col / row.mean(-1, keepdim=True).clamp_min(least), floor=least**2)
 
 
+def _tensor(values: Mapping[str, Any], key: str, name: str, path: Path) -> Tensor:
+    if not isinstance(values.get(key), Tensor):
+        raise InputError(f"{path} has no {key} of {name}: save optimizer.state_dict() as it is")
+    return values[key]
+
+
+def _sequence(value: Any, key: str, name: str, path: Path) -> Sequence[Any]:
+    if value is None or isinstance(value, list | tuple):
+        return value or ()
+    raise InputError(f"{path} has {key} {value!r} for {name}, expected several: correct the state")
+
+
 def _number(value: Any, key: str, name: str, path: Path) -> float:
+    """A number that is not below zero."""
     if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+        if not float(value) >= 0:
+            raise InputError(f"{path} has {key} {float(value):g} for {name}, expected 0 or more: correct it")
         return float(value)
     raise InputError(
         f"{path} has no {key} for {name}, expected a number: give the state of torch's Adam, AdamW, NAdam, "

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from gradfn.data import Corpus, Documents, Images, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.columns import with_labels
+from gradfn.hf.hub import local
 from gradfn.hf.images import load_images, processor_fingerprint
 from gradfn.hf.masking import mask_tokens
 from gradfn.hf.models import context_length
@@ -83,7 +83,7 @@ class Reader:
         self, rows: Any, path: str, image_column: str | None = None, label_column: str | None = None
     ) -> Images:
         """The images of the dataset at a path, which their own paths are relative to; see `load_images`."""
-        place = Path(path).expanduser()
+        place = local(path)
         return load_images(
             rows, self.processor, self.model, image_column=image_column,
             label_column=label_column or "label", folder=place if place.is_dir() else place.parent,

@@ -8,7 +8,7 @@ from jaxtyping import Int64
 
 from gradfn.data import IGNORED, Documents, Pairs, check_lengths, make_documents, offsets_of
 from gradfn.errors import InputError
-from gradfn.hf.chats import Encoder, chat_encoder
+from gradfn.hf.chats import Encoder, chat_encoder, holds_chats, pair_encoder
 from gradfn.hf.datasets import check_column, row_ids, tables
 from gradfn.hf.tokenizers import probe_word
 
@@ -39,7 +39,9 @@ def tokenize(
     they are, without the positions where an `attention_mask` is 0. A null text counts as an empty one.
 
     A chat goes through the tokenizer's template. The tokens that the template marks as the assistant's
-    (`{% generation %}`) are supervised; where it marks none, only the assistant's last message is.
+    (`{% generation %}`) are supervised; where it marks none, only the assistant's last message is. Prompts
+    and completions may be lists of messages too; then the messages of the completion are supervised. Keys of
+    messages that are null count as absent.
 
     Args:
         rows: what `load_rows` returns; a column `id` names the rows.
@@ -195,12 +197,16 @@ def _choose_encoder(
             f"a prompt column and a completion column go together, got only {paired[0]!r}: name both"
         )
     if not paired and "input_ids" in rows.column_names:
+        if text_column != "text":
+            check_column(rows, text_column, "give another text_column")
         text_column = text_column if text_column in rows.column_names else ""
         return lambda table, ids: _from_token_ids(table, ids, tokenizer, text_column)
     if tokenizer is None:
         raise InputError(
             "rows of text need a tokenizer, got none: give one, or rows with a column 'input_ids'"
         )
+    if paired and all(holds_chats(rows, column) for column in paired):
+        return pair_encoder(rows, tokenizer, *paired)
     for column in paired or [text_column]:
         _check_text(rows, column)
     if paired:

@@ -9,6 +9,8 @@ from typing import Any
 from gradfn.errors import InputError
 from gradfn.hf.locate import has_no_tokenizer, load_pretrained, locate_tokenizer
 
+_PLACES = ("_file", "_path", "_config")
+"""How the settings of a tokenizer end that say where it lies."""
 NUMBERS = "numbers"
 """The name of `number_tokenizer`."""
 
@@ -88,12 +90,15 @@ def probe_word(tokenizer: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits of everything that decides which tokens a text becomes."""
+    """16 hex digits of everything that decides which tokens a text or a chat becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        settings: Any = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer("a b").input_ids]
+        given = {key: value for key, value in tokenizer.init_kwargs.items() if not key.endswith(_PLACES)}
+        settings: Any = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer("a b").input_ids, given]
     else:
         settings = json.loads(backend.to_str())
         # Calls change truncation and padding, and the decoder only decides how tokens become text.
         settings.update(truncation=None, padding=None, decoder=None)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    how = [getattr(tokenizer, name, None) for name in ("chat_template", "split_special_tokens")]
+    text = json.dumps([settings, how], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,8 +1,9 @@
-"""Which model this is: a digest of its weights."""
+"""Which model this is: a digest of its weights, and of what else its function depends on."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,23 @@ ORIGINAL = "original_module"
 """Peft's name of a module that an adapter replaces."""
 
 
+_NO_FUNCTION = {
+    "_name_or_path", "architectures", "attn_implementation", "auto_map", "dtype", "experts_implementation",
+    "initializer_range", "output_attentions", "output_hidden_states", "return_dict", "torch_dtype",
+    "transformers_version", "unk_token_id", "use_cache",
+}  # fmt: skip
+"""Values of a config that change no output, or that tensors say better."""
+_NO_ADAPTER_FUNCTION = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
+}  # fmt: skip
+
+
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits of the names, types, shapes and values of all parameters and saved buffers.
+    """16 hex digits of all parameters and saved buffers, and of what else the function depends on.
+
+    Names, types, shapes and values of tensors enter; the class of every module; and the configs of the
+    model and of its adapters, but for values that change no output. Where the model has no config, it is
+    what every module prints of itself: the epsilon of a norm, the stride of a convolution.
 
     Values enter as position-weighted sums of their bits, `sum_i (2i + 1) v_i` modulo 2^64 in blocks of
     65,536 (float64 as two values): exact, the same on every device, and different when any one value changes
@@ -31,7 +47,29 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, tensor in _saved_tensors(model):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(_checksums(tensor.detach()).numpy().astype("<i8").tobytes())
+    config = getattr(model, "config", None)
+    modules = [
+        [name, type(one).__qualname__, one.extra_repr() if config is None else ""]
+        for name, one in model.named_modules()
+    ]
+    settings = [modules, _settings(config, _NO_FUNCTION)]
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        settings.append([name, _settings(adapter, _NO_ADAPTER_FUNCTION)])
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _settings(config: Any, without: set[str]) -> Any:
+    """A config, or a value in one, as JSON that is equal for equal settings."""
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if isinstance(config, Mapping):
+        return {str(key): _settings(value, without) for key, value in config.items() if key not in without}
+    if isinstance(config, set | frozenset):
+        return sorted(map(str, config))
+    if isinstance(config, list | tuple):
+        return [_settings(value, without) for value in config]
+    return f"{config:.6g}" if isinstance(config, float) else config  # GGUF files hold float32
 
 
 def is_replaced(model: nn.Module, name: str) -> bool:

@@ -1,5 +1,7 @@
 """Provenance: what a run was made of. It is described, compared with that of other runs, and rebuilt from."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -87,10 +89,12 @@ class LossSource(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(Source):
-    """Examples. Of queries also their loss, how they were grouped, and how stored gradients were made."""
+    """Examples, with a digest of their ids. Of queries also their loss, how they were grouped, and how
+    stored gradients were made."""
 
     split: str | None = None
     rows: int | None = None
+    ids: str | None = None
     loss: LossSource | None = None
     groups: str | None = None
     groups_fingerprint: str | None = None
@@ -246,11 +250,22 @@ def describe(subject: Subject, data: Data, transform: Transform | None) -> Prove
     return Provenance(
         version=gradfn.__version__,
         model=ModelSource(fingerprint=model_fingerprint(subject.model)),
-        data=DataSource(fingerprint=None if fingerprint is None else fingerprint(), rows=len(data)),
+        data=DataSource(
+            fingerprint=None if fingerprint is None else fingerprint(), rows=len(data), ids=ids_digest(data)
+        ),
         loss=loss_source(subject.loss),
         layers=subject.view.settings(),
         transform=chain(transform or chain()).settings(),
     )
+
+
+def ids_digest(data: Data) -> str | None:
+    """16 hex digits of the names of rows; None where they have none.
+
+    >>> ids_digest([])
+    """
+    ids = getattr(data, "ids", None)
+    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16] if ids else None
 
 
 def loss_source(loss: LossFn) -> LossSource:

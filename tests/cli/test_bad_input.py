@@ -61,7 +61,7 @@ def data(tmp_path):
         ([], "give one of --query .* and --query-path"),
         (["--query-path", "x", "--completion", "y"], "--completion follows a text"),
         (["--query", "q.csv", "--completion", "y"], "--completion follows a text"),
-        (["--query", ""], "--query is empty: give a text in quotes, or a dataset"),
+        (["--query", ""], "--query is empty: give a value, or leave it out"),
         (["--query", " \n "], "--query is empty"),
         (["--query", "a\udcff b"], "not valid UTF-8"),
         (["--query", "missing.jsonl"], rf"no dataset 'missing.jsonl': {HUB}"),

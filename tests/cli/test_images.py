@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import shutil
-from io import BytesIO
+from io import BytesIO, StringIO
 
 import datasets
 import h5py
@@ -219,6 +219,52 @@ def test_images_are_the_same_from_files_folders_and_bytes(place):
     assert images(place, "bytes.parquet").texts[5] == "image 5 → dog"
     named = images(place, "named.jsonl", image_column="photo", label_column="kind")
     assert named.fingerprint() == first.fingerprint()
+
+
+def test_an_image_that_is_replaced_during_a_run(place, tmp_path):
+    copy = shutil.copytree(place, tmp_path / "copy")
+    rows = images(copy, "train.jsonl")
+    before = rows[3]["pixel_values"]
+    shutil.copy(copy / "pets/cat/0.png", copy / "pets/cat/3.png")
+    with pytest.raises(
+        gf.InputError, match=r"image of row 3 \(3.png\) was replaced while it was in use: run"
+    ):
+        rows[3]
+    assert not torch.equal(images(copy, "train.jsonl")[3]["pixel_values"], before)
+    assert images(copy, "train.jsonl").fingerprint() != rows.fingerprint()
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_postscript_is_no_image_whatever_its_name(place, tmp_path):
+    copy = shutil.copytree(place, tmp_path / "copy")
+    (copy / "pets/cat/0.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(gf.InputError, match=r"row 0 \(0.png\) cannot be made into pixels \(cannot identify"):
+        images(copy, "train.jsonl")
+
+
+def test_a_processor_with_code_of_its_own(command, place, tmp_path, monkeypatch):
+    copy = shutil.copytree(place, tmp_path / "copy")
+    config = copy / "vit/preprocessor_config.json"
+    made = json.loads(config.read_text())
+    made = {key: value for key, value in made.items() if "image_processor" not in key}
+    auto = {"AutoImageProcessor": ["mine.Mine", None], "AutoProcessor": "mine.Mine"}
+    config.write_text(json.dumps({**made, "image_processor_type": "Mine", "auto_map": auto}))
+    (copy / "vit/mine.py").write_text(
+        "import pathlib\nimport transformers\n"
+        f"pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "class Mine(transformers.ViTImageProcessorPil):\n    pass\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", StringIO("y\n" * 9))
+    ask = ("build", tmp_path / "run", "--model", copy / "vit", "--dataset", copy / "train.jsonl", *TASK)
+    result = command(*ask)
+    assert result.status == 2
+    assert "comes with code of its own: read it, then give --trust-remote-code" in result.err
+    assert not (tmp_path / "ran").exists()
+    command(*ask, "--trust-remote-code")
+    assert (tmp_path / "ran").exists()
 
 
 def test_pixels_are_what_the_processor_says(place):

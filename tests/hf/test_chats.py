@@ -1,9 +1,12 @@
 import copy
 
 import datasets
+import pyarrow.parquet
+import pytest
 from hf_rows import said, write
 
 from gradfn.data import make_documents
+from gradfn.errors import InputError
 from gradfn.hf import (
     load_rows,
     tokenize,
@@ -33,3 +36,52 @@ def test_chats_whose_messages_differ_in_keys(tmp_path, tokenizers):
         assert docs.texts == [tokenizer.apply_chat_template(chat, tokenize=False) for chat in rows]
         given = with_weights(docs, load_rows(path), reward_column="reward", messages_column="messages")
         assert given.extras["weight"].tolist() == [0.0] * len(rows)
+
+
+def test_keys_that_a_table_fills_with_null_change_no_tokens(tmp_path, tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["bos"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}{% if m.name is defined %} {{ m.name }}{% endif %}"
+        "{% for c in m.tools or [] %}{% for k, v in c.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}]"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    named = {"role": "user", "content": "p", "name": "Bob", "tools": [{"a": 1}, {"b": 2}]}
+    chats = [said("p", "x"), [named, said("", "y")[1]]]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    prints = set()
+    for kind in ("jsonl", "parquet"):
+        path = tmp_path / f"rows.{kind}"
+        if kind == "jsonl":
+            write(kind, tmp_path, [{"messages": chat} for chat in chats])
+        else:
+            table = pyarrow.table({"messages": chats})
+            assert table["messages"].to_pylist()[0][0]["name"] is None
+            pyarrow.parquet.write_table(table, path)
+        docs = tokenize(load_rows(path), tokenizer, messages_column="messages")
+        assert docs.texts == texts
+        prints.add(docs.fingerprint())
+    assert len(prints) == 1
+
+
+def test_prompts_and_completions_of_messages(tmp_path, tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["bos"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    chats = [said("p", "x"), said("what is it?", "a long answer")]
+    rows = [{"prompt": chat[:-1], "completion": chat[-1:], "reward": 1.0} for chat in chats]
+    rows[1]["prompt"][0]["name"] = "Bob"
+    path = write("jsonl", tmp_path, rows)
+    columns = {"prompt_column": "prompt", "completion_column": "completion"}
+    docs = tokenize(load_rows(path), tokenizer, **columns)
+    whole = write("jsonl", tmp_path, [{"messages": chat} for chat in chats])
+    want = tokenize(load_rows(whole), tokenizer, messages_column="messages")
+    assert docs.fingerprint() == want.fingerprint()
+    assert docs.texts == ["[user]p[assistant]x", "[user]what is it?[assistant]a long answer"]
+    path = write("jsonl", tmp_path, rows)
+    weights = with_weights(docs, load_rows(path), reward_column="reward", prompt_column="prompt")
+    assert weights.extras["weight"].tolist() == [0.0, 0.0]
+    bare = copy.deepcopy(tokenizers["bos"])
+    with pytest.raises(InputError, match="chats need a tokenizer with a chat template"):
+        tokenize(load_rows(path), bare, **columns)

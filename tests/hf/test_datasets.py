@@ -244,7 +244,7 @@ def test_a_broken_saved_dataset(tmp_path):
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "a.xyz").write_text("text")
     with pytest.raises(
-        InputError, match=r"expected one of .jsonl, .json, .csv, .parquet, .arrow, .txt, or a folder"
+        InputError, match=r"one of .jsonl, .ndjson, .json, .csv, .parquet, .arrow, .txt, .* or a folder"
     ):
         load_rows(tmp_path / "a.xyz")
 

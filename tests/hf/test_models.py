@@ -308,3 +308,105 @@ def test_an_adapter_among_the_weights_of_a_model_is_refused(tmp_path):
     words = "holds an adapter and also the weights model.safetensors, so it is ambiguous: move the adapter"
     with pytest.raises(InputError, match=words):
         load_model(folder, "classification")
+
+
+def changed(folder, file, **values):
+    """The fingerprint of the model in a folder after values in a file of it have changed."""
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**settings, **values}))
+    return model_fingerprint(load_model(folder))
+
+
+def test_what_a_config_says_beside_the_weights_is_in_the_fingerprint(copy, llama_folder, tmp_path):
+    llama = shutil.copytree(llama_folder, tmp_path / "llama_copy")
+    before = model_fingerprint(load_model(copy)), model_fingerprint(load_model(llama))
+    rope = {"rope_theta": 9, "rope_type": "default"}
+    other = [
+        changed(copy, "config.json", num_attention_heads=1),
+        changed(copy, "config.json", num_attention_heads=2, hidden_act="relu"),
+        changed(copy, "config.json", hidden_act="gelu", layer_norm_eps=1e-3),
+        changed(llama, "config.json", rms_norm_eps=1e-3),
+        changed(llama, "config.json", rms_norm_eps=1e-6, rope_parameters=rope),
+    ]  # fmt: skip
+    assert len({*before, *other}) == 7
+    same = {
+        "use_cache": False,
+        "transformers_version": "4.0.0",
+        "_name_or_path": "elsewhere",
+        "dtype": "bfloat16",
+    }
+    assert changed(copy, "config.json", layer_norm_eps=1e-5, **same) == before[0]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_what_an_adapter_says_beside_its_weights_is_in_the_fingerprint(neox_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(neox_folder)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["dense"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    before = model_fingerprint(load_model(tmp_path))
+    assert before == model_fingerprint(load_model(tmp_path))
+    assert changed(tmp_path, "adapter_config.json", inference_mode=False, peft_version="0.1") == before
+    assert changed(tmp_path, "adapter_config.json", lora_alpha=200) != before
+    assert changed(tmp_path, "adapter_config.json", lora_alpha=2, use_rslora=True) != before
+
+
+TIED = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "tie_word_embeddings": True}  # fmt: skip
+
+
+def saved(folder, make, config, **values):
+    """A model in a folder, with other values in its config afterwards."""
+    make(config).save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **values}))
+    return folder
+
+
+@pytest.mark.parametrize(("make", "config", "task", "words"), [
+    (transformers.LlamaForSequenceClassification, transformers.LlamaConfig, "causal_lm",
+     "was saved as LlamaForSequenceClassification, not as a LlamaForCausalLM for causal_lm: give a model"),
+    (transformers.LlamaForTokenClassification, transformers.LlamaConfig, "causal_lm", "was saved as LlamaF"),
+    (transformers.LlamaForTokenClassification, transformers.LlamaConfig, "classification", "was saved as "),
+    (transformers.BertForMaskedLM, transformers.BertConfig, "causal_lm", "was saved as BertForMaskedLM, n"),
+    (transformers.BertForTokenClassification, transformers.BertConfig, "masked_lm", "lacks weights of Ber"),
+])  # fmt: skip
+def test_a_model_with_another_head_is_refused(tmp_path, make, config, task, words):
+    with pytest.raises(InputError, match=words):
+        load_model(saved(tmp_path, make, config(**TIED)), task)
+
+
+def test_weights_that_have_no_place_are_refused(tmp_path):
+    llama = transformers.LlamaForCausalLM, transformers.LlamaConfig(**TIED)
+    fewer = saved(tmp_path / "fewer", *llama, num_hidden_layers=1)
+    words = (
+        r"has weights that LlamaForCausalLM has no place for, such as model.layers.1.\S+ \(9 in all\): give a"
+    )
+    with pytest.raises(InputError, match=words):
+        load_model(fewer)
+    head = transformers.LlamaForSequenceClassification, transformers.LlamaConfig(**TIED)
+    with pytest.raises(InputError, match=r"no place for, such as score.weight \(1 in all\)"):
+        load_model(saved(tmp_path / "head", *head, architectures=None))
+
+
+def test_a_body_may_have_a_pooler_that_its_head_does_not_read(tmp_path):
+    made = saved(tmp_path, transformers.BertForPreTraining, transformers.BertConfig(**TIED))
+    assert type(load_model(made, "masked_lm")) is transformers.BertForMaskedLM
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_an_adapter_whose_base_has_code_of_its_own(tmp_path, monkeypatch):
+    folder, _ = adapted(tmp_path, ["classifier"])
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    auto = {"AutoConfig": "mine.Mine", "AutoModelForSequenceClassification": "mine.Model"}
+    text = json.dumps({**config, "model_type": "mine", "auto_map": auto})
+    (tmp_path / "base" / "config.json").write_text(text)
+    (tmp_path / "base" / "mine.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(
+        InputError, match="comes with code of its own: read it, then give trust_remote_code=True"
+    ):
+        load_model(folder, "classification")
+    assert not (tmp_path / "ran").exists()

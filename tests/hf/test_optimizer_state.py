@@ -477,3 +477,24 @@ def test_what_is_no_file_of_state_is_refused(tmp_path, name, content, message):
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_optimizer_state(path.parent if "/" in name else path, nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(("group", "words"), [
+    ({"eps": -1.0}, "has eps -1 for .*, expected 0 or more"),
+    ({"eps": float("nan")}, "has eps nan for .*, expected 0 or more"),
+    ({"betas": (0.9, 1.0)}, "has beta2 1 for .*, expected less than 1"),
+    ({"betas": "0.9,0.999"}, "has betas '0.9,0.999' for .*, expected several"),
+    ({"betas": 0.9}, "has betas 0.9 for .*, expected several"),
+    ({"betas": (0.9,)}, "has no betas for .*, expected a number"),
+    ({"amsgrad": True}, "has no max_exp_avg_sq of .*: save optimizer.state_dict"),
+])  # fmt: skip
+def test_settings_that_no_optimizer_has(tmp_path, group, words):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"][0].update(group)
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=words):
+        load_optimizer_state(tmp_path / "state.pt", model)

@@ -57,3 +57,6 @@ def test_tokenizer_fingerprints(tokenizers, tmp_path):
     assert tokenizer_fingerprint(again) == prints["bos"]
     again.add_tokens(["<new>"])
     assert tokenizer_fingerprint(again) != prints["bos"]
+    prints["new"] = tokenizer_fingerprint(again)
+    again.chat_template = "{{ messages }}"
+    assert tokenizer_fingerprint(again) not in prints.values()

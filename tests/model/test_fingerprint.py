@@ -41,6 +41,8 @@ def naive_fingerprint(model):
         words = np.frombuffer(values.numpy().tobytes(), "<i4").tolist()
         total = sum((2 * place + 1) * word for place, word in enumerate(words)) % 2**64
         digest.update(total.to_bytes(8, "little"))
+    modules = [[name, type(one).__name__, one.extra_repr()] for name, one in model.named_modules()]
+    digest.update(json.dumps([modules, None]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -112,3 +114,17 @@ def test_odd_tensors_have_a_fingerprint(value):
     module = nn.Module()
     module.register_buffer("x", value)
     assert len(model_fingerprint(module)) == 16
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (lambda: nn.LayerNorm(4), lambda: nn.LayerNorm(4, eps=1e-3)),
+    (lambda: nn.Conv1d(2, 2, 3), lambda: nn.Conv1d(2, 2, 3, padding=1)),
+    (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU()), lambda: nn.Sequential(nn.Linear(2, 2), nn.GELU())),
+    (lambda: nn.GELU(), lambda: nn.GELU("tanh")),
+])  # fmt: skip
+def test_what_modules_do_beside_their_weights_enters_the_fingerprint(one, other):
+    prints = []
+    for make in (one, one, other):
+        torch.manual_seed(0)
+        prints.append(model_fingerprint(make()))
+    assert prints[0] == prints[1] != prints[2]

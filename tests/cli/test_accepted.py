@@ -1,0 +1,65 @@
+"""Models that do not go together, columns that are not there, and empty values are refused."""
+
+import pytest
+import torch
+from tiny import DOCUMENTS, QUERIES, make_model, make_tokenizer, save, write_jsonl
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gradfn.cli.commands import ScoreRequest
+from gradfn.cli.request import make
+from gradfn.errors import InputError
+
+
+def wide(seed=0, **sizes):
+    torch.manual_seed(seed)
+    plain = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**plain, **sizes}))
+
+
+@pytest.mark.parametrize(("made", "words"), [
+    (lambda: (make_model("neox"), make_tokenizer()), "is a GPTNeoXForCausalLM"),
+    (lambda: (wide(intermediate_size=32), make_tokenizer()), "differs in model.layers.0.mlp.down_proj"),
+    (lambda: (wide(num_hidden_layers=3), make_tokenizer()), "differs in model.layers.2."),
+    (lambda: (wide(), make_tokenizer(words=["zebra zoo"] * 9)), "has a tokenizer with another vocabulary"),
+])  # fmt: skip
+def test_checkpoints_of_another_model(command, model, corpus, tmp_path, made, words):
+    other = save(tmp_path / "other", *made())
+    result = command("score", "--model", model, "--dataset", corpus, "--query", "Peru is far",
+                     "--checkpoints", f"{model},{other}")  # fmt: skip
+    assert result.status == 2
+    assert words in result.err
+    assert "give checkpoints of the training of one model" in result.err
+
+
+@pytest.mark.parametrize(
+    "rows", [DOCUMENTS, [{"input_ids": [1, 2, 3]}], [{"prompt": "a", "completion": "b"}]]
+)
+def test_a_text_column_that_is_not_there(command, model, corpus, tmp_path, rows):
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    result = command("build", tmp_path / "run", "--model", model, "--dataset", data, "--text-column", "typo")
+    assert result.status == 2
+    assert "no column 'typo' in the dataset" in result.err
+
+
+def test_the_text_column_of_the_rows_is_none_of_the_queries(ok, model, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"body": row["text"]} for row in DOCUMENTS])
+    asked = write_jsonl(tmp_path / "q.jsonl", QUERIES)
+    ok("score", "--model", model, "--dataset", data, "--query", asked, "--text-column", "body")
+
+
+def test_queries_of_a_store_without_the_text_column(command, store, queries):
+    result = command("query", store, "--query", queries, "--text-column", "typo")
+    assert result.status == 2
+    assert "no column 'typo' in the dataset" in result.err
+
+
+@pytest.mark.parametrize(
+    "name", ["reward_column", "method", "dataset", "model", "csv", "hessian_path", "include"]
+)
+def test_empty_values_of_options(name):
+    value = [""] if name == "include" else ""
+    with pytest.raises(
+        InputError, match=rf"--{name.replace('_', '-')} is empty: give a value, or leave it out"
+    ):
+        make(ScoreRequest, {name: value})
