@@ -23,10 +23,11 @@ from gradfn.runs.gradients import GRADIENTS, ends_in_unit_norm, open_gradients
 from gradfn.runs.masks import LOADERS
 from gradfn.runs.provenance import Provenance, rebuild, refuse_mismatch
 from gradfn.runs.scores import stored_scores, stored_shares
+from gradfn.runs.search import searching
 from gradfn.scores import extremes
 from gradfn.store.directory import index_path
 from gradfn.store.reader import Store
-from gradfn.transforms import chain, unit_normalize
+from gradfn.transforms import chain
 from gradfn.transforms.joint import JOINT
 
 
@@ -114,12 +115,9 @@ def _method(loaded: Loaded, store: Store, request: QueryRequest) -> tuple[InnerP
     wanted = {**loaded.settings(), "transform": chain(base).settings()}
     refuse_mismatch(made.without_tail(), wanted, what)
     unit, path = request.gradients.unit_normalize or bool(made.tail), request.curvature.path
-    if path is None:
-        norm = [unit_normalize()] if unit else []
-        return InnerProduct(chain(*norm), chain(base, *norm)), wanted
     dampings = dampings_of(request.curvature)
-    H = curvature_for(path, wanted, dampings)
-    return InnerProduct(chain(), chain(base), H, dampings, "cosine" if unit else "none"), wanted
+    H = None if path is None else curvature_for(path, wanted, dampings)
+    return searching(base, unit, H, dampings), wanted
 
 
 def _ranked(store: Store, queries: Queries, method: InnerProduct, by: By, table: TableOptions) -> Ranked:

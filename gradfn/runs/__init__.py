@@ -6,6 +6,7 @@ from gradfn.runs.masks import load_mask, mask_run, projection_named
 from gradfn.runs.merge import hessian_shard, merge_run
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.scores import score_run
+from gradfn.runs.search import query
 from gradfn.runs.shards import Shard, parse_shard
 from gradfn.store import Store, open_store, open_writer
 
@@ -25,6 +26,7 @@ __all__ = [
     "open_writer",
     "parse_shard",
     "projection_named",
+    "query",
     "reduce",
     "score_run",
 ]
