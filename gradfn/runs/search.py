@@ -45,7 +45,7 @@ def query(
         run: what `build` wrote.
         model: that of the store: a `Subject`, or a module with a subject's `options` as keywords. The view is
             the store's unless it is given.
-        queries: query examples.
+        queries: query examples; their loss, which may be another than the rows', is `query_loss`.
         curvature: fitted behind the store's transform, see `fit` and `load_curvature`.
         damping: of the curvature; for several, scores come for each of them.
         unit_norm: whether scores are cosines; those of a store of unit rows always are.
@@ -53,7 +53,7 @@ def query(
         progress: called with the queries' tokens done.
 
     Raises:
-        InputError: the store is of another model, loss or view, or of a transform that it does not tell.
+        InputError: the store is of another model or view, or of a transform that it does not tell.
 
     >>> import tempfile
     >>> import gradfn as gf
@@ -79,7 +79,10 @@ def query(
         values = torch.cat(list(stored_scores(store, method.against(gradients))))
         dampings = damping_names(method)
         by_damping = values.unflatten(1, (len(dampings), -1)).movedim(1, 0)
-        return Scores(by_damping, query_ids=names_of(queries), dampings=dampings, **_rows(store))
+        asked = describe(subject.for_queries(), queries, None)
+        settings = {**store.settings, "query": asked.to_json()["data"]}
+        names = names_of(queries)
+        return Scores(by_damping, query_ids=names, dampings=dampings, settings=settings, **_rows(store))
 
 
 def searching(
@@ -102,7 +105,8 @@ def searching(
 def _rows(store: Store) -> dict[str, Any]:
     """The names of a store's rows; of tokens, their documents and positions."""
     if "rows/id" in store.header.arrays:
-        return {"row_ids": store.read("rows/id").tolist()}
+        losses = torch.from_numpy(store.read("rows/loss"))
+        return {"row_ids": store.read("rows/id").tolist(), "losses": losses}
     documents, positions = (store.read(f"rows/{name}") for name in ("document", "position"))
     return {
         "row_ids": store.index_array("documents/id")[documents].tolist(),

@@ -66,7 +66,6 @@ def test_a_store_of_something_else_is_refused(model, tmp_path):
     gf.build(tmp_path, model, ROWS)
     for other, options, words in (
         (randomize(language_model("llama"), 1), {}, "model is"),
-        (model, {"loss": gf.causal_lm_loss(model, reduction="sum")}, "loss.reduction is mean there and sum"),
         (model, {"view": gf.View(exclude=["*mlp*"])}, "layers.exclude"),
     ):
         with pytest.raises(InputError, match=words):
