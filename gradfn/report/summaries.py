@@ -61,6 +61,16 @@ def subject_facts(
     return lines
 
 
+def batches_facts(padded: bool) -> Facts:
+    """A note where rows of unequal length do not share a batch.
+
+    >>> batches_facts(True)
+    []
+    """
+    why = "in this model padding changes a row: batches have rows of one length, which is slower"
+    return [] if padded else [("note", why)]
+
+
 def gradients_line(*transforms: Transform) -> str:
     """A chain of transforms in words, its projections as they are spelled.
 
