@@ -27,7 +27,7 @@ from gradfn.report.checks import (
     sample_line,
 )
 from gradfn.report.progress import progress_bar
-from gradfn.report.summaries import batches_facts, device_facts
+from gradfn.report.summaries import batches_facts, coverage_facts, device_facts
 from gradfn.report.tables import facts
 from gradfn.transforms import project
 
@@ -57,7 +57,8 @@ def run_check(request: CheckRequest) -> None:
         errors = () if quantised else equality(engine, pair)
         padded = pads(engine, documents)
     out.print()
-    out.print(coverage_table(coverage(loaded.model, loaded.subject.view, sites=engine.sites)))
+    covered = coverage(loaded.model, loaded.subject.view, sites=engine.sites)
+    out.print(coverage_table(covered))
     out.print()
     equal = equality_facts(errors, len(pair), loaded.precision, loaded.products)
     out.print(facts([*equal, *batches_facts(padded)]))
@@ -66,7 +67,7 @@ def run_check(request: CheckRequest) -> None:
         measured, verdict = _noise(loaded, documents, request)
     out.print(noise_table(measured, documents, loaded.precision))
     out.print()
-    out.print(facts([("advice", verdict)]))
+    out.print(facts([("advice", verdict), *coverage_facts(covered)]))
     if errors and errors[0].error > EQUAL and loaded.precision not in ROUNDED:
         raise SystemExit(1)  # not rounding: the engine is wrong about this model
 

@@ -38,12 +38,14 @@ from gradfn.engine.verify import (
 from gradfn.errors import InputError
 from gradfn.model.layers import Layer
 from gradfn.model.params import params_of
-from gradfn.model.sites import Site, View, blocks_of, find_sites, output_head
+from gradfn.model.sites import Site, View, blocks_of, dropped_matrices, find_sites, output_head
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import Lowered
 from gradfn.transforms.row_sum import sums_rows
 from gradfn.types import Batch, Blocks, Example, LossFn, Params, Rows
 
+DROPPED_SHARE = 0.25
+"""The share of weight matrices that the default view may leave out without a warning."""
 Result = TypeVar("Result")
 MakeContract = Callable[[Site, Layer, int | None], Contract]
 
@@ -367,6 +369,19 @@ def _example(batch: Batch, row: int) -> Example:
     return {key: value[row] for key, value in batch.items()}
 
 
+def _warn_of_dropped(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Warn once of weight matrices that the default view leaves out, if they are many."""
+    dropped = dropped_matrices(model, sites)
+    size, attributed = sum(dropped.values()), sum(site.weight.numel() for site in sites)
+    if size > DROPPED_SHARE * (size + attributed):
+        share, shown = size / (size + attributed), ", ".join([*dropped][:3])
+        warnings.warn(
+            f"{share:.0%} of the weight matrices of {type(model).__name__} are left out, of kinds not "
+            f"known ({shown}{', ...' * (len(dropped) > 3)}): view=View(include=['*']) takes all",
+            stacklevel=3,
+        )
+
+
 def probe_engine(
     model: nn.Module, loss: LossFn, transform: Transform | None = None, *, view: View | None = None
 ) -> Engine:
@@ -399,6 +414,8 @@ def probe_engine(
     """
     view = view or View()
     sites = find_sites(model, view)
+    if not (view.include or view.exclude or hasattr(model, "peft_config")):
+        _warn_of_dropped(model, sites)
     facts = facts_of(model, loss, sites)
     whole = getattr(loss, "with_whole_logits", None)
     if whole is not None and any(site.module is output_head(model) for site in sites):

@@ -433,3 +433,23 @@ def uncovered(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
     """
     covered = {id(parameter) for site in sites for parameter in _parameters(site)}
     return {name: p.numel() for name, p in model.named_parameters() if id(p) not in covered}
+
+
+def dropped_matrices(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
+    """The weight matrices of no known kind that no block covers, with their sizes.
+
+    A table of positions, whose first axis is 1, is none.
+
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.GRU(4, 2))
+    >>> dropped_matrices(net, find_sites(net))
+    {'1.weight_ih_l0': 24, '1.weight_hh_l0': 12}
+    """
+    chosen = {site.path for site in sites}
+    return {
+        site.path: site.weight.numel()
+        for site in all_sites(model)
+        if isinstance(site.layer, BareParameter)
+        and site.path not in chosen
+        and site.weight.ndim > 1
+        and len(site.weight) > 1
+    }
