@@ -3,6 +3,7 @@
 import errno
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
@@ -137,7 +138,9 @@ def _common(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Show the version."
     ),
-) -> None: ...
+) -> None:
+    # The first lines of a command say the same.
+    warnings.filterwarnings("ignore", message=".* of the weight matrices of .* are left out")
 
 
 def torch_threads(number: int) -> None:

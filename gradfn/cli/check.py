@@ -14,6 +14,7 @@ from gradfn.data import Corpus, Documents, collate, make_documents
 from gradfn.engine.check import RANKS, Noise, advice, coverage, equality, noise
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.precision import multiplying
+from gradfn.engine.stream import pads
 from gradfn.errors import InputError
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import context_length
@@ -26,7 +27,7 @@ from gradfn.report.checks import (
     sample_line,
 )
 from gradfn.report.progress import progress_bar
-from gradfn.report.summaries import device_facts
+from gradfn.report.summaries import batches_facts, coverage_facts, device_facts
 from gradfn.report.tables import facts
 from gradfn.transforms import project
 
@@ -54,16 +55,19 @@ def run_check(request: CheckRequest) -> None:
         if quantised:
             engine(collate(pair))
         errors = () if quantised else equality(engine, pair)
+        padded = pads(engine, documents)
     out.print()
-    out.print(coverage_table(coverage(loaded.model, loaded.subject.view, sites=engine.sites)))
+    covered = coverage(loaded.model, loaded.subject.view, sites=engine.sites)
+    out.print(coverage_table(covered))
     out.print()
-    out.print(facts(equality_facts(errors, len(pair), loaded.precision, loaded.products)))
+    equal = equality_facts(errors, len(pair), loaded.precision, loaded.products)
+    out.print(facts([*equal, *batches_facts(padded)]))
     out.print()
     with multiplying("ieee", device):  # the reference's; the subject's is its own
         measured, verdict = _noise(loaded, documents, request)
     out.print(noise_table(measured, documents, loaded.precision))
     out.print()
-    out.print(facts([("advice", verdict)]))
+    out.print(facts([("advice", verdict), *coverage_facts(covered)]))
     if errors and errors[0].error > EQUAL and loaded.precision not in ROUNDED:
         raise SystemExit(1)  # not rounding: the engine is wrong about this model
 

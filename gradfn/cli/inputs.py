@@ -14,7 +14,9 @@ from gradfn import example
 from gradfn.cli.commands import ModelRequest, QueryRequest, ScoreRequest
 from gradfn.cli.options import IMAGES, DataOptions, ModelOptions, check_losses
 from gradfn.data import Corpus
+from gradfn.engine.engine import probe_engine
 from gradfn.engine.precision import Products, multiplying, products_of
+from gradfn.engine.stream import pads
 from gradfn.errors import InputError
 from gradfn.hf.columns import with_weights
 from gradfn.hf.datasets import load_rows
@@ -27,7 +29,7 @@ from gradfn.hf.tokenizers import load_tokenizer
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head
-from gradfn.report.summaries import Facts, subject_facts
+from gradfn.report.summaries import Facts, batches_facts, subject_facts
 from gradfn.runs.provenance import loss_source
 from gradfn.subject import Subject
 from gradfn.types import LossFn
@@ -75,9 +77,12 @@ class Loaded:
 
     def facts(self, train: Corpus, noun: str = "train") -> Facts:
         """What a command says first."""
-        return subject_facts(
+        lines = subject_facts(
             self.name, self.subject, train, noun=noun, numbers=self.reads.numbers, products=self.products
         )
+        with self.multiplying():
+            engine = probe_engine(self.model, self.subject.loss, view=self.subject.view)
+            return [*lines, *batches_facts(pads(engine, train))]
 
     def settings(self) -> dict[str, Any]:
         """What a run records of it."""

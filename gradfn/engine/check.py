@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradfn.data import collate
 from gradfn.engine.engine import Engine
 from gradfn.engine.reference import naive_blocks
-from gradfn.engine.stream import Progress, collect, labelled
+from gradfn.engine.stream import Progress, collect, gather, labelled, lengths_of
 from gradfn.errors import InputError
 from gradfn.model.layers import KINDS
 from gradfn.model.losses import causal_lm_loss
@@ -145,7 +144,9 @@ class BlockError:
 
 
 def equality(engine: Engine, rows: Sequence[Example]) -> tuple[BlockError, ...]:
-    """Compare an engine with the definition, block by block, on rows that it sees as one padded batch.
+    """Compare an engine with the definition, block by block, on a few rows.
+
+    The engine sees them as one padded batch, or where padding changes a row as batches of one length.
 
     The definition is plain autograd of the engine's loss, one unpadded example at a time, and then the
     engine's transform. The error of a block is relative to its norm, or to the rounding of the whole gradient
@@ -176,7 +177,8 @@ def equality(engine: Engine, rows: Sequence[Example]) -> tuple[BlockError, ...]:
             f"{fixed} is quantised, so autograd has no gradient of it: check the model unquantised"
         )
     rows = [labelled(rows, row) for row in range(len(rows))]
-    got = engine(collate(rows)).values
+    together = len(rows) * int(lengths_of(rows).max())
+    got = gather(engine, rows, token_batch_size=together).values
     parts = [engine.transform(naive_blocks(engine.loss, engine.model, [row], engine.view)) for row in rows]
     if not isinstance(got, dict):
         raise InputError("scores have no blocks: check an engine whose transform does not end in dot")

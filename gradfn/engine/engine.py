@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import TypeVar
 
 import torch
@@ -23,20 +23,35 @@ from torch.func import vmap
 
 from gradfn.engine.attention import fast_attention
 from gradfn.engine.contract import Contract, lower_for, no_factors, no_tokens
+from gradfn.engine.journal import as_function
 from gradfn.engine.reference import definition
 from gradfn.engine.tap import Forward, ProbeError, RepeatedCallError, attached, make_slots
-from gradfn.engine.verify import ModelFacts, facts_of, sketch, two_rows, unequal_blocks
+from gradfn.engine.verify import (
+    ModelFacts,
+    drops_tokens,
+    facts_of,
+    rebinds_modules,
+    sketch,
+    two_rows,
+    unequal_blocks,
+)
 from gradfn.errors import InputError
 from gradfn.model.layers import Layer
 from gradfn.model.params import params_of
-from gradfn.model.sites import Site, View, blocks_of, find_sites, output_head
+from gradfn.model.sites import Site, View, blocks_of, dropped_matrices, find_sites, output_head
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import Lowered
 from gradfn.transforms.row_sum import sums_rows
 from gradfn.types import Batch, Blocks, Example, LossFn, Params, Rows
 
+DROPPED_SHARE = 0.25
+"""The share of weight matrices that the default view may leave out without a warning."""
 Result = TypeVar("Result")
 MakeContract = Callable[[Site, Layer, int | None], Contract]
+
+
+class LearnedError(Exception):
+    """The engine learned something about the model, and has to run again."""
 
 
 class _Tentative(Contract):
@@ -68,8 +83,6 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in modules if m.training]
     in_place = [m for m in modules if getattr(m, "inplace", False) is True]
-    # functional_call leaves plain tensors behind in a module that the model contains twice.
-    parameters = [(m, dict(m._parameters)) for m in modules if m._parameters]
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # vmap has no rule for its kernels
@@ -83,8 +96,6 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, own in parameters:
-            module._parameters.update(own)
         for module in in_place:
             module.inplace = True  # pyright: ignore[reportArgumentType]
         for parameter in trainable:
@@ -138,10 +149,27 @@ class Engine:
         with self._ready():
             self._retry(self._verify, batch)
 
+    def _sketching(self) -> "Engine":
+        """The engine that projects the gradients of probed weights to a few numbers."""
+        probes = [site for site in self.sites if site.probed]
+        return replace(self, transform=sketch(), sites=probes, view=View(), _lowered=None)
+
+    def sketch(self, batch: Batch) -> tuple[Float[Tensor, "batch numbers"], Float[Tensor, " batch"]]:
+        """The projected gradients of all probed weights, and the losses: enough to compare rows by."""
+
+        def made(batch: Batch) -> tuple[Blocks, Tensor]:
+            return self._sketching()._probed_blocks(batch)
+
+        with self._ready():
+            self._retry(self._verify, batch)
+            blocks, losses = self._retry(made, batch)
+        parts = [value.flatten(1).to(losses) for value in blocks.values()]
+        return torch.cat([*parts, losses.new_zeros(len(losses), 1)], 1), losses.detach()
+
     @contextmanager
     def _ready(self) -> Iterator[None]:
         self._leave_unprobed()  # another engine may have found more of these
-        with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
+        with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model), as_function(self.model):
             yield
 
     def _retry(self, run: Callable[[Batch], Result], batch: Batch) -> Result:
@@ -149,6 +177,8 @@ class Engine:
         while True:
             try:
                 return run(batch)
+            except LearnedError:
+                pass
             except RepeatedCallError as repeated:
                 self.facts.shared.add(repeated.block)
             except ProbeError as error:
@@ -181,16 +211,30 @@ class Engine:
     def _verify(self, batch: Batch) -> None:
         size, verified = min(2, _size(batch)), self.facts.of(batch)
         probes = [site for site in self.sites if site.probed]
-        if verified.examples >= size or not probes:
+        if verified.examples >= size or (not probes and self.facts.plain is not None):
             return
         pair = two_rows(batch)
+        self._examine(pair)
+        if not probes:
+            return
         verified.calls.clear()
-        probed = replace(self, transform=sketch(), sites=probes, view=View(), _lowered=None, _verifying=True)
+        probed = replace(self._sketching(), _verifying=True)
         found, _ = probed._probed_blocks(pair)
         krons = {name: plan.kron for name, plan in probed.lowered().plans.items()}
         wrong, count = unequal_blocks(found, krons, self.loss, self.model, probes, pair)
         self._unprobe({site.path for site in probes if site.block in wrong})
         verified.examples = count
+
+    def _examine(self, pair: Batch) -> None:
+        """Find out, once, how the loss has to be computed, from plain autograd of one example."""
+        if self.facts.plain is not None:
+            return
+        weights = [site.weight for site in self.sites]
+        self.facts.plain = rebinds_modules(self.loss, self.model, weights, _example(pair, 0))
+        if hasattr(self.loss, "batched"):
+            self.facts.singly |= drops_tokens(self.loss, self.model, pair)
+        else:
+            self.facts.singly |= self.facts.plain
 
     def _differentiate(self, batch: Batch) -> Rows:
         lowered = self.lowered()
@@ -210,6 +254,8 @@ class Engine:
 
     def _probed_blocks(self, batch: Batch) -> tuple[Blocks, Tensor]:
         """The cotangents of the slots of all probed weights, and the losses."""
+        if self.facts.singly and _size(batch) > 1:
+            return self._one_by_one(batch)
         plans = self.lowered().plans
         probed = {site.block for site in self.sites if site.probed}
         tokens = batch["input_ids"].shape[1] if self.view.tokens else None
@@ -231,6 +277,20 @@ class Engine:
         grads = torch.autograd.grad(losses.sum(), list(slots.values()), materialize_grads=True)
         return dict(zip(slots, grads, strict=True)), losses
 
+    def _one_by_one(self, batch: Batch) -> tuple[Blocks, Tensor]:
+        """The same, one row of the batch at a time."""
+        parts = []
+        for row in range(_size(batch)):
+            with as_function(self.model):
+                parts.append(self._probed_blocks({k: v[row : row + 1] for k, v in batch.items()}))
+        plans, (blocks, losses) = self.lowered().plans, zip(*parts, strict=True)
+
+        def join(name: str) -> Tensor:
+            values = [part[name] for part in blocks]
+            return reduce(torch.add, values) if plans[name].reduces else torch.cat(values)
+
+        return {name: join(name) for name in blocks[0]}, torch.cat(losses)
+
     def _losses(self, batch: Batch, slots: Blocks, contract: MakeContract) -> Float[Tensor, " batch"]:
         """The losses of the batch, in one forward pass with a probe behind every attributed layer."""
         size = _size(batch)
@@ -247,6 +307,9 @@ class Engine:
             with probes(slots, size=size), fast_attention():
                 return batched(batch)
         params = params_of(self.model)
+        if self.facts.singly:
+            with probes(slots):
+                return self.loss(params, _example(batch, 0))[None]
 
         def one(slots: Blocks, example: Batch) -> Tensor:
             with probes(slots, mark=next(iter(example.values()))):
@@ -254,23 +317,17 @@ class Engine:
 
         # The one slot of a sum over rows is the same for all examples.
         axes = {name: None if len(slot) != size else 0 for name, slot in slots.items()}
-        if not self.facts.singly:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "There is a performance drop")  # kernels without a rule
-                    return vmap(one, in_dims=(axes, 0))(slots, dict(batch))
-            except torch.OutOfMemoryError:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # kernels without a rule
+                return vmap(one, in_dims=(axes, 0))(slots, dict(batch))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if "modified inplace" in str(error) and not self.facts.copies:
                 raise
-            except RuntimeError as error:
-                if "modified inplace" in str(error) and not self.facts.copies:
-                    raise
-                self.facts.singly = True  # vmap cannot map over the model's code
-        losses = []
-        for row in range(size):
-            own = {n: slot if axes[n] is None else slot[row : row + 1] for n, slot in slots.items()}
-            with probes(own):
-                losses.append(self.loss(params, _example(batch, row)))
-        return torch.stack(losses)
+            self.facts.singly = True  # vmap cannot map over the model's code
+            raise LearnedError from error
 
     def _on_repeat(self, site: Site) -> None:
         if site.block not in self.facts.shared:
@@ -298,7 +355,7 @@ class Engine:
         for site in sites:
             if statistic := plans[site.block].of_factors:
                 raise no_factors(site.path, statistic)
-        blocks = blocks_of(sites, definition(loss, some, batch))
+        blocks = blocks_of(sites, definition(loss, some, batch, self.model, plain=bool(self.facts.plain)))
         return {
             name: plans[name].within(plans[name].kron(G.to(plans[name].dtype))) for name, G in blocks.items()
         }
@@ -310,6 +367,19 @@ def _size(batch: Batch) -> int:
 
 def _example(batch: Batch, row: int) -> Example:
     return {key: value[row] for key, value in batch.items()}
+
+
+def _warn_of_dropped(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Warn once of weight matrices that the default view leaves out, if they are many."""
+    dropped = dropped_matrices(model, sites)
+    size, attributed = sum(dropped.values()), sum(site.weight.numel() for site in sites)
+    if size > DROPPED_SHARE * (size + attributed):
+        share, shown = size / (size + attributed), ", ".join([*dropped][:3])
+        warnings.warn(
+            f"{share:.0%} of the weight matrices of {type(model).__name__} are left out, of kinds not "
+            f"known ({shown}{', ...' * (len(dropped) > 3)}): view=View(include=['*']) takes all",
+            stacklevel=3,
+        )
 
 
 def probe_engine(
@@ -344,6 +414,8 @@ def probe_engine(
     """
     view = view or View()
     sites = find_sites(model, view)
+    if not (view.include or view.exclude or hasattr(model, "peft_config")):
+        _warn_of_dropped(model, sites)
     facts = facts_of(model, loss, sites)
     whole = getattr(loss, "with_whole_logits", None)
     if whole is not None and any(site.module is output_head(model) for site in sites):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
+from gradfn.engine.journal import as_function
 from gradfn.model.sites import View, blocks_of, find_sites
 from gradfn.types import Batch, Blocks, Example, LossFn, Params
 
@@ -39,25 +40,50 @@ def per_example_grads(loss: LossFn, params: Params, batch: Batch, *, chunk_size:
     return vmap(grad(loss), in_dims=(None, 0), chunk_size=chunk_size)(params, dict(batch))
 
 
-def definition(loss: LossFn, params: Params, batch: Batch) -> Params:
-    """`per_example_grads`, or a loop over the examples if `vmap` cannot map over the model's code.
+def definition(
+    loss: LossFn, params: Params, batch: Batch, model: nn.Module, *, plain: bool = False
+) -> Params:
+    """`per_example_grads`, or plain autograd of one example after the other.
+
+    Args:
+        loss, params, batch: see `per_example_grads`.
+        model: whose loss it is.
+        plain: do not try `vmap`. If `vmap` cannot map over the model's code, it is plain autograd as well.
 
     >>> def loss(p, e):
-    ...     return p["w"] * (e["x"] if bool(e["x"] > 0) else 0)
-    >>> definition(loss, {"w": torch.ones(())}, {"x": torch.tensor([3.0, -1.0])})["w"]
+    ...     return p["weight"].sum() * (e["x"] if bool(e["x"] > 0) else 0)
+    >>> batch = {"x": torch.tensor([3.0, -1.0])}
+    >>> definition(loss, {"weight": torch.ones(1, 1)}, batch, nn.Linear(1, 1))["weight"].flatten()
     tensor([3., 0.])
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")  # kernels without a rule
-            return per_example_grads(loss, params, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        pass  # an error of the loss itself is raised again below
+    if not plain:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # kernels without a rule
+                return per_example_grads(loss, params, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            pass  # an error of the loss itself is raised again below
     size = len(next(iter(batch.values())))
-    rows = [grad(loss)(params, {key: value[row] for key, value in batch.items()}) for row in range(size)]
-    return {name: torch.stack([row[name] for row in rows]) for name in params}
+    examples = [{key: value[row] for key, value in batch.items()} for row in range(size)]
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    return _plain_grads(loss, leaves, examples, model)
+
+
+def _plain_grads(
+    loss: Callable[[Params, Example], Tensor], leaves: Params, rows: Sequence[Example], model: nn.Module
+) -> Params:
+    """One `autograd.grad` an example."""
+    made = []
+    for example in rows:
+        with as_function(model):
+            value, inputs = loss(leaves, example), list(leaves.values())
+            if value.requires_grad:
+                made.append(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
+            else:
+                made.append([torch.zeros_like(leaf) for leaf in inputs])
+    return {name: torch.stack(parts) for name, parts in zip(leaves, zip(*made, strict=True), strict=True)}
 
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -87,13 +113,7 @@ def naive_grads(
     tensor([[[3., 4.]]])
     """
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    grads = [
-        torch.autograd.grad(
-            loss(params, example), list(params.values()), allow_unused=True, materialize_grads=True
-        )
-        for example in rows
-    ]
-    return {name: torch.stack(parts) for name, parts in zip(params, zip(*grads, strict=True), strict=True)}
+    return _plain_grads(loss, params, rows, model)
 
 
 def naive_blocks(

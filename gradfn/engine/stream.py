@@ -14,6 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.data import IGNORED, check_rows, collate, offsets_of, plan_batches
+from gradfn.engine.batching import (
+    compared_rows,
+    padding_changes_rows,
+    plan_equal,
+    rope_window,
+    shapes_of,
+)
 from gradfn.engine.cache import CachedRows
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.errors import InputError
@@ -24,6 +31,9 @@ from gradfn.types import Batch, Blocks, Data, Example, Rows
 
 TRIAL_TOKENS = 4
 """Rows that are shorter say nothing of how a model treats positions."""
+
+TRIAL_ROWS = 32
+"""Of rows without tokens, so many are asked for their size before two are compared."""
 
 Progress = Callable[[int], None]
 """Called with the number of tokens done since the last call."""
@@ -106,9 +116,7 @@ def _stream(
     device = next(engine.model.parameters()).device
     lengths = lengths_of(data)[rows.start : rows.stop]
     move = _mover(device)
-    if trial := _short_rows(data, rows, lengths):
-        engine.verify(move(collate([labelled(data, row) for row in trial])))
-    plan = [batch + rows.start for batch in plan_batches(lengths, token_batch_size)]
+    plan = [batch + rows.start for batch in _plan(engine, data, rows, lengths, token_batch_size)]
     computed = _compute(engine, data, plan, move, _overlaps(device), to_host)
     with closing(_one_behind(computed) if to_host and _overlaps(device) else computed) as results:
         for result in results:
@@ -118,6 +126,52 @@ def _stream(
             yield result.numbers, result.rows
             if progress:
                 progress(int(sizes.sum()))
+
+
+def _plan(
+    engine: Engine, data: Data, rows: range, lengths: np.ndarray, token_batch_size: int
+) -> list[np.ndarray]:
+    """Verify the engine, and cut the rows into batches."""
+    if not _pads(engine, data, rows, lengths):
+        shapes = [shapes_of(labelled(data, row)) for row in rows]
+        return plan_equal(shapes, lengths, token_batch_size)
+    return plan_batches(lengths, token_batch_size)
+
+
+def pads(engine: Engine, data: Data) -> bool:
+    """Whether rows of unequal length may share a batch: where padding changes a row, they may not.
+
+    Compares, once for a model and a loss, two rows of the data in one padded batch with each alone.
+
+    Args:
+        engine, data: see `stream`.
+    """
+    return _pads(engine, data, range(len(data)), lengths_of(data))
+
+
+def _pads(engine: Engine, data: Data, rows: range, lengths: np.ndarray) -> bool:
+    move = _mover(next(engine.model.parameters()).device)
+    useful = _useful(data, rows, lengths)
+    shortest = np.flatnonzero(useful)[np.argsort(lengths[useful], kind="stable")[:2]]
+    if len(shortest) == 2:
+        engine.verify(move(collate([labelled(data, rows.start + int(row)) for row in shortest])))
+    if len(lengths) and lengths.max() > max(rope_window(engine.model), lengths.min()):
+        return False
+    sizes = lengths if bool((lengths > 1).any()) else _numbers(data, rows)
+    pair = compared_rows(sizes, useful if sizes is lengths else np.ones(len(sizes), bool))
+    examples = [labelled(data, rows.start + row) for row in pair]
+    if len({shapes_of(example) for example in examples}) < 2:
+        return True
+    enough = bool(sizes[pair[1]] >= 4 * sizes[pair[0]])
+    keys, known = (frozenset(examples[0]), enough), engine.facts.unpadded
+    if keys not in known:
+        known[keys] = padding_changes_rows(engine, examples, move)
+    return not known[keys]
+
+
+def _numbers(data: Data, rows: range) -> np.ndarray:
+    """How many numbers each of the first rows has, where they have no tokens."""
+    return np.array([sum(v.numel() for v in data[row].values()) for row in rows[:TRIAL_ROWS]], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,15 +289,13 @@ def _one_behind(items: Generator[Made]) -> Generator[Made]:
             yield last
 
 
-def _short_rows(data: Data, rows: range, lengths: np.ndarray) -> list[int]:
-    """Two short rows with something to learn from, for the engine to look at first, or none."""
+def _useful(data: Data, rows: range, lengths: np.ndarray) -> np.ndarray:
+    """Which rows have something to learn from: a few tokens, and one to predict."""
     supervised = getattr(data, "supervised", None)
     useful = lengths >= TRIAL_TOKENS
     if supervised is not None:
         useful &= np.asarray(supervised)[rows.start : rows.stop] > 0
-    candidates = np.flatnonzero(useful)
-    shortest = candidates[np.argsort(lengths[candidates], kind="stable")[:2]]
-    return [rows.start + int(row) for row in shortest] if len(shortest) == 2 else []
+    return useful
 
 
 def labelled(data: Data, row: int) -> Example:

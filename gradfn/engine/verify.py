@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.data import IGNORED
+from gradfn.engine.journal import as_function
+from gradfn.errors import InputError
 from gradfn.linalg.kron import Kron
 from gradfn.model.params import params_of
 from gradfn.model.sites import Site
@@ -29,6 +31,9 @@ SKETCH = 8
 """The rows of the random L and R: blocks are compared by at most 8 x 8 numbers."""
 VERIFY_TOKENS = 16
 """The tokens of a long sequence that are enough to compare gradients."""
+
+COPIES = 64
+"""How many copies of a row tell whether experts drop tokens of a large batch."""
 
 
 class Call(NamedTuple):
@@ -95,7 +100,11 @@ class ModelFacts:
         unprobed: blocks whose probes are wrong.
         shared: blocks whose modules are called more than once in a forward pass.
         copies: whether the model writes to what its modules return, so that probes must give it a copy.
-        singly: whether `vmap` cannot map over the model's code.
+        singly: whether a batch is computed one row at a time: `vmap` cannot map over the model's code, or a
+            row depends on the other rows.
+        plain: whether weights without a probe go through plain autograd, because `vmap(grad)` could crash.
+            None: not known yet.
+        unpadded: whether padding changes a row, by the keys of the batches and whether much was compared.
         verified: by the keys of the batches.
     """
 
@@ -103,6 +112,8 @@ class ModelFacts:
     shared: set[str] = field(default_factory=set)
     copies: bool = False
     singly: bool = False
+    plain: bool | None = None
+    unpadded: dict[tuple[frozenset[str], bool], bool] = field(default_factory=dict)
     verified: dict[frozenset[str], Verified] = field(default_factory=dict)
 
     def of(self, batch: Batch) -> Verified:
@@ -169,9 +180,58 @@ def tolerance(weights: Collection[torch.dtype]) -> tuple[float, float]:
     bits = min(torch.finfo(weight).bits for weight in weights)
     if bits != 32:
         return (0.5, 1e-2) if bits < 32 else (1e-6, 1e-10)
+    return (0.1, 1e-3) if _rounds_products() else (2e-3, 1e-5)
+
+
+def rebinds_modules(loss: LossFn, model: nn.Module, weights: Sequence[Tensor], example: Example) -> bool:
+    """Whether a forward pass sets modules or parameters; see `Journal`.
+
+    Raises:
+        InputError: the loss reads one of the weights past its `params`.
+    """
+    own = [weight for weight in weights if weight.is_floating_point()]
+    try:
+        for weight in own:
+            weight.requires_grad_(True)
+        with as_function(model) as journal:
+            value = loss(params_of(model), example)
+        past = torch.autograd.grad(value, own, allow_unused=True) if value.requires_grad else ()
+    finally:
+        for weight in own:
+            weight.requires_grad_(False)
+    if any(grad is not None for grad in past):
+        raise InputError(
+            "the loss reads weights of the model past its `params`, so its gradient would be incomplete: "
+            "call the model with torch.func.functional_call(model, params, ...)"
+        )
+    return journal.rebinds
+
+
+def drops_tokens(loss: Any, model: nn.Module, pair: Batch) -> bool:
+    """Whether rows depend on the other rows: experts of limited capacity drop what a large batch sends them.
+
+    Copies of one row fill the same experts, so they tell.
+    """
+    if not any("expert" in name or "router" in name for name, _ in model.named_modules()):
+        return False
+    copies = {key: torch.cat([value[:1]] * COPIES) for key, value in pair.items()}
+    with torch.no_grad():
+        losses = loss.batched(copies)
+    spread = float(losses.max() - losses.min())
+    return spread > loss_tolerance(model) * (1 + float(losses.abs().max()))
+
+
+def loss_tolerance(model: nn.Module) -> float:
+    """How far rounding may move a loss, relative to one and itself: the root of the weights' precision."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    rounded = torch.float32 in dtypes and _rounds_products()
+    return max([torch.finfo(dtype).eps for dtype in dtypes] + [2.0**-7] * rounded) ** 0.5
+
+
+def _rounds_products() -> bool:
+    """Whether float32 matrices are multiplied in a lower precision."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore
-    rounded = any(getattr(backend, "fp32_precision", "none") not in ("none", "ieee") for backend in backends)
-    return (0.1, 1e-3) if rounded else (2e-3, 1e-5)
+    return any(getattr(backend, "fp32_precision", "none") not in ("none", "ieee") for backend in backends)
 
 
 def unequal_blocks(

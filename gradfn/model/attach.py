@@ -1,6 +1,7 @@
 """How to observe a module where it uses a weight: its input and output there, and a new output in return."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 from unittest.mock import patch
 
@@ -30,6 +31,23 @@ def attach_hook(module: nn.Module, on_use: OnUse) -> Callable[[], None]:
 def attach_channels_first(module: nn.Module, on_use: OnUse) -> Callable[[], None]:
     """Attach to a normalisation over axis 1, and move the features to the end for the probe."""
     return attach_hook(module, lambda name, x, y: on_use(name, x, y.movedim(1, -1)).movedim(-1, 1))
+
+
+def attach_convolution(module: Any, on_use: OnUse) -> Callable[[], None]:
+    """Attach to the convolution inside a subclass, which may pad its input or do more to its output."""
+    name = f"conv{len(module.kernel_size)}d"
+    convolve, forward = getattr(F, name), module.forward
+
+    def tapped(x: Tensor, weight: Tensor, *args: Any, **named: Any) -> Tensor:
+        y = convolve(x, weight, *args, **named)
+        return on_use("weight", x, y) if weight is module.weight else y
+
+    def patched(*args: Any, **named: Any) -> Any:
+        with patch.object(F, name, tapped):
+            return forward(*args, **named)
+
+    module.forward = patched
+    return lambda: delattr(module, "forward")
 
 
 def attach_attention(module: Any, on_use: OnUse) -> Callable[[], None]:
@@ -70,36 +88,70 @@ def attach_attention(module: Any, on_use: OnUse) -> Callable[[], None]:
 def attach_experts(module: Any, on_use: OnUse) -> Callable[[], None]:
     """Attach to transformers' fused experts, and compute the rows of all experts in one tensor."""
 
-    def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    stock = signature(type(module).forward)
+
+    def forward(*args: Any, **named: Any) -> Tensor:
+        hidden, top_k_index, top_k_weights = list(stock.bind(module, *args, **named).arguments.values())[1:]
+        count = module.down_proj.shape[0]
         chosen = top_k_index.flatten()
         tokens = torch.arange(len(hidden), device=hidden.device).repeat_interleave(top_k_index.shape[-1])
-        real = chosen < module.num_experts  # some mixtures mark dropped tokens by one expert more
-        order = chosen.masked_fill(~real, module.num_experts).argsort(stable=True)[: int(real.sum())]
-        experts, tokens, weights = chosen[order], tokens[order], top_k_weights.flatten()[order]
-
-        def apply(name: str, x: Tensor) -> Tensor:
-            weight, bias = module.get_parameter(name), module._parameters.get(f"{name}_bias")
-            parts = []
-            for expert, part in zip(*_runs(experts, x), strict=True):
-                own = weight[expert].T if getattr(module, "is_transposed", False) else weight[expert]
-                parts.append(F.linear(part, own, None if bias is None else bias[expert]))
-            return on_use(name, x, torch.cat(parts), tokens, experts, len(hidden))
-
-        if getattr(module, "has_gate", True):
-            inner = apply("gate_up_proj", hidden[tokens])
-            gate = getattr(module, "_apply_gate", None)
-            if gate is None:
-                first, second = inner.chunk(2, dim=-1)
-                inner = module.act_fn(first) * second  # pyright: ignore[reportCallIssue]
-            else:
-                inner = gate(inner)
-        else:
-            inner = module.act_fn(apply("up_proj", hidden[tokens]))  # pyright: ignore[reportCallIssue]
-        outer = apply("down_proj", inner) * weights[:, None]
-        return torch.zeros_like(hidden).index_add(0, tokens, outer.to(hidden.dtype))
+        real = chosen < count  # some mixtures mark dropped tokens by one expert more
+        order = chosen.masked_fill(~real, count).argsort(stable=True)[: int(real.sum())]
+        weights = top_k_weights.flatten()
+        outer = _apply_experts(
+            module, on_use, hidden[tokens[order]], tokens[order], chosen[order], len(hidden)
+        )
+        outer = outer * weights[order][:, None]
+        total = torch.zeros_like(hidden).index_add(0, tokens[order], outer.to(hidden.dtype))
+        if not hasattr(module, "identity_expert"):
+            return total
+        through = tokens[~real]
+        return total.index_add(0, through, (hidden[through] * weights[~real][:, None]).to(hidden.dtype))
 
     module.forward = forward
     return lambda: delattr(module, "forward")
+
+
+def attach_dense_experts(module: Any, on_use: OnUse) -> Callable[[], None]:
+    """Attach to experts that are all given all tokens, one expert after the other, as in Llama 4."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        count = module.down_proj.shape[0]
+        size = len(hidden) // count
+        experts = torch.arange(count, device=hidden.device).repeat_interleave(size)
+        tokens = torch.arange(size, device=hidden.device).repeat(count)
+        return _apply_experts(module, on_use, hidden, tokens, experts, size)
+
+    module.forward = forward
+    return lambda: delattr(module, "forward")
+
+
+def _apply_experts(
+    module: Any, on_use: OnUse, x: Tensor, tokens: Tensor, experts: Tensor, count: int
+) -> Tensor:
+    """The outputs of experts for rows in the order of their experts; `tokens` of `count` they belong to."""
+
+    def apply(name: str, x: Tensor) -> Tensor:
+        weight, bias = module.get_parameter(name), module._parameters.get(f"{name}_bias")
+        parts = []
+        for expert, part in zip(*_runs(experts, x), strict=True):
+            own = weight[expert].T if is_transposed(module) else weight[expert]
+            parts.append(F.linear(part, own, None if bias is None else bias[expert]))
+        return on_use(name, x, torch.cat(parts), tokens, experts, count)
+
+    if not getattr(module, "has_gate", True):
+        return apply("down_proj", module.act_fn(apply("up_proj", x)))
+    inner = apply("gate_up_proj", x)
+    gate = getattr(module, "_apply_gate", None)
+    if gate is not None:
+        return apply("down_proj", gate(inner))
+    first, second = inner.chunk(2, dim=-1)
+    return apply("down_proj", module.act_fn(first) * second)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weights of experts are stored as `[experts, in, out]`."""
+    return getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
 
 
 def _runs(experts: Tensor, x: Tensor) -> tuple[list[int], Sequence[Tensor]]:

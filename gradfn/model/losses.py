@@ -19,6 +19,8 @@ from gradfn.types import Batch, Example, Params
 Reduction = Literal["mean", "sum"]
 Criterion = Literal["cross_entropy", "log_odds", "margin", "kl"]
 Task = Literal["masked_lm", "seq2seq_lm", "classification", "image_classification", "regression"]
+CAUSAL_TOLERANCE = 1e-5
+"""How far rounding may move the logits of a causal model when a later token changes."""
 READS_ENCODER = re.compile(r"(EncDecAttention|encoder_attn|cross_?att\w*)\.(.*\.)?(k|v|key|value)(_proj)?$")
 """Paths in a decoder whose input is what the encoder gives."""
 
@@ -349,6 +351,45 @@ def head_is_plain(model: nn.Module) -> bool:
     return float((ours - own).abs().max()) <= 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
 
 
+CAUSAL_SETTINGS = {
+    "is_decoder": True,
+    "use_bidirectional_attention": False,
+    "is_causal": True,
+    "causal": True,
+}
+"""What the config of a causal model says, if it says anything."""
+
+
+def refuse_later_tokens(model: nn.Module) -> None:
+    """Refuse a model whose logits depend on later tokens, because the loss would let it read the answer.
+
+    Compares the logits of eight tokens with those of the same tokens but for another last one.
+    """
+    head = output_head(model)
+    count = len(head.weight) if isinstance(head, nn.Linear) else 8  # pyright: ignore[reportArgumentType]
+    ids = torch.linspace(0, count - 1, 8, device=next(model.parameters()).device).long()[None]
+    other = torch.cat([ids[:, :-1], ids[:, 3:4]], 1)
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            own, changed = (model(input_ids=x, use_cache=False).logits[:, :-1] for x in (ids, other))
+    finally:
+        for module in training:
+            module.training = True
+    rounding = max(CAUSAL_TOLERANCE, torch.finfo(own.dtype).eps)
+    if float((own.float() - changed.float()).norm()) <= rounding * float(own.float().norm()):
+        return
+    config: Any = getattr(model, "config", None)
+    wrong = [f"{n}={v}" for n, v in CAUSAL_SETTINGS.items() if getattr(config, n, v) != v]
+    cure = f"set {wrong[0]} in its config, or give" if wrong else "give"
+    raise InputError(
+        f"the logits of {type(model).__name__} depend on later tokens, so it is no causal LM: {cure} another "
+        "task, such as masked_lm"
+    )
+
+
 def causal_lm_loss(
     model: nn.Module,
     reduction: Reduction = "mean",
@@ -378,8 +419,10 @@ def causal_lm_loss(
         `loss(params, example) -> scalar`, with `loss.batched(batch) -> [batch]`.
 
     Raises:
-        InputError: no such reduction or criterion, or options that do not go together.
+        InputError: no such reduction or criterion, options that do not go together, or a model whose logits
+            depend on later tokens.
     """
+    refuse_later_tokens(model)
     fused = criterion == "cross_entropy" and not label_smoothing and head_is_plain(model)
     return CausalLMLoss(model, reduction, fused, criterion, label_smoothing, reference)
 

@@ -16,8 +16,11 @@ from gradfn.model.attach import (
     Attach,
     attach_attention,
     attach_channels_first,
+    attach_convolution,
+    attach_dense_experts,
     attach_experts,
     attach_hook,
+    is_transposed,
 )
 from gradfn.model.convolution import Conv
 from gradfn.model.heads import Heads, heads_of
@@ -98,11 +101,12 @@ def _hf_conv1d(path: str, module: nn.Module) -> list[Site]:
 
 
 def _conv(path: str, module: nn.Module) -> list[Site]:
-    if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not _owns_weight(module):
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or not _owns_weight(module):
         return []
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     fan_in = module.in_channels // module.groups * prod(module.kernel_size)
-    return [Site(path, path, module, Conv(module.out_channels, fan_in, module.bias is not None, module))]
+    layer = Conv(module.out_channels, fan_in, module.bias is not None, module)
+    known = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [Site(path, path, module, layer, attach=attach_hook if known else attach_convolution)]
 
 
 def _embedding(path: str, module: nn.Module) -> list[Site]:
@@ -152,18 +156,22 @@ def _attention(path: str, module: nn.Module) -> list[Site]:
 def _experts(path: str, module: nn.Module) -> list[Site]:
     own = dict(module.named_parameters(recurse=False))
     weights = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in own]
-    fused = "down_proj" in weights and len(weights) == 2 and hasattr(module, "num_experts")
-    routed = "top_k_index" in signature(type(module).forward).parameters
-    if not fused or not routed or any(own[name].ndim != 3 for name in weights):
+    inputs = signature(type(module).forward).parameters
+    routed = bool(inputs.keys() & {"top_k_index", "router_indices"})
+    dense = type(module).__name__ == "Llama4TextExperts"
+    if "down_proj" not in weights or len(weights) != 2 or not (routed or dense):
         return []
-    transposed, sites = getattr(module, "is_transposed", False), []
+    if any(own[name].ndim != 3 for name in weights):
+        return []
+    transposed, sites = is_transposed(module), []
+    attach = attach_dense_experts if dense else attach_experts
     for name in weights:
         count, fan_out, fan_in = own[name].shape
         fan_out, fan_in = (fan_in, fan_out) if transposed else (fan_out, fan_in)
         bias = f"{name}_bias"
         layer = Experts(count * fan_out, fan_in, bias in own, count, transposed)
         where = f"{path}.{name}".lstrip(".")
-        sites.append(Site(where, where, module, layer, name, bias, attach_experts))
+        sites.append(Site(where, where, module, layer, name, bias, attach))
     return sites
 
 
@@ -309,8 +317,7 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
         )
     if not view.biases:
         chosen = [replace(s, layer=replace(s.layer, bias=False), names=s.names[:1]) for s in chosen]
-    _refuse_shared_elsewhere(model, chosen)
-    shared = _share_blocks(chosen)
+    shared = _share_blocks(_with_uses_elsewhere(model, chosen, {id(site.module) for site in found}))
     return _split_heads(model, shared, view.heads) if view.heads else shared
 
 
@@ -319,21 +326,27 @@ def _named(found: Sequence[Site]) -> str:
     return f"the model's layers are {paths}{', ...' if len(found) > 8 else ''}"
 
 
-def _refuse_shared_elsewhere(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Refuse a weight whose gradient is incomplete because a module without a site uses it too."""
-    ours = {id(site.module) for site in sites}
+def _with_uses_elsewhere(model: nn.Module, sites: Sequence[Site], known: set[int]) -> list[Site]:
+    """The sites, without a probe where a module of an unknown kind uses the weight too.
+
+    Raises:
+        InputError: a known module that is not included uses the weight too.
+    """
+    ours, unseen = {id(site.module) for site in sites}, set[int]()
     weights = {id(site.weight): site.path or "root" for site in sites}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if id(parameter) not in weights or id(module) in ours:
+            if id(parameter) not in weights or id(module) in ours or isinstance(module, NotCalled):
                 continue
-            if isinstance(module, NotCalled):
+            if id(module) not in known:
+                unseen.add(id(parameter))
                 continue
             site, other = weights[id(parameter)], f"{path}.{name}"
             raise InputError(
                 f"the weight of {site} is also {other}, which is not among the attributed layers, so its "
                 f"gradient would be incomplete: add {path} to `include`, or {site} to `exclude`"
             )
+    return [replace(site, probed=site.probed and id(site.weight) not in unseen) for site in sites]
 
 
 NotCalled = nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -432,3 +445,23 @@ def uncovered(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
     """
     covered = {id(parameter) for site in sites for parameter in _parameters(site)}
     return {name: p.numel() for name, p in model.named_parameters() if id(p) not in covered}
+
+
+def dropped_matrices(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
+    """The weight matrices of no known kind that no block covers, with their sizes.
+
+    A table of positions, whose first axis is 1, is none.
+
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.GRU(4, 2))
+    >>> dropped_matrices(net, find_sites(net))
+    {'1.weight_ih_l0': 24, '1.weight_hh_l0': 12}
+    """
+    chosen = {site.path for site in sites}
+    return {
+        site.path: site.weight.numel()
+        for site in all_sites(model)
+        if isinstance(site.layer, BareParameter)
+        and site.path not in chosen
+        and site.weight.ndim > 1
+        and len(site.weight) > 1
+    }

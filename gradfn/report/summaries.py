@@ -1,11 +1,13 @@
 """Facts about models, rows and runs, as pairs of a name and a value for `tables.facts`."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from gradfn.data import Corpus
+from gradfn.engine.check import Covered, coverage
 from gradfn.model.losses import CausalLMLoss
 from gradfn.report.words import count
 from gradfn.runs.rows import Summary, layer_summary
@@ -55,12 +57,41 @@ def subject_facts(
         ("model", f"{name} ({layer_summary(model, subject.view)}{head})"),
         (noun, f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"),
     ]
+    lines += coverage_facts(coverage(model, subject.view))
     if numbers:
         lines.append(("note", "the model has no tokenizer: tokens are written as their numbers"))
     if unsupervised := int((train.supervised == 0).sum()):
         rows = count(unsupervised, "row")
         lines.append(("note", f"{rows} with nothing to supervise: zero gradient, zero scores"))
     return lines
+
+
+def coverage_facts(rows: Sequence[Covered]) -> Facts:
+    """A note on what is left out, where less than half of the parameters are attributed.
+
+    >>> coverage_facts(coverage(nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 1))))
+    [('note', "13% of the parameters are attributed, and the rest is embedding 87%: --include '*' takes all")]
+    """
+    rest = [row for row in rows if row.engine is None]
+    whole, size = (sum(row.parameters for row in some) for some in (rows, rest))
+    if 2 * size <= whole or any(row.reason != "left out by default" for row in rest):
+        return []
+    sizes = Counter[str]()
+    for row in rest:
+        sizes[row.kind] += row.parameters
+    named = ", ".join(f"{kind} {part / whole:.0%}" for kind, part in sizes.most_common(3))
+    how = f"{1 - size / whole:.0%} of the parameters are attributed, and the rest is {named}"
+    return [("note", f"{how}: --include '*' takes all")]
+
+
+def batches_facts(padded: bool) -> Facts:
+    """A note where rows of unequal length do not share a batch.
+
+    >>> batches_facts(True)
+    []
+    """
+    why = "in this model padding changes a row: batches have rows of one length, which is slower"
+    return [] if padded else [("note", why)]
 
 
 def gradients_line(*transforms: Transform) -> str:

@@ -101,7 +101,7 @@ def _layered(draw: Draw, make: Callable[[], nn.Module], inputs: Inputs) -> Layer
 
 def _definition(tolerance: float, case: Layered) -> str:
     loss, module = WeightedOutput(case.module), case.module
-    grads = definition(loss, params_of(module), collate(case.rows))
+    grads = definition(loss, params_of(module), collate(case.rows), module)
     got = blocks_of(find_sites(module, EVERYTHING), grads)
     wrong = difference(got, naive_blocks(loss, module, case.rows, EVERYTHING), tolerance)
     return f"vmap(grad) is not a loop of autograd: {wrong}" if wrong else ""

@@ -111,6 +111,8 @@ def test_what_is_shown(ok, base):
     assert "14 linear layers" in " ".join(lines[:2])
     at = next(number for number, line in enumerate(lines) if line.startswith("train"))
     assert lines[at].split() == ["train", "12", "rows,", "238", "tokens"]
+    assert "31% of the parameters are attributed" in lines[at + 1]
+    at = next(number for number, line in enumerate(lines) if line.startswith("method")) - 1
     method = lines[at + 1].split(maxsplit=1)[1]
     assert method.startswith("grad_dot, rademacher:16x16")
     assert lines[at + 3].split() == ["query", "0", "The", "capital", "of", "Peru", "is", "→", "Lima"]

@@ -281,3 +281,18 @@ def test_dense_blocks_of_rows_are_made_a_few_at_a_time(rotated, end, monkeypatch
     assert 1 < max(made) < 7
     for name, G in whole.items():
         assert_blocks_close(parts[name], G, 1e-12)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(x)[0])
+
+
+def test_weight_matrices_that_are_left_out_are_said_with_their_share():
+    with pytest.warns(UserWarning, match=r"91% of the weight matrices of Recurrent are left out.*include"):
+        probe_engine(Recurrent(), lambda params, example: params["out.bias"].sum())
+    probe_engine(Recurrent(), lambda params, example: params["out.bias"].sum(), view=View(include=["*"]))

@@ -3,9 +3,18 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from gradfn.data import collate
 from gradfn.engine.stream import collect
+from gradfn.errors import InputError
 from gradfn.model import losses
 from gradfn.model.losses import (
     CausalLMLoss,
@@ -155,3 +164,29 @@ def test_a_context_shorter_than_the_trial_is_no_obstacle():
         vocab_size=VOCAB, n_positions=4, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
     assert head_is_plain(randomize(transformers.GPT2LMHeadModel(config), 0))
+
+
+@pytest.mark.parametrize(
+    ("make", "setting"),
+    [
+        (lambda sizes: LlamaForCausalLM(LlamaConfig(**sizes, is_causal=False)), "is_causal=True"),
+        (lambda sizes: BertLMHeadModel(BertConfig(**sizes)), "is_decoder=True"),
+        (lambda sizes: Gemma3ForCausalLM(Gemma3TextConfig(
+            **sizes, num_key_value_heads=1, head_dim=8, use_bidirectional_attention=True,
+        )), "use_bidirectional_attention=False"),
+    ],
+)  # fmt: skip
+def test_a_model_that_reads_later_tokens_is_no_causal_lm(make, setting):
+    sizes = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    model = make(sizes).train()
+    with pytest.raises(InputError, match=f"later tokens.*set {setting} in its config"):
+        causal_lm_loss(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_decoder_of_an_encoder_type_is_a_causal_lm():
+    config = BertConfig(vocab_size=40, hidden_size=16, num_attention_heads=2, is_decoder=True)
+    assert causal_lm_loss(BertLMHeadModel(config).eval()).reduction == "mean"
