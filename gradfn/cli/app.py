@@ -110,7 +110,15 @@ def _common(
 def runner(request: type[Request]) -> Callable[[Any], None]:
     """What runs a request; its file is loaded when it does."""
     file, function = COMMANDS[request][1].split(":")
-    return lambda made: getattr(import_module(f"gradfn.cli.{file}"), function)(made)
+
+    def run(made: Any) -> None:
+        try:
+            getattr(import_module(f"gradfn.cli.{file}"), function)(made)
+        except KeyboardInterrupt as stop:  # typer makes status 130 of it, without a word
+            print(f"gradfn: stopped; {stop}" if str(stop) else "gradfn: stopped", file=sys.stderr)
+            raise
+
+    return run
 
 
 def _register() -> None:

@@ -56,7 +56,10 @@ def _check_links(file: h5py.File, header: Header, name: str, spec: ArraySpec) ->
     wanted = {(segment_name(header.kind, *span), name) for span in header.segments}
     if 0 in (header.rows, *spec.shape):
         return
-    links = {(source.file_name, source.dset_name) for source in file[name].virtual_sources()}
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise ValueError(f"{name} is no array")
+    links = {(source.file_name, source.dset_name) for source in dataset.virtual_sources()}
     if links != wanted:
         raise ValueError(f"{name} is of other segments")
 
