@@ -164,6 +164,10 @@ def runner(request: type[Request]) -> Callable[[Any], None]:
             torch_threads(threads)
         QUIET.set(made.quiet)
         SPOKEN.set("nowhere" if made.quiet else "err" if STDOUT in tables else "out")
-        getattr(import_module(f"gradfn.cli.{file}"), function)(made)
+        try:
+            getattr(import_module(f"gradfn.cli.{file}"), function)(made)
+        except KeyboardInterrupt as stop:  # typer makes status 130 of it, without a word
+            print(f"gradfn: stopped; {stop}" if str(stop) else "gradfn: stopped", file=sys.stderr)
+            raise
 
     return run

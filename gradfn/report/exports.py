@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,8 @@ EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "tex
 FURTHER = {"module": ("module", "share"), "head": ("module", "share"),
            "token": ("document", "position", "token")}  # fmt: skip
 """Columns of an export that there are only where scores are told apart so finely."""
+FORMULA, NUMBER = re.compile(r"\s*[=+\-@]"), re.compile(r"[+-]?\d+(\.\d+)?")
+"""Texts that a spreadsheet may run, and those among them that are only numbers."""
 
 
 def export_ranking(rows: Sequence[Row], paths: Mapping[str, Path | None], by: str = "example") -> None:
@@ -70,7 +73,7 @@ def _lines(row: Row) -> list[dict[str, Any]]:
 def _put_csv(rows: Sequence[Row], columns: Sequence[str], file: Any) -> None:
     writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _inert(row.get(name)) for name in columns} for row in rows)
 
 
 def _put_jsonl(rows: Sequence[Row], columns: Sequence[str], file: Any) -> None:
@@ -88,6 +91,16 @@ TEXTS: dict[str, Callable[[Sequence[Row], Sequence[str], Any], None]] = {
 def _write_text(kind: str, rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         TEXTS[kind](rows, columns, file)
+
+
+def _inert(value: Any) -> Any:
+    """A cell of a CSV that no spreadsheet takes for a formula: such texts get an apostrophe before them.
+
+    >>> _inert("=1+1"), _inert("a=b"), _inert("-2"), _inert(-2.5)
+    ("'=1+1", 'a=b', '-2', -2.5)
+    """
+    formula = isinstance(value, str) and FORMULA.match(value) and not NUMBER.fullmatch(value)
+    return f"'{value}" if formula else value
 
 
 def _write_parquet(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:

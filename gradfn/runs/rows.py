@@ -1,6 +1,7 @@
 """The rows of a run directory: which examples or tokens they are, what lies beside them, writing them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,10 @@ from gradfn.types import Blocks, Data, Rows
 
 SEGMENT_BATCHES = 64
 SEGMENT_BYTES = 256 << 20
+SEGMENT_SECONDS = 60.0
+"""What a run that is killed may lose, but for a batch that takes longer."""
+FIRST_TOKENS = 1024
+"""After at least so many it is known how many tokens take as long."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,12 @@ class RunRows:
         spans = [self.span(range(own.start + start, own.start + stop)) for start, stop in plan]
         return [(start, stop) for start, stop in spans if start < stop]
 
+    def split(self, examples: range, tokens: int) -> tuple[range, range]:
+        """The first examples that are at most so many tokens, one at least, and the others."""
+        ends = np.cumsum(self.lengths[examples.start : examples.stop])
+        count = max(1, int(np.searchsorted(ends, tokens, "right")))
+        return examples[:count], examples[count:]
+
     def open(self) -> AbstractContextManager[Writer]:
         """Open the run directory to write the rows, or to resume; see `open_writer`."""
         every = {
@@ -189,7 +200,7 @@ def write_rows(
         rows: what to write, and where.
         scorer_of: gives what makes gradients or scores of examples; not called where a run has all its rows.
         arrays: these as a store holds them.
-        token_batch_size: a segment holds at most 64 batches of so many tokens.
+        token_batch_size: a segment holds at most 64 batches of so many tokens, and what takes a minute.
         progress: called with the tokens done, those first that were there already.
     """
     first, last = rows.span(rows.examples)
@@ -204,17 +215,35 @@ def write_rows(
         row_bytes = _row_bytes(scorer.engine) if isinstance(scorer, EngineScorer) else 0
         slices = rows.slices(row_bytes, token_batch_size)
         missing = [rows.between(*span) for span in writer.missing(slices)]
-        made = [rows.span(examples) for examples in missing]
+        made = sum(stop - start for start, stop in map(rows.span, missing))
         if progress:
             todo = sum(int(rows.lengths[part.start : part.stop].sum()) for part in missing)
             progress(int(rows.lengths[rows.examples.start : rows.examples.stop].sum()) - todo)
-        for examples, (start, stop) in zip(missing, made, strict=True):
-            result = scorer(rows.data, examples, progress=progress)
-            writer.write(start, stop, {**arrays(result.values), **rows.arrays(examples, result)})
+        for examples, result in _timed(rows, scorer, missing, token_batch_size, progress):
+            writer.write(*rows.span(examples), {**arrays(result.values), **rows.arrays(examples, result)})
         path = rows.finish(writer)
-    resumed = last - first - sum(stop - start for start, stop in made)
-    layers = unprobed(scorer)
-    return rows.summary(path, resumed, layers)
+    return rows.summary(path, last - first - made, unprobed(scorer))
+
+
+def _timed(
+    rows: RunRows, scorer: Scorer, missing: Sequence[range], token_batch_size: int, progress: Progress | None
+) -> Iterator[tuple[range, Rows]]:
+    """Results of the missing examples: of an engine, as many at a time as take a minute."""
+    todo, tokens = list(missing), max(token_batch_size, FIRST_TOKENS)
+    while todo:
+        examples, later = todo.pop(0), range(0)
+        if isinstance(scorer, EngineScorer):  # another may do for each part what it does for all
+            examples, later = rows.split(examples, tokens)
+        if later:
+            todo.insert(0, later)
+        start, stop = rows.span(examples)
+        if start == stop:  # documents without a token, by token
+            continue
+        begun = time.monotonic()
+        yield examples, scorer(rows.data, examples, progress=progress)
+        seconds = max(time.monotonic() - begun, 1e-9)
+        done = int(rows.lengths[examples.start : examples.stop].sum())
+        tokens = max(token_batch_size, int(SEGMENT_SECONDS * done / seconds))
 
 
 def _row_bytes(engine: Engine) -> int:

@@ -26,8 +26,8 @@ from gradfn.types import Blocks, Data, Rows
 
 READ_BYTES = 256 << 20
 """What stored rows and their scores take at a time, unless told otherwise."""
-RANKED_BYTES = 16
-"""What a score takes while it is ranked: it is copied once, and compared."""
+RANKED_BYTES = 32
+"""What a score takes: it is summed over blocks, copied once and compared, beside those of the part before."""
 
 
 def score_run(
@@ -138,7 +138,8 @@ def stored_scores(
     names = store.names(GRADIENTS)
     if rows_per_chunk is None:
         queries = scorer(read_gradients(store, 0, 1)).shape[1]  # pyright: ignore[reportAttributeAccessIssue]
-        row_bytes = sum(4 * int(np.prod(store.shape(name)[1:])) for name in names)
+        # The part before is held until the next one is there.
+        row_bytes = sum(2 * 4 * int(np.prod(store.shape(name)[1:])) for name in names)
         rows_per_chunk = max(1, (memory or READ_BYTES) // (row_bytes + RANKED_BYTES * queries))
     for _, _, arrays in store.chunks(names, rows_per_chunk):
         yield scorer(blocks_of(arrays))  # pyright: ignore[reportReturnType]

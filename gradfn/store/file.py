@@ -145,7 +145,7 @@ def _put(file: h5py.File, name: str, array: np.ndarray) -> None:
 
 def put_all(file: h5py.File, header: Header, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a header and arrays into an open file, with the digests of these beside those it has."""
-    digests = {name: sha256(np.ascontiguousarray(array)).hexdigest() for name, array in arrays.items()}
+    digests = {name: sha256(np.ascontiguousarray(array).data).hexdigest() for name, array in arrays.items()}
     _put_header(file, replace(header, digests={**header.digests, **digests}))
     for name, array in arrays.items():
         _put(file, name, array)

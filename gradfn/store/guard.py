@@ -70,6 +70,20 @@ def text_of(file: h5py.File, name: str) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def linked_hard(file: h5py.File, name: str) -> h5py.Dataset:
+    """An array of the file, which no link on the way to it leads out of.
+
+    Raises:
+        ValueError: one does, or it is no array.
+    """
+    if any(not isinstance(file.get(path, getlink=True), h5py.HardLink) for path in _prefixes(name)):
+        raise ValueError(f"{name} lies elsewhere")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise ValueError(f"{name} is no array")
+    return dataset
+
+
 def own_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
     """An array that lies in the file itself, as the header says.
 
@@ -79,10 +93,8 @@ def own_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dt
     Raises:
         ValueError: it is another one, or lies elsewhere.
     """
-    if any(not isinstance(file.get(path, getlink=True), h5py.HardLink) for path in _prefixes(name)):
-        raise ValueError(f"{name} lies elsewhere")
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+    dataset = linked_hard(file, name)
+    if dataset.external or dataset.is_virtual:
         raise ValueError(f"{name} lies elsewhere")
     if (dataset.shape, dataset.dtype) != (shape, dtype):
         raise ValueError(f"{name} is not what the header says")

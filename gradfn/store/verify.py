@@ -11,7 +11,7 @@ from gradfn.errors import InputError, StorageError
 from gradfn.store.arrays import ArraySpec
 from gradfn.store.directory import files_of, segment_name
 from gradfn.store.file import Header, get_header, read_header, reading
-from gradfn.store.guard import check_heaps, own_dataset, refuse_links
+from gradfn.store.guard import check_heaps, linked_hard, own_dataset, refuse_links
 from gradfn.store.reader import Store, steps
 
 PART_BYTES = 1 << 26
@@ -56,7 +56,7 @@ def _check_links(file: h5py.File, header: Header, name: str, spec: ArraySpec) ->
     wanted = {(segment_name(header.kind, *span), name) for span in header.segments}
     if 0 in (header.rows, *spec.shape):
         return
-    links = {(source.file_name, source.dset_name) for source in file[name].virtual_sources()}
+    links = {(one.file_name, one.dset_name) for one in linked_hard(file, name).virtual_sources()}
     if links != wanted:
         raise ValueError(f"{name} is of other segments")
 

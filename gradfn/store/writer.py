@@ -43,6 +43,8 @@ from gradfn.store.verify import check_file
 
 COPIED_KINDS = frozenset({"scores", "basis"})
 COPY_BYTES = 1 << 26
+NOUNS = {"truth": "models", "mask": "blocks"}
+"""What the rows of a kind are, where they are no rows of a dataset."""
 
 Overwrite = bool | Literal["unlike"]
 """Whether to replace what is there: always, never, or where it cannot be resumed."""
@@ -166,6 +168,15 @@ class Writer:
                     f"{shown(b)} here): give `overwrite=True` to replace it, or write to another "
                     "directory"
                 )
+
+    @property
+    def kept(self) -> str:
+        """What a run that is stopped now has, in a sentence."""
+        count = sum(stop - start for start, stop in self.done)
+        if not count:
+            return f"nothing is complete in {self.run}: the same command begins again"
+        noun, all_rows = NOUNS.get(self._header.kind, "rows"), self._span[1] - self._span[0]
+        return f"{count:,} of {all_rows:,} {noun} are kept in {self.run}: the same command does the others"
 
     def missing(self, slices: Iterable[Span]) -> list[Span]:
         """Return the parts of the slices of rows that no complete segment covers.
@@ -291,7 +302,7 @@ def _copied_index(file: h5py.File, joined: "Store", index_arrays: Mapping[str, n
         for start, stop in steps(joined.rows, step):
             rows = joined._stored([name], start, stop)[name]
             dataset[start:stop] = rows
-            digest.update(rows)
+            digest.update(rows.data)
         digests[name] = digest.hexdigest()
     put_all(file, replace(joined.header, segments=(), digests=digests), index_arrays)
 
@@ -373,4 +384,7 @@ def open_writer(
             with disk_errors(run):
                 remove_all(run, kind)
             writer = Writer(run, kind, settings, rows, part, asked)
-        yield writer
+        try:
+            yield writer
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(writer.kept) from stop

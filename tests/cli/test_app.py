@@ -138,7 +138,7 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "jsonl", "parquet", "overwrite", "task", "reference", "label_column", "image_column",
     "messages_column", "reward_column", "advantage_column", "attention", "optimizer_state", "hessian_path",
     "damping", "self", "config", "group_column", "checkpoints", "checkpoint_weights",
-    "target_downweight_components", "labels", "partitions", "shard", "show", "quiet", "threads",
+    "target_downweight_components", "labels", "partitions", "shard", "show", "quiet", "threads", "memory",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 
@@ -203,6 +203,19 @@ def test_token_batch_size_changes_no_result_and_is_not_recorded(ok, store, model
     for name in before:
         np.testing.assert_allclose(values[name], before[name], rtol=1e-4, atol=1e-4)
     assert len(list((tmp_path / "run" / "segments").glob("*.h5"))) == 1
+
+
+def test_ctrl_c_says_what_is_kept(command, model, corpus, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradfn.methods.inner_product.EngineScorer.__call__", stop)
+    result = command("build", tmp_path / "run", "--model", model, "--dataset", corpus)
+    run = tmp_path / "run"
+    assert result.status == 130
+    assert result.err.splitlines()[-1] == (
+        f"gradfn: stopped; nothing is complete in {run}: the same command begins again"
+    )
 
 
 def test_truncation_cuts_what_is_too_long(command, ok, model, tmp_path):

@@ -235,3 +235,15 @@ def test_a_killed_build_resumes_and_gives_the_same_bits(ok, model, corpus, tmp_p
     after = {path.name: path.stat().st_mtime_ns for path in (killed / "segments").iterdir()}
     assert done.items() <= after.items()
     assert all(name.endswith(".h5") for name in after)
+
+
+def test_memory_bounds_what_is_read_at_a_time_and_changes_nothing(
+    command, ok, store, model, corpus, tmp_path
+):
+    ask = ("--query", "The capital of Peru is", "--completion", " Lima")
+    run, base = tmp_path / "run", ("--model", model, "--dataset", corpus)
+    for arguments in (("query", store, *ask), ("score", run, *base, *ask)):
+        told = ok(*arguments)
+        assert ok(*arguments, "--memory", 1).splitlines()[-8:] == told.splitlines()[-8:]
+        for wrong in (0, -1, 10**20):
+            assert "--memory is MiB, 1 or more" in command(*arguments, "--memory", wrong).err

@@ -202,4 +202,4 @@ def test_records_that_this_gradfn_does_not_know(command, tmp_path):
 def test_a_file_is_enough(ok, store):
     assert ok("info", store / "store.h5", "--command") == ok("info", store, "--command")
     with h5py.File(store / "store.h5") as file:
-        assert '"request"' in file.attrs["manifest"]
+        assert b'"request"' in file.attrs["manifest"]

@@ -122,6 +122,19 @@ def test_exports_read_back_as_what_was_written(tmp_path, rows):
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
+@pytest.mark.parametrize(
+    "text", ['=HYPERLINK("http://x")', "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", " -x"]
+)
+def test_a_csv_has_no_formulas(tmp_path, text):
+    paths = {kind: tmp_path / f"t.{kind}" for kind in ("csv", "jsonl")}
+    export_ranking([row(score=-1.5, id=text, text=text, query=text), row(id="-5", text="a=b")], paths)
+    with paths["csv"].open(newline="", encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert {first[name] for name in ("id", "text", "query")} == {f"'{text}"}
+    assert (first["score"], second["id"], second["text"]) == ("-1.5", "-5", "a=b")
+    assert json.loads(paths["jsonl"].read_text().splitlines()[0])["text"] == text
+
+
 def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     old = tmp_path / "t.csv"
     old.write_text("old")

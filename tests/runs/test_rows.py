@@ -39,6 +39,49 @@ def test_long_texts_are_kept_in_part(llama, documents, tmp_path):
         assert store.read("rows/text").tolist() == ["é" * 4096, *documents.texts[1:]]
 
 
+@pytest.mark.parametrize("tokens", [False, True])
+def test_what_takes_longer_than_a_minute_is_cut_and_a_batch_is_not(
+    llama, documents, tmp_path, monkeypatch, tokens
+):
+    def spans(run):
+        gf.build(run, llama, documents, gf.project(4), token_batch_size=10, view=View(tokens=tokens))
+        return sorted(tuple(map(int, p.stem.split("-")[1:])) for p in (run / "segments").glob("*.h5"))
+
+    rows = int(documents.lengths.sum()) if tokens else len(documents)
+    assert spans(tmp_path / "whole") == [(0, rows)]
+    monkeypatch.setattr(runs, "FIRST_TOKENS", 0)
+    monkeypatch.setattr(runs, "SEGMENT_SECONDS", 0.0)
+    cut = spans(tmp_path / "cut")
+    assert len(cut) > 3
+    assert [row for span in cut for row in range(*span)] == list(range(rows))
+    a, b = gradients_of(tmp_path / "whole"), gradients_of(tmp_path / "cut")
+    for block in a:
+        torch.testing.assert_close(a[block], b[block], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_is_stopped_says_what_it_keeps(llama, documents, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SEGMENT_BATCHES", 1)
+
+    def build(stop_after):
+        left = [stop_after]
+
+        def progress(_):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        gf.build(tmp_path, llama, documents, gf.project(4), token_batch_size=10, progress=progress)
+
+    with pytest.raises(
+        KeyboardInterrupt, match=f"nothing is complete in {tmp_path}: the same command begins"
+    ):
+        build(1)
+    with pytest.raises(KeyboardInterrupt, match=f"2 of 8 rows are kept in {tmp_path}: the same command does"):
+        build(3)
+    build(100)
+    assert gf.open_store(tmp_path).rows == 8
+
+
 def test_a_run_resumes_where_it_was_cut(llama, documents, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SEGMENT_BATCHES", 1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -33,7 +33,7 @@ def test_stored_scores_are_scores_on_the_fly(model, documents, tmp_path, transfo
 def test_rows_are_read_a_bounded_part_at_a_time(llama, documents, tmp_path, monkeypatch):
     gf.build(tmp_path / "run", llama, documents, gf.project(4))
     blocks = gf.collect(llama, documents.select([0]), gf.project(4))
-    row = 4 * 16 * len(blocks) + runs.RANKED_BYTES
+    row = 2 * 4 * 16 * len(blocks) + runs.RANKED_BYTES
     monkeypatch.setattr(runs, "READ_BYTES", 2 * row)
     many = {name: block.expand(100, -1, -1) for name, block in blocks.items()}
     with gf.open_store(tmp_path / "run") as store:

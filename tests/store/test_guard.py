@@ -79,6 +79,17 @@ def test_a_group_that_is_a_link_is_not_followed(tmp_path, secret):
     assert "damaged" in refusal(lambda: open_store(tmp_path / "run").read("rows/length"))
 
 
+def test_an_index_that_leads_elsewhere_is_found_and_not_followed(tmp_path, secret):
+    write(tmp_path / "run")
+    with h5py.File(tmp_path / "run/store.h5", "r+") as file:
+        del file["rows/length"]
+        file["rows/length"] = h5py.ExternalLink(str(secret), "/")
+    assert_holds_rows(open_store(tmp_path / "run"))
+    (found,) = (one for one in check_files(tmp_path / "run") if one.wrong)
+    assert found.path == tmp_path / "run/store.h5"
+    assert "it takes data from another file" in found.wrong
+
+
 @pytest.mark.parametrize("name", [
     "segments", "segments/store-0000000000-0000000005.h5", "store.h5", ".store.lock",
 ])  # fmt: skip
