@@ -257,6 +257,12 @@ def _load(path: str, options: ModelOptions, task: str) -> nn.Module:
             f"{path} has no padding token, by which a classifier finds the end of a text: set pad_token_id "
             "in its config.json"
         )
+    size = getattr(config, "vocab_size", None)
+    if task in ("classification", "regression") and size and not 0 <= config.pad_token_id < size:
+        raise InputError(
+            f"the padding token {config.pad_token_id} of {path} is none of its {size:,} tokens: set "
+            "pad_token_id in its config.json to one that texts do not end with"
+        )
     if task == "regression" and config.num_labels != 1:
         raise InputError(
             f"{path} gives {config.num_labels} numbers and a regression one: use --task classification"

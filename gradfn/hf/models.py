@@ -93,6 +93,12 @@ def load_model(
     missing = set(info["missing_keys"])
     if adapter is not None:
         missing = _add_adapter(model, path, place, missing, PRECISIONS[precision])
+    wrong = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+    if wrong:
+        raise InputError(
+            f"{path} has weights that are NaN or infinite, in {wrong[0]} ({len(wrong)} in all), from a "
+            "training that diverged or a precision too low for them: give another checkpoint, or precision"
+        )
     if missing:
         raise InputError(
             f"{path} lacks weights of {type(model).__name__}, such as {min(missing)} ({len(missing)} in "
@@ -163,6 +169,8 @@ def check_device(device: str | torch.device) -> None:
     >>> check_device("cpu")
     """
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("its tensors hold no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
