@@ -13,7 +13,7 @@ from torch import nn
 from gradfn import example
 from gradfn.cli.commands import ModelRequest, QueryRequest, ScoreRequest
 from gradfn.cli.options import IMAGES, DataOptions, ModelOptions, check_losses
-from gradfn.data import Corpus
+from gradfn.data import Corpus, Documents
 from gradfn.engine.precision import Products, multiplying, products_of
 from gradfn.errors import InputError
 from gradfn.hf.columns import with_weights
@@ -23,6 +23,7 @@ from gradfn.hf.locate import has_no_tokenizer
 from gradfn.hf.masking import masking_of
 from gradfn.hf.models import check_device, load_model, say_once
 from gradfn.hf.reader import Reader
+from gradfn.hf.texts import begins_twice
 from gradfn.hf.tokenizers import load_tokenizer
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import causal_lm_loss, model_loss
@@ -75,9 +76,13 @@ class Loaded:
 
     def facts(self, train: Corpus) -> Facts:
         """What a command says first."""
-        return subject_facts(
+        known = subject_facts(
             self.name, self.subject, train, numbers=self.reads.numbers, products=self.products
         )
+        twice = begins_twice(train, self.reads.tokenizer) if isinstance(train, Documents) else 0
+        text = f"{twice:,} of the rows begin with {getattr(self.reads.tokenizer, 'bos_token', '')} twice"
+        note = ("note", f"{text}, once in their text: give --no-special-tokens to add none")
+        return [*known, note] if twice else known
 
     def settings(self) -> dict[str, Any]:
         """What a run records of it."""
@@ -186,7 +191,7 @@ def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | N
     if processor is None:
         tokenizer = load_tokenizer(path, vocabulary=vocabulary, trust_remote_code=trusted)
     masking = _masking(path, tokenizer, seed) if task == "masked_lm" else None
-    reads = Reader(model, task, tokenizer, processor, masking)
+    reads = Reader(model, task, tokenizer, processor, masking, special=not options.no_special_tokens)
     other = None
     if reference is not None:
         other = _load_reference(options, reference, how.get("reference"), reads)

@@ -198,6 +198,7 @@ class ModelOptions:
     attention: Attention | None = option(None, _ATTENTION, shown="what transformers takes")
     device: str = option("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one.", parse=device_named)
     trust_remote_code: bool = option(False, "Run Python code that comes with models, once you have read it.")
+    no_special_tokens: bool = option(False, "Add no special tokens to texts, which have their own.")
     token_batch_size: int = option(4096, "Tokens a batch with padding, or patches; changes no result.")
 
 

@@ -83,8 +83,8 @@ def _check_readable(folder: Path) -> None:
             parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if absent := sorted(part for part in parts if not (folder / part).exists()):
             raise InputError(
-                f"{folder} lacks {absent[0]} ({len(absent)} of {len(parts)} files of weights that {index.name} "
-                "names): fetch the model again"
+                f"{folder} lacks {absent[0]} ({len(absent)} of {len(parts)} files of weights that "
+                f"{index.name} names): fetch the model again"
             )
 
 
