@@ -213,7 +213,7 @@ def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
         kind, other = type(loaded.model).__name__, type(model).__name__
         what = f"is a {other}, and the model a {kind}" if kind != other else f"differs in {differ[0]}"
         raise InputError(f"checkpoint {path} {what}: give checkpoints of the training of one model")
-    own = loaded.reads.tokenizer
+    own: Any = loaded.reads.tokenizer
     reads = own is not None and not loaded.reads.numbers and not has_no_tokenizer(path)
     trusted = options.trust_remote_code
     if reads and load_tokenizer(path, trust_remote_code=trusted).get_vocab() != own.get_vocab():
