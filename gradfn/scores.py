@@ -240,6 +240,10 @@ class Scores:
         tensor([[ 3., -1.]])
         """
         with open_store(run, KIND) as store:
+            if store.header.kind != KIND:
+                raise InputError(
+                    f"{store.path} holds {store.header.kind}, not scores: give a run that score wrote"
+                )
             query_ids, query_texts, dampings = columns_of(store)
 
             def by_damping(name: str) -> Tensor:

@@ -3,7 +3,7 @@
 import atexit
 import gc
 import sys
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 
 from gradfn.cli.app import app, report
 from gradfn.cli.peers import translated
@@ -18,6 +18,9 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not arguments or arguments in [[group.name] for group in app.registered_groups]:
         arguments.append("--help")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed by who started this
+            setattr(sys, name, StringIO())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to stop

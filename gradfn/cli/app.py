@@ -13,8 +13,8 @@ import typer
 import gradfn
 from gradfn.cli.commands import COMMANDS, CURVATURE, TRUTH
 from gradfn.cli.console import SPOKEN, Command, Group
-from gradfn.cli.options import STDOUT
 from gradfn.cli.request import Request, flag, flag_of, slots_of, takes
+from gradfn.cli.values import STDOUT
 from gradfn.errors import InputError, StorageError
 
 GROUPS = {
@@ -81,6 +81,16 @@ FLAGS = {
 }
 """What messages of the library say, and how the command line says it."""
 
+_PATHS = {
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+}
+_CLOSED = {errno.EPIPE, errno.EBADF}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 UsageError: Any = typer.BadParameter.__base__
@@ -92,7 +102,8 @@ def report(error: Exception) -> int:
     from gradfn.report.words import clean
 
     print(f"gradfn: {clean(_sentence(error))}", file=sys.stderr)
-    return 2 if isinstance(error, InputError | UsageError) else 1
+    path = isinstance(error, OSError) and not isinstance(error, StorageError) and error.errno in _PATHS
+    return 2 if path or isinstance(error, InputError | UsageError) else 1
 
 
 def _sentence(error: Exception) -> str:
@@ -102,6 +113,12 @@ def _sentence(error: Exception) -> str:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, InputError | StorageError) or full:
         return _with_flags(str(error.strerror if isinstance(error, OSError) and error.strerror else error))
+    if isinstance(error, OSError) and error.errno in _PATHS:
+        name = str(error.filename)
+        shown = name if len(name) < 80 else f"{name[:60]}..."
+        return f"{shown} cannot be used as a path ({error.strerror}): check it and its permissions"
+    if isinstance(error, OSError) and error.errno in _CLOSED:
+        return f"nothing can be written to the output ({error.strerror}): leave it open, or give --csv FILE"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         return f"out of memory ({str(error) or 'RAM'}): lower --token-batch-size, or --projection-dim"
     return f"{type(error).__name__}: {error} (gradfn's fault: run again with --debug and tell us)"

@@ -27,10 +27,9 @@ from gradfn.cli.options import (
     SubsetOptions,
     TableOptions,
     TrainingOptions,
-    dims,
-    found_projection,
 )
 from gradfn.cli.request import OUTPUT, Request, argument, found, group, option
+from gradfn.cli.values import dims, found_projection
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
 _SCORED = "What gradfn score RUN wrote"

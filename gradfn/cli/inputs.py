@@ -13,7 +13,7 @@ from torch import nn
 from gradfn import example
 from gradfn.cli.commands import ModelRequest, QueryRequest, ScoreRequest
 from gradfn.cli.options import IMAGES, DataOptions, ModelOptions, check_losses
-from gradfn.data import Corpus
+from gradfn.data import Corpus, Documents
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.precision import Products, multiplying, products_of
 from gradfn.engine.stream import pads
@@ -25,6 +25,7 @@ from gradfn.hf.locate import has_no_tokenizer
 from gradfn.hf.masking import masking_of
 from gradfn.hf.models import check_device, load_model, say_once
 from gradfn.hf.reader import Reader
+from gradfn.hf.texts import begins_twice
 from gradfn.hf.tokenizers import load_tokenizer
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import causal_lm_loss, model_loss
@@ -80,6 +81,11 @@ class Loaded:
         lines = subject_facts(
             self.name, self.subject, train, noun=noun, numbers=self.reads.numbers, products=self.products
         )
+        if isinstance(train, Documents) and (twice := begins_twice(train, self.reads.tokenizer)):
+            text = (
+                f"{twice:,} of the rows begin with {self.reads.tokenizer.bos_token} twice, once in their text"
+            )
+            lines.append(("note", f"{text}: give --no-special-tokens to add none"))
         with self.multiplying():
             engine = probe_engine(self.model, self.subject.loss, view=self.subject.view)
             return [*lines, *batches_facts(pads(engine, train))]
@@ -194,7 +200,7 @@ def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | N
     if processor is None:
         tokenizer = load_tokenizer(path, vocabulary=vocabulary, trust_remote_code=trusted)
     masking = _masking(path, tokenizer, seed) if task == "masked_lm" else None
-    reads = Reader(model, task, tokenizer, processor, masking)
+    reads = Reader(model, task, tokenizer, processor, masking, special=not options.no_special_tokens)
     other = None
     if reference is not None:
         other = _load_reference(options, reference, how.get("reference"), reads)
@@ -216,10 +222,11 @@ def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
         kind, other = type(loaded.model).__name__, type(model).__name__
         what = f"is a {other}, and the model a {kind}" if kind != other else f"differs in {differ[0]}"
         raise InputError(f"checkpoint {path} {what}: give checkpoints of the training of one model")
-    own = loaded.reads.tokenizer
+    own: Any = loaded.reads.tokenizer
     reads = own is not None and not loaded.reads.numbers and not has_no_tokenizer(path)
     trusted = options.trust_remote_code
-    if reads and load_tokenizer(path, trust_remote_code=trusted).get_vocab() != own.get_vocab():
+    theirs: Any = load_tokenizer(path, trust_remote_code=trusted) if reads else None
+    if theirs is not None and theirs.get_vocab() != own.get_vocab():
         raise InputError(
             f"checkpoint {path} has a tokenizer of another vocabulary than the model's: give checkpoints of "
             "the training of one model"
@@ -264,6 +271,12 @@ def _load(path: str, options: ModelOptions, task: str) -> nn.Module:
         raise InputError(
             f"{path} has no padding token, by which a classifier finds the end of a text: set pad_token_id "
             "in its config.json"
+        )
+    size = getattr(config, "vocab_size", None)
+    if task in ("classification", "regression") and size and not 0 <= config.pad_token_id < size:
+        raise InputError(
+            f"the padding token {config.pad_token_id} of {path} is none of its {size:,} tokens: set "
+            "pad_token_id in its config.json to one that texts do not end with"
         )
     if task == "regression" and config.num_labels != 1:
         raise InputError(

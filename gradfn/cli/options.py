@@ -1,14 +1,24 @@
 """The options of the command line, in groups that requests hold. Nothing here loads torch before it must."""
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gradfn.cli.request import OUTPUT, found, option
+from gradfn.cli.values import (
+    STDOUT,
+    dampings,
+    device_named,
+    found_method,
+    found_projection,
+    paths,
+    shard,
+    sizes,
+    weights,
+    written,
+)
 from gradfn.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,109 +45,6 @@ IMAGES = "image_classification"
 """The task whose rows are images."""
 COMPONENTS = 1000
 """Directions that TrackStar counts less where no option says how many."""
-
-
-STDOUT = Path("-")
-"""What --csv and --jsonl take for stdout."""
-
-
-def written(path: str) -> str:
-    """A path that is written, absolute; "-" is stdout."""
-    return path if path == str(STDOUT) else os.path.abspath(path)
-
-
-# --- from text to values
-
-
-def device_named(name: str) -> str:
-    """A device; "auto" is a CUDA GPU where there is one, else the CPU."""
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def dampings(text: str) -> Any:
-    """Dampings as they are spelled."""
-    from gradfn.linalg.spectrum import parse_dampings
-
-    return parse_dampings(text)
-
-
-def shard(text: str) -> Any:
-    """A shard as it is spelled."""
-    from gradfn.runs.shards import parse_shard
-
-    return parse_shard(text)
-
-
-def dims(text: str) -> int | tuple[int, int]:
-    """`4096`, or `128x128`.
-
-    Raises:
-        InputError: anything else.
-
-    >>> dims("128x64")
-    (128, 64)
-    """
-    if not (match := re.fullmatch(r"0*([1-9]\d{0,8})(?:x0*([1-9]\d{0,8}))?", text, re.ASCII)):
-        raise InputError(
-            f"--keep {text!r}: give 128x128 for both sides of every block, or 4096 of each flattened"
-        )
-    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
-
-
-def paths(text: str) -> tuple[str, ...]:
-    """Paths with commas between.
-
-    >>> paths("a, b")
-    ('a', 'b')
-    """
-    named = tuple(part.strip() for part in text.split(","))
-    if "" in named:
-        raise InputError(f"--checkpoints {text!r} names none, or an empty one: give them with commas between")
-    return named
-
-
-def weights(text: str) -> tuple[float, ...]:
-    """Finite numbers with commas between."""
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(map(isfinite, numbers)):
-        raise InputError(f"--checkpoint-weights {text} are not numbers: give 0.1,0.05, say")
-    return numbers
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--remove-top {text} are not whole numbers: give 10,20, say") from None
-
-
-def found_method(text: str) -> str:
-    """`FILE.py:NAME` with the path of the file absolute.
-
-    >>> found_method("ekfac")
-    'ekfac'
-    """
-    path, colon, name = text.rpartition(":")
-    return f"{found(path)}:{name}" if colon else text
-
-
-def found_projection(text: str) -> str:
-    """A projection as it is spelled, with the runs that it is read from absolute."""
-    from gradfn.transforms.projection import quoted
-
-    def place(match: re.Match[str]) -> str:
-        path = match[2][1:-1].replace('""', '"') if match[2].startswith('"') else match[2].strip()
-        return match[1] + quoted(found(path)) + match[3]
-
-    return re.sub(r'(selective:|pca:\d+x\d+:)("(?:[^"]|"")*"|[^">]*[^">\s])(\s*)', place, text)
 
 
 # --- what is longer than a line
@@ -207,6 +114,7 @@ class ModelOptions:
     attention: Attention | None = option(None, _ATTENTION, shown="what transformers takes")
     device: str = option("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one.", parse=device_named)
     trust_remote_code: bool = option(False, "Run Python code that comes with models, once you have read it.")
+    no_special_tokens: bool = option(False, "Add no special tokens to texts, which have their own.")
     token_batch_size: int = option(4096, "Tokens a batch with padding, or patches; changes no result.")
     threads: int | None = option(
         None, "Threads of the CPU; 1 is best beside other programs.", shown="all cores"

@@ -245,6 +245,8 @@ def make(request: type[R], given: Given) -> R:
         text = given.get(name)
         if not slot.about.positional and "" in [text, *(text if isinstance(text, list) else [])]:
             raise InputError(f"{flag(name)} is empty: give a value, or leave it out")
+        if isinstance(text, int) and abs(text) >= 2**62:
+            raise InputError(f"{flag(name)} {text} is no number of this machine: give one below {2**62}")
         values.setdefault(slot.owner, {})[slot.field] = slot.value(given.get(name, slot.default))
     kinds = {one.name: one.metadata["group"][0] for one in fields(request) if "group" in one.metadata}
     groups = {name: kind(**values.get(name, {})) for name, kind in kinds.items()}

@@ -394,6 +394,11 @@ def open_truth(run: str | Path) -> Truth:
         InputError: the run is absent, unfinished or damaged.
     """
     with open_store(run, KIND) as store:
+        if store.header.kind != KIND:
+            raise InputError(
+                f"{store.path} holds {store.header.kind}, not losses of retrained models: give a run that "
+                "retrain wrote"
+            )
         return _read(store)
 
 

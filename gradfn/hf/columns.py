@@ -17,6 +17,8 @@ from gradfn.model.losses import advantages
 if TYPE_CHECKING:
     import datasets
 
+MOST_WEIGHT = 1e12
+"""The largest weight of a row; products of two gradients would leave float32 with far larger ones."""
 Weighed = TypeVar("Weighed", bound=Corpus)
 
 
@@ -77,6 +79,11 @@ def with_weights(
         prompts = _prompts(rows, prompt_column, messages_column)
         rewards = _numbers(column_values(rows, reward_column, "reward_column"), reward_column)
         weights = np.array(advantages(rewards.tolist(), prompts), np.float64)
+    for row in np.flatnonzero(np.abs(weights) > MOST_WEIGHT)[:1]:
+        raise InputError(
+            f"row {row} has the weight {weights[row]:g}, and gradients in float32 hold {MOST_WEIGHT:g} at "
+            "most: scale the column down"
+        )
     if isinstance(docs, Pairs):
         inputs = dataclasses.replace(docs.inputs, extras={**docs.extras, "weight": weights})
         return dataclasses.replace(docs, inputs=inputs)

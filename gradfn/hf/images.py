@@ -155,6 +155,11 @@ class _Pixels:
             raise
         except Exception as error:  # whatever is raised here is about this image and this processor
             raise _unreadable(row, name, error) from error
+        if not bool(pixels.isfinite().all()):
+            raise InputError(
+                f"the image processor makes NaN or infinite numbers of row {row} ({name}): mend image_std "
+                "and image_mean in its preprocessor_config.json"
+            )
         if self.shape not in (None, pixels.shape):
             a, b = (" x ".join(map(str, shape)) for shape in (pixels.shape, self.shape))
             raise InputError(

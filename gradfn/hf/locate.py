@@ -3,7 +3,9 @@
 A place is what `from_pretrained` needs: a path or a name on the hub, and options.
 """
 
+import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ Place = tuple[str, dict[str, Any]]
 """The first argument of `from_pretrained`, and further ones."""
 
 ADAPTER = "adapter_config.json"
+_POINTER = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER = (
@@ -40,6 +43,7 @@ def locate_model(path: str | Path) -> Place:
         return _gguf(place)
     if not place.is_dir():
         return _locate_hub("model", path)
+    _check_readable(place)
     if (place / ADAPTER).is_file():
         if own := [*place.glob("model*.safetensors"), *place.glob("pytorch_model*.bin")]:
             raise InputError(
@@ -60,6 +64,28 @@ def locate_model(path: str | Path) -> Place:
         f"folder {path} holds no model: expected config.json with weights in .safetensors, or one .gguf "
         f"file, but it holds {listing(place)}; give the folder that save_pretrained wrote"
     )
+
+
+def _check_readable(folder: Path) -> None:
+    """Refuse files that may not be read, or that stand for weights which were never fetched."""
+    for file in (folder / "config.json", *(one for kind in _WEIGHTS for one in folder.glob(kind))):
+        if file.exists() and not os.access(file, os.R_OK):
+            raise InputError(f"{file} may not be read by this user: change its permissions")
+        if file.exists() and file.stat().st_size < 1024:
+            with file.open("rb") as start:
+                if start.read(len(_POINTER)) == _POINTER:
+                    raise InputError(
+                        f"{file} is a pointer of Git LFS and not the file itself: fetch it with git lfs pull"
+                    )
+    for index in folder.glob("*.index.json"):
+        parts: set[str] = set()
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if absent := sorted(part for part in parts if not (folder / part).exists()):
+            raise InputError(
+                f"{folder} lacks {absent[0]} ({len(absent)} of {len(parts)} files of weights that "
+                f"{index.name} names): fetch the model again"
+            )
 
 
 def locate_tokenizer(path: str | Path) -> Place:
@@ -134,9 +160,17 @@ def locate_base(config: Path) -> Place:
 def _base_of(config: Path) -> str | None:
     """The model that an adapter's config names as its base; None if it names none."""
     try:
-        return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{config} is not JSON ({summary(error)}): save the adapter again") from error
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else settings
+    if base is not None and not isinstance(base, str):
+        raise InputError(
+            f"{config} is no config of an adapter, whose base_model_name_or_path is a text: save it again"
+        )
+    if base and local(base).resolve() == config.parent.resolve():
+        raise InputError(f"{config} names its own folder as its base: give base_model_name_or_path another")
+    return base or None
 
 
 def _gguf(file: Path) -> Place:

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ def load_model(
     missing = set(info["missing_keys"])
     if adapter is not None:
         missing = _add_adapter(model, path, place, missing, PRECISIONS[precision])
+    wrong = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+    if wrong:
+        raise InputError(
+            f"{path} has weights that are NaN or infinite, in {wrong[0]} ({len(wrong)} in all), from a "
+            "training that diverged or a precision too low for them: give another checkpoint, or precision"
+        )
     if missing:
         raise InputError(
             f"{path} lacks weights of {type(model).__name__}, such as {min(missing)} ({len(missing)} in "
@@ -150,6 +157,8 @@ def context_length(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
+    if hasattr(config, "relative_attention_num_buckets"):  # T5 records a length that limits nothing
+        return None
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         length = getattr(config, name, None)
         if isinstance(length, int) and length > 0:
@@ -163,6 +172,8 @@ def check_device(device: str | torch.device) -> None:
     >>> check_device("cpu")
     """
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("its tensors hold no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
@@ -200,8 +211,23 @@ def _add_adapter(
     quantizer = getattr(model, "hf_quantizer", None)
     options = {"dtype": dtype, "hf_quantizer": quantizer, "adapter_kwargs": place[1]}
     info = load_pretrained("adapter", path, model.load_adapter, place[0], **options)
+    # AdaLoRA never saves its rank, which it has from the config.
+    lost = {name for name in info.missing_keys if ".ranknum." not in name}
+    if lost:  # transformers does not know all weights that adapters have, such as DoRA's magnitudes
+        fill = partial(_fill_adapter, model)
+        lost &= load_pretrained("adapter", path, fill, place[0], **place[1])
     copied = {name.replace(f".{ORIGINAL}.", ".") for name in model.state_dict() if is_replaced(model, name)}
-    return (missing - copied) | set(info.missing_keys)
+    return (missing - copied) | lost
+
+
+def _fill_adapter(model: Any, source: str, **hub: Any) -> set[str]:
+    """Load the weights of an adapter as PEFT does; returns what it has none of."""
+    from peft import set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    weights = load_peft_weights(source, device="cpu", **hub)
+    plain = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    return set(set_peft_model_state_dict(model, plain).missing_keys)
 
 
 def _forget_quantization(model: Any) -> None:

@@ -31,6 +31,7 @@ class Reader:
         tokenizer: of texts.
         processor: of images, where the task is about these.
         masking: of `masking_of`, where the task is "masked_lm".
+        special: whether texts get the tokenizer's special tokens.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Reader:
     tokenizer: Any = None
     processor: Any = None
     masking: Mapping[str, Any] | None = None
+    special: bool = True
 
     @property
     def numbers(self) -> bool:
@@ -49,7 +51,8 @@ class Reader:
         if self.processor is not None:
             return {"processor": {"fingerprint": processor_fingerprint(self.processor)}}
         masking = {} if self.masking is None else {"masking": dict(self.masking)}
-        return {"tokenizer": {"fingerprint": tokenizer_fingerprint(self.tokenizer)}, **masking}
+        made = tokenizer_fingerprint(self.tokenizer) + ("" if self.special else ", no special tokens")
+        return {"tokenizer": {"fingerprint": made}, **masking}
 
     def rows(
         self, rows: Any, columns: Columns, *, label_column: str | None = None, truncation: bool = False
@@ -68,9 +71,11 @@ class Reader:
                 model does not have; rows that are too long.
         """
         if self.task == "seq2seq_lm":
+            if not self.special:
+                raise InputError("pairs of inputs and outputs have their special tokens: leave them")
             return self._pairs(rows, columns, truncation)
         fit: Any = {"max_length": context_length(self.model), "truncation": truncation}
-        docs = tokenize(rows, self.tokenizer, **columns, **fit)
+        docs = tokenize(rows, self.tokenizer, **columns, **fit, special_tokens=self.special)
         self._check_tokens(docs)
         docs = self._masked(self._with_types(docs))
         if label_column is None:
@@ -98,7 +103,7 @@ class Reader:
         fit: Any = {"max_length": context_length(self.model), "truncation": truncation}
         match self.task:
             case "causal_lm" | "masked_lm":
-                docs = text_query(self.tokenizer, text, completion, **fit)
+                docs = text_query(self.tokenizer, text, completion, **fit, special_tokens=self.special)
                 self._check_tokens(docs)
                 return self._masked(docs)
             case "seq2seq_lm" if completion is not None:

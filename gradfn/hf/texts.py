@@ -30,6 +30,7 @@ def tokenize(
     messages_column: str | None = None,
     max_length: int | None = None,
     truncation: bool = False,
+    special_tokens: bool = True,
 ) -> Documents:
     """Documents from rows of text, of prompts and completions, of chats, or of token ids.
 
@@ -52,6 +53,7 @@ def tokenize(
         messages_column: the column of chats, lists of messages with `role` and `content`.
         max_length: tokens of a row, at most.
         truncation: cut longer rows instead of refusing them.
+        special_tokens: add those of the tokenizer to texts, and to prompts with their completions.
 
     Raises:
         InputError: a column is missing or holds something else, or a row is too long.
@@ -59,7 +61,8 @@ def tokenize(
     if max_length is not None and max_length < 1:
         raise InputError(f"the length limit must be at least 1 token, got {max_length}")
     if messages_column is None:
-        encode = _choose_encoder(rows, tokenizer, text_column, prompt_column, completion_column)
+        pair = prompt_column, completion_column
+        encode = _choose_encoder(rows, tokenizer, text_column, *pair, special_tokens)
     else:
         encode = chat_encoder(rows, tokenizer, messages_column)
     parts = []
@@ -76,6 +79,7 @@ def text_query(
     *,
     max_length: int | None = None,
     truncation: bool = False,
+    special_tokens: bool = True,
 ) -> Documents:
     """One document from a text, or from a prompt and its completion; tokenised as `tokenize` does.
 
@@ -85,6 +89,7 @@ def text_query(
         completion: what the model said; if it is given, only this part is supervised.
         max_length: tokens of the query, at most.
         truncation: cut a longer query instead of refusing it.
+        special_tokens: see `tokenize`.
 
     Raises:
         InputError: the query has no token to predict, or it is too long.
@@ -94,9 +99,9 @@ def text_query(
             "the query is empty: give a text, in quotes, or a completion that the model produced"
         )
     if completion is None:
-        docs = make_documents(_encode(tokenizer, [text]), texts=[text])
+        docs = make_documents(_encode(tokenizer, [text], special_tokens), texts=[text])
     else:
-        docs = _join_pairs(tokenizer, [text], [completion], ["0"])
+        docs = _join_pairs(tokenizer, [text], [completion], ["0"], special_tokens)
     docs = _fit(docs, 0, max_length, truncation)
     if docs.supervised[0] == 0:
         raise InputError(
@@ -158,6 +163,13 @@ def text_pair(
     return Pairs(*sides)
 
 
+def begins_twice(docs: Documents, tokenizer: Any) -> int:
+    """How many rows begin with the first token of the tokenizer twice: once added, and once in their text."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    starts = docs.offsets[:-1][docs.lengths > 1]
+    return int(((docs.input_ids[starts] == first) & (docs.input_ids[starts + 1] == first)).sum())
+
+
 def check_vocabulary(docs: Documents, size: int) -> None:
     """Refuse tokens, or labels of tokens, that a model does not have.
 
@@ -189,6 +201,7 @@ def _choose_encoder(
     text_column: str,
     prompt_column: str | None,
     completion_column: str | None,
+    special: bool,
 ) -> Encoder:
     """The function that makes documents of a table of rows; columns that do not fit are refused."""
     paired = [column for column in (prompt_column, completion_column) if column is not None]
@@ -212,12 +225,12 @@ def _choose_encoder(
     if paired:
         prompt, completion = paired
         return lambda table, ids: _join_pairs(
-            tokenizer, _texts(table, prompt), _texts(table, completion), ids
+            tokenizer, _texts(table, prompt), _texts(table, completion), ids, special
         )
 
     def documents(table: "pyarrow.Table", ids: list[str]) -> Documents:
         texts = _texts(table, text_column)
-        return make_documents(_encode(tokenizer, texts), ids=ids, texts=texts)
+        return make_documents(_encode(tokenizer, texts, special), ids=ids, texts=texts)
 
     return documents
 
@@ -236,9 +249,16 @@ def _texts(table: "pyarrow.Table", column: str) -> list[str]:
 
 
 def _encode(tokenizer: Any, texts: list[str], special: bool = True) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+    try:
+        return tokenizer(texts, **options)["input_ids"]
+    except BaseException as error:  # a panic of the tokenizer's regular expressions is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"the tokenizer cannot split the texts ({str(error)[:80]}): mend the expressions in its "
+            "tokenizer.json"
+        ) from error
 
 
 def _encode_side(tokenizer: Any, texts: list[str], target: bool) -> list[list[int]]:
@@ -247,9 +267,11 @@ def _encode_side(tokenizer: Any, texts: list[str], target: bool) -> list[list[in
     return tokenizer(**given, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _join_pairs(tokenizer: Any, prompts: list[str], completions: list[str], ids: list[str]) -> Documents:
-    tail = _special_tail(tokenizer)
-    heads = [tokens[: len(tokens) - len(tail)] for tokens in _encode(tokenizer, prompts)]
+def _join_pairs(
+    tokenizer: Any, prompts: list[str], completions: list[str], ids: list[str], special: bool
+) -> Documents:
+    tail = _special_tail(tokenizer) if special else []
+    heads = [tokens[: len(tokens) - len(tail)] for tokens in _encode(tokenizer, prompts, special)]
     bodies = [tokens + tail for tokens in _encode_continuations(tokenizer, completions)]
     pairs = list(zip(heads, bodies, strict=True))
     return make_documents(

@@ -44,6 +44,8 @@ class Damping:
             raise InputError(f"no damping {self.kind!r}: choose {', '.join(get_args(DampingKind))}")
         if not (isfinite(self.value) and self.value >= 0):
             raise InputError(f"a damping must be a number of 0 or more, not {self.value}")
+        if 0 < self.value < 1e-30:
+            raise InputError(f"a damping of {self.value:g} is lost in float32: give 0, or 1e-30 or more")
 
     def __str__(self) -> str:
         return f"{self.value:g}" if self.kind == "relative" else f"{self.kind}:{self.value:g}"

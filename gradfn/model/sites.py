@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
+from gradfn.model.adapters import adapter_parameters
 from gradfn.model.attach import (
     Attach,
     attach_attention,
@@ -231,9 +232,11 @@ def _parameters(site: Site) -> list[Tensor]:
     return [site.weight] if own is None else [site.weight, own]
 
 
-def _is_default(site: Site, head: nn.Module | None, adapters: bool) -> bool:
-    """Whether a site is a weight matrix other than the LM head; in a model with PEFT adapters, an adapter."""
-    return site.layer.by_default and site.module is not head and (not adapters or "lora_" in site.path)
+def _is_default(site: Site, head: nn.Module | None, adapters: set[str]) -> bool:
+    """Whether a site is a weight matrix other than the LM head; with PEFT adapters, what these trained."""
+    if adapters:
+        return not adapters.isdisjoint(site.names)
+    return site.layer.by_default and site.module is not head
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,8 @@ class View:
     """Which weights have a block, and how finely their gradients are split.
 
     The default is all weight matrices (linear layers, convolutions, experts) with their biases, without the
-    LM head, embeddings and norms. In a model with PEFT adapters it is the adapters alone.
+    LM head, embeddings and norms. In a model with PEFT adapters it is all that these have trained, modules
+    and tokens of their own (`modules_to_save`, `trainable_token_indices`) too.
 
     Args:
         include: globs over module paths; a weight of any kind is included if one matches. `["*"]` includes
@@ -299,7 +303,7 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
     """
     view = view or View()
     include, exclude = view.include, view.exclude
-    head, adapters = output_head(model), hasattr(model, "peft_config")
+    head, adapters = output_head(model), adapter_parameters(model)
     found = all_sites(model)
     for name, globs in (("include", include), ("exclude", exclude)):
         if idle := [glob for glob in globs if not any(_matches(site.path, [glob]) for site in found)]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfn.engine.stream import Progress
+from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping, Spectrum
 from gradfn.runs.provenance import DataSource, Provenance, Settings, describe, refuse_mismatch
 from gradfn.statistics import Curvature, mix, mixing_coefficient
@@ -136,8 +137,17 @@ def write_curvature(writer: Writer, curvature: Curvature, beside: Mapping[str, A
 
 
 def open_curvature(run: str | Path) -> Store:
-    """Open what `hessian` or `mix_runs` wrote."""
-    return open_store(run, "hessian")
+    """Open what `hessian` or `mix_runs` wrote.
+
+    Raises:
+        InputError: also where the file holds something else.
+    """
+    store = open_store(run, "hessian")
+    if "fit/kind" not in store.header.arrays:
+        raise InputError(
+            f"{store.path} holds {store.header.kind}, not a curvature: give a run that hessian or mix wrote"
+        )
+    return store
 
 
 def load_curvature(run: str | Path, kind: str = "hessian") -> Curvature:

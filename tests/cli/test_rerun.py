@@ -9,8 +9,8 @@ import pytest
 
 import gradfn as gf
 from gradfn.cli.commands import BuildRequest, ScoreRequest
-from gradfn.cli.options import found_method, found_projection
 from gradfn.cli.request import make
+from gradfn.cli.values import found_method, found_projection
 from gradfn.store import requests_of
 from gradfn.store.writer import open_writer
 
