@@ -226,7 +226,7 @@ def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
     reads = own is not None and not loaded.reads.numbers and not has_no_tokenizer(path)
     trusted = options.trust_remote_code
     theirs: Any = load_tokenizer(path, trust_remote_code=trusted) if reads else None
-    if theirs is not None and theirs.get_vocab() != own.get_vocab():
+    if own is not None and theirs is not None and theirs.get_vocab() != own.get_vocab():
         raise InputError(
             f"checkpoint {path} has a tokenizer of another vocabulary than the model's: give checkpoints of "
             "the training of one model"
