@@ -12,6 +12,7 @@ from gradfn.cli.rerun import recorded_request, spelled
 from gradfn.errors import InputError
 from gradfn.report.runs import contents, part_facts
 from gradfn.report.tables import facts
+from gradfn.store.directory import index_path
 from gradfn.store.reader import Store, open_store
 
 KINDS = ("store", "scores", "hessian", "basis", "mask", "truth")
@@ -25,20 +26,20 @@ def run_info(request: InfoRequest) -> None:
         print(command_line(*recorded_request(request.run)))
         return
     shards = list(part_facts(request.run))
-    stores = list(_stores(request.run, bool(shards)))
+    stores = dict(_stores(request.run, bool(shards)))
     if request.json:
-        files = [_as_json(store) for store in stores]
+        files = [_as_json(*found) for found in stores.items()]
         print(json.dumps({"files": files, "shards": [state for _, state in shards]}, ensure_ascii=False))
         return
     if shards:
         console().print(facts(shards))
-    for store in stores:
+    for path, store in stores.items():
         made = [("command", spelled(store.request))] if store.request else []
-        console().print(facts([("file", str(store.path)), *made, *contents(store)]))
+        console().print(facts([("file", path), *made, *contents(store)]))
 
 
-def _stores(run: str, in_shards: bool) -> Iterator[Store]:
-    """The files of a run, or the one given."""
+def _stores(run: str, in_shards: bool) -> Iterator[tuple[str, Store]]:
+    """The files of a run, or the one given, by their paths as they were given."""
     path = Path(run)
     kinds = [kind for kind in KINDS if path.is_file() or (path / f"{kind}.h5").exists()]
     if in_shards and not kinds:
@@ -46,13 +47,13 @@ def _stores(run: str, in_shards: bool) -> Iterator[Store]:
     # Where there is no index, opening says why: unfinished, absent, or not a run.
     unfinished = [kind for kind in KINDS if any(path.glob(f"segments/{kind}-*"))]
     for kind in kinds[:1] if path.is_file() else kinds or unfinished[:1] or KINDS[:1]:
-        yield open_store(run, kind)
+        yield str(index_path(run, kind)), open_store(run, kind)
 
 
-def _as_json(store: Store) -> dict[str, Any]:
+def _as_json(path: str, store: Store) -> dict[str, Any]:
     """What a file of a run holds, as plain JSON values."""
     return {
-        "file": str(store.path), "kind": store.header.kind, "rows": store.rows,
+        "file": path, "kind": store.header.kind, "rows": store.rows,
         "command": spelled(store.request) if store.request else None, "settings": store.settings,
         "arrays": {name: list(store.shape(name)) for name in store.names()},
     }  # fmt: skip

@@ -43,7 +43,7 @@ def progress_bar(label: str, total: int, unit: str = "tokens") -> Iterator[Calla
         wide = (BarColumn(), done, numbers, TimeElapsedColumn()) if console.width >= WIDE else (done,)
         columns: tuple[ProgressColumn, ...] = (name, *wide, _TimeLeft(pace))
         with Progress(*columns, console=console, transient=True) as bar:
-            task, crowd = bar.add_task(label, total=total), _Crowd()
+            task, crowd = bar.add_task(label, total=total), _Crowd(pace.start)
 
             def advance(done: int) -> None:
                 pace.add(done, now := time.monotonic())
@@ -76,8 +76,8 @@ def crowded(switches: int, seconds: float, threads: int) -> bool:
 class _Crowd:
     """Says once that other programs slow the threads down."""
 
-    def __init__(self) -> None:
-        self.start, self.before, self.told = time.monotonic(), _switches(), False
+    def __init__(self, start: float):
+        self.start, self.before, self.told = start, _switches(), False
 
     def look(self, now: float) -> str | None:
         """What to say, if anything."""
@@ -138,7 +138,7 @@ class _PlainProgress:
 
     def __init__(self, label: str, total: int, unit: str):
         self.label, self.unit, self.pace = label, unit, _Pace(total)
-        self.last, self.crowd = self.pace.start, _Crowd()
+        self.last, self.crowd = self.pace.start, _Crowd(self.pace.start)
 
     def __call__(self, done: int) -> None:
         now, pace = time.monotonic(), self.pace

@@ -137,7 +137,8 @@ def stored_scores(
     """
     names = store.names(GRADIENTS)
     if rows_per_chunk is None:
-        queries = scorer(read_gradients(store, 0, 1)).shape[1]  # pyright: ignore[reportAttributeAccessIssue]
+        zero = {name: np.zeros((1, *store.shape(name)[1:]), np.float32) for name in names}
+        queries = scorer(blocks_of(zero)).shape[1]  # pyright: ignore[reportAttributeAccessIssue]
         # The part before is held until the next one is there.
         row_bytes = sum(2 * 4 * int(np.prod(store.shape(name)[1:])) for name in names)
         rows_per_chunk = max(1, (memory or READ_BYTES) // (row_bytes + RANKED_BYTES * queries))

@@ -21,7 +21,7 @@ def wide(seed=0, **sizes):
     (lambda: (make_model("neox"), make_tokenizer()), "is a GPTNeoXForCausalLM"),
     (lambda: (wide(intermediate_size=32), make_tokenizer()), "differs in model.layers.0.mlp.down_proj"),
     (lambda: (wide(num_hidden_layers=3), make_tokenizer()), "differs in model.layers.2."),
-    (lambda: (wide(), make_tokenizer(words=["zebra zoo"] * 9)), "has a tokenizer with another vocabulary"),
+    (lambda: (wide(), make_tokenizer(words=["zebra zoo"] * 9)), "has a tokenizer of another vocabulary"),
 ])  # fmt: skip
 def test_checkpoints_of_another_model(command, model, corpus, tmp_path, made, words):
     other = save(tmp_path / "other", *made())

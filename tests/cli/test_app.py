@@ -139,6 +139,7 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "messages_column", "reward_column", "advantage_column", "attention", "optimizer_state", "hessian_path",
     "damping", "self", "config", "group_column", "checkpoints", "checkpoint_weights",
     "target_downweight_components", "labels", "partitions", "shard", "show", "quiet", "threads", "memory",
+    "no_biases",
     "trust_remote_code", "no_special_tokens",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}

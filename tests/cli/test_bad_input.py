@@ -191,11 +191,12 @@ def test_queries_that_cannot_be_used(refused, model, neox, corpus, data, tmp_pat
     ask("in --query: row 0 .* has .* tokens", "世" * 250)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite(refused, command, corpus, data, tmp_path, value):
-    model, tokens = make_model(), make_tokenizer()
+def test_a_loss_that_is_not_finite(refused, command, corpus, data, tmp_path):
+    model, tokens = make_model("neox"), make_tokenizer(first=False)
     token = tokens("Oslo", add_special_tokens=False).input_ids[0]
-    model.model.embed_tokens.weight.data[token] = value
+    # The weights are finite, and their differences in the layer norm are not.
+    model.gpt_neox.embed_in.weight.data[token] = 3e38
+    model.gpt_neox.embed_in.weight.data[token, 0] = -3e38
     save(tmp_path / "model", model, tokens)
     refused("in --query: the loss of row 0 is NaN or infinite", "score", "run", "--model", "model",
             "--dataset", corpus, "--query", "Oslo is the capital of Norway")  # fmt: skip

@@ -245,5 +245,16 @@ def test_memory_bounds_what_is_read_at_a_time_and_changes_nothing(
     for arguments in (("query", store, *ask), ("score", run, *base, *ask)):
         told = ok(*arguments)
         assert ok(*arguments, "--memory", 1).splitlines()[-8:] == told.splitlines()[-8:]
-        for wrong in (0, -1, 10**20):
+        for wrong in (0, -1, 1 << 40):
             assert "--memory is MiB, 1 or more" in command(*arguments, "--memory", wrong).err
+
+
+def test_biases_may_be_left_out(ok, folder, neox, corpus, tmp_path):
+    base = ("--model", neox, "--dataset", corpus, "--projection-dim", 0, "--include", "*.dense")
+    ok("build", tmp_path / "all", *base)
+    ok("build", tmp_path / "bare", *base, "--no-biases")
+    whole, bare = gradients_of(tmp_path / "all"), gradients_of(tmp_path / "bare")
+    for name, rows in whole.items():
+        np.testing.assert_allclose(bare[name], rows[..., :-1], rtol=1e-5, atol=1e-7)
+    with gf.open_store(tmp_path / "bare", "store") as store:
+        assert store.settings["layers"]["biases"] is False

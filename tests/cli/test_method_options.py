@@ -148,7 +148,7 @@ def test_a_method_of_your_own(ok, base, neox, queries, problem, tmp_path):
 def test_several_dampings_are_the_columns_of_single_runs(ok, base, fitted, queries, tmp_path):
     ask = (*base, "--query", queries, "--hessian-path", fitted, "--projection-dim", 0)
     dampings = ("0.01", "truncated:0.1", "1")
-    out = ok("score", tmp_path / "all", *ask, "--damping", ", ".join(dampings))
+    out = ok("score", tmp_path / "all", *ask, "--damping", ", ".join(dampings), "--show", 9)
     singles = []
     for number, damping in enumerate(dampings):
         run = tmp_path / str(number)

@@ -166,10 +166,17 @@ def test_exports_are_the_table_that_is_shown(ok, base, tmp_path):
     assert shown == [[r["side"], str(r["rank"]), f"{r['score']:+.4g}", r["id"]] for r in table]
 
 
-def test_a_query_that_nothing_bears_on_has_an_empty_table(ok, model, tmp_path):
-    data = write_jsonl(tmp_path / "d.jsonl", [{"text": ""}, {"text": ""}])
-    out = ok("score", "--model", model, "--dataset", data, *ASK, "--csv", tmp_path / "t.csv")
-    assert "2 rows with nothing to supervise" in out
+def test_a_query_that_nothing_bears_on_has_an_empty_table(ok, command, model, tmp_path):
+    rows = [{"text": "", "weight": 1}, {"text": "Peru is far.", "weight": 0}]
+    data, weights = write_jsonl(tmp_path / "d.jsonl", rows), ("--advantage-column", "weight")
+    out = ok("score", "--model", model, "--dataset", data, *ASK, *weights, "--csv", tmp_path / "t.csv")
+    assert "1 row with nothing to supervise" in out
+    empty = write_jsonl(tmp_path / "e.jsonl", [{"text": ""}, {"text": ""}])
+    for name in ("build", "score"):
+        asked = ASK if name == "score" else ()
+        refused = command(name, tmp_path / name, "--model", model, "--dataset", empty, *asked)
+        assert (refused.status, refused.out, (tmp_path / name).exists()) == (2, "", False)
+        assert "has anything to supervise, so all gradients are zero" in refused.err
     assert (tmp_path / "t.csv").read_text().splitlines() == ["query,side,rank,score,row,id,text"]
 
 
