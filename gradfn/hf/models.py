@@ -214,20 +214,23 @@ def _add_adapter(
     # AdaLoRA never saves its rank, which it has from the config.
     lost = {name for name in info.missing_keys if ".ranknum." not in name}
     if lost:  # transformers does not know all weights that adapters have, such as DoRA's magnitudes
-        fill = partial(_fill_adapter, model)
+        fill = partial(_fill_adapter, model, lost)
         lost &= load_pretrained("adapter", path, fill, place[0], **place[1])
     copied = {name.replace(f".{ORIGINAL}.", ".") for name in model.state_dict() if is_replaced(model, name)}
     return (missing - copied) | lost
 
 
-def _fill_adapter(model: Any, source: str, **hub: Any) -> set[str]:
-    """Load the weights of an adapter as PEFT does; returns what it has none of."""
+def _fill_adapter(model: Any, lost: set[str], source: str, **hub: Any) -> set[str]:
+    """Load the weights of an adapter as PEFT does; returns what it has none of, of what seems lost."""
     from peft import set_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
     weights = load_peft_weights(source, device="cpu", **hub)
     plain = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
-    return set(set_peft_model_state_dict(model, plain).missing_keys)
+    try:
+        return set(set_peft_model_state_dict(model, plain).missing_keys)
+    except KeyError:  # a weight of a module that was saved whole
+        return lost
 
 
 def _forget_quantization(model: Any) -> None:
