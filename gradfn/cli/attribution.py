@@ -104,8 +104,8 @@ class Job:
         stages = load_stages(loaded, self.projection, request.gradients.optimizer_state, request.curvature)
         wanted = {**loaded.settings(), "transform": stages.base.settings()}
         method_line = ("method", f"{self.name}, {gradients_line(stages.base)}")
-        rows = [*loaded.facts(self.train), *shard_facts(self.train, self.shard)]
-        console().print(facts([*rows, method_line, *self._unlike_less()]))
+        part = shard_facts(self.train, self.shard)
+        loaded.introduce(self.train, *part, method_line, *self._unlike_less())
         train = CachedRows(self.train, stages.base)
         method = self._method(loaded, stages, wanted, train, run)
         if lines := self._unlike_trackstar(stages, method):

@@ -59,6 +59,6 @@ def _prepared(request: GradientsRequest) -> tuple[Loaded, Corpus, Chain, dict[st
     transform = stages.query_side(gradients.unit_normalize)
     settings = {**loaded.settings(), **stages.settings, **recorded(request)}
     noun = "queries" if isinstance(request, ReduceRequest) else "train"
-    lines = [*loaded.facts(documents, noun), *shard_facts(documents, request.output.shard)]
-    console().print(facts([*lines, ("gradients", gradients_line(transform))]))
+    part = shard_facts(documents, request.output.shard)
+    loaded.introduce(documents, *part, ("gradients", gradients_line(transform)), noun=noun)
     return loaded, documents, transform, settings

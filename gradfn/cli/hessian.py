@@ -37,8 +37,8 @@ def run_hessian(request: HessianRequest) -> None:
     loaded, documents = load_model_and_rows(request)
     shard, fit = request.output.shard, request.fit
     stages = load_stages(loaded, projection, request.gradients.optimizer_state)
-    lines = [*loaded.facts(documents), *shard_facts(documents, shard)]
-    console().print(facts([*lines, ("gradients", gradients_line(stages.base))]))
+    part = shard_facts(documents, shard)
+    loaded.introduce(documents, *part, ("gradients", gradients_line(stages.base)))
     how: dict[str, Any] = {
         "labels": fit.labels, "seed": request.seed, "partitions": fit.partitions,
         "overwrite": request.output.overwrite,

@@ -12,6 +12,7 @@ from torch import nn
 
 from gradfn import example
 from gradfn.cli.commands import ModelRequest, QueryRequest, ScoreRequest
+from gradfn.cli.console import console
 from gradfn.cli.options import IMAGES, DataOptions, ModelOptions, check_losses
 from gradfn.data import Corpus, Documents
 from gradfn.engine.engine import probe_engine
@@ -31,6 +32,7 @@ from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head
 from gradfn.report.summaries import Facts, batches_facts, subject_facts
+from gradfn.report.tables import facts
 from gradfn.runs.provenance import loss_source
 from gradfn.subject import Subject
 from gradfn.types import LossFn
@@ -76,8 +78,16 @@ class Loaded:
         """Where gradients are made: float32 matrices are multiplied as the precision says."""
         return multiplying(self.products, next(self.model.parameters()).device)
 
-    def facts(self, train: Corpus, noun: str = "train") -> Facts:
-        """What a command says first."""
+    def introduce(self, train: Corpus, *lines: tuple[str, str], noun: str = "train") -> None:
+        """Print the first lines of a command, and then what looking at the rows shows."""
+        console().print(facts([*self._facts(train, noun), *lines]))
+        with self.multiplying():
+            engine = probe_engine(self.model, self.subject.loss, view=self.subject.view)
+            found = batches_facts(pads(engine, train))
+        if found:
+            console().print(facts(found))
+
+    def _facts(self, train: Corpus, noun: str) -> Facts:
         lines = subject_facts(
             self.name, self.subject, train, noun=noun, numbers=self.reads.numbers, products=self.products
         )
@@ -86,9 +96,7 @@ class Loaded:
                 f"{twice:,} of the rows begin with {self.reads.tokenizer.bos_token} twice, once in their text"
             )
             lines.append(("note", f"{text}: give --no-special-tokens to add none"))
-        with self.multiplying():
-            engine = probe_engine(self.model, self.subject.loss, view=self.subject.view)
-            return [*lines, *batches_facts(pads(engine, train))]
+        return lines
 
     def settings(self) -> dict[str, Any]:
         """What a run records of it."""

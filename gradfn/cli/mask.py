@@ -76,7 +76,7 @@ def _of_model(request: MaskFitRequest) -> _Given:
     assert asked is not None
     query, state = asked.documents, request.gradients.optimizer_state
     before = chain() if state is None else normalizer(state, loaded)
-    console().print(facts(loaded.facts(train)))
+    loaded.introduce(train)
 
     def fit(watch: Watch) -> tuple[Mask, Reports]:
         with loaded.multiplying():
