@@ -94,6 +94,18 @@ def load_model(
     missing = set(info["missing_keys"])
     if adapter is not None:
         missing = _add_adapter(model, path, place, missing, PRECISIONS[precision])
+    _check_weights(model, path, task, missing)
+    if adapter is None or task.endswith("_lm"):  # an adapter may bring the head of a classifier
+        _check_saved_for(model, path, task, info["unexpected_keys"])
+    if getattr(model, "is_quantized", False):
+        _cast_unquantised(model, PRECISIONS[precision])
+    if precision == "fp64" and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped products of experts have no float64
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[str]) -> None:
+    """Refuse a model with weights that are no numbers, or that it was saved without."""
     wrong = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
     if wrong:
         raise InputError(
@@ -105,13 +117,6 @@ def load_model(
             f"{path} lacks weights of {type(model).__name__}, such as {min(missing)} ({len(missing)} in "
             f"all), which would be random numbers: give a model that was saved with its head for {task}"
         )
-    if adapter is None or task.endswith("_lm"):  # an adapter may bring the head of a classifier
-        _check_saved_for(model, path, task, info["unexpected_keys"])
-    if getattr(model, "is_quantized", False):
-        _cast_unquantised(model, PRECISIONS[precision])
-    if precision == "fp64" and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products of experts have no float64
-    return model.to(device).eval().requires_grad_(False)
 
 
 def _check_saved_for(model: Any, path: str | Path, task: str, unexpected: Iterable[str]) -> None:
