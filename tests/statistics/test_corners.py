@@ -61,6 +61,7 @@ class Constant(nn.Module):
         return torch.tanh(self.a(self.prompt)).sum(0) * self.b(x)
 
 
+@pytest.mark.filterwarnings("ignore:.*of kinds not known")
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_layer_whose_input_is_no_examples_own(count):
     net, data = Constant().double(), rows(count)
