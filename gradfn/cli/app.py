@@ -70,6 +70,8 @@ FLAGS = {
     "`merge_run`": "gradfn merge",
     "`mask_run` wrote a mask": "gradfn mask fit made a mask",
     "build, score_run, hessian_shard or retrain": "build, score, hessian or retrain",
+    "`gf.project(16)`": "--projection-dim 16",
+    "`gf.project(32)`": "--projection-dim 32",
     "`components`": "--target-downweight-components",
     "without `shard`": "without --shard",
     "end the transform in `unit_normalize()`": "add --unit-normalize",

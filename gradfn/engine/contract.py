@@ -140,14 +140,14 @@ class Contract:
 
 def no_tokens(path: str) -> InputError:
     """What to raise where a weight has no gradient of each token."""
-    return InputError(f"{path} has no gradient of each token: --exclude '{path}'")
+    return InputError(f"{path} has no gradient of each token: add '{path}' to `exclude`")
 
 
 def no_factors(path: str, statistic: FactorSum) -> InputError:
     """What to raise where a weight has no factors to fit a statistic from."""
     return InputError(
         f"{path} has no input and output gradient of its own, which {statistic.noun} is fitted from: "
-        f"--exclude '{path}'"
+        f"add '{path}' to `exclude`"
     )
 
 

@@ -241,7 +241,7 @@ class Engine:
         blocks, losses = self._probed_blocks(batch)
         if blocks and not losses.requires_grad:
             raise InputError(
-                "the loss does not depend on any attributed layer: check the loss, --include and --exclude"
+                "the loss does not depend on any attributed layer: check the loss, `include` and `exclude`"
             )
         blocks = blocks | self._unprobed_blocks(batch)
         blocks = {name: blocks[name] for name in lowered.plans}

@@ -421,7 +421,7 @@ def _refuse_too_large(values: Blocks | Tensor, count: int) -> None:
     if size > 1 << 30 and size > free:
         raise InputError(
             f"{count} rows of gradients take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
-            "project them (--projection-dim 16), or take fewer rows"
+            "project them (`gf.project(16)`), or take fewer rows"
         )
 
 

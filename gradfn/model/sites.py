@@ -378,7 +378,9 @@ def _share_blocks(sites: Sequence[Site]) -> tuple[Site, ...]:
 def _bias_alone(site: Site) -> Site:
     """The site whose block is the bias column alone, `path[bias]`."""
     if not isinstance(site.layer, Linear):
-        raise InputError(f"the bias of {site.path} cannot have a block of its own: --exclude {site.path}")
+        raise InputError(
+            f"the bias of {site.path} cannot have a block of its own: add {site.path} to `exclude`"
+        )
     none = torch.zeros(0, dtype=torch.long)
     path = site.path or "root"
     return replace(site, block=f"{path}[bias]", layer=replace(site.layer, columns=none, in_features=0))

@@ -241,7 +241,7 @@ def _refuse_too_large(fold: Additive[Any], engine: Engine, parts: Sequence[Seque
     if most > 1 << 30 and most > free:
         raise InputError(
             f"the sums of {name} take {most / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: fit them "
-            "in several passes (--partitions 4), or project the gradients (--projection-dim 32)"
+            "in several passes (`partitions=4`), or project the gradients (`gf.project(32)`)"
         )
 
 

@@ -119,7 +119,7 @@ def test_layers_without_tokens_are_refused_by_name():
     def loss(params, example):
         return torch.func.functional_call(model, params, example["input_ids"]).sum()
 
-    with pytest.raises(InputError, match="out has no gradient of each token: --exclude 'out'"):
+    with pytest.raises(InputError, match="out has no gradient of each token: add 'out' to `exclude`"):
         probe_engine(model, loss, view=View(tokens=True))({"input_ids": torch.ones(2, 3, dtype=torch.long)})
 
 
