@@ -305,9 +305,11 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
     include, exclude = view.include, view.exclude
     head, adapters = output_head(model), adapter_parameters(model)
     found = all_sites(model)
-    for name, globs in (("include", include), ("exclude", exclude)):
-        if idle := [glob for glob in globs if not any(_matches(site.path, [glob]) for site in found)]:
-            raise InputError(f"`{name}` {idle[0]!r} matches no layer: {_named(found)}")
+    # What is included may be written for models of several families; each exclusion is meant.
+    for name, each in (("include", [list(include)]), ("exclude", [[glob] for glob in exclude])):
+        for globs in each:
+            if globs and not any(_matches(site.path, globs) for site in found):
+                raise InputError(f"`{name}` {', '.join(globs)} matches no layer: {_named(found)}")
     chosen = [
         site
         for site in found

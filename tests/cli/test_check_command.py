@@ -146,7 +146,7 @@ def test_tf32_is_compared_with_fp32_and_its_rounding_is_told(ok, model, bf16_uni
         ),
         (["--token-batch-size", "0"], "--token-batch-size must be 1 or more"),
         (["--precision", "int3"], "int3.*see gradfn check --help"),
-        (["--include", "nothing.like.it"], "--include 'nothing.like.it' matches no layer"),
+        (["--include", "nothing.like.it"], "--include nothing.like.it matches no layer"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--task", "classification"], "give --label-column"),
         (["--task", "seq2seq_lm"], "random tokens are for causal-lm only: give --dataset"),

@@ -52,11 +52,11 @@ def test_one_glob_in_place_of_a_list_of_them_is_refused(which):
 
 
 @pytest.mark.parametrize(
-    "view", [View(["no"]), View(["out", "OUT"]), View(exclude=["no"]), View(["*"], ["body"])]
+    "view", [View(["no"]), View(["no", "n"]), View(exclude=["no"]), View(["*"], ["head", "body"])]
 )
 def test_a_glob_that_matches_nothing_is_refused_with_the_layers_there_are(view):
     with pytest.raises(
-        InputError, match=r"clude` '\w+' matches no layer: .*embed, body\.0, body\.1, out, head"
+        InputError, match=r"clude` [\w, ]+ matches no layer: .*embed, body\.0, body\.1, out, head"
     ):
         find_sites(TinyLM(), view)
 
