@@ -1,4 +1,4 @@
-"""What a forward pass sets on the modules of a model, and how it is as_function."""
+"""What a forward pass sets on the modules of a model, and how to run the model as a function."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
