@@ -7,7 +7,11 @@ from pathlib import Path
 
 import torch
 
+from gradfn.errors import InputError
+
 MEMORY_FACTS = Path("/proc/meminfo")
+SURE_BYTES = 1 << 30
+"""So much is not worth asking for."""
 
 
 def free_memory(device: torch.device | None = None) -> int:
@@ -18,6 +22,23 @@ def free_memory(device: torch.device | None = None) -> int:
         facts = dict(line.split(":", 1) for line in MEMORY_FACTS.read_text().splitlines())
         return int(facts["MemAvailable"].split()[0]) << 10
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(size: int, what: str, instead: str, device: torch.device | None = None) -> None:
+    """Refuse what would not fit in memory while there is still memory to say so.
+
+    Args:
+        size: the bytes that it takes.
+        what: what takes them, a plural.
+        instead: what to do.
+        device: where; None is the CPU.
+
+    >>> check_memory(1 << 60, "2 rows of gradients", "project them")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    gradfn.errors.InputError: 2 rows of gradients take 1073741824.0 GiB and ... GiB are free: project them
+    """
+    if size > SURE_BYTES and size > (free := free_memory(device)):
+        raise InputError(f"{what} take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {instead}")
 
 
 def release_memory() -> None:

@@ -1,5 +1,7 @@
 import dataclasses
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -186,11 +188,25 @@ def test_batches_hold_every_row_once_within_the_budget(budget):
     assert longest == sorted(longest, reverse=True)
 
 
-def test_batches_are_as_full_as_they_can_be():
+def test_batches_are_as_full_as_they_can_be_without_rows_of_half_the_length():
     lengths = np.random.default_rng(1).integers(1, 50, 200)
     batches = plan_batches(lengths, 256)
-    for batch in batches[:-1]:
-        assert (len(batch) + 1) * lengths[batch].max() > 256
+    for batch, following in pairwise(batches):
+        longest = lengths[batch].max()
+        halved = lengths[following].max() <= longest // 2 and len(batch) * longest >= 256 / 16
+        assert (len(batch) + 1) * longest > 256 or halved
+
+
+def test_few_rows_of_mixed_lengths_are_not_mostly_padding():
+    lengths = np.array([170, 120, 90, *[40, 35, 25, 20] * 3, *[12, 9, 5] * 3])
+    batches = plan_batches(lengths, 4096)
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert len(batches) <= 4
+    assert padded < 1.5 * lengths.sum() < len(lengths) * 170
+
+
+def test_a_batch_has_at_most_so_many_rows():
+    assert [len(batch) for batch in plan_batches(np.full(7, 3), 4096, most_rows=3)] == [3, 3, 1]
 
 
 def test_equal_lengths_keep_their_order():

@@ -9,7 +9,14 @@ from gradfn.cli.stages import dampings_of, load_stages, projection_of
 from gradfn.data import Corpus
 from gradfn.errors import InputError
 from gradfn.report.progress import progress_bar
-from gradfn.report.summaries import gradients_line, next_facts, shard_facts, store_facts, tokens_of
+from gradfn.report.summaries import (
+    gradients_line,
+    next_facts,
+    shard_facts,
+    size_facts,
+    store_facts,
+    tokens_of,
+)
 from gradfn.report.tables import facts
 from gradfn.runs import build, reduce
 from gradfn.transforms import Chain
@@ -59,6 +66,8 @@ def _prepared(request: GradientsRequest) -> tuple[Loaded, Corpus, Chain, dict[st
     transform = stages.query_side(gradients.unit_normalize)
     settings = {**loaded.settings(), **stages.settings, **recorded(request)}
     noun = "queries" if isinstance(request, ReduceRequest) else "train"
-    part = shard_facts(documents, request.output.shard)
-    loaded.introduce(documents, *part, ("gradients", gradients_line(transform)), noun=noun)
+    lines = [*shard_facts(documents, request.output.shard), ("gradients", gradients_line(transform))]
+    if isinstance(request, BuildRequest):
+        lines += size_facts(loaded.subject, documents, transform, request.output.shard)
+    loaded.introduce(documents, *lines, noun=noun)
     return loaded, documents, transform, settings

@@ -6,18 +6,24 @@ engine cannot read this off the code, so it compares the rows of a padded batch 
 unpadded.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradfn.data import collate, plan_batches
 from gradfn.engine.engine import Engine
 from gradfn.engine.verify import loss_tolerance, tolerance
+from gradfn.model.params import params_of
 from gradfn.types import Batch, Example
 
+BATCH_BYTES = 512 << 20
+"""The results of a batch, and the activations of one whose rows have no tokens, take so much at most."""
 LONG_TOKENS = 64
 """So many tokens, and four times those of the short row, are enough padding to compare with."""
 LENGTH_ROPES = ("dynamic", "longrope")
@@ -68,7 +74,38 @@ def shapes_of(example: Example) -> tuple[Any, ...]:
     return tuple(value.shape for value in example.values())
 
 
-def plan_equal(shapes: Sequence[Any], lengths: np.ndarray, token_batch_size: int) -> list[np.ndarray]:
+class _Bytes(TorchDispatchMode):
+    """Counts the bytes of what operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore
+        made = func(*args, **(kwargs or {}))
+        self.count += sum(value.nbytes for value in tree_leaves(made) if isinstance(value, Tensor))
+        return made
+
+
+def batch_rows(engine: Engine, example: Example, tokens: bool) -> int:
+    """How many rows a batch holds at most, so that neither their results nor their activations fill memory.
+
+    Args:
+        engine: what the batch is for.
+        example: a row of it.
+        tokens: whether a budget of tokens bounds the activations already.
+    """
+    row = engine.row_bytes
+    if not tokens:
+        with torch.no_grad(), _Bytes() as activations:
+            engine.loss(params_of(engine.model), dict(example))
+        row += activations.count
+    return max(1, BATCH_BYTES // max(1, row))
+
+
+def plan_equal(
+    shapes: Sequence[Any], lengths: np.ndarray, token_batch_size: int, most_rows: int = sys.maxsize
+) -> list[np.ndarray]:
     """`plan_batches` for rows that are not to be padded: a batch has rows of one shape.
 
     >>> plan_equal(["a", "b", "a"], np.array([2, 3, 2]), 8)
@@ -80,5 +117,5 @@ def plan_equal(shapes: Sequence[Any], lengths: np.ndarray, token_batch_size: int
     return [
         np.array(rows)[batch]
         for rows in groups.values()
-        for batch in plan_batches(lengths[rows], token_batch_size)
+        for batch in plan_batches(lengths[rows], token_batch_size, most_rows)
     ]

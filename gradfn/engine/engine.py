@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -128,6 +129,21 @@ class Engine:
         if self._lowered is None or self._lowered[0] != shared:
             self._lowered = shared, lower_for(self.sites, self.transform, shared)
         return self._lowered[1]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that the backward pass delivers for one row, or one token where the view is by token."""
+        plans = [plan for plan in self.lowered().plans.values() if not plan.reduces]
+        return sum(prod(plan.shape) * plan.dtype.itemsize for plan in plans)
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of the result of one row, or one token, after the last stage."""
+        plans = self.lowered().plans.items()
+        empty = {n: torch.empty(0, *plan.shape, dtype=plan.dtype, device=plan.device) for n, plan in plans}
+        made = self.lowered().finish(empty)
+        parts = made.values() if isinstance(made, dict) else [made]
+        return sum(part.shape[1:].numel() * part.element_size() for part in parts)
 
     @property
     def summed(self) -> bool:

@@ -1,5 +1,6 @@
 """Running an engine over data: batches by length under a token budget, results in the order of the rows."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from gradfn.data import IGNORED, check_rows, collate, offsets_of, plan_batches
 from gradfn.engine.batching import (
+    batch_rows,
     compared_rows,
     padding_changes_rows,
     plan_equal,
@@ -24,7 +26,7 @@ from gradfn.engine.batching import (
 from gradfn.engine.cache import CachedRows
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.errors import InputError
-from gradfn.memory import free_memory
+from gradfn.memory import check_memory
 from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Batch, Blocks, Data, Example, Rows
@@ -132,10 +134,17 @@ def _plan(
     engine: Engine, data: Data, rows: range, lengths: np.ndarray, token_batch_size: int
 ) -> list[np.ndarray]:
     """Verify the engine, and cut the rows into batches."""
-    if not _pads(engine, data, rows, lengths):
-        shapes = [shapes_of(labelled(data, row)) for row in rows]
-        return plan_equal(shapes, lengths, token_batch_size)
-    return plan_batches(lengths, token_batch_size)
+    pads = _pads(engine, data, rows, lengths)
+    if not len(rows):
+        return plan_batches(lengths, token_batch_size)
+    example = data[rows.start]
+    most = batch_rows(engine, example, "input_ids" in example)
+    if engine.view.tokens:  # the results are of tokens
+        token_batch_size, most = min(token_batch_size, most), sys.maxsize
+    if pads:
+        return plan_batches(lengths, token_batch_size, most)
+    shapes = [shapes_of(labelled(data, row)) for row in rows]
+    return plan_equal(shapes, lengths, token_batch_size, most)
 
 
 def pads(engine: Engine, data: Data) -> bool:
@@ -392,14 +401,17 @@ def gather(
     if not len(rows):
         raise InputError("the data has no rows: give at least one example")
     offsets = offsets_of(results_per_row(engine, data)[rows.start : rows.stop])
+    count = int(offsets[-1])
+    check_memory(
+        count * engine.result_bytes, f"the results of {count:,} rows",
+        "project the gradients (`gf.project(16)`), or take fewer rows at a time",
+    )  # fmt: skip
     out: Rows | None = None
     for numbers, result in stream_to_host(
         engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress
     ):
         batch = numbers - rows.start
         if out is None:
-            count = int(offsets[-1])
-            _refuse_too_large(result.values, count)
             out = Rows(_map(lambda v, n=count: v.new_empty(n, *v.shape[1:]), result.values),
                        result.losses.new_empty(len(rows)))  # fmt: skip
         at = torch.from_numpy(result_numbers(batch, offsets))
@@ -411,18 +423,6 @@ def gather(
             out.values[at] = result.values  # pyright: ignore[reportArgumentType]
     assert out is not None
     return out
-
-
-def _refuse_too_large(values: Blocks | Tensor, count: int) -> None:
-    """Refuse what would not fit in memory while there is still memory to say so."""
-    parts = values.values() if isinstance(values, dict) else [values]
-    size = sum(part[0].numel() * part.element_size() for part in parts) * count
-    free = free_memory(torch.device("cpu"))
-    if size > 1 << 30 and size > free:
-        raise InputError(
-            f"{count} rows of gradients take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
-            "project them (`gf.project(16)`), or take fewer rows"
-        )
 
 
 def _map(function: Callable[[Tensor], Tensor], values: Blocks | Tensor) -> Blocks | Tensor:

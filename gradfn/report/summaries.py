@@ -8,8 +8,10 @@ from torch import nn
 
 from gradfn.data import Corpus
 from gradfn.engine.check import Covered, coverage
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.stream import results_per_row
 from gradfn.model.losses import CausalLMLoss
-from gradfn.report.words import count
+from gradfn.report.words import count, size_of
 from gradfn.runs.rows import Summary, layer_summary
 from gradfn.runs.shards import Shard, shard_rows
 from gradfn.statistics.curvature import Curvature
@@ -105,6 +107,17 @@ def gradients_line(*transforms: Transform) -> str:
         follows, projecting = projecting, "projection" in stage.settings()
         line += (" > " if follows and projecting else ", " if line else "") + str(stage)
     return line or "full gradients"
+
+
+def size_facts(subject: Subject, train: Corpus, transform: Transform, shard: Shard | None) -> Facts:
+    """What the gradients of the rows, or of a part of them, take on disk."""
+    engine = probe_engine(subject.model, subject.loss, transform, view=subject.view)
+    rows = range(len(train)) if shard is None else shard_rows(train.lengths, shard)
+    total = int(results_per_row(engine, train)[rows.start : rows.stop].sum())
+    noun = "token" if subject.view.tokens else "row"
+    return [
+        ("size", f"{size_of(engine.result_bytes)} a {noun}, {size_of(engine.result_bytes * total)} in all")
+    ]
 
 
 def unprobed_facts(paths: Sequence[str]) -> Facts:

@@ -13,6 +13,18 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def size_of(size: int) -> str:
+    """A number of bytes in the unit that makes it short.
+
+    >>> size_of(512), size_of(24 << 10), size_of(2900 << 20)
+    ('512 B', '24.0 KiB', '2.8 GiB')
+    """
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
 def clean(text: str, width: int | None = None) -> str:
     """One line of printable text: line breaks become spaces, control characters are dropped.
 

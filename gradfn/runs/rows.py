@@ -21,7 +21,7 @@ from gradfn.methods.inner_product import EngineScorer
 from gradfn.model.sites import View, find_sites, uncovered
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.shards import Shard, shard_rows, shard_run
-from gradfn.store import Overwrite, Span, Values, Writer, open_part, open_writer, storable
+from gradfn.store import Overwrite, Span, Values, Writer, check_disk, open_part, open_writer, storable
 from gradfn.types import Blocks, Data, Rows
 
 SEGMENT_BATCHES = 64
@@ -212,10 +212,11 @@ def write_rows(
                 progress(int(rows.lengths[rows.examples.start : rows.examples.stop].sum()))
             return rows.summary(writer.index, last - first, ())
         scorer = scorer or scorer_of()
-        row_bytes = _row_bytes(scorer.engine) if isinstance(scorer, EngineScorer) else 0
+        row_bytes = scorer.engine.result_bytes if isinstance(scorer, EngineScorer) else 0
         slices = rows.slices(row_bytes, token_batch_size)
         missing = [rows.between(*span) for span in writer.missing(slices)]
         made = sum(stop - start for start, stop in map(rows.span, missing))
+        check_disk(writer.index.parent, made * row_bytes, f"{made:,} rows")
         if progress:
             todo = sum(int(rows.lengths[part.start : part.stop].sum()) for part in missing)
             progress(int(rows.lengths[rows.examples.start : rows.examples.stop].sum()) - todo)
@@ -244,11 +245,6 @@ def _timed(
         seconds = max(time.monotonic() - begun, 1e-9)
         done = int(rows.lengths[examples.start : examples.stop].sum())
         tokens = max(token_batch_size, int(SEGMENT_SECONDS * done / seconds))
-
-
-def _row_bytes(engine: Engine) -> int:
-    plans = engine.lowered().plans.values()
-    return sum(int(np.prod(plan.shape)) * plan.dtype.itemsize for plan in plans)
 
 
 def plan_slices(lengths: np.ndarray, token_batch_size: int, row_bytes: int | np.ndarray) -> list[Span]:

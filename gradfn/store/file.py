@@ -204,6 +204,20 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_disk(path: Path, size: int, what: str) -> None:
+    """Refuse to begin what the disk of `path` has no room for.
+
+    Raises:
+        StorageError: `size` bytes are more than are free.
+    """
+    free = shutil.disk_usage(path).free
+    if size > free:
+        raise StorageError(
+            f"{what} take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free at {path}: free some "
+            "space, write to another disk, or project to fewer numbers"
+        )
+
+
 def sync_directory(path: Path) -> None:
     """Bring the names of the files in a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)

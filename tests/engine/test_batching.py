@@ -18,12 +18,14 @@ from transformers import (
     YosoForMaskedLM,
 )
 
+import gradfn as gf
 from gradfn.engine.check import equality
 from gradfn.engine.engine import probe_engine
-from gradfn.engine.stream import gather, pads
+from gradfn.engine.stream import gather, pads, stream
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.testing import assert_blocks_close, naive_blocks
 from gradfn.testing.models import randomize
+from gradfn.testing.strategies import squared_error
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -110,3 +112,27 @@ def test_two_rows_are_compared_once(monkeypatch):
     monkeypatch.setattr("gradfn.engine.stream.padding_changes_rows", None)
     gather(engine, rows)
     gather(probe_engine(engine.model, causal_lm_loss(engine.model)), rows)
+
+
+def batch_sizes(net, data, transform, monkeypatch, bytes_of_a_batch, loss=None):
+    """How many rows each batch has where it may take so many bytes."""
+    monkeypatch.setattr("gradfn.engine.batching.BATCH_BYTES", bytes_of_a_batch)
+    engine = probe_engine(net, loss or squared_error(net), transform)
+    return [len(numbers) for numbers, _ in stream(engine, data)]
+
+
+def test_rows_without_tokens_share_a_batch_as_far_as_their_activations_allow(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(0), nn.Linear(4 * 36, 2))
+    data = [{"x": torch.randn(1, 8, 8), "y": torch.zeros(2)} for _ in range(8)]
+    # Of a row a convolution gives 4 x 36 numbers and the last layer 2; the rest is the loss.
+    few = batch_sizes(net, data, gf.project(2), monkeypatch, 3 * 4 * (4 * 36 + 64))
+    assert max(few) in (2, 3)
+    assert sum(few) == 8
+    assert batch_sizes(net, data, gf.project(2), monkeypatch, 512 << 20) == [8]
+
+
+def test_rows_with_large_results_share_a_batch_as_far_as_these_allow(monkeypatch):
+    net = nn.Linear(50, 40, bias=False)
+    data = [{"x": torch.randn(50), "y": torch.zeros(40)} for _ in range(6)]
+    assert batch_sizes(net, data, gf.chain(), monkeypatch, 3 * 50 * 40 * 4) == [2, 2, 2]
+    assert batch_sizes(net, data, gf.project(2), monkeypatch, 3 * 50 * 40 * 4) == [6]
