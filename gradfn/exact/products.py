@@ -117,8 +117,8 @@ def gauss_newton_product(
         curved = jvp(slope, (z,), (moved,))[1]
         return vjp(made, params)[1](curved)[0]
 
-    def loss(p: Params, example: Example) -> Tensor:
-        return output_loss(outputs(p, example), example)
+    def loss(params: Params, example: Example) -> Tensor:
+        return output_loss(outputs(params, example), example)
 
     return _streamed(of_batch, loss, params, data, token_batch_size)
 
