@@ -1,6 +1,5 @@
 """From requests to values: the model under study, its documents, and what they were made from."""
 
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from gradfn.model.sites import View, output_head
 from gradfn.report.summaries import Facts, batches_facts, subject_facts
 from gradfn.report.tables import facts
 from gradfn.runs.provenance import loss_source
+from gradfn.store.directory import check_place
 from gradfn.subject import Subject
 from gradfn.types import LossFn
 
@@ -126,8 +126,10 @@ def anchored(path: str | Path) -> str:
 
 def check_run(run: str | None) -> None:
     """Refuse a run that cannot be a directory."""
-    if run is not None and (run == "" or (os.path.exists(run) and not os.path.isdir(run))):
-        raise InputError(f"{run!r} is not the directory of a run: give one that exists, or a new name")
+    if run == "":
+        raise InputError("'' is not the directory of a run: give one that exists, or a new name")
+    if run is not None:
+        check_place(run)
 
 
 def require(request: ModelRequest, why: str) -> None:
