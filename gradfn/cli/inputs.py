@@ -27,6 +27,7 @@ from gradfn.hf.models import check_device, load_model, say_once
 from gradfn.hf.reader import Reader
 from gradfn.hf.texts import begins_twice
 from gradfn.hf.tokenizers import load_tokenizer
+from gradfn.model.adapters import added_parameters
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head
@@ -246,9 +247,12 @@ def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
 
 def _own_shapes(model: nn.Module) -> dict[str, Any]:
     """The shapes of a model's parameters by name, without those of adapters, which checkpoints may have."""
-    known = ((name.replace(".base_layer.", "."), p.shape) for name, p in model.named_parameters())
-    added = ("lora_", "modules_to_save", "original_module")
-    return {name: shape for name, shape in known if not any(one in name for one in added)}
+    added = added_parameters(model)
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): p.shape
+        for name, p in model.named_parameters()
+        if name not in added
+    }
 
 
 def _masking(path: str, tokenizer: Any, seed: int) -> dict[str, Any]:
