@@ -206,8 +206,11 @@ class Job:
                     "layers": view.settings()}  # fmt: skip
 
         def persist(fold: Any, transform: Transform, progress: Progress | None) -> Curvature:
+            place = next(places)
+            if place != run:  # the run itself may be a link, which the user gave
+                refuse_links(Path(place))
             return hessian(
-                next(places), replace(loaded.subject, view=view), train, fold, transform, labels=fit.labels,
+                place, replace(loaded.subject, view=view), train, fold, transform, labels=fit.labels,
                 seed=self.request.seed, partitions=fit.partitions, settings=settings,
                 overwrite=self.overwrite, progress=progress,
             )  # fmt: skip
