@@ -206,8 +206,11 @@ class Job:
                     "layers": view.settings()}  # fmt: skip
 
         def persist(fold: Any, transform: Transform, progress: Progress | None) -> Curvature:
+            place = next(places)
+            if place != run:  # the run itself may be a link, which the user gave
+                refuse_links(Path(place))
             return hessian(
-                next(places), replace(loaded.subject, view=view), train, fold, transform, labels=fit.labels,
+                place, replace(loaded.subject, view=view), train, fold, transform, labels=fit.labels,
                 seed=self.request.seed, partitions=fit.partitions, settings=settings,
                 overwrite=self.overwrite, progress=progress,
             )  # fmt: skip
@@ -299,6 +302,8 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
 def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[ShownQueries, Ranked | None]:
     """Score the rows at every checkpoint, and join what they say."""
     run, results, resumed, shown, columns = job.request.run, [], 0, SELF.shown, Columns([])
+    for path in dict.fromkeys(path for path, _ in weighted[1:] if path is not None):
+        at_checkpoint(loaded, path, job.request.model)  # refuses what does not fit before the first is scored
     for number, (path, _) in enumerate(weighted, 1):
         one = loaded if path is None else at_checkpoint(loaded, path, job.request.model)
         part = None if run is None else str(Path(run) / f"checkpoint-{number}")

@@ -367,12 +367,15 @@ class RerunRequest(Request):
     """Run the command again that made a run.
 
     Into the same run, which resumes if it is not complete, or into a new one. Tables are shown and not
-    exported, and nothing is overwritten.
+    exported, and nothing is overwritten. The run may be from somebody else: what it would run code of must be
+    given again, and it writes to no other place than itself or --into.
     """
 
     COMMAND: ClassVar[str] = "rerun"
     run: str = argument("A run directory, or an .h5 file in it.")
     into: str | None = option(None, "The run directory to write instead.", short="-o")
+    trust_remote_code: bool = option(False, "The command may run Python code that comes with its models.")
+    method: str | None = option(None, "The FILE.py:NAME that the command takes its method from.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """From requests to values: the model under study, its documents, and what they were made from."""
 
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -28,12 +27,14 @@ from gradfn.hf.models import check_device, load_model, say_once
 from gradfn.hf.reader import Reader
 from gradfn.hf.texts import begins_twice
 from gradfn.hf.tokenizers import load_tokenizer
+from gradfn.model.adapters import added_parameters
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head
 from gradfn.report.summaries import Facts, batches_facts, subject_facts
 from gradfn.report.tables import facts
 from gradfn.runs.provenance import loss_source
+from gradfn.store.directory import check_place
 from gradfn.subject import Subject
 from gradfn.types import LossFn
 
@@ -126,8 +127,10 @@ def anchored(path: str | Path) -> str:
 
 def check_run(run: str | None) -> None:
     """Refuse a run that cannot be a directory."""
-    if run is not None and (run == "" or (os.path.exists(run) and not os.path.isdir(run))):
-        raise InputError(f"{run!r} is not the directory of a run: give one that exists, or a new name")
+    if run == "":
+        raise InputError("'' is not the directory of a run: give one that exists, or a new name")
+    if run is not None:
+        check_place(run)
 
 
 def require(request: ModelRequest, why: str) -> None:
@@ -244,9 +247,12 @@ def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
 
 def _own_shapes(model: nn.Module) -> dict[str, Any]:
     """The shapes of a model's parameters by name, without those of adapters, which checkpoints may have."""
-    known = ((name.replace(".base_layer.", "."), p.shape) for name, p in model.named_parameters())
-    added = ("lora_", "modules_to_save", "original_module")
-    return {name: shape for name, shape in known if not any(one in name for one in added)}
+    added = added_parameters(model)
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): p.shape
+        for name, p in model.named_parameters()
+        if name not in added
+    }
 
 
 def _masking(path: str, tokenizer: Any, seed: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from gradfn.report.progress import progress_bar
 from gradfn.report.tables import facts
 from gradfn.report.words import clean, count
 from gradfn.runs.shards import shards_of
+from gradfn.store.file import FORMAT
 from gradfn.store.verify import Checked, check_files, files_below
 
 NAMED = 8
@@ -27,11 +28,16 @@ def run_verify(request: VerifyRequest) -> None:
     wrong = list({one.wrong: one for one in reversed(checked) if one.wrong}.values())[::-1]
     files = count(len(checked), "file")
     if not wrong:
-        older = sum(one.header is not None and not one.header.digests for one in checked)
-        note = ("note", f"{count(older, 'file')} of an older gradfn: checksums alone, and no digests")
-        console().print(
-            facts([("verified", f"{files} of {run}: all as written"), *([note] if older else [])])
-        )
+        older = [one for one in checked if one.header is not None and one.header.format < FORMAT]
+        lines = [("verified", f"{files} of {run}: {'no damage found' if older else 'all as written'}")]
+        if older:
+            commands = " and ".join(dict.fromkeys(_again(one, checked) for one in older))
+            lines.append(
+                ("note",
+                 f"{count(len(older), 'file')} written before digests were kept: only structure was checked, "
+                 f"and zeros in the place of data cannot be seen; make again with {commands}")
+            )  # fmt: skip
+        console().print(facts(lines))
         return
     commands = list(dict.fromkeys(_again(one, checked) for one in wrong))
     for line in dict.fromkeys([*(one.wrong for one in wrong), *commands]):

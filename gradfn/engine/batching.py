@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,8 +20,10 @@ from gradfn.data import collate, plan_batches
 from gradfn.engine.engine import Engine
 from gradfn.engine.verify import loss_tolerance, tolerance
 from gradfn.model.params import params_of
-from gradfn.types import Batch, Example
+from gradfn.types import Batch, Example, Params
 
+Measure = Callable[[Batch], tuple[Tensor, Tensor]]
+"""Numbers of every row of a batch, `[rows, n]`, such as its gradient, and the losses of the rows."""
 BATCH_BYTES = 512 << 20
 """The results of a batch, and the activations of one whose rows have no tokens, take so much at most."""
 LONG_TOKENS = 64
@@ -30,8 +32,8 @@ LENGTH_ROPES = ("dynamic", "longrope")
 """The kinds of rope whose frequencies change when a sequence is longer than the model's first window."""
 
 
-def compared_rows(sizes: np.ndarray, useful: np.ndarray) -> list[int]:
-    """The shortest useful row, and one that is much longer, or the longest.
+def compared_rows(sizes: np.ndarray, useful: np.ndarray, enough: float = LONG_TOKENS) -> list[int]:
+    """The shortest useful row, and one that is much longer and has `enough` tokens, or the longest.
 
     >>> compared_rows(np.array([9, 100, 4, 70]), np.ones(4, bool))
     [2, 3]
@@ -39,23 +41,53 @@ def compared_rows(sizes: np.ndarray, useful: np.ndarray) -> list[int]:
     order = np.flatnonzero(useful)[np.argsort(sizes[useful], kind="stable")]
     if len(order) < 2:
         return []
-    enough = sizes[order] >= max(4 * sizes[order[0]], LONG_TOKENS)
-    return [int(order[0]), int(order[enough.argmax() if enough.any() else -1])]
+    long = sizes[order] >= max(4 * sizes[order[0]], enough)
+    return [int(order[0]), int(order[long.argmax() if long.any() else -1])]
 
 
-def padding_changes_rows(engine: Engine, rows: Sequence[Example], move: Callable[[Batch], Batch]) -> bool:
-    """Whether a row is another one in a padded batch than alone: other losses, or other gradients."""
-    found, losses = engine.sketch(move(collate(rows)))
+def padding_changes_rows(
+    measure: Measure, weights: Sequence[Tensor], rows: Sequence[Example], move: Callable[[Batch], Batch]
+) -> bool:
+    """Whether a row is another one in a padded batch than alone: other losses, or other gradients.
+
+    Args:
+        measure: what is compared.
+        weights: of the model, by whose precision it is rounded.
+        rows: of different lengths.
+        move: puts a batch on the device.
+    """
+    found, losses = measure(move(collate(rows)))
     alone, own = (
-        torch.cat(parts) for parts in zip(*(engine.sketch(move(collate([r]))) for r in rows), strict=True)
+        torch.cat(parts) for parts in zip(*(measure(move(collate([r]))) for r in rows), strict=True)
     )
-    near, floor = tolerance([p.dtype for p in engine.model.parameters() if p.is_floating_point()])
+    near, floor = tolerance([p.dtype for p in weights if p.is_floating_point()])
     norms = alone.norm(dim=1)
     other = (found - alone).norm(dim=1) > near * norms + floor * norms.max()
-    return bool((other | ((losses - own).abs() > loss_tolerance(engine.model) * (1 + own.abs()))).any())
+    return bool((other | ((losses - own).abs() > loss_tolerance(weights) * (1 + own.abs()))).any())
 
 
-def rope_window(model: nn.Module) -> float:
+def full_gradients(losses: Callable[[Params, Batch], Tensor], params: Params) -> Measure:
+    """The gradients of every row with respect to all parameters, and the losses.
+
+    >>> full_gradients(lambda p, b: p["w"] * b["x"], {"w": torch.ones(())})({"x": torch.tensor([2.0, 3.0])})
+    (tensor([[2.],
+            [3.]]), tensor([2., 3.]))
+    """
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+
+    def measure(batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            made = losses(leaves, batch)
+            of_rows = [
+                torch.autograd.grad(one, [*leaves.values()], retain_graph=True, materialize_grads=True)
+                for one in made
+            ]
+        return torch.stack([torch.cat([g.flatten() for g in row]) for row in of_rows]), made.detach()
+
+    return measure
+
+
+def rope_window(model: Any) -> float:
     """The length from which on the rope of a model changes with the longest sequence of a batch."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradfn.data import IGNORED, check_rows, collate, offsets_of, plan_batches
 from gradfn.engine.batching import (
+    Measure,
     batch_rows,
     compared_rows,
     padding_changes_rows,
@@ -136,15 +137,40 @@ def _plan(
     """Verify the engine, and cut the rows into batches."""
     pads = _pads(engine, data, rows, lengths)
     if not len(rows):
-        return plan_batches(lengths, token_batch_size)
+        return plan_rows(data, rows, token_batch_size, pads=True)
     example = data[rows.start]
     most = batch_rows(engine, example, "input_ids" in example)
     if engine.view.tokens:  # the results are of tokens
         token_batch_size, most = min(token_batch_size, most), sys.maxsize
+    return plan_rows(data, rows, token_batch_size, most, pads=pads)
+
+
+def plan_rows(
+    data: Data, rows: range, token_batch_size: int, most_rows: int = sys.maxsize, *, pads: bool
+) -> list[np.ndarray]:
+    """Cut rows into batches, of one shape each unless `pads`; numbers count from `rows.start`."""
+    lengths = lengths_of(data)[rows.start : rows.stop]
     if pads:
-        return plan_batches(lengths, token_batch_size, most)
+        return plan_batches(lengths, token_batch_size, most_rows)
     shapes = [shapes_of(labelled(data, row)) for row in rows]
-    return plan_equal(shapes, lengths, token_batch_size, most)
+    return plan_equal(shapes, lengths, token_batch_size, most_rows)
+
+
+def keeps_rows(measure: Measure, weights: Iterable[Tensor], data: Data, rows: range | None = None) -> bool:
+    """Whether padding changes nothing that is measured of the shortest and of the longest row.
+
+    Args:
+        measure: numbers of every row of a batch, and their losses.
+        weights: of the model, which say the device and the precision.
+        data, rows: see `stream`.
+    """
+    rows, weights = range(len(data)) if rows is None else rows, [*weights]
+    order = compared_rows(*_sizes(data, rows, lengths_of(data)[rows.start : rows.stop]), enough=np.inf)
+    examples = [labelled(data, rows.start + row) for row in order]
+    move = _mover(weights[0].device)
+    return len({shapes_of(one) for one in examples}) < 2 or not padding_changes_rows(
+        measure, weights, examples, move
+    )
 
 
 def pads(engine: Engine, data: Data) -> bool:
@@ -166,21 +192,25 @@ def _pads(engine: Engine, data: Data, rows: range, lengths: np.ndarray) -> bool:
         engine.verify(move(collate([labelled(data, rows.start + int(row)) for row in shortest])))
     if len(lengths) and lengths.max() > max(rope_window(engine.model), lengths.min()):
         return False
-    sizes = lengths if bool((lengths > 1).any()) else _numbers(data, rows)
-    pair = compared_rows(sizes, useful if sizes is lengths else np.ones(len(sizes), bool))
+    sizes, compared = _sizes(data, rows, lengths)
+    pair = compared_rows(sizes, compared)
     examples = [labelled(data, rows.start + row) for row in pair]
     if len({shapes_of(example) for example in examples}) < 2:
         return True
     enough = bool(sizes[pair[1]] >= 4 * sizes[pair[0]])
     keys, known = (frozenset(examples[0]), enough), engine.facts.unpadded
     if keys not in known:
-        known[keys] = padding_changes_rows(engine, examples, move)
+        known[keys] = padding_changes_rows(engine.sketch, [*engine.model.parameters()], examples, move)
     return not known[keys]
 
 
-def _numbers(data: Data, rows: range) -> np.ndarray:
-    """How many numbers each of the first rows has, where they have no tokens."""
-    return np.array([sum(v.numel() for v in data[row].values()) for row in rows[:TRIAL_ROWS]], np.int64)
+def _sizes(data: Data, rows: range, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How long rows are, and which are worth comparing; without tokens, the numbers of the first rows."""
+    if bool((lengths > 1).any()):
+        useful = _useful(data, rows, lengths)
+        return lengths, useful if useful.sum() > 1 else _useful(data, rows, lengths, least=2)
+    sizes = [sum(v.numel() for v in data[row].values()) for row in rows[:TRIAL_ROWS]]
+    return np.array(sizes, np.int64), np.ones(len(sizes), bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,10 +328,10 @@ def _one_behind(items: Generator[Made]) -> Generator[Made]:
             yield last
 
 
-def _useful(data: Data, rows: range, lengths: np.ndarray) -> np.ndarray:
+def _useful(data: Data, rows: range, lengths: np.ndarray, least: int = TRIAL_TOKENS) -> np.ndarray:
     """Which rows have something to learn from: a few tokens, and one to predict."""
     supervised = getattr(data, "supervised", None)
-    useful = lengths >= TRIAL_TOKENS
+    useful = lengths >= least
     if supervised is not None:
         useful &= np.asarray(supervised)[rows.start : rows.stop] > 0
     return useful

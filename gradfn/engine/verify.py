@@ -8,7 +8,7 @@ for each example alone. A weight whose blocks differ has no probe from then on. 
 remembered with the model, for the next engine of the same loss and weights.
 """
 
-from collections.abc import Collection, Hashable, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -218,12 +218,12 @@ def drops_tokens(loss: Any, model: nn.Module, pair: Batch) -> bool:
     with torch.no_grad():
         losses = loss.batched(copies)
     spread = float(losses.max() - losses.min())
-    return spread > loss_tolerance(model) * (1 + float(losses.abs().max()))
+    return spread > loss_tolerance(model.parameters()) * (1 + float(losses.abs().max()))
 
 
-def loss_tolerance(model: nn.Module) -> float:
+def loss_tolerance(weights: Iterable[Tensor]) -> float:
     """How far rounding may move a loss, relative to one and itself: the root of the weights' precision."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes = {p.dtype for p in weights if p.is_floating_point()}
     rounded = torch.float32 in dtypes and _rounds_products()
     return max([torch.finfo(dtype).eps for dtype in dtypes] + [2.0**-7] * rounded) ** 0.5
 

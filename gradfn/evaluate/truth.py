@@ -25,7 +25,9 @@ from gradfn.train import (
     Table,
     Trainer,
     Training,
+    alone_if_needed,
     initial_params,
+    losses_at,
     make_trainer,
     stacked_losses,
     table_of,
@@ -324,7 +326,8 @@ def _queries(trainer: Trainer, losses: Mapping[str, LossFn | None], query: Data)
         if loss is not None:
             table = plain if name == "margins" else whole
             two = table.take(torch.tensor([0, len(table) - 1]))
-            made[name] = stacked_losses(loss, params, two)[0], table
+            many = stacked_losses(loss, params, two)[0]
+            made[name] = many, alone_if_needed(table, query, many, params)
     return made
 
 
@@ -352,7 +355,7 @@ def query_losses(
     models = len(next(iter(params.values())))
     with torch.no_grad():
         return torch.cat([
-            losses(params, table.take(rows.expand(models, -1))).double()
+            losses_at(losses, params, table, rows.expand(models, -1)).double()
             for rows in torch.arange(len(table)).split(batch_size)
         ], 1)  # fmt: skip
 

@@ -80,6 +80,8 @@ def load_model(
     source, options = locate_model(path)
     adapter, place = _adapter_of(path, source, options), (source, options)
     base, options = place if adapter is None else locate_base(adapter)
+    if adapter is not None:
+        _check_adapter(path, adapter.parent)
     options |= {"trust_remote_code": trust_remote_code, "dtype": PRECISIONS[precision]}
     options |= {} if attention is None else {"attn_implementation": attention}
     if options.get("local_files_only"):  # if peft is installed, transformers looks for adapters
@@ -207,6 +209,31 @@ def _adapter_of(path: str | Path, source: str, options: dict[str, Any]) -> Path 
         return None
     found = load_pretrained("model", path, find_adapter_config_file, source, **options)
     return None if found is None else Path(found)
+
+
+def _adapter_config(folder: str) -> tuple[Any, Any]:
+    """The config of an adapter, and PEFT's class for adapters of its kind."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    config: Any = PeftConfig.from_pretrained(folder)
+    return config, PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+
+
+def _check_adapter(path: str | Path, folder: Path) -> None:
+    """Refuse an adapter that is not made of weights in the layers of its base."""
+    config, tuner = load_pretrained("adapter", path, _adapter_config, str(folder))
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+        raise InputError(
+            f"{path} is an adapter of the kind {kind}, which adds tokens to a text and no weights to layers, "
+            "so there is nothing to attribute: give its base, or an adapter such as LoRA"
+        )
+    if getattr(tuner, "uses_shared_state", tuner is None):
+        raise InputError(
+            f"{path} is an adapter of the kind {kind}, whose layers share weights that lie outside of them: "
+            "merge it into its base, with merge_and_unload() of PEFT, and give what save_pretrained wrote"
+        )
 
 
 def _add_adapter(

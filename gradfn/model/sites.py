@@ -210,10 +210,7 @@ def all_sites(model: nn.Module) -> tuple[Site, ...]:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in known:
                 known.add(id(parameter))
-                first = parameter.shape[0] if parameter.ndim else 1
-                layer = BareParameter(first, parameter.numel() // max(first, 1), False)
-                where = f"{path}.{name}".lstrip(".")
-                bare.append(Site(where, where, module, layer, name, probed=False))
+                bare.append(_bare(path, module, name))
     inner = {id(site.module.out_proj) for site in sites if isinstance(site.module, nn.MultiheadAttention)}
     names = {id(p): name for name, p in model.named_parameters()}
     return tuple(
@@ -221,6 +218,15 @@ def all_sites(model: nn.Module) -> tuple[Site, ...]:
         for site in (*sites, *bare)
         if id(site.module) not in inner
     )
+
+
+def _bare(path: str, module: nn.Module, name: str) -> Site:
+    """The site of a parameter that is attributed by itself."""
+    parameter = attrgetter(name)(module)
+    first = parameter.shape[0] if parameter.ndim else 1
+    layer = BareParameter(first, parameter.numel() // max(first, 1), False)
+    where = f"{path}.{name}".lstrip(".")
+    return Site(where, where, module, layer, name, probed=False)
 
 
 def _adapt(path: str, module: nn.Module) -> list[Site]:
@@ -235,8 +241,16 @@ def _parameters(site: Site) -> list[Tensor]:
 def _is_default(site: Site, head: nn.Module | None, adapters: set[str]) -> bool:
     """Whether a site is a weight matrix other than the LM head; with PEFT adapters, what these trained."""
     if adapters:
-        return not adapters.isdisjoint(site.names)
+        return site.names[0] in adapters
     return site.layer.by_default and site.module is not head
+
+
+def _trained(site: Site, adapters: set[str]) -> Site:
+    """The site, or that of its bias alone where adapters have trained nothing else of it."""
+    weight, *bias = site.names
+    if weight in adapters or adapters.isdisjoint(bias):
+        return site
+    return replace(_bare(site.path, site.module, site.bias), names=tuple(bias))
 
 
 @dataclass(frozen=True)
@@ -244,8 +258,8 @@ class View:
     """Which weights have a block, and how finely their gradients are split.
 
     The default is all weight matrices (linear layers, convolutions, experts) with their biases, without the
-    LM head, embeddings and norms. In a model with PEFT adapters it is all that these have trained, modules
-    and tokens of their own (`modules_to_save`, `trainable_token_indices`) too.
+    LM head, embeddings and norms. In a model with PEFT adapters it is all that these have trained, modules,
+    tokens and biases of their own (`modules_to_save`, `trainable_token_indices`, `bias`) too.
 
     Args:
         include: globs over module paths; a weight of any kind is included if one matches. `["*"]` includes
@@ -310,6 +324,8 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
         for globs in each:
             if globs and not any(_matches(site.path, globs) for site in found):
                 raise InputError(f"`{name}` {', '.join(globs)} matches no layer: {_named(found)}")
+    if not include and view.biases:
+        found = tuple({site.path: site for site in (_trained(one, adapters) for one in found)}.values())
     chosen = [
         site
         for site in found

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gradfn.data import IGNORED, collate, plan_batches
-from gradfn.engine.stream import Progress, labelled, lengths_of
+from gradfn.data import IGNORED, collate
+from gradfn.engine.stream import Progress, keeps_rows, labelled, lengths_of, plan_rows
 from gradfn.errors import InputError
 from gradfn.model.losses import CausalLMLoss, ModelLoss, hidden_states, output_head, shifted_labels
 from gradfn.random import uniforms
@@ -117,7 +117,7 @@ def sample_labels(
     """The data with labels drawn from the model, `y ~ p(. | example)`, for the true Fisher matrix.
 
     Labels are drawn where labels are given, in one forward pass. A row's labels depend
-    on (seed, row) alone, not on its batch.
+    on (seed, row) alone, not on its batch: where padding changes a row, batches have rows of one length.
 
     Args:
         loss: a cross-entropy or squared error made by `causal_lm_loss` or `model_loss`.
@@ -138,12 +138,18 @@ def sample_labels(
     assert isinstance(loss, CausalLMLoss | ModelLoss)
     made: list[dict[str, Tensor]] = [{} for _ in range(len(data))]
     rows = range(len(data)) if rows is None else rows
-    lengths, device = lengths_of(data), next(loss.model.parameters()).device
+    lengths, weights = lengths_of(data), [*loss.model.parameters()]
+
+    def measure(batch: Batch) -> tuple[Tensor, Tensor]:
+        losses = loss.batched(batch)
+        return losses.new_zeros(len(losses), 1), losses
+
     with _evaluating(loss.model), torch.no_grad():
-        for places in plan_batches(lengths[rows.start : rows.stop], token_batch_size):
+        pads = keeps_rows(measure, weights, data, rows)
+        for places in plan_rows(data, rows, token_batch_size, pads=pads):
             numbers = places + rows.start
             examples = [labelled(data, int(row)) for row in numbers]
-            batch = {key: value.to(device) for key, value in collate(examples).items()}
+            batch = {key: value.to(weights[0].device) for key, value in collate(examples).items()}
             new = _relabel(
                 loss, batch, lambda place, n, of=numbers: uniforms(n, seed, "labels", int(of[place]))
             )

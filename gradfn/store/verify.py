@@ -1,5 +1,6 @@
 """Whether files hold what was written: every array against the digest of its bytes."""
 
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,8 @@ from gradfn.store.guard import check_heaps, linked_hard, own_dataset, refuse_lin
 from gradfn.store.reader import Store, steps
 
 PART_BYTES = 1 << 26
+NESTED = re.compile(r"shards|\d+-of-\d+|(checkpoint|hessian)-\d+")
+"""Names of folders in a run directory that are runs of their own, or hold them."""
 
 
 def check_file(path: Path) -> Header:
@@ -85,6 +88,7 @@ def files_below(run: str | Path) -> list[Path]:
     """
     run = Path(run)
     folders = [run, *(path.parent for path in sorted(run.rglob("segments")))]
+    refuse_links(*(path for path in sorted(run.rglob("*")) if NESTED.fullmatch(path.name)))
     paths = [path for folder in dict.fromkeys(folders) for path in files_of(folder)]
     if run.is_file():
         return [run]

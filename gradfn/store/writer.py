@@ -17,6 +17,7 @@ from gradfn.errors import InputError
 from gradfn.store.arrays import ArraySpec, Values, as_array, check_array_names, joined_specs
 from gradfn.store.compare import MISSING, canonical, differing, in_words, shown
 from gradfn.store.directory import (
+    check_place,
     locked,
     refuse_linked,
     remove_all,
@@ -312,8 +313,7 @@ def _checked_target(run: Path, kind: str, rows: int) -> None:
         raise InputError(f"a kind of store is a lower-case word, got {kind!r}")
     if rows < 1:
         raise InputError(f"a store needs at least one row, got {rows}: the dataset is empty")
-    if run.exists() and not run.is_dir():
-        raise InputError(f"{run} is a file, expected the directory of a run: give another path")
+    check_place(run)
 
 
 @contextmanager

@@ -1,16 +1,21 @@
 """Many models as one: stacked initial parameters, their losses by `vmap`, and what cannot be stacked."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.func import vmap
 
+from gradfn.engine.batching import full_gradients
+from gradfn.engine.stream import keeps_rows, labelled
 from gradfn.errors import InputError
 from gradfn.model.params import params_of
 from gradfn.train.step import Losses, losses_of
-from gradfn.types import Batch, LossFn, Params
+from gradfn.train.table import Table
+from gradfn.types import Batch, Data, LossFn, Params
 
 Start = Callable[[], nn.Module] | Params
 """What makes a model, called once a seed; or the parameters that all models start from."""
@@ -93,6 +98,44 @@ def stacked_losses(loss: LossFn, params: Params, batch: Batch) -> tuple[Losses, 
         return losses, why
     assert first is not None
     raise first
+
+
+def losses_at(losses: Losses, params: Params, table: Table, rows: Int64[Tensor, "models batch"]) -> Tensor:
+    """The losses of rows of a table under stacked models, without padding where that would change them.
+
+    >>> table = table_of([{"x": torch.tensor(1.0)}, {"x": torch.tensor(3.0)}])
+    >>> losses_at(vmap(lambda p, b: p["w"] * b["x"]), {"w": torch.ones(1)}, table, torch.tensor([[1, 0]]))
+    tensor([[3., 1.]])
+    """
+    if table.alone is None:
+        return losses(params, table.take(rows))
+    made = []
+    for model, own in enumerate(rows):
+        one = {name: value[model : model + 1] for name, value in params.items()}
+        parts = [
+            (places, losses(one, {key: value[None] for key, value in batch.items()})[0])
+            for places, batch in table.unpadded(own)
+        ]
+        order = torch.tensor([place for places, _ in parts for place in places]).argsort()
+        made.append(torch.cat([values for _, values in parts])[order])
+    return torch.stack(made)
+
+
+def alone_if_needed(table: Table, data: Data, losses: Losses, params: Params) -> Table:
+    """The table with its rows unpadded, where padding changes the loss or the gradient of one.
+
+    Args:
+        table: made of the data.
+        losses: of stacked models, `[models, batch]`.
+        params: of one model, for the comparison.
+    """
+
+    def of_one(params: Params, batch: Batch) -> Tensor:
+        return losses(*({name: v[None] for name, v in given.items()} for given in (params, batch)))[0]
+
+    if keeps_rows(full_gradients(of_one, params), params.values(), data):
+        return table
+    return replace(table, alone=[labelled(data, row) for row in range(len(data))])
 
 
 def looped(losses: Losses) -> Losses:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,11 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from gradfn.data import collate
+from gradfn.engine.batching import shapes_of
 from gradfn.engine.stream import labelled, row_name
 from gradfn.errors import InputError
 from gradfn.random import words
-from gradfn.types import Data
+from gradfn.types import Data, Example
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +25,13 @@ class Table:
         columns: `{key: [rows, ...]}`.
         lengths: the length of each row's sequences.
         padded: the keys of sequences.
+        alone: the rows themselves, where padding changes them.
     """
 
     columns: dict[str, Tensor]
     lengths: Int64[Tensor, " rows"]
     padded: frozenset[str]
+    alone: Sequence[Example] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -41,6 +45,16 @@ class Table:
             column = column[:, :longest] if key in self.padded else column
             taken[key] = column.index_select(0, flat).reshape(*rows.shape, *column.shape[1:])
         return taken
+
+    def unpadded(self, rows: Int64[Tensor, " some"]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Batches of rows of one shape: `(their places among the rows, {key: [places, ...]})`."""
+        assert self.alone is not None
+        groups: dict[Any, list[int]] = {}
+        for place, row in enumerate(rows.tolist()):
+            groups.setdefault(shapes_of(self.alone[row]), []).append(place)
+        for places in groups.values():
+            made = collate([self.alone[int(rows[place])] for place in places])
+            yield places, {key: v.to(self.lengths.device) for key, v in made.items() if key in self.columns}
 
 
 def table_of(data: Data, device: torch.device | None = None) -> Table:
@@ -65,7 +79,9 @@ def table_of(data: Data, device: torch.device | None = None) -> Table:
     sizes = {key: {len(e[key]) if e[key].ndim else 0 for e in examples} for key in examples[0]}
     padded = frozenset(key for key, lengths in sizes.items() if len(lengths) > 1)
     lengths = torch.tensor([max([len(e[key]) for key in padded], default=1) for e in examples])
-    return Table({k: v.to(device) for k, v in collate(examples).items()}, lengths.to(device), padded)
+    columns = {key: value.to(device) for key, value in collate(examples).items()}
+    masks = columns.keys() - examples[0].keys()  # collate adds the mask of what it pads
+    return Table(columns, lengths.to(device), padded | masks)
 
 
 def orders(subsets: np.ndarray, seeds: Sequence[int], epoch: int) -> np.ndarray:

@@ -17,7 +17,16 @@ from gradfn.errors import InputError
 from gradfn.memory import free_memory
 from gradfn.train.optimizers import State, Update, first_state, update, update_in_place
 from gradfn.train.spec import Training
-from gradfn.train.stacked import Start, check_start, initial_params, looped, stacked_losses, stacked_params
+from gradfn.train.stacked import (
+    Start,
+    alone_if_needed,
+    check_start,
+    initial_params,
+    looped,
+    losses_at,
+    stacked_losses,
+    stacked_params,
+)
 from gradfn.train.step import Losses, losses_of
 from gradfn.train.table import Table, batches, orders, table_of
 from gradfn.types import Batch, Data, LossFn, Params
@@ -119,6 +128,9 @@ def make_trainer(start: Start, loss: LossFn, data: Data, training: Training) -> 
     params = check_start(start, loss)
     table = table_of(data, next(iter(params.values())).device)
     many, why = stacked_losses(loss, params, table.take(torch.tensor([0, len(table) - 1])))
+    table = alone_if_needed(table, data, many, params)
+    if table.alone is not None:
+        why = why or "padding would change their rows"
     return Trainer(start, loss, table, training, many, why)
 
 
@@ -209,7 +221,7 @@ class Trainer:
         device = next(iter(leaves.values())).device
         real = (torch.arange(rows.shape[1]) < counts[:, None]).to(device)
         with torch.enable_grad():
-            losses = self.losses(leaves, self.table.take(rows))
+            losses = losses_at(self.losses, leaves, self.table, rows)
             weights = (real.double() / counts.clamp_min(1)[:, None].to(device)).to(losses.dtype)
             grads = torch.autograd.grad((losses * weights).sum(), [*leaves.values()], materialize_grads=True)
         with torch.no_grad():

@@ -106,11 +106,21 @@ def test_model_or_dataset_is_lacking(refused, model, corpus, name):
     refused("no --model", name, "run", "--dataset", corpus, *query)
 
 
-@pytest.mark.parametrize("name", ["score", "build", "reduce"])
-def test_a_run_that_is_a_file(refused, model, corpus, tmp_path, name):
-    (tmp_path / "run").write_text("mine")
-    refused("'run' is not the directory of a run", name, "run", "--model", model, "--dataset", corpus)
-    refused("'' is not the directory of a run", name, "", "--model", model, "--dataset", corpus)
+COMMANDS = ("score", "build", "reduce", "hessian", "mask fit", "retrain")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_whose_place_is_taken_is_refused_before_any_work(refused, tmp_path, monkeypatch, name):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr("os.access", lambda path, *_: "closed" not in str(path))
+    given = ("--model", "none", "--dataset", "none")
+    for run in ("file", "file/a/run", "link", "link/run"):
+        words = f"{run.split('/')[0]} is no folder, so {run} cannot be a run directory: give another one"
+        refused(words, *name.split(), run, *given)
+    refused("closed may not be written to by this user", *name.split(), "closed/run", *given)
+    refused("'' is not the directory of a run", *name.split(), "", *given)
 
 
 def test_an_export_is_not_replaced_unasked(refused, ok, model, corpus, tmp_path):

@@ -1,4 +1,5 @@
 import re
+import shutil
 
 import h5py
 import numpy as np
@@ -230,3 +231,9 @@ def test_a_shard_that_is_a_link_is_not_written_through(command, ok, base, tmp_pa
     for arguments in (("build", run, *base, "--shard", "1/2", "--overwrite"), ("merge", run)):
         assert "is a symbolic link" in command(*arguments).err
     assert sorted(path.name for path in theirs.rglob("*")) == before
+    shutil.rmtree(run)
+    ok("build", run, *base)
+    for name in ("shards", "hessian-2", "checkpoint-1"):
+        (run / name).symlink_to(tmp_path / "theirs")
+        assert f"{run / name} is a symbolic link" in command("verify", run).err
+        (run / name).unlink()
