@@ -417,7 +417,7 @@ def plan_batches(
     Raises:
         InputError: a budget below 1.
 
-    >>> plan_batches(np.array([2, 4, 1, 3]), 8)
+    >>> plan_batches(np.array([2, 4, 2, 3]), 8)
     [array([1, 3]), array([0, 2])]
     >>> plan_batches(np.array([10, 100, 90]), 1000)
     [array([1, 2]), array([0])]

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradfn.errors import InputError
 
@@ -39,6 +42,30 @@ def check_memory(size: int, what: str, instead: str, device: torch.device | None
     """
     if size > SURE_BYTES and size > (free := free_memory(device)):
         raise InputError(f"{what} take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {instead}")
+
+
+class CountBytes(TorchDispatchMode):
+    """Counts the bytes of what operations return, but for views of what they are given.
+
+    >>> with CountBytes() as made:
+    ...     _ = torch.ones(3) + 1
+    >>> made.count
+    24
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore
+        """Run the operation."""
+        made, given = func(*args, **(kwargs or {})), [v for v in tree_leaves(args) if isinstance(v, Tensor)]
+        there = {value.untyped_storage()._cdata for value in given}
+        new = (
+            v for v in tree_leaves(made) if isinstance(v, Tensor) and v.untyped_storage()._cdata not in there
+        )
+        self.count += sum(value.nbytes for value in new)
+        return made
 
 
 def release_memory() -> None:

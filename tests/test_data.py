@@ -1,5 +1,4 @@
 import dataclasses
-
 from itertools import pairwise
 
 import numpy as np

@@ -13,13 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gradfn.data import collate, plan_batches
 from gradfn.engine.engine import Engine
 from gradfn.engine.verify import loss_tolerance, tolerance
-from gradfn.model.params import params_of
 from gradfn.types import Batch, Example, Params
 
 Measure = Callable[[Batch], tuple[Tensor, Tensor]]
@@ -106,19 +103,6 @@ def shapes_of(example: Example) -> tuple[Any, ...]:
     return tuple(value.shape for value in example.values())
 
 
-class _Bytes(TorchDispatchMode):
-    """Counts the bytes of what operations return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore
-        made = func(*args, **(kwargs or {}))
-        self.count += sum(value.nbytes for value in tree_leaves(made) if isinstance(value, Tensor))
-        return made
-
-
 def batch_rows(engine: Engine, example: Example, tokens: bool) -> int:
     """How many rows a batch holds at most, so that neither their results nor their activations fill memory.
 
@@ -129,9 +113,7 @@ def batch_rows(engine: Engine, example: Example, tokens: bool) -> int:
     """
     row = engine.row_bytes
     if not tokens:
-        with torch.no_grad(), _Bytes() as activations:
-            engine.loss(params_of(engine.model), dict(example))
-        row += activations.count
+        row += engine.activation_bytes(example)
     return max(1, BATCH_BYTES // max(1, row))
 
 

@@ -26,7 +26,7 @@ from gradfn.engine.attention import fast_attention
 from gradfn.engine.contract import Contract, lower_for, no_factors, no_tokens
 from gradfn.engine.journal import as_function
 from gradfn.engine.reference import definition
-from gradfn.engine.tap import Forward, ProbeError, RepeatedCallError, attached, make_slots
+from gradfn.engine.tap import Forward, ProbeError, RepeatedCallError, attached, make_slots, refuse_attached
 from gradfn.engine.verify import (
     ModelFacts,
     drops_tokens,
@@ -37,6 +37,7 @@ from gradfn.engine.verify import (
     unequal_blocks,
 )
 from gradfn.errors import InputError
+from gradfn.memory import CountBytes
 from gradfn.model.layers import Layer
 from gradfn.model.params import params_of
 from gradfn.model.sites import Site, View, blocks_of, dropped_matrices, find_sites, output_head
@@ -182,8 +183,15 @@ class Engine:
         parts = [value.flatten(1).to(losses) for value in blocks.values()]
         return torch.cat([*parts, losses.new_zeros(len(losses), 1)], 1), losses.detach()
 
+    def activation_bytes(self, example: Example) -> int:
+        """Bytes that the operations of a forward pass of one example return."""
+        with self._ready(), torch.no_grad(), CountBytes() as made:
+            self.loss(params_of(self.model), dict(example))
+        return made.count
+
     @contextmanager
     def _ready(self) -> Iterator[None]:
+        refuse_attached(self.sites)
         self._leave_unprobed()  # another engine may have found more of these
         with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model), as_function(self.model):
             yield
@@ -196,8 +204,12 @@ class Engine:
             except LearnedError:
                 pass
             except RepeatedCallError as repeated:
+                if repeated.block in self.facts.shared:
+                    raise
                 self.facts.shared.add(repeated.block)
             except ProbeError as error:
+                if not any(site.probed and site.path == error.path for site in self.sites):
+                    raise
                 self._unprobe({error.path})
             except torch.OutOfMemoryError:
                 raise

@@ -138,7 +138,7 @@ def _plan(
     pads = _pads(engine, data, rows, lengths)
     if not len(rows):
         return plan_rows(data, rows, token_batch_size, pads=True)
-    example = data[rows.start]
+    example = _mover(next(engine.model.parameters()).device)(dict(labelled(data, rows.start)))
     most = batch_rows(engine, example, "input_ids" in example)
     if engine.view.tokens:  # the results are of tokens
         token_batch_size, most = min(token_batch_size, most), sys.maxsize

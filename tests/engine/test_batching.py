@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import MeanOfTokens
+from torch import nn
 from torch.func import functional_call
 from transformers import (
     BertConfig,
