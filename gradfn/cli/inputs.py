@@ -281,17 +281,6 @@ def _load(path: str, options: ModelOptions, task: str) -> nn.Module:
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     config: Any = model.config
-    if task in ("classification", "regression") and config.pad_token_id is None:
-        raise InputError(
-            f"{path} has no padding token, by which a classifier finds the end of a text: set pad_token_id "
-            "in its config.json"
-        )
-    size = getattr(config, "vocab_size", None)
-    if task in ("classification", "regression") and size and not 0 <= config.pad_token_id < size:
-        raise InputError(
-            f"the padding token {config.pad_token_id} of {path} is none of its {size:,} tokens: set "
-            "pad_token_id in its config.json to one that texts do not end with"
-        )
     if task == "regression" and config.num_labels != 1:
         raise InputError(
             f"{path} gives {config.num_labels} numbers and a regression one: use --task classification"

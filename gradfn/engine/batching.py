@@ -29,7 +29,7 @@ LENGTH_ROPES = ("dynamic", "longrope")
 """The kinds of rope whose frequencies change when a sequence is longer than the model's first window."""
 
 
-def compared_rows(sizes: np.ndarray, useful: np.ndarray, enough: float = LONG_TOKENS) -> list[int]:
+def compared_rows(sizes: np.ndarray, useful: np.ndarray, enough: float = float(LONG_TOKENS)) -> list[int]:
     """The shortest useful row, and one that is much longer and has `enough` tokens, or the longest.
 
     >>> compared_rows(np.array([9, 100, 4, 70]), np.ones(4, bool))

@@ -9,6 +9,7 @@ from gradfn.data import IGNORED, Documents, make_documents
 from gradfn.errors import InputError
 from gradfn.hf.datasets import check_column, decoded
 from gradfn.hf.hub import summary
+from gradfn.hf.tokenizers import no_panic
 
 if TYPE_CHECKING:
     import datasets
@@ -158,7 +159,10 @@ def _behind(tokenizer: Any, chat: list[dict[str, Any]], asked_by: int, name: str
 
 def _templated(tokenizer: Any, chat: list[dict[str, Any]], name: str, **options: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(chat, **options)
+        with no_panic():
+            return tokenizer.apply_chat_template(chat, **options)
+    except InputError:
+        raise
     except Exception as error:  # a template is a program, which may raise anything
         raise InputError(
             f"the chat template cannot take the chat of row {name} ({summary(error)}): correct it"

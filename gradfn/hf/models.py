@@ -30,6 +30,8 @@ MODEL_CLASSES = {
 }
 
 
+_PADDED = ("classification", "regression", "seq2seq_lm")
+"""Tasks whose models look for a padding token."""
 _HEAD = re.compile(
     r"For((?:Sequence|Token|Image)Classification|QuestionAnswering|MultipleChoice|MaskedLM|CausalLM)$"
 )
@@ -69,8 +71,6 @@ def load_model(
     ...
     gradfn.errors.InputError: no model 'no/such/model': no file or folder here has this name; check the path
     """
-    import transformers
-
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     if task not in MODEL_CLASSES:
@@ -86,8 +86,7 @@ def load_model(
     options |= {} if attention is None else {"attn_implementation": attention}
     if options.get("local_files_only"):  # if peft is installed, transformers looks for adapters
         options["adapter_kwargs"] = {"local_files_only": True}
-    loader = getattr(transformers, MODEL_CLASSES[task]).from_pretrained
-    model, info = load_pretrained("model", path, loader, base, output_loading_info=True, **options)
+    model, info = _load_base(path, task, base, options)
     given = getattr(model.config, "_attn_implementation", None)
     if attention is not None and given != attention:
         raise InputError(f"{path} has no {attention} attention, only {given}: use that, or leave it out")
@@ -104,6 +103,32 @@ def load_model(
     if precision == "fp64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products of experts have no float64
     return model.to(device).eval().requires_grad_(False)
+
+
+def _load_base(path: str | Path, task: str, base: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model without an adapter, and what was missing; masks alone say what is padding in it.
+
+    A padding token that is none of the model's tokens becomes -1, which equals none. For no padding token at
+    all, transformers would refuse batches, and of some models any row.
+    """
+    import transformers
+
+    loader = getattr(transformers, MODEL_CLASSES[task]).from_pretrained
+    load = partial(load_pretrained, "model", path, loader, base, output_loading_info=True, **options)
+    try:
+        model, info = load()
+    except InputError as error:
+        if "Padding_idx must be within" not in str(error):
+            raise
+        model, info = load(pad_token_id=None)
+    for config in (model.config, model.config.get_text_config()) if task in _PADDED else ():
+        size, pad = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+        if size and (pad is None or not 0 <= pad < size):
+            config.pad_token_id = -1
+    for module in model.modules():
+        if getattr(module, "padding_idx", 0) is None and not isinstance(module, nn.Embedding):
+            module.padding_idx = -1  # by which RoBERTa numbers positions
+    return model, info
 
 
 def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[str]) -> None:

@@ -10,7 +10,7 @@ from gradfn.data import IGNORED, Documents, Pairs, check_lengths, make_documents
 from gradfn.errors import InputError
 from gradfn.hf.chats import Encoder, chat_encoder, holds_chats, pair_encoder
 from gradfn.hf.datasets import check_column, row_ids, tables
-from gradfn.hf.tokenizers import probe_word
+from gradfn.hf.tokenizers import no_panic, probe_word
 
 if TYPE_CHECKING:
     import datasets
@@ -250,21 +250,15 @@ def _texts(table: "pyarrow.Table", column: str) -> list[str]:
 
 def _encode(tokenizer: Any, texts: list[str], special: bool = True) -> list[list[int]]:
     options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
-    try:
+    with no_panic():
         return tokenizer(texts, **options)["input_ids"]
-    except BaseException as error:  # a panic of the tokenizer's regular expressions is no Exception
-        if type(error).__name__ != "PanicException":
-            raise
-        raise InputError(
-            f"the tokenizer cannot split the texts ({str(error)[:80]}): mend the expressions in its "
-            "tokenizer.json"
-        ) from error
 
 
 def _encode_side(tokenizer: Any, texts: list[str], target: bool) -> list[list[int]]:
     """Tokens of inputs, or of outputs, which some tokenizers treat differently."""
     given = {"text_target": texts} if target else {"text": texts}
-    return tokenizer(**given, return_attention_mask=False, verbose=False)["input_ids"]
+    with no_panic():
+        return tokenizer(**given, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _join_pairs(

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,20 @@ def load_tokenizer(
             f"the tokenizer of {path} has no tokens: save it there with tokenizer.save_pretrained"
         )
     return tokenizer
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """Refuse texts in which a tokenizer's regular expressions give up, whose panic is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"the tokenizer cannot split the texts ({str(error)[:80]}): mend the expressions in its "
+            "tokenizer.json"
+        ) from error
 
 
 def number_tokenizer(vocabulary: int) -> Any:

@@ -292,14 +292,25 @@ class ModelLoss(_Weighted):
             for key, value in batch.items()
             if key not in ("labels", "weight")
         }
-        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        if pad and "input_ids" in inputs and "attention_mask" in inputs:
+        if "input_ids" in inputs and "attention_mask" in inputs:
             # A decoder that classifies finds the end of a text by its padding token.
-            inputs["input_ids"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], pad)
+            inputs["input_ids"] = torch.where(
+                inputs["attention_mask"].bool(), inputs["input_ids"], self._padding or 0
+            )
         if self.task == "seq2seq_lm":
-            # The model itself makes the decoder's inputs of the labels.
-            return {**inputs, "labels": batch["labels"], "use_cache": False}
+            return {**inputs, "labels": self.read_labels(batch["labels"]), "use_cache": False}
         return inputs
+
+    def read_labels(self, labels: Tensor) -> Tensor:
+        """The labels of which the model itself makes the decoder's inputs: tokens where it has no padding."""
+        return labels.clamp_min(0) if self._padding is None else labels
+
+    @property
+    def _padding(self) -> int | None:
+        """The padding token; None if it is none of the model's tokens, so that the mask alone decides."""
+        config: Any = getattr(self.model, "config", None)
+        pad, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+        return pad if pad is not None and 0 <= pad < (size or pad + 1) else None
 
     def _losses(self, logits: Tensor, batch: Batch) -> Tensor:
         labels = batch["labels"]

@@ -75,7 +75,8 @@ def _classes(loss: ModelLoss, batch: Batch, uniforms: Uniforms) -> dict[str, Ten
     """Labels where labels are given; a decoder goes on reading the given ones."""
     labels, read = batch["labels"].clone(), {}
     if loss.task == "seq2seq_lm":
-        made = loss.model.prepare_decoder_input_ids_from_labels(labels=labels)  # pyright: ignore
+        read_labels = loss.read_labels(labels)
+        made = loss.model.prepare_decoder_input_ids_from_labels(labels=read_labels)  # pyright: ignore
         read = {"decoder_input_ids": made}
     kept = labels != IGNORED
     logits = loss.logits({**batch, **read})[kept]

@@ -103,6 +103,7 @@ def stacked_losses(loss: LossFn, params: Params, batch: Batch) -> tuple[Losses, 
 def losses_at(losses: Losses, params: Params, table: Table, rows: Int64[Tensor, "models batch"]) -> Tensor:
     """The losses of rows of a table under stacked models, without padding where that would change them.
 
+    >>> from gradfn.train.table import table_of
     >>> table = table_of([{"x": torch.tensor(1.0)}, {"x": torch.tensor(3.0)}])
     >>> losses_at(vmap(lambda p, b: p["w"] * b["x"]), {"w": torch.ones(1)}, table, torch.tensor([[1, 0]]))
     tensor([[3., 1.]])

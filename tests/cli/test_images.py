@@ -311,6 +311,14 @@ def test_a_model_of_one_channel_reads_grey(tmp_path):
     assert torch.equal(data[0]["pixel_values"], torch.ones(1, 8, 8))
 
 
+def test_a_standard_deviation_of_zero_is_named(tmp_path):
+    hf.ViTImageProcessorPil(size={"height": 8, "width": 8}, image_std=[0.0] * 3).save_pretrained(tmp_path)
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "white.png")
+    rows = datasets.Dataset.from_list([{"image": "white.png", "label": 0}])
+    with pytest.raises(gf.InputError, match=r"NaN or infinite numbers of row 0 .*mend image_std"):
+        load_images(rows, load_processor(tmp_path), vit().eval(), folder=tmp_path)
+
+
 def test_another_processor_is_another_thing(ok, command, place, tmp_path):
     shutil.copytree(place / "vit", tmp_path / "vit")
     data = ("--model", tmp_path / "vit", "--dataset", place / "train.jsonl", *TASK)

@@ -73,6 +73,7 @@ def test_rewards_are_compared_within_a_prompt(tokenizers):
             "prompt": ["p", "q", "p", "p"],
             "reward": [1, 5, 2, 6],
             "advantage": [1, 2, 3, 4],
+            "huge": [1e13, 0.0, 0.0, 0.0],
         }
     )
     docs = tokenize(rows, tokenizers["bos"])
@@ -97,6 +98,14 @@ def test_rewards_are_compared_within_a_prompt(tokenizers):
             "give either advantage_column or reward_column",
         ),
         ({}, "give either advantage_column or reward_column"),
+        (
+            {"advantage_column": "huge"},
+            "row 0 has the weight 1e.13, and gradients in float32 hold 1e.12 at most",
+        ),
+        (
+            {"reward_column": "huge", "prompt_column": "prompt"},
+            r"row 0 has the weight .*scale the column down",
+        ),
     ):
         with pytest.raises(InputError, match=words):
             with_weights(docs, rows, **columns)

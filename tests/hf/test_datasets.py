@@ -306,3 +306,11 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch):
         InputError, match=r"hub \(Config name is missing\): check the name, written as name or name:"
     ):
         load_rows("owner/name")
+
+
+def test_a_folder_of_many_files_that_are_no_rows_is_refused_before_all_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("gradfn.hf.datasets._CRAWLED", 8)
+    for number in range(9):
+        (tmp_path / f"{number}.bin").touch()
+    with pytest.raises(InputError, match="holds 8 files or more, most of them no rows: give the folder of a"):
+        load_rows(tmp_path)

@@ -213,6 +213,16 @@ def test_context_lengths(neox_folder, llama_folder):
     assert context_length(nn.Linear(1, 1)) is None
 
 
+def test_the_length_that_t5_records_is_no_limit():
+    sizes = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, n_positions=4, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    assert config.n_positions == 4
+    assert context_length(model) is None
+    ids = torch.full((1, 9), 5)
+    assert model(input_ids=ids, labels=ids).logits.shape[1] == 9
+
+
 @pytest.mark.parametrize("family", ["Roberta", "Bert", "MPNet", "Electra"])
 def test_the_context_is_as_long_as_the_model_can_read(family):
     config = getattr(transformers, f"{family}Config")(**SIZES, max_position_embeddings=20, pad_token_id=1)
