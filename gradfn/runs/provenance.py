@@ -130,7 +130,8 @@ class Provenance(Record):
         basis: of the second of two passes to a curvature, a digest of what the first gave.
         checkpoints: of joined scores.
         mask: how the coordinates of a mask were chosen.
-        query_loss, margin_loss, init, training, subsets, seeds, seed: of retrained models, see `retrain`.
+        query_loss, margin_loss, init, training, subsets, seeds, seed, seeding: of retrained models, see
+            `retrain`.
         request: what was asked for, such as a command with the options that were given. Two runs that
             differ only in this are the same.
 
@@ -165,6 +166,7 @@ class Provenance(Record):
     subsets: Settings | None = None
     seeds: int | None = None
     seed: int | None = None
+    seeding: str | None = None
     request: Settings | None = None
 
     @classmethod
