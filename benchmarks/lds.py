@@ -49,7 +49,7 @@ from gradfn.runs.masks import projection_named
 from gradfn.scores import Scores
 from gradfn.statistics.mask import selective_mask
 from gradfn.train import Training, learning_rate, make_trainer, train
-from gradfn.transforms import chain, compress
+from gradfn.transforms import chain, compress, reseeded
 from gradfn.transforms.joint import joint
 from gradfn.transforms.projection import lenient
 
@@ -371,11 +371,6 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
         results.append(gather(engine, rows, token_batch_size=setting.batch))
     joined = (times_doubt if recipe.combine is times_doubt else weighted_sum)(results, stack.weights)
     return joined.unflatten(1, (len(entry.dampings), -1)).movedim(1, 0), numbers
-
-
-def reseeded(projection: Any, seed: int) -> Any:
-    """Each model of an ensemble has a projection of its own."""
-    return chain(*(replace(s, seed=seed) if hasattr(s, "seed") else s for s in chain(projection).stages))
 
 
 # --- one case

@@ -15,13 +15,13 @@ from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import gather
 from gradfn.linalg.maps import random_map
 from gradfn.linalg.spectrum import Damping
-from gradfn.methods import RECIPES, Problem, recipe_named
+from gradfn.methods import RECIPES, Problem, over_checkpoints, recipe_named
 from gradfn.methods.inner_product import InnerProduct, damping_names
 from gradfn.methods.recipes import group_means, method_of
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import fit
 from gradfn.subject import Subject
-from gradfn.transforms import adam, chain, compress
+from gradfn.transforms import adam, chain, compress, reseeded
 from gradfn.transforms.joint import joint
 from gradfn.transforms.projection import lenient, parse_projection
 from gradfn.types import Rows
@@ -149,6 +149,39 @@ def test_trak_over_checkpoints():
         made.append(gather(probe_engine(p.subject.model, p.subject.loss, method.against(queries)), p.train))
     whole = torch.stack(expected).mean(0) * torch.stack(doubts).mean(0)[:, None]
     torch.testing.assert_close(RECIPES["trak"].combine(made, [0.5, 0.5]), whole.float(), check_dtype=False)
+
+
+def test_checkpoints_have_projections_of_their_own():
+    """The mean over checkpoints of `<P_m g, P_m q>`, where only the first P is that of the seed."""
+    parts = [problem(seed, projection=project(2, seed=5)) for seed in (0, 1, 2)]
+    subjects = [p.subject for p in parts]
+    joined = over_checkpoints(
+        "grad_dot", subjects, parts[0].train, parts[0].query, projection=project(2, seed=5)
+    )
+    expected, maps = [], [reseeded(project(2, seed=5), number) for number in range(3)]
+    for p, P in zip(parts, maps, strict=True):
+        train, query = map(flat, sides(p, P))
+        expected.append(train @ query.T)
+    assert maps[0] == chain(project(2, seed=5))
+    assert len({stage.seed for one in maps for stage in one.stages}) == 3
+    p = parts[0]
+    made = gf.score(subjects[0], p.train, p.query, method=joined).matrix
+    torch.testing.assert_close(made, torch.stack(expected).mean(0).float(), check_dtype=False)
+
+
+def test_projections_of_their_own_average_out():
+    """32 checkpoints that are the same model: the error of the mean falls like that of 32 projections."""
+    p = problem()
+    train, query = map(flat, sides(p))
+    asked = ([p.subject] * 32, p.train, p.query)
+    errors = [
+        (gf.score(p.subject, p.train, p.query, method=method).matrix - train @ query.T).norm()
+        for method in (
+            over_checkpoints("grad_dot", *asked, projection=project(1)),
+            gf.grad_dot(project(1)),
+        )
+    ]
+    assert errors[0] < errors[1] / 3
 
 
 def test_trak_with_a_projection_of_the_whole_gradient():
