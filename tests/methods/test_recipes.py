@@ -274,6 +274,17 @@ def test_unknown_names_are_refused():
         recipe_named("nowhere.py:mine")
 
 
+def test_the_damping_of_datainf_divides_the_scores_until_it_is_as_large_as_a_block():
+    def scaled(damping):
+        return damping * scores("datainf", problem(damping=(Damping(damping),)))
+
+    torch.testing.assert_close(scaled(1e-6), scaled(1e-4), rtol=1e-3, atol=1e-3 * scaled(1e-4).abs().max())
+    train, query = sides(problem())
+    plain = sum(train[n].flatten(1) @ query[n].flatten(1).T / train[n].square().mean() for n in train)
+    torch.testing.assert_close(scaled(1e8), plain, rtol=1e-4, atol=0.0)
+    assert not torch.allclose(scaled(1e-4), plain, rtol=0.1)
+
+
 def test_datainf_takes_one_relative_damping():
     for damping in ((Damping(0.1), Damping(1.0)), (Damping(0.1, "absolute"),)):
         with pytest.raises(InputError, match="one relative damping"):
