@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradfn.data import check_rows
 from gradfn.engine.engine import Engine
 from gradfn.engine.reference import naive_blocks
 from gradfn.engine.stream import Progress, collect, gather, labelled, lengths_of
@@ -176,6 +177,7 @@ def equality(engine: Engine, rows: Sequence[Example]) -> tuple[BlockError, ...]:
         raise InputError(
             f"{fixed} is quantised, so autograd has no gradient of it: check the model unquantised"
         )
+    check_rows(rows)
     rows = [labelled(rows, row) for row in range(len(rows))]
     together = len(rows) * int(lengths_of(rows).max())
     got = gather(engine, rows, token_batch_size=together).values

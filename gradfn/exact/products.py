@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradfn.data import IGNORED, collate, plan_batches
+from gradfn.data import IGNORED, check_rows, collate, plan_batches
+from gradfn.engine.reference import one_number, refuse_constant
 from gradfn.engine.stream import labelled, lengths_of
 from gradfn.errors import InputError
 from gradfn.exact.vectors import Product
@@ -48,8 +49,9 @@ def fisher_product(
         `v -> F v`, vectors `{name: [k, *parameter]}`; each call is a pass over the data.
 
     Raises:
-        InputError: no data; when called, a vector of other names or shapes, a loss that is not one number, an
-            operation without forward mode. (Attention has one: it runs by its formula.)
+        InputError: no data, or a loss that does not depend on `params`; when called, a vector of other names
+            or shapes, a loss that is not one number, an operation without forward mode. (Attention has one:
+            it runs by its formula.)
 
     >>> def loss(p, e):
     ...     return (p["w"] * e["x"]).sum()
@@ -63,7 +65,7 @@ def fisher_product(
         dots = jvp(losses, (params,), (v,))[1]
         return vjp(losses, params)[1](dots)[0]
 
-    return _streamed(of_batch, params, data, token_batch_size)
+    return _streamed(loss, of_batch, params, data, token_batch_size)
 
 
 def gauss_newton_product(
@@ -113,7 +115,7 @@ def gauss_newton_product(
         curved = jvp(slope, (z,), (moved,))[1]
         return vjp(made, params)[1](curved)[0]
 
-    return _streamed(of_batch, params, data, token_batch_size)
+    return _streamed(outputs, of_batch, params, data, token_batch_size)
 
 
 def hessian_product(
@@ -145,7 +147,7 @@ def hessian_product(
         losses = _losses(loss, batch)
         return jvp(grad(lambda p: losses(p).sum()), (params,), (v,))[1]
 
-    return _streamed(of_batch, params, data, token_batch_size)
+    return _streamed(loss, of_batch, params, data, token_batch_size)
 
 
 def outputs_and_loss(loss: CausalLMLoss) -> tuple[Outputs, OutputLoss]:
@@ -189,27 +191,29 @@ def _each(function: Callable, first: Params | Tensor, batch: Batch, dim: int | N
 
 
 def _losses(loss: LossFn, batch: Batch) -> Callable[[Params], Tensor]:
-    def losses(params: Params) -> Tensor:
-        made = _each(loss, params, batch)
-        if made.ndim != 1:
-            raise InputError(
-                f"the loss of an example has shape {list(made.shape[1:])}, expected one number: sum it, or "
-                "take gauss_newton_product"
-            )
-        return made
-
-    return losses
+    return lambda params: _each(lambda p, example: one_number(loss(p, example)), params, batch)
 
 
 def _streamed(
-    of_batch: Callable[[Batch, Params], Params], params: Params, data: Data, token_batch_size: int
+    function: Callable[[Params, Example], Tensor],
+    of_batch: Callable[[Batch, Params], Params],
+    params: Params,
+    data: Data,
+    token_batch_size: int,
 ) -> Product:
-    """The mean over the data of a sum over the examples of a batch, for every row of a vector."""
+    """The mean over the data of a sum over the examples of a batch, for every row of a vector.
+
+    Args:
+        function: what is differentiated.
+        of_batch: the sum.
+    """
+    check_rows(data)
     if not len(data) or not params:
         raise InputError("a product needs at least one example and one parameter")
     lengths = lengths_of(data)
     plan_batches(lengths[:1], token_batch_size)  # refuses a budget below 1 now, not when called
     device = next(iter(params.values())).device
+    refuse_constant(function, params, {name: value.to(device) for name, value in labelled(data, 0).items()})
 
     @torch.no_grad()  # torch.func needs no graph, and that of a trainable model would fill memory
     def product(v: Params) -> Params:

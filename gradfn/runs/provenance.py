@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 import gradfn
+from gradfn.data import check_rows
 from gradfn.errors import InputError
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import CausalLMLoss, ModelLoss
@@ -248,6 +249,7 @@ def _merged(settings: Settings, more: Settings) -> dict[str, Any]:
 
 def describe(subject: Subject, data: Data, transform: Transform | None) -> Provenance:
     """What the rows of a run depend on: model, data, loss, layers and transform."""
+    check_rows(data)
     fingerprint: Callable[[], str] | None = getattr(data, "fingerprint", None)
     return Provenance(
         version=gradfn.__version__,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from gradfn.data import collate
+from gradfn.data import check_rows, collate
 from gradfn.engine.stream import labelled, row_name
 from gradfn.errors import InputError
 from gradfn.random import words
@@ -47,11 +47,12 @@ def table_of(data: Data, device: torch.device | None = None) -> Table:
     """All rows in memory, sequences padded on the right.
 
     Raises:
-        InputError: there are no rows, or a row lacks a key that another one has.
+        InputError: there are no rows, they are no examples, or a row lacks a key that another one has.
 
     >>> table_of([{"x": torch.ones(2)}] * 3).take(torch.tensor([0, 2]))["x"].shape
     torch.Size([2, 2])
     """
+    check_rows(data)
     if not len(data):
         raise InputError("the data has no rows: give at least one example")
     examples = [labelled(data, row) for row in range(len(data))]
@@ -62,10 +63,11 @@ def table_of(data: Data, device: torch.device | None = None) -> Table:
                 f"{row_name(data, row)} has no {key!r}, which {row_name(data, first_with[key])} has: give "
                 "all rows the same keys"
             )
+    columns = collate(examples)
     sizes = {key: {len(e[key]) if e[key].ndim else 0 for e in examples} for key in examples[0]}
     padded = frozenset(key for key, lengths in sizes.items() if len(lengths) > 1)
     lengths = torch.tensor([max([len(e[key]) for key in padded], default=1) for e in examples])
-    return Table({k: v.to(device) for k, v in collate(examples).items()}, lengths.to(device), padded)
+    return Table({k: v.to(device) for k, v in columns.items()}, lengths.to(device), padded)
 
 
 def orders(subsets: np.ndarray, seeds: Sequence[int], epoch: int) -> np.ndarray:
