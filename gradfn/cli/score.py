@@ -137,6 +137,11 @@ def _check_joined(request: ScoreRequest, recipe: Recipe, weighted: Weighted, joi
         raise InputError(f"joined scores are not told apart by {by}: use --by example or token")
     if recipe.combine is not times_doubt:
         return
+    if request.loss.reduction == "sum":
+        raise InputError(
+            "trak weighs a row by 1 - p, of which a sum over many tokens leaves nothing: leave out "
+            "--loss-reduction"
+        )
     if by == "token":
         raise InputError("trak weighs whole rows by their loss: use --by example")
     if given := request.gave("reward_column", "advantage_column"):

@@ -310,7 +310,8 @@ def over_checkpoints(
         weights: of the checkpoints; None: `1 / number of checkpoints`.
 
     Raises:
-        InputError: no such method, no checkpoint, a loss that the method is not defined with.
+        InputError: no such method, no checkpoint, a loss that the method is not defined with, for trak a sum
+            over tokens too.
 
     >>> net = torch.nn.Linear(1, 1)
     >>> both = [Subject(net, lambda params, example: params["weight"].sum())] * 2
@@ -326,6 +327,11 @@ def over_checkpoints(
             raise InputError(
                 f"{method} takes the loss {recipe.criterion} and not {criterion}: give "
                 f'loss=gf.causal_lm_loss(model, criterion="{recipe.criterion}")'
+            )
+        if recipe.combine is times_doubt and getattr(subject.loss, "reduction", "mean") == "sum":
+            raise InputError(
+                f"{method} weighs a row by 1 - p, of which a sum over many tokens leaves nothing: take a "
+                "loss with the mean over tokens"
             )
         made = recipe.method(Problem(subject, train, query, projection=reseeded(projection, number)))
         parts.append((subject, made))

@@ -314,6 +314,7 @@ def curved(folder, ok, model, corpus, queries):
             "labels are drawn for a plain cross",
         ),
         (["--method", "trak", "--labels", "model"], "labels are drawn for a plain cross-entropy or squared"),
+        (["--method", "trak", "--loss-reduction", "sum"], "leaves nothing: leave out --loss-reduction"),
         (["--method", "trak", "--by", "token"], "trak weighs whole rows by their loss: use --by example"),
         (
             ["--method", "trak", "--reward-column", "r", "--prompt-column", "p", "--completion-column", "c"],

@@ -1,5 +1,6 @@
 """Every recipe against its definition, written with dense algebra on one example at a time, float64."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from gradfn.engine.stream import gather
 from gradfn.linalg.maps import random_map
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import RECIPES, Problem, over_checkpoints, recipe_named
+from gradfn.methods.attribution import times_doubt
 from gradfn.methods.inner_product import InnerProduct, damping_names
 from gradfn.methods.recipes import group_means, method_of
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
@@ -149,6 +151,13 @@ def test_trak_over_checkpoints():
         made.append(gather(probe_engine(p.subject.model, p.subject.loss, method.against(queries)), p.train))
     whole = torch.stack(expected).mean(0) * torch.stack(doubts).mean(0)[:, None]
     torch.testing.assert_close(RECIPES["trak"].combine(made, [0.5, 0.5]), whole.float(), check_dtype=False)
+
+
+def test_a_row_that_the_model_is_sure_of_keeps_its_score():
+    """1 - p = exp(-110) is no number of float32, and the product is one."""
+    sure = Rows(torch.tensor([[1e20]]), torch.tensor([-110.0]))
+    expected = torch.tensor([[1e20 * math.exp(-110)]])
+    torch.testing.assert_close(times_doubt([sure, sure], [0.5, 0.5]), expected, rtol=1e-5, atol=0.0)
 
 
 def test_checkpoints_have_projections_of_their_own():
@@ -322,3 +331,6 @@ def test_names_that_cannot_be_taken():
     model = language_model("llama")
     with pytest.raises(InputError, match="trak takes the loss log_odds and not cross_entropy"):
         method_of("trak", gf.Subject(model), [], [])
+    whole = gf.causal_lm_loss(model, "sum", criterion="log_odds")
+    with pytest.raises(InputError, match="take a loss with the mean over tokens"):
+        method_of("trak", gf.Subject(model, whole), [], [])
