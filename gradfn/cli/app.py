@@ -15,7 +15,7 @@ from gradfn.cli.commands import COMMANDS, CURVATURE, TRUTH
 from gradfn.cli.console import SPOKEN, Command, Group
 from gradfn.cli.request import Request, flag, flag_of, slots_of, takes
 from gradfn.cli.values import STDOUT
-from gradfn.errors import InputError, StorageError
+from gradfn.errors import InputError, LostFileError, StorageError
 
 GROUPS = {
     "mask": (CURVATURE, "Selective masks of gradients."),
@@ -93,6 +93,8 @@ _PATHS = {
     errno.ELOOP,
 }
 _CLOSED = {errno.EPIPE, errno.EBADF}
+MADE = "the command that made it"
+"""What messages of the library say, which has no words for commands."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 UsageError: Any = typer.BadParameter.__base__
@@ -114,7 +116,8 @@ def _sentence(error: Exception) -> str:
         return f"{error.format_message().rstrip('.')}: see {command} --help"  # pyright: ignore
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, InputError | StorageError) or full:
-        return _with_flags(str(error.strerror if isinstance(error, OSError) and error.strerror else error))
+        text = _with_flags(str(error.strerror if isinstance(error, OSError) and error.strerror else error))
+        return _with_command(text, error)
     if isinstance(error, OSError) and error.errno in _PATHS:
         name = str(error.filename)
         shown = name if len(name) < 80 else f"{name[:60]}..."
@@ -124,6 +127,20 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         return f"out of memory ({str(error) or 'RAM'}): lower --token-batch-size, or --projection-dim"
     return f"{type(error).__name__}: {error} (gradfn's fault: run again with --debug and tell us)"
+
+
+def _with_command(text: str, error: BaseException | None) -> str:
+    """A message in which the command that made a file is spelled, where a file beside it records this."""
+    while error is not None and not isinstance(error, LostFileError):
+        error = error.__cause__
+    if error is None or MADE not in text:
+        return text
+    from gradfn.cli.rerun import spelled
+    from gradfn.store.reader import request_beside
+
+    if not (request := request_beside(error.path)):
+        return text
+    return re.sub(r" \(--shard \d+/\d+\)", "", text.replace(MADE, spelled(request)))
 
 
 def _with_flags(text: str) -> str:

@@ -195,8 +195,8 @@ def test_a_damaged_shard_is_named_before_it_is_taken_and_made_again(command, ok,
         refused = command("merge", run)
         assert (refused.status, refused.err.count("\n")) == (2, 1)
         assert f"{path} is damaged" in refused.err
-        assert "delete it and run the command that made it again" in refused.err
-        assert "(--shard 2/2), then merge" in refused.err
+        assert f"delete it and run gradfn {kind} {run} " in refused.err
+        assert "--shard 2/2 again, which recomputes only it, then merge" in refused.err
     path.unlink()
     ok(kind, run, *base, *more, "--shard", "2/2")
     ok("merge", run)
