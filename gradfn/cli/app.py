@@ -93,8 +93,10 @@ _PATHS = {
     errno.ELOOP,
 }
 _CLOSED = {errno.EPIPE, errno.EBADF}
-MADE = "the command that made it"
-"""What messages of the library say, which has no words for commands."""
+MADE = {
+    "the command that made it": "{}", "its command": "{}", "their commands": "their commands ({}, say)"
+}  # fmt: skip
+"""How messages of the library speak of commands, and how the command line does where it knows them."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 UsageError: Any = typer.BadParameter.__base__
@@ -130,17 +132,21 @@ def _sentence(error: Exception) -> str:
 
 
 def _with_command(text: str, error: BaseException | None) -> str:
-    """A message in which the command that made a file is spelled, where a file beside it records this."""
+    """A message in which the command that makes a file is spelled, where a file beside it records this."""
     while error is not None and not isinstance(error, LostFileError):
         error = error.__cause__
-    if error is None or MADE not in text:
+    phrase = next((phrase for phrase in MADE if phrase in text), None)
+    if error is None or phrase is None:
         return text
     from gradfn.cli.rerun import spelled
     from gradfn.store.reader import request_beside
 
     if not (request := request_beside(error.path)):
         return text
-    return re.sub(r" \(--shard \d+/\d+\)", "", text.replace(MADE, spelled(request)))
+    if shard := re.search(r" \(--shard (\d+/\d+)\)", text):
+        text = text.replace(shard[0], "")
+        request = {**request, "given": {**request["given"], "shard": shard[1]}}
+    return text.replace(phrase, MADE[phrase].format(spelled(request)))
 
 
 def _with_flags(text: str) -> str:

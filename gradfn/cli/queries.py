@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gradfn.cli.commands import MaskFitRequest, RetrainRequest, ScoreRequest
 from gradfn.cli.inputs import (
@@ -167,8 +167,9 @@ def answers_of(loaded: Loaded, shown: ShownQueries) -> list[Answer] | None:
 
 def classes_of(loaded: Loaded, train: Corpus, rows: list[int]) -> dict[int, tuple[str, str]]:
     """The class of each of some rows, and the one that the model gives it."""
-    loss, names = loaded.subject.loss, {n: name for name, n in loaded.model.config.label2id.items()}
+    loss, config = loaded.subject.loss, cast(Any, loaded.model.config)
     assert isinstance(loss, ModelLoss)
+    names = {number: name for name, number in config.label2id.items()}
     with loaded.multiplying():
         predicted = predicted_classes(loss, train.select(rows))
     labels = train.extras["labels"][rows].tolist()

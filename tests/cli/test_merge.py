@@ -1,4 +1,5 @@
 import re
+import shlex
 
 import h5py
 import numpy as np
@@ -230,3 +231,12 @@ def test_a_shard_that_is_a_link_is_not_written_through(command, ok, base, tmp_pa
     for arguments in (("build", run, *base, "--shard", "1/2", "--overwrite"), ("merge", run)):
         assert "is a symbolic link" in command(*arguments).err
     assert sorted(path.name for path in theirs.rglob("*")) == before
+
+
+def test_a_shard_that_is_missing_is_told_with_its_command(command, ok, base, tmp_path):
+    ok("build", tmp_path / "run", *base, "--shard", "1/2")
+    refused = command("merge", tmp_path / "run")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    again = refused.err.split("is missing: run gradfn ")[1].split(", then merge")[0]
+    ok(*shlex.split(again))
+    ok("merge", tmp_path / "run")
