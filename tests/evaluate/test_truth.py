@@ -167,8 +167,6 @@ def test_the_seeding_is_recorded_and_another_is_refused_in_one_run(tmp_path):
     assert (shared.seeding, shared.settings["seeding"]) == ("shared", "shared")
     with pytest.raises(InputError, match="seeding"):
         made(tmp_path, seeding="independent")
-    with pytest.raises(InputError, match="no `seeding` 'same': choose shared or independent"):
-        made(tmp_path, seeding="same")
 
 
 def test_a_run_that_was_killed_resumes(tmp_path, monkeypatch):
