@@ -362,11 +362,13 @@ def check_rows(data: Any) -> None:
     whole = isinstance(data, Mapping | Tensor | str) or not hasattr(data, "__getitem__")
     if whole or not hasattr(data, "__len__"):
         raise InputError(f"the data is a {kind}: give a sequence of examples, each a dict of tensors")
-    if len(data) and not isinstance(row := data[0], Mapping):
+    row = data[0] if len(data) else {}
+    if not isinstance(row, Mapping):
         raise InputError(
             f"row 0 is a {type(row).__name__}: give each example as a dict of tensors, "
             '{"x": x, "y": y}, say'
         )
+    _check_tensors(row)
 
 
 def check_lengths(lengths: Int64[np.ndarray, " rows"], others: Int64[np.ndarray, " _"], noun: str) -> None:
@@ -467,6 +469,7 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             raise InputError(
                 f"examples of a batch need the same keys, got {sorted(keys)} and {sorted(example.keys())}"
             )
+        _check_tensors(example)
     batch = {key: _stack(key, [example[key] for example in examples]) for key in keys}
     if "input_ids" in keys and "attention_mask" not in keys and examples[0]["input_ids"].ndim == 1:
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
@@ -476,10 +479,14 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+def _check_tensors(example: Mapping[str, Any]) -> None:
+    for key, value in example.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise InputError(f"{key!r} is a {kind}, not a tensor: make it one, with torch.tensor, say")
+
+
 def _stack(key: str, tensors: list[Tensor]) -> Tensor:
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        kind = next(type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor))
-        raise InputError(f"{key!r} is a {kind}, not a tensor: make it one, with torch.tensor, say")
     shapes = {tensor.shape for tensor in tensors}
     if len(shapes) == 1 and tensors[0].shape != (0,):
         return torch.stack(tensors)

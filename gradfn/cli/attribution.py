@@ -44,7 +44,7 @@ from gradfn.statistics.curvature import Curvature
 from gradfn.store.guard import refuse_links
 from gradfn.store.reader import open_store
 from gradfn.store.writer import Overwrite
-from gradfn.transforms import Chain, Transform, chain
+from gradfn.transforms import Chain, Transform, chain, reseeded
 from gradfn.types import Blocks, Data, Rows
 
 Weighted = Sequence[tuple[str | None, float]]
@@ -58,7 +58,7 @@ class Job:
     Args:
         request: as given, with the method's defaults.
         name, recipe: the method.
-        projection: of both sides.
+        projection: of both sides; of the first of several checkpoints.
         train: the training rows.
         asked: the queries' tokens, where there are any.
     """
@@ -300,16 +300,18 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
 
 
 def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[ShownQueries, Ranked | None]:
-    """Score the rows at every checkpoint, and join what they say."""
+    """Score the rows at every checkpoint, each behind a projection of its own, and join what they say."""
     run, results, resumed, shown, columns = job.request.run, [], 0, SELF.shown, Columns([])
     for path in dict.fromkeys(path for path, _ in weighted[1:] if path is not None):
         at_checkpoint(loaded, path, job.request.model)  # refuses what does not fit before the first is scored
+    different = [*dict.fromkeys(path and anchored(path) for path, _ in weighted)]
     for number, (path, _) in enumerate(weighted, 1):
+        projection = reseeded(job.projection, different.index(path and anchored(path)))
         one = loaded if path is None else at_checkpoint(loaded, path, job.request.model)
         part = None if run is None else str(Path(run) / f"checkpoint-{number}")
         if part is not None:
             refuse_links(Path(part))
-        prepared = job.prepare(one, part)
+        prepared = replace(job, projection=projection).prepare(one, part)
         shown, columns = prepared.shown, prepared.columns
         with one.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:
             if part is None:

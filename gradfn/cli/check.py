@@ -29,6 +29,7 @@ from gradfn.report.checks import (
 from gradfn.report.progress import progress_bar
 from gradfn.report.summaries import batches_facts, coverage_facts, device_facts
 from gradfn.report.tables import facts
+from gradfn.subject import Subject
 from gradfn.transforms import project
 
 LIMITS = 32, 4096
@@ -128,28 +129,28 @@ def _pair(documents: Corpus) -> list[Any]:
 
 def _noise(loaded: Loaded, documents: Corpus, request: CheckRequest) -> tuple[Noise, str]:
     """The noise of the settings asked about; where it is too much, of others too, and what to do."""
-    subject, reference = loaded.subject, None
+    reference = None
     if loaded.precision in ROUNDED:
         same = loaded.precision == "tf32"  # its weights are fp32
         exact = replace(request, model=replace(request.model, precision="fp32"))
-        reference = loaded.model if same else load_subject(exact).model
+        reference = loaded.subject if same else loaded.subject.at(load_subject(exact).model)
 
-    def measure(model: Any, reference: Any = None, inside: Any = loaded.multiplying) -> Noise:
+    def measure(
+        subject: Subject, reference: Subject | None = None, inside: Any = loaded.multiplying
+    ) -> Noise:
         total = int(documents.lengths.sum()) * (2 if reference is None else 3)
         with progress_bar("noise", total) as progress:
             return noise(
-                model, documents, reference=reference, make_loss=lambda m: subject.at(m).loss,
-                transform=project(DIM), view=subject.view, token_batch_size=subject.token_batch_size,
-                inside=inside, progress=progress,
-            )  # fmt: skip
+                subject, documents, project(DIM), reference=reference, inside=inside, progress=progress
+            )
 
-    here = measure(loaded.model, reference)
+    here = measure(loaded.subject, reference)
     if here.worst_cosine >= RANKS:
         return here, advice(here.worst_cosine)
     others = {}
     if loaded.attention == "sdpa":
         eager = load_subject(replace(request, model=replace(request.model, attention="eager")))
-        others["--attention eager"] = measure(eager.model, reference).worst_cosine
+        others["--attention eager"] = measure(loaded.subject.at(eager.model), reference).worst_cosine
     others["--token-batch-size 1"] = 1.0 if here.precision is None else here.precision.worst_cosine
     if reference is not None:
         others["--precision fp32"] = measure(reference, inside=nullcontext).worst_cosine

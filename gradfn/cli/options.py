@@ -40,6 +40,7 @@ StoredBy = Literal["example", "head", "token"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "linear", "cosine"]
 Init = Literal["given", "random"]
+Seeding = Literal["shared", "independent"]
 
 IMAGES = "image_classification"
 """The task whose rows are images."""
@@ -85,8 +86,9 @@ _DIM = (
 _HESSIAN = "A curvature that hessian or mix wrote: H^-1 on the queries, or (cosine) H^-1/2 on both sides."
 _DAMPING = (
     "Of the curvature: 0.1 adds 0.1 mean(lambda); or absolute:, truncated:, tikhonov:, factored:NUMBER; "
-    "several with commas."
+    "several with commas. In datainf only one, which divides the scores and hardly changes their order."
 )
+_SEEDING = "Whether all subsets have the same seeds, or every model one of its own."
 _DIRECTIONS = "trackstar: directions of the queries to count less."
 _INCLUDE = (
     "Glob of layers to take; several may be given. All weight matrices but the LM head and embeddings, "
@@ -397,6 +399,7 @@ class SubsetOptions:
     remove_top: tuple[int, ...] | None = option(None, _REMOVE, parse=sizes, commas=True)
     scores: str | None = option(None, "For --remove-top: the run of scores that says which.", file=found)
     seeds: int = option(2, "Models of each subset, whose losses are averaged.")
+    seeding: Seeding = option("shared", _SEEDING)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gradfn.cli.commands import MaskFitRequest, RetrainRequest, ScoreRequest
 from gradfn.cli.inputs import (
@@ -23,11 +23,12 @@ from gradfn.data import Corpus, Documents, Images, Pairs
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
-from gradfn.hf.answers import Answer, answers
+from gradfn.hf.answers import Answer, answers, predicted_classes
 from gradfn.hf.datasets import load_rows
 from gradfn.hf.unpack import PACKED, kind_of
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
+from gradfn.model.losses import ModelLoss
 from gradfn.report.progress import progress_bar
 from gradfn.report.rankings import ShownQueries
 from gradfn.runs.gradients import ends_in_unit_norm, open_gradients
@@ -162,6 +163,18 @@ def answers_of(loaded: Loaded, shown: ShownQueries) -> list[Answer] | None:
     if not isinstance(shown.documents, Documents) or loaded.reads.task != "causal_lm":
         return None
     return answers(loaded.model, loaded.reads.tokenizer, shown.documents)
+
+
+def classes_of(loaded: Loaded, train: Corpus, rows: list[int]) -> dict[int, tuple[str, str]]:
+    """The class of each of some rows, and the one that the model gives it."""
+    loss, config = loaded.subject.loss, cast(Any, loaded.model.config)
+    assert isinstance(loss, ModelLoss)
+    names = {number: name for name, number in config.label2id.items()}
+    with loaded.multiplying():
+        predicted = predicted_classes(loss, train.select(rows))
+    labels = train.extras["labels"][rows].tolist()
+    pairs = zip(rows, labels, predicted, strict=True)
+    return {row: (str(names.get(label, label)), str(names.get(said, said))) for row, label, said in pairs}
 
 
 def load_queries(

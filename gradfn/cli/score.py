@@ -8,15 +8,16 @@ from gradfn.cli.console import console
 from gradfn.cli.inputs import anchored, check_request, check_run, require, with_example
 from gradfn.cli.method import recipe_of
 from gradfn.cli.options import MethodOptions
-from gradfn.cli.queries import answers_of, load_all
+from gradfn.cli.queries import answers_of, classes_of, load_all
 from gradfn.cli.stages import projection_of
 from gradfn.errors import InputError
+from gradfn.evaluate.truth import CLASSES
 from gradfn.hf.locate import locate_model
 from gradfn.methods.attribution import times_doubt, weighted_sum
 from gradfn.methods.recipes import Recipe
 from gradfn.report.exports import export_ranking
 from gradfn.report.rankings import print_rankings
-from gradfn.report.rows import loaded_rows
+from gradfn.report.rows import DocumentRows, LabelledRows, loaded_rows
 from gradfn.transforms import Chain
 from gradfn.transforms.joint import joint
 
@@ -46,6 +47,8 @@ def run_score(request: ScoreRequest) -> None:
     if ranked is None:
         return
     known = loaded_rows(train, loaded.reads.tokenizer, str(request.layers.by))
+    if request.method.self_influence and request.model.task in CLASSES and isinstance(known, DocumentRows):
+        known = LabelledRows(known.ids, known.texts, classes_of(loaded, train, [*ranked.asked(job.top)]))
     table = print_rankings(
         console(),
         shown,
@@ -134,6 +137,11 @@ def _check_joined(request: ScoreRequest, recipe: Recipe, weighted: Weighted, joi
         raise InputError(f"joined scores are not told apart by {by}: use --by example or token")
     if recipe.combine is not times_doubt:
         return
+    if request.loss.reduction == "sum":
+        raise InputError(
+            "trak weighs a row by 1 - p, of which a sum over many tokens leaves nothing: leave out "
+            "--loss-reduction"
+        )
     if by == "token":
         raise InputError("trak weighs whole rows by their loss: use --by example")
     if given := request.gave("reward_column", "advantage_column"):

@@ -25,7 +25,7 @@ from torch.func import vmap
 from gradfn.engine.attention import fast_attention
 from gradfn.engine.contract import Contract, lower_for, no_factors, no_tokens
 from gradfn.engine.journal import as_function
-from gradfn.engine.reference import definition
+from gradfn.engine.reference import definition, one_number
 from gradfn.engine.tap import Forward, ProbeError, RepeatedCallError, attached, make_slots, refuse_attached
 from gradfn.engine.verify import (
     ModelFacts,
@@ -333,7 +333,7 @@ class Engine:
 
         if batched is not None:
             with probes(slots, size=size), fast_attention():
-                return batched(batch)
+                return one_number(batched(batch), size)
         params = params_of(self.model)
         if self.facts.singly:
             with probes(slots):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gradfn.data import IGNORED
 from gradfn.engine.journal import as_function
+from gradfn.engine.reference import one_number
 from gradfn.errors import InputError
 from gradfn.linalg.kron import Kron
 from gradfn.model.params import params_of
@@ -187,14 +188,14 @@ def rebinds_modules(loss: LossFn, model: nn.Module, weights: Sequence[Tensor], e
     """Whether a forward pass sets modules or parameters; see `Journal`.
 
     Raises:
-        InputError: the loss reads one of the weights past its `params`.
+        InputError: the loss is not one number, or reads one of the weights past its `params`.
     """
     own = [weight for weight in weights if weight.is_floating_point()]
     try:
         for weight in own:
             weight.requires_grad_(True)
         with as_function(model) as journal:
-            value = loss(params_of(model), example)
+            value = one_number(loss(params_of(model), example))
         past = torch.autograd.grad(value, own, allow_unused=True) if value.requires_grad else ()
     finally:
         for weight in own:

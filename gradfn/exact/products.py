@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradfn.data import IGNORED, collate
+from gradfn.data import IGNORED, check_rows, collate
 from gradfn.engine.batching import full_gradients
+from gradfn.engine.reference import one_number, refuse_constant
 from gradfn.engine.stream import keeps_rows, labelled, plan_rows
 from gradfn.errors import InputError
 from gradfn.exact.vectors import Product
@@ -52,8 +53,9 @@ def fisher_product(
         `v -> F v`, vectors `{name: [k, *parameter]}`; each call is a pass over the data.
 
     Raises:
-        InputError: no data; when called, a vector of other names or shapes, a loss that is not one number, an
-            operation without forward mode. (Attention has one: it runs by its formula.)
+        InputError: no data, or a loss that does not depend on `params`; when called, a vector of other names
+            or shapes, a loss that is not one number, an operation without forward mode. (Attention has one:
+            it runs by its formula.)
 
     >>> def loss(p, e):
     ...     return (p["w"] * e["x"]).sum()
@@ -120,7 +122,7 @@ def gauss_newton_product(
     def loss(params: Params, example: Example) -> Tensor:
         return output_loss(outputs(params, example), example)
 
-    return _streamed(of_batch, loss, params, data, token_batch_size)
+    return _streamed(of_batch, loss, params, data, token_batch_size, outputs)
 
 
 def hessian_product(
@@ -196,16 +198,7 @@ def _each(function: Callable, first: Params | Tensor, batch: Batch, dim: int | N
 
 
 def _losses(loss: LossFn, batch: Batch) -> Callable[[Params], Tensor]:
-    def losses(params: Params) -> Tensor:
-        made = _each(loss, params, batch)
-        if made.ndim != 1:
-            raise InputError(
-                f"the loss of an example has shape {list(made.shape[1:])}, expected one number: sum it, or "
-                "take gauss_newton_product"
-            )
-        return made
-
-    return losses
+    return lambda params: _each(lambda p, example: one_number(loss(p, example)), params, batch)
 
 
 def _streamed(
@@ -214,12 +207,22 @@ def _streamed(
     params: Params,
     data: Data,
     token_batch_size: int,
+    outputs: Outputs | None = None,
 ) -> Product:
-    """The mean over the data of a sum over the examples of a batch, for every row of a vector."""
+    """The mean over the data of a sum over the examples of a batch, for every row of a vector.
+
+    Args:
+        of_batch: the sum.
+        loss: of an example.
+        outputs: what is differentiated instead of the loss.
+    """
+    check_rows(data)
     if not len(data) or not params:
         raise InputError("a product needs at least one example and one parameter")
     plan_rows(data, range(1), token_batch_size, pads=True)  # refuses a budget below 1 now, not when called
     device, rows = next(iter(params.values())).device, range(len(data))
+    first = {name: value.to(device) for name, value in labelled(data, 0).items()}
+    refuse_constant(outputs or loss, params, first)
 
     @cache
     def pads() -> bool:

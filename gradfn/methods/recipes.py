@@ -50,7 +50,7 @@ from gradfn.statistics.labels import sample_labels
 from gradfn.subject import Subject
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import Joint, joint
-from gradfn.transforms.projection import lenient, parse_projection
+from gradfn.transforms.projection import lenient, parse_projection, reseeded
 from gradfn.types import Blocks, Data
 
 Watch = Callable[[str, int], AbstractContextManager[Progress | None]]
@@ -283,18 +283,59 @@ def method_of(method: Attribution | str, subject: Subject, train: Data, query: Q
         if isinstance(method, Attribution):
             return method
         raise InputError(f"{method!r} is no method: give gf.grad_dot(), say, or the name of one, 'ekfac'")
-    recipe = recipe_named(method)
     if isinstance(query, dict):
         raise InputError(f"{method} by its name takes queries and not their gradients: give the examples")
-    criterion = getattr(subject.loss, "criterion", recipe.criterion)
-    if recipe.criterion is not None and criterion != recipe.criterion:
-        raise InputError(
-            f"{method} takes the loss {recipe.criterion} and not {criterion}: give "
-            f'loss=gf.causal_lm_loss(model, criterion="{recipe.criterion}")'
-        )
-    projection = lenient(parse_projection(recipe.projection))
-    made = recipe.method(Problem(subject, train, query or [], projection=projection))
-    return made if recipe.combine is weighted_sum else Joined([(None, made)], combine=recipe.combine)
+    joined = over_checkpoints(method, [subject], train, query or [])
+    return joined.parts[0][1] if joined.combine is weighted_sum else joined
+
+
+def over_checkpoints(
+    method: str,
+    checkpoints: Sequence[Subject],
+    train: Data,
+    query: Data,
+    *,
+    projection: Transform | None = None,
+    weights: Sequence[float] | None = None,
+) -> Joined:
+    """A method by its name, fitted at several checkpoints of a model and joined as the method joins them.
+
+    Each checkpoint has a projection of its own, see `gradfn.transforms.reseeded`.
+
+    Args:
+        method: "trak", say.
+        checkpoints: a subject each.
+        train, query: rows and queries, as they are scored.
+        projection: of the first checkpoint; None: that of the method.
+        weights: of the checkpoints; None: `1 / number of checkpoints`.
+
+    Raises:
+        InputError: no such method, no checkpoint, a loss that the method is not defined with, for trak a sum
+            over tokens too.
+
+    >>> net = torch.nn.Linear(1, 1)
+    >>> both = [Subject(net, lambda params, example: params["weight"].sum())] * 2
+    >>> joined = over_checkpoints("grad_dot", both, [], [])
+    >>> [made.row_transform.stages[0].seed == 0 for _, made in joined.parts]
+    [True, False]
+    """
+    recipe, parts = recipe_named(method), list[tuple[Subject | None, Attribution]]()
+    projection = lenient(parse_projection(recipe.projection)) if projection is None else projection
+    for number, subject in enumerate(checkpoints):
+        criterion = getattr(subject.loss, "criterion", recipe.criterion)
+        if recipe.criterion is not None and criterion != recipe.criterion:
+            raise InputError(
+                f"{method} takes the loss {recipe.criterion} and not {criterion}: give "
+                f'loss=gf.causal_lm_loss(model, criterion="{recipe.criterion}")'
+            )
+        if recipe.combine is times_doubt and getattr(subject.loss, "reduction", "mean") == "sum":
+            raise InputError(
+                f"{method} weighs a row by 1 - p, of which a sum over many tokens leaves nothing: take a "
+                "loss with the mean over tokens"
+            )
+        made = recipe.method(Problem(subject, train, query, projection=reseeded(projection, number)))
+        parts.append((subject, made))
+    return Joined(parts, weights, recipe.combine)
 
 
 def _checked(name: str, method: Callable[[Problem], Any]) -> Callable[[Problem], Attribution]:

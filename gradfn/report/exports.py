@@ -17,6 +17,8 @@ EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "tex
 FURTHER = {"module": ("module", "share"), "head": ("module", "share"),
            "token": ("document", "position", "token")}  # fmt: skip
 """Columns of an export that there are only where scores are told apart so finely."""
+CLASSES = ("label", "predicted")
+"""Columns of rows with a class: its name, and the model's own."""
 FORMULA, NUMBER = re.compile(r"\s*[=+\-@]"), re.compile(r"[+-]?\d+(\.\d+)?")
 """Texts that a spreadsheet may run, and those among them that are only numbers."""
 
@@ -28,7 +30,8 @@ def export_ranking(rows: Sequence[Row], paths: Mapping[str, Path | None], by: st
         by: how finely scores are told apart: "example", "module", "head" or "token".
     """
     lines = [line for row in rows for line in _lines(row)]
-    export_table(lines, (*EXPORTED, *FURTHER.get(by, ())), paths)
+    classes = CLASSES if any("label" in row for row in rows) else ()
+    export_table(lines, (*EXPORTED, *FURTHER.get(by, ()), *classes), paths)
 
 
 def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[str, Path | None]) -> None:

@@ -55,6 +55,7 @@ def facts(pairs: Sequence[tuple[str, str]]) -> Table:
 def ranking(rows: Sequence[Row], width: int) -> Table:
     """Proponents and opponents of one query: rank, score, id and an excerpt that fits in the width.
 
+    Before the excerpt of a row that has a `label` stands this class, and the model's own if it is another.
     Below a row that has `shares` stand the largest of them.
     """
     table = bare(show_header=False)
@@ -72,7 +73,7 @@ def ranking(rows: Sequence[Row], width: int) -> Table:
         name = min(name, max(left - EXCERPT_WIDTH, min(left, EXCERPT_WIDTH // 2)))
         excerpt = min(EXCERPT_WIDTH, left - name)
     for row, side, score, which in zip(rows, sides, scores, ids, strict=True):
-        table.add_row(side, score, _cut(which, name), _cut(clean(str(row["text"])), excerpt))
+        table.add_row(side, score, _cut(which, name), _cut(clean(_text(row)), excerpt))
         for block, share in row.get("shares", ())[:SHOWN_SHARES]:
             table.add_row("", _signed(share), "", _cut(clean(block), excerpt))
     return table
@@ -85,6 +86,17 @@ def _longest(texts: Iterable[Text]) -> int:
 def _name(row: Row) -> str:
     """The id of a row; of a token, that of its document with the position in it."""
     return f"{row['id']}:{row['position']}" if "position" in row else str(row["id"])
+
+
+def _text(row: Row) -> str:
+    """
+    >>> _text({"label": "a", "predicted": "b", "text": "x"}), _text({"text": "x"})
+    ('[a, the model: b] x', 'x')
+    """
+    if "label" not in row:
+        return str(row["text"])
+    other = "" if row["predicted"] == row["label"] else f", the model: {row['predicted']}"
+    return f"[{row['label']}{other}] {row['text']}"
 
 
 def _signed(value: float) -> Text:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 import gradfn
+from gradfn.data import check_rows
 from gradfn.errors import InputError
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import CausalLMLoss, ModelLoss
@@ -130,7 +131,8 @@ class Provenance(Record):
         basis: of the second of two passes to a curvature, a digest of what the first gave.
         checkpoints: of joined scores.
         mask: how the coordinates of a mask were chosen.
-        query_loss, margin_loss, init, training, subsets, seeds, seed: of retrained models, see `retrain`.
+        query_loss, margin_loss, init, training, subsets, seeds, seed, seeding: of retrained models, see
+            `retrain`.
         request: what was asked for, such as a command with the options that were given. Two runs that
             differ only in this are the same.
 
@@ -165,6 +167,7 @@ class Provenance(Record):
     subsets: Settings | None = None
     seeds: int | None = None
     seed: int | None = None
+    seeding: str | None = None
     request: Settings | None = None
 
     @classmethod
@@ -246,6 +249,7 @@ def _merged(settings: Settings, more: Settings) -> dict[str, Any]:
 
 def describe(subject: Subject, data: Data, transform: Transform | None) -> Provenance:
     """What the rows of a run depend on: model, data, loss, layers and transform."""
+    check_rows(data)
     fingerprint: Callable[[], str] | None = getattr(data, "fingerprint", None)
     return Provenance(
         version=gradfn.__version__,

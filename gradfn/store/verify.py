@@ -71,14 +71,6 @@ class Checked(NamedTuple):
     header: Header | None
     wrong: str
 
-    @property
-    def place(self) -> tuple[Path, str]:
-        """The run directory that it lies in, and the kind of store that its name says."""
-        folder = self.path.parent
-        return folder.parent if folder.name == "segments" else folder, self.path.name.split("-")[0].split(
-            "."
-        )[0]
-
 
 def files_below(run: str | Path) -> list[Path]:
     """Every file of a run directory, and of those in it: shards, checkpoints.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from gradfn.engine.batching import full_gradients
+from gradfn.engine.reference import refuse_constant
 from gradfn.engine.stream import keeps_rows, labelled
 from gradfn.errors import InputError
 from gradfn.model.params import params_of
@@ -57,7 +58,9 @@ def _new_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
-def stacked_losses(loss: LossFn, params: Params, batch: Batch) -> tuple[Losses, str | None]:
+def stacked_losses(
+    loss: LossFn, params: Params, batch: Batch, *, trained: bool = False
+) -> tuple[Losses, str | None]:
     """The losses of many models, `(stacked params, {key: [models, batch, ...]}) -> [models, batch]`.
 
     They are computed by `vmap` over the models; or one by one, where a trial shows that `vmap` fails.
@@ -66,35 +69,33 @@ def stacked_losses(loss: LossFn, params: Params, batch: Batch) -> tuple[Losses, 
         loss: of one model.
         params: of one model, for the trial.
         batch: two examples, for the trial.
+        trained: whether the loss is one to train on, which needs a gradient.
 
     Returns:
         The function, and why it is a loop, or None where it is not.
 
     Raises:
-        InputError: the loss is random, or is not one number an example.
+        InputError: the loss is random, is not one number an example, or does not depend on its `params`.
 
     >>> many, why = stacked_losses(lambda p, e: p["w"] * e["x"], {"w": torch.ones(())}, {"x": torch.ones(2)})
     >>> many({"w": torch.tensor([1.0, 2.0])}, {"x": torch.ones(2, 3)})
     tensor([[1., 1., 1.],
             [2., 2., 2.]])
     """
+    refuse_constant(loss, params, {key: value[0] for key, value in batch.items()}, differentiable=trained)
     both = [{name: torch.stack([v, v]) for name, v in given.items()} for given in (params, batch)]
     tries: list[Losses] = [vmap(losses_of(loss)), looped(losses_of(loss)), looped(_one_by_one(loss))]
     first, why = None, None
     for losses in tries:
         try:
             with torch.no_grad():
-                made = _repeatable(losses, *both)
+                _check_repeatable(losses, *both)
         except (RuntimeError, NotImplementedError) as error:
             first = first or error
             if "randomness" in str(error):
                 raise InputError(RANDOM) from error
             why = str(first).strip().splitlines()[0]
             continue
-        if made.shape != (2, len(next(iter(batch.values())))):
-            raise InputError(
-                f"a loss must be one number an example, not of shape {list(made.shape[2:])}: reduce it"
-            )
         return losses, why
     assert first is not None
     raise first
@@ -167,8 +168,8 @@ def _one_by_one(loss: LossFn) -> Losses:
     return losses
 
 
-def _repeatable(losses: Losses, params: Params, batch: Batch) -> Tensor:
-    """The losses; refused if they draw random numbers from PyTorch, or differ when computed again.
+def _check_repeatable(losses: Losses, params: Params, batch: Batch) -> None:
+    """Refuse losses that draw random numbers from PyTorch, or differ when computed again.
 
     Both checks are needed: losses at zero parameters may not change with the numbers drawn, and numbers of
     other generators do not change PyTorch's state.
@@ -185,7 +186,6 @@ def _repeatable(losses: Losses, params: Params, batch: Batch) -> Tensor:
     # Not bit for bit: GPUs may add in another order.
     if drew or not torch.allclose(made, again, rtol=1e-4, equal_nan=True):
         raise InputError(RANDOM)
-    return made
 
 
 def check_start(start: Start, loss: LossFn) -> Params:

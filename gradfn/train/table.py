@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from gradfn.data import collate
+from gradfn.data import check_rows, collate
 from gradfn.engine.batching import shapes_of
 from gradfn.engine.stream import labelled, row_name
 from gradfn.errors import InputError
@@ -61,11 +61,12 @@ def table_of(data: Data, device: torch.device | None = None) -> Table:
     """All rows in memory, sequences padded on the right.
 
     Raises:
-        InputError: there are no rows, or a row lacks a key that another one has.
+        InputError: there are no rows, they are no examples, or a row lacks a key that another one has.
 
     >>> table_of([{"x": torch.ones(2)}] * 3).take(torch.tensor([0, 2]))["x"].shape
     torch.Size([2, 2])
     """
+    check_rows(data)
     if not len(data):
         raise InputError("the data has no rows: give at least one example")
     examples = [labelled(data, row) for row in range(len(data))]
@@ -76,10 +77,10 @@ def table_of(data: Data, device: torch.device | None = None) -> Table:
                 f"{row_name(data, row)} has no {key!r}, which {row_name(data, first_with[key])} has: give "
                 "all rows the same keys"
             )
+    columns = {key: value.to(device) for key, value in collate(examples).items()}
     sizes = {key: {len(e[key]) if e[key].ndim else 0 for e in examples} for key in examples[0]}
     padded = frozenset(key for key, lengths in sizes.items() if len(lengths) > 1)
     lengths = torch.tensor([max([len(e[key]) for key in padded], default=1) for e in examples])
-    columns = {key: value.to(device) for key, value in collate(examples).items()}
     masks = columns.keys() - examples[0].keys()  # collate adds the mask of what it pads
     return Table(columns, lengths.to(device), padded | masks)
 

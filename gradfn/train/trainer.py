@@ -118,7 +118,7 @@ def make_trainer(start: Start, loss: LossFn, data: Data, training: Training) -> 
 
     Raises:
         InputError: no rows, or rows of different keys; a start that cannot be trained, see `check_start`; a
-            loss that is random or not one number an example.
+            loss that is random, not one number an example, or does not depend on its `params`.
 
     >>> data = [{"x": torch.ones(2)}] * 3
     >>> trainer = make_trainer({"w": torch.ones(2)}, lambda p, e: p["w"] @ e["x"], data, Training(1, 3, 0.1))
@@ -127,7 +127,8 @@ def make_trainer(start: Start, loss: LossFn, data: Data, training: Training) -> 
     """
     params = check_start(start, loss)
     table = table_of(data, next(iter(params.values())).device)
-    many, why = stacked_losses(loss, params, table.take(torch.tensor([0, len(table) - 1])))
+    two = table.take(torch.tensor([0, len(table) - 1]))
+    many, why = stacked_losses(loss, params, two, trained=True)
     table = alone_if_needed(table, data, many, params)
     if table.alone is not None:
         why = why or "padding would change their rows"

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -324,6 +325,7 @@ def curved(folder, ok, model, corpus, queries):
             "labels are drawn for a plain cross",
         ),
         (["--method", "trak", "--labels", "model"], "labels are drawn for a plain cross-entropy or squared"),
+        (["--method", "trak", "--loss-reduction", "sum"], "leaves nothing: leave out --loss-reduction"),
         (["--method", "trak", "--by", "token"], "trak weighs whole rows by their loss: use --by example"),
         (
             ["--method", "trak", "--reward-column", "r", "--prompt-column", "p", "--completion-column", "c"],
@@ -543,7 +545,7 @@ def test_an_unfinished_store(refused, segmented):
     run, segments, _ = segmented
     (run / "store.h5").unlink()
     segments[0].unlink()
-    words = "the store of .* is unfinished: run the command that makes it again, which resumes"
+    words = "the store of .* is unfinished: run gradfn build .* again, which resumes"
     refused(words, "query", run, *ASK)
     refused(words, "info", run)
 
@@ -568,11 +570,13 @@ def test_a_damaged_segment(refused, ok, segmented, damage, reason):
     run, segments, made = segmented
     before = everything_in(run)
     damage(segments[1])
-    words = rf"{segments[1].name} is damaged \(.*{reason}\): delete it and run the command that made it again"
-    refused(words, "query", run, *ASK)
+    again = rf"run (gradfn build {run} --model .*) again, which recomputes only it"
+    refused(rf"{segments[1].name} is damaged \(.*{reason}\): delete it and {again}", "query", run, *ASK)
     segments[1].unlink()
-    refused(f"{segments[1].name} is missing: run the command that made it again", "query", run, *ASK)
-    assert "rows that were there already" in ok(*made)
+    result = refused(f"{segments[1].name} is missing: {again}", "query", run, *ASK)
+    command = shlex.split(re.search(again, " ".join(result.err.split()))[1])
+    assert command == ["gradfn", *map(str, made)]
+    assert "rows that were there already" in ok(*command[1:])
     assert everything_in(run) == before
 
 
