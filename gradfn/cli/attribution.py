@@ -143,16 +143,16 @@ class Job:
         self, loaded: Loaded, method: Attribution, wanted: Mapping[str, Any]
     ) -> tuple[Queries, Attribution]:
         """The queries, with gradients where the method takes these, and the method that takes them so."""
-        query, data = self.request.query, self.request.data
+        query = self.request.query
         if isinstance(method, InnerProduct):
-            return load_queries(loaded, self.asked, query, data, method, wanted)
+            return load_queries(loaded, self.asked, query, method, wanted)
         if self.asked is None or query.group_column is not None:
             option = "--query-path" if self.asked is None else "--group-column"
             raise InputError(
                 f"{self.name} takes queries and not their gradients, which {option} is of: leave it out, and "
                 "give the queries with --query"
             )
-        return queries_of(self.asked, loaded, query, data), method
+        return queries_of(self.asked, loaded, query), method
 
     def _own(self, method: Attribution, stages: Stages) -> dict[str, Any]:
         """What tells a recipe of somebody's own from another of its name, and what a solution may look at."""

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import sys
 from collections.abc import Iterable
 from contextvars import ContextVar
@@ -24,28 +23,16 @@ SPOKEN: ContextVar[Spoken] = ContextVar("SPOKEN", default="out")
 
 
 def console() -> "Console":
-    """Where results are printed; 100 columns where there is no terminal."""
+    """Where results are printed; other programs get a line a row, and help of 100 columns."""
     from rich.console import Console
 
-    stream: Any = sys.stderr if SPOKEN.get() == "err" else sys.stdout
-    terminal = stream.isatty()
+    from gradfn.report.tables import Piped
+
+    stream = sys.stderr if SPOKEN.get() == "err" else sys.stdout
+    terminal, quiet = stream.isatty(), SPOKEN.get() == "nowhere"
     width = None if terminal or "COLUMNS" in os.environ else 100
-    file: Any = stream if terminal else _Unpadded(stream)
-    quiet = SPOKEN.get() == "nowhere"
-    return Console(file=file, width=width, highlight=False, soft_wrap=False, emoji=False, quiet=quiet)
-
-
-class _Unpadded:
-    """A stream without the blanks with which tables fill their lines."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        return self._stream.write(re.sub(r" +(?=\n)", "", text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    kind = Console if terminal else Piped
+    return kind(file=stream, width=width, highlight=False, soft_wrap=False, emoji=False, quiet=quiet)
 
 
 class Command(TyperCommand):

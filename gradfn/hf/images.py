@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.data import Images
+from gradfn.data import Images, asked_and_said
 from gradfn.errors import InputError
-from gradfn.hf.columns import class_numbers
+from gradfn.hf.columns import class_names, class_numbers
 from gradfn.hf.datasets import check_column, row_names
 from gradfn.hf.hub import local, summary
 from gradfn.hf.locate import load_pretrained, locate_processor
@@ -96,9 +96,7 @@ def load_images(
     pixels = _Pixels(files, digests, processor, getattr(config, "num_channels", 3))
     first = pixels(0)
     _check_reads(model, first)
-    classes = {number: name for name, number in config.label2id.items()}
-    pairs = zip(titles, labels.tolist(), strict=True)
-    shown = [f"{title} → {classes.get(label, label)}" for title, label in pairs]
+    shown = list(map(asked_and_said, titles, class_names(rows, label_column, config.label2id, labels)))
     return Images(
         replace(pixels, shape=first.shape), [f"{digest} {made_by}" for digest in digests],
         np.arange(len(rows)), _patches(config, first), row_names(rows), shown, {"labels": labels},

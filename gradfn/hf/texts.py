@@ -1,12 +1,21 @@
 """Documents from rows of texts, of prompts with completions, of chats, or of token ids."""
 
 import dataclasses
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int64
 
-from gradfn.data import IGNORED, Documents, Pairs, check_lengths, make_documents, offsets_of
+from gradfn.data import (
+    IGNORED,
+    Documents,
+    Pairs,
+    asked_and_said,
+    check_lengths,
+    make_documents,
+    offsets_of,
+)
 from gradfn.errors import InputError
 from gradfn.hf.chats import Encoder, chat_encoder, holds_chats, pair_encoder
 from gradfn.hf.datasets import check_column, row_ids, tables
@@ -278,7 +287,7 @@ def _join_pairs(
         [head + body for head, body in pairs],
         [[IGNORED] * len(head) + body for head, body in pairs],
         ids=ids,
-        texts=[prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
+        texts=list(map(asked_and_said, prompts, completions)),
     )
 
 
@@ -331,11 +340,22 @@ def _from_token_ids(table: "pyarrow.Table", ids: list[str], tokenizer: Any, text
     if text_column:
         texts = _texts(table, text_column)
     else:
-        shown = [tokens[start : start + min(_EXCERPT, size)].tolist()
-                 for start, size in zip(offsets, lengths, strict=False)]  # fmt: skip
-        texts = [" ".join(map(str, part)) if tokenizer is None else tokenizer.decode(part) for part in shown]
+        texts = [_excerpt(tokens[a:b], labels[a:b], tokenizer) for a, b in pairwise(offsets)]
     types = types.astype(np.int32) if types.any() else None
     return Documents(tokens.astype(np.int32), labels.astype(np.int32), offsets, ids, texts, token_types=types)
+
+
+def _excerpt(tokens: np.ndarray, labels: np.ndarray, tokenizer: Any) -> str:
+    """What to show of a row of tokens: its first ones, or where the last part that is supervised begins."""
+
+    def read(part: np.ndarray) -> str:
+        return " ".join(map(str, part)) if tokenizer is None else tokenizer.decode(part.tolist())
+
+    said = np.flatnonzero((labels[1:] != IGNORED) & (labels[:-1] == IGNORED)) + 1
+    if not len(said) or said[-1] == 1:  # the first token of a row is never supervised
+        return read(tokens[:_EXCERPT])
+    start, half = int(said[-1]), _EXCERPT // 2
+    return asked_and_said(read(tokens[max(0, start - half) : start]), read(tokens[start : start + half]))
 
 
 def _integers(

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gradfn.data import SAID
 from gradfn.errors import StorageError
 
 Row = Mapping[str, Any]
@@ -65,6 +66,7 @@ def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[st
 def _lines(row: Row) -> list[dict[str, Any]]:
     """A row of the table as lines of the export: one, or one a share."""
     line = {key: value for key, value in row.items() if key != "shares"}
+    line["text"] = line["text"].replace(SAID, " → ")
     if "shares" not in row:
         return [line]
     return [{**line, "module": name, "share": share} for name, share in row["shares"]]
