@@ -54,6 +54,7 @@ class Documents:
             first, and examples have an attention mask.
         token_types: which of two texts each token belongs to, int32 `[tokens]`, for models that read this;
             None is 0 everywhere.
+        cut: how many of the rows that were read have lost tokens, and how many tokens the longest had.
 
     Raises:
         InputError: the fields do not describe the same rows.
@@ -75,6 +76,7 @@ class Documents:
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     masked: bool = False
     token_types: Int32[np.ndarray, " tokens"] | None = None
+    cut: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         rows, tokens = len(self.offsets) - 1, len(self.input_ids)

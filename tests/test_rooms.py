@@ -12,7 +12,7 @@ import gradfn
 PACKAGE = Path(gradfn.__file__).parent
 TESTS = Path(__file__).parent
 ROOMS = (
-    "types", "errors", "random", "memory", "data", "store", "linalg", "model", "subject", "scores",
+    "types", "errors", "random", "memory", "watch", "data", "store", "linalg", "model", "subject", "scores",
     "transforms", "engine", "statistics", "exact", "methods", "train", "runs", "evaluate", "hf", "report",
     "testing", "example", "cli",
 )  # fmt: skip
@@ -75,6 +75,7 @@ TESTED_ELSEWHERE = {
     "evaluate/scored": "tests/cli/test_evaluate.py",
     "subject": "tests/engine/test_engine.py",
     "types": "tests/engine/test_engine.py",
+    "watch": "tests/cli/test_show.py",
 }
 """Files without a test file of their own, and the file that tests them: one idea tests several of them."""
 

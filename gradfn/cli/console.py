@@ -23,16 +23,24 @@ SPOKEN: ContextVar[Spoken] = ContextVar("SPOKEN", default="out")
 
 
 def console() -> "Console":
-    """Where results are printed; other programs get a line a row, and help of 100 columns."""
-    from rich.console import Console
-
+    """Where results are printed; other programs get a line a row."""
     from gradfn.report.tables import Piped
 
-    stream = sys.stderr if SPOKEN.get() == "err" else sys.stdout
-    terminal, quiet = stream.isatty(), SPOKEN.get() == "nowhere"
-    width = None if terminal or "COLUMNS" in os.environ else 100
-    kind = Console if terminal else Piped
-    return kind(file=stream, width=width, highlight=False, soft_wrap=False, emoji=False, quiet=quiet)
+    return _console() if _stream().isatty() else _console(Piped)
+
+
+def _stream() -> Any:
+    return sys.stderr if SPOKEN.get() == "err" else sys.stdout
+
+
+def _console(kind: Any = None) -> "Console":
+    """A console of 100 columns where there is no terminal."""
+    from rich.console import Console
+
+    width = None if _stream().isatty() or "COLUMNS" in os.environ else 100
+    quiet = SPOKEN.get() == "nowhere"
+    how: dict[str, Any] = {"highlight": False, "soft_wrap": False, "emoji": False, "quiet": quiet}
+    return (kind or Console)(file=_stream(), width=width, **how)
 
 
 class Command(TyperCommand):
@@ -72,7 +80,7 @@ def _help(command: Any, ctx: Any, commands: dict[str, list[tuple[str, str]]]) ->
     panels = dict(commands)
     for one in command.get_params(ctx):
         panels.setdefault(_panel_of(one), []).append((_spelled(one), one.help or ""))
-    out = console()
+    out = _console()
     with out.capture() as capture:
         out.print(Text("\n\n".join([command.get_usage(ctx), *_paragraphs(command.help or "")]) + "\n"))
         for title in sorted(

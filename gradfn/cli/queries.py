@@ -17,6 +17,7 @@ from gradfn.cli.inputs import (
     anchored,
     load_documents,
     load_model_and_rows,
+    say_cut,
 )
 from gradfn.cli.options import DataOptions, QueryOptions
 from gradfn.data import Corpus, Documents
@@ -28,7 +29,7 @@ from gradfn.hf.datasets import load_rows
 from gradfn.hf.unpack import PACKED, kind_of
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
-from gradfn.report.progress import progress_bar
+from gradfn.report.progress import rows_bar
 from gradfn.report.rankings import ShownQueries
 from gradfn.runs.gradients import ends_in_unit_norm, open_gradients
 from gradfn.runs.provenance import DataSource, Provenance, ids_digest
@@ -132,6 +133,7 @@ def load_asked(loaded: Loaded, rows: Any | None, options: QueryOptions, data: Da
             documents = load_documents(loaded, rows, data, options.query, query=True)
         else:
             documents = loaded.reads.text(options.query, options.completion, truncation=data.truncation)
+            say_cut(documents, "--query")
     except InputError as error:
         raise InputError(f"in --query: {error}") from error
     empty = [documents.ids[row] for row in range(len(documents)) if not documents.supervised[row]]
@@ -199,7 +201,7 @@ def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions) -> Queries:
 
 def _gradients(loaded: Loaded, documents: Corpus, transform: Transform) -> Any:
     """The queries' gradients."""
-    with loaded.multiplying(), progress_bar("query gradients", int(documents.lengths.sum())) as progress:
+    with loaded.multiplying(), rows_bar("query gradients", documents, then="scores") as progress:
         try:
             return collect(loaded.subject.for_queries(), documents, transform, progress=progress)
         except InputError as error:

@@ -20,6 +20,7 @@ from gradfn.hf.datasets import check_column, row_names
 from gradfn.hf.hub import local, summary
 from gradfn.hf.locate import load_pretrained, locate_processor
 from gradfn.model.losses import model_loss
+from gradfn.watch import watched
 
 if TYPE_CHECKING:
     import datasets
@@ -196,7 +197,7 @@ def _opened(data: bytes) -> Any:
 def _inspect(files: _Files) -> tuple[list[str], list[str]]:
     """The name of every image and a digest of its bytes; a file without the header of an image is refused."""
     names, digests = [], []
-    for row in range(len(files.rows)):
+    for row in watched("reading images", range(len(files.rows)), "images"):
         name, data = files.read(row)
         try:
             with _opened(data) as image:

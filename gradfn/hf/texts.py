@@ -75,7 +75,7 @@ def tokenize(
     else:
         encode = chat_encoder(rows, tokenizer, messages_column)
     parts = []
-    for start, table in tables(rows):
+    for start, table in tables(rows, "tokenizing"):
         part = encode(table, row_ids(rows, table, start))
         parts.append(_fit(part, start, max_length, truncation))
     return _concatenate(parts)
@@ -142,7 +142,7 @@ def tokenize_pairs(
     _check_text(rows, prompt_column)
     _check_text(rows, completion_column)
     inputs, outputs = [], []
-    for start, table in tables(rows):
+    for start, table in tables(rows, "tokenizing"):
         ids = row_ids(rows, table, start)
         for parts, column, target in ((inputs, prompt_column, False), (outputs, completion_column, True)):
             texts = _texts(table, column)
@@ -400,7 +400,7 @@ def _fit(docs: Documents, start: int, max_length: int | None, truncation: bool) 
     types = None if docs.token_types is None else docs.token_types[fits]
     return dataclasses.replace(
         docs, input_ids=docs.input_ids[fits], labels=docs.labels[fits], offsets=offsets_of(lengths),
-        token_types=types,
+        token_types=types, cut=(int((docs.lengths > max_length).sum()), int(docs.lengths.max())),
     )  # fmt: skip
 
 
@@ -417,4 +417,5 @@ def _concatenate(parts: list[Documents]) -> Documents:
         [name for part in parts for name in part.ids],
         [text for part in parts for text in part.texts],
         token_types=None if types is None else np.concatenate(types),
+        cut=(sum(part.cut[0] for part in parts), max(part.cut[1] for part in parts)),
     )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradfn.watch import watched
+
 __all__ = ["model_fingerprint"]
 
 ORIGINAL = "original_module"
@@ -44,7 +46,9 @@ def model_fingerprint(model: nn.Module) -> str:
     False
     """
     digest = hashlib.sha256()
-    for name, tensor in _saved_tensors(model):
+    for name, tensor in watched(
+        "fingerprint of the weights", [*_saved_tensors(model)], "tensors", timed=False
+    ):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(_checksums(tensor.detach()).numpy().astype("<i8").tobytes())
     config = getattr(model, "config", None)

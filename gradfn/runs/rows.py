@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradfn.data import offsets_of
 from gradfn.engine.engine import Engine
-from gradfn.engine.stream import Progress, lengths_of
+from gradfn.engine.stream import lengths_of
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Scorer
 from gradfn.methods.inner_product import EngineScorer
@@ -23,6 +23,7 @@ from gradfn.runs.provenance import Provenance
 from gradfn.runs.shards import Shard, shard_rows, shard_run
 from gradfn.store import Overwrite, Span, Values, Writer, open_part, open_writer, storable
 from gradfn.types import Blocks, Data, Rows
+from gradfn.watch import Progress, Resumed
 
 SEGMENT_BATCHES = 64
 SEGMENT_BYTES = 256 << 20
@@ -209,7 +210,7 @@ def write_rows(
     with rows.open() as writer:
         if writer.complete:
             if progress:
-                progress(int(rows.lengths[rows.examples.start : rows.examples.stop].sum()))
+                progress(Resumed(rows.lengths[rows.examples.start : rows.examples.stop].sum()))
             return rows.summary(writer.index, last - first, ())
         scorer = scorer or scorer_of()
         row_bytes = _row_bytes(scorer.engine) if isinstance(scorer, EngineScorer) else 0
@@ -218,7 +219,7 @@ def write_rows(
         made = sum(stop - start for start, stop in map(rows.span, missing))
         if progress:
             todo = sum(int(rows.lengths[part.start : part.stop].sum()) for part in missing)
-            progress(int(rows.lengths[rows.examples.start : rows.examples.stop].sum()) - todo)
+            progress(Resumed(rows.lengths[rows.examples.start : rows.examples.stop].sum() - todo))
         for examples, result in _timed(rows, scorer, missing, token_batch_size, progress):
             writer.write(*rows.span(examples), {**arrays(result.values), **rows.arrays(examples, result)})
         path = rows.finish(writer)

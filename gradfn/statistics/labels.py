@@ -16,6 +16,7 @@ from gradfn.model.losses import CausalLMLoss, ModelLoss, hidden_states, output_h
 from gradfn.random import uniforms
 from gradfn.subject import TOKEN_BATCH_SIZE
 from gradfn.types import Batch, Data, Example, LossFn
+from gradfn.watch import WATCH
 
 POSITIONS = 64
 """Positions whose distribution over the vocabulary is held at a time."""
@@ -139,7 +140,8 @@ def sample_labels(
     made: list[dict[str, Tensor]] = [{} for _ in range(len(data))]
     rows = range(len(data)) if rows is None else rows
     lengths, device = lengths_of(data), next(loss.model.parameters()).device
-    with _evaluating(loss.model), torch.no_grad():
+    total = int(lengths[rows.start : rows.stop].sum())
+    with _evaluating(loss.model), torch.no_grad(), WATCH.get()("labels", total, "tokens") as shown:
         for places in plan_batches(lengths[rows.start : rows.stop], token_batch_size):
             numbers = places + rows.start
             examples = [labelled(data, int(row)) for row in numbers]
@@ -150,8 +152,7 @@ def sample_labels(
             for place, row in enumerate(numbers):
                 size = examples[place]["labels"].shape
                 made[int(row)] = {k: v[place].cpu()[tuple(map(slice, size))] for k, v in new.items()}
-            if progress:
-                progress(int(lengths[numbers].sum()))
+            (progress or shown)(int(lengths[numbers].sum()))
     return Relabelled(data, made)
 
 

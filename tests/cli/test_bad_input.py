@@ -641,7 +641,8 @@ main()
 
 def test_a_file_that_may_not_grow(model, corpus, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", LIMITED, "build", tmp_path / "run", "--model", model, "--dataset", corpus],
+        [sys.executable, "-c", LIMITED, "build", tmp_path / "run", "--model", model, "--dataset", corpus,
+         "--quiet"],
         cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
