@@ -177,15 +177,19 @@ def _read_file(file: Path) -> dict[str, "datasets.Dataset"]:
         raise InputError(f"dataset {str(file)!r} is an empty file: give one with rows")
     reader, options = _READERS[kind_of(file)]
     with temporary_folder() as folder:
+        plain = file.resolve()
         if file.suffix.lower() in PACKED:
-            plain = Path(folder) / file.stem
+            plain = Path(folder).resolve() / file.stem
             plain.write_bytes(read_bytes(file))
-            file = plain
-        if reader in ("json", "csv", "text") and not file.read_bytes().strip():
+        if reader in ("json", "csv", "text") and not plain.read_bytes().strip():
             raise InputError(f"dataset {str(file)!r} has no rows, only blanks: give one with rows")
         # Escaped, because the reader would expand brackets and stars in the name.
-        files = {"data_files": {"train": glob.escape(str(file.resolve()))}, **options}
-        return _read_uncached(reader, files)
+        files = {"data_files": {"train": glob.escape(str(plain))}, **options}
+        try:
+            return _read_uncached(reader, files)
+        except (InputError, ValueError) as error:  # which may name a file that is gone by then
+            kind = InputError if isinstance(error, InputError) else ValueError
+            raise kind(str(error).replace(str(plain), str(file))) from error.__cause__
 
 
 def _read_uncached(reader: str, options: dict[str, Any]) -> dict[str, "datasets.Dataset"]:

@@ -248,8 +248,13 @@ def _check_text(rows: "datasets.Dataset", column: str) -> None:
     check_column(rows, column, "give another text_column, or a prompt_column and a completion_column")
     kind = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)
     if kind not in ("string", "large_string", "string_view", "null"):
+        pairs = enumerate(rows[column]) if kind == "Json" else ()
+        odd = (
+            f", such as row {row}, {str(value)[:40]!r}" for row, value in pairs if not isinstance(value, str)
+        )
         raise InputError(
-            f"column {column!r} holds {kind}, not text: give a column of texts, or JSON with values in quotes"
+            f"column {column!r} holds {kind}, not text{next(odd, '')}: give a column of texts, or JSON with "
+            "values in quotes"
         )
 
 
