@@ -14,25 +14,15 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 
 from gradfn.errors import InputError
+from gradfn.shown import asked_and_said
 
 __all__ = [
-    "IGNORED", "SAID", "Corpus", "Documents", "Images", "Pairs", "asked_and_said", "check_lengths",
-    "check_rows", "collate", "make_documents", "offsets_of", "plan_batches",
+    "IGNORED", "Corpus", "Documents", "Images", "Pairs", "check_lengths", "check_rows", "collate",
+    "make_documents", "offsets_of", "plan_batches",
 ]  # fmt: skip
 
 IGNORED = -100
 """The label of a position that is not supervised, and the padding of labels."""
-SAID = "\u00a0→ "
-"""What stands in a text before the part that is supervised. Its space tells it from arrows of the data."""
-
-
-def asked_and_said(asked: str, said: str) -> str:
-    """What to show of a row of which only a part is supervised: the rest, an arrow, that part.
-
-    >>> asked_and_said("The capital of Peru is", " Lima").split()
-    ['The', 'capital', 'of', 'Peru', 'is', '→', 'Lima']
-    """
-    return f"{asked}{SAID}{said.strip()}" if asked.strip() and said.strip() else asked + said
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,11 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gradfn.data import IGNORED, Documents, asked_and_said, make_documents
+from gradfn.data import IGNORED, Documents, make_documents
 from gradfn.errors import InputError
 from gradfn.hf.datasets import check_column, decoded
 from gradfn.hf.hub import summary
+from gradfn.shown import asked_and_said
 
 if TYPE_CHECKING:
     import datasets

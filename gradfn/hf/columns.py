@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from jaxtyping import Int64
 
-from gradfn.data import Corpus, Documents, Pairs, asked_and_said
+from gradfn.data import Corpus, Documents, Pairs
 from gradfn.errors import InputError
 from gradfn.hf.chats import prompt_of
 from gradfn.hf.datasets import column_values
 from gradfn.model.losses import advantages
+from gradfn.shown import asked_and_said
 
 if TYPE_CHECKING:
     import datasets

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.data import Images, asked_and_said
+from gradfn.data import Images
 from gradfn.errors import InputError
 from gradfn.hf.columns import class_names, class_numbers
 from gradfn.hf.datasets import check_column, row_names
 from gradfn.hf.hub import local, summary
 from gradfn.hf.locate import load_pretrained, locate_processor
 from gradfn.model.losses import model_loss
+from gradfn.shown import asked_and_said
 from gradfn.watch import watched
 
 if TYPE_CHECKING:

@@ -7,19 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int64
 
-from gradfn.data import (
-    IGNORED,
-    Documents,
-    Pairs,
-    asked_and_said,
-    check_lengths,
-    make_documents,
-    offsets_of,
-)
+from gradfn.data import IGNORED, Documents, Pairs, check_lengths, make_documents, offsets_of
 from gradfn.errors import InputError
 from gradfn.hf.chats import Encoder, chat_encoder, holds_chats, pair_encoder
 from gradfn.hf.datasets import check_column, row_ids, tables
 from gradfn.hf.tokenizers import probe_word
+from gradfn.shown import asked_and_said
 
 if TYPE_CHECKING:
     import datasets

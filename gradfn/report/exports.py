@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gradfn.data import SAID
 from gradfn.errors import StorageError
+from gradfn.shown import SAID
 
 Row = Mapping[str, Any]
 EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "text")

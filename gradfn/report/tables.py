@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradfn.data import SAID
 from gradfn.report.words import clean, whole
+from gradfn.shown import SAID
 
 Row = Mapping[str, Any]
 NAME_WIDTH = 30

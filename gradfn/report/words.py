@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from gradfn.data import SAID
+from gradfn.shown import SAID
 
 ESCAPED = str.maketrans({
     "\n": r"\n", "\r": r"\r", "\t": r"\t", "\u2028": r"\n", "\u2029": r"\n", **dict.fromkeys("\v\f\x85", " ")

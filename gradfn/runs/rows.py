@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from gradfn.errors import InputError
 from gradfn.methods.attribution import Scorer
 from gradfn.methods.inner_product import EngineScorer
 from gradfn.model.sites import View, find_sites, uncovered
+from gradfn.runs.changes import explaining
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.shards import Shard, shard_rows, shard_run
 from gradfn.store import Overwrite, Span, Values, Writer, open_part, open_writer, storable
@@ -126,7 +127,8 @@ class RunRows:
         count = max(1, int(np.searchsorted(ends, tokens, "right")))
         return examples[:count], examples[count:]
 
-    def open(self) -> AbstractContextManager[Writer]:
+    @contextmanager
+    def open(self) -> Iterator[Writer]:
         """Open the run directory to write the rows, or to resume; see `open_writer`."""
         every = {
             **self.index_arrays,
@@ -135,11 +137,16 @@ class RunRows:
         names = {name: list(values) for name, values in every.items() if name.endswith("/id")}
         if not self.tokens:
             names["rows/id"] = self.ids(range(len(self.data)))
-        return open_writer(
-            shard_run(self.run, self.shard), self.kind, self.made.settings(), int(self.bounds[-1]),
-            self.overwrite, part=None if self.shard is None else self.span(self.examples), names=names,
-            request=self.made.request,
+        run, beside = shard_run(self.run, self.shard), {}
+        if not self.tokens:
+            texts: Sequence[str] = storable(getattr(self.data, "texts", ()))
+            beside = {"rows/id": names["rows/id"], "rows/text": texts, "rows/length": self.lengths}
+        writer = open_writer(
+            run, self.kind, self.made.settings(), int(self.bounds[-1]), self.overwrite, names=names,
+            part=None if self.shard is None else self.span(self.examples), request=self.made.request,
         )  # fmt: skip
+        with explaining(run, self.kind, beside), writer as opened:
+            yield opened
 
     def finish(self, writer: Writer) -> Path:
         """Write the index, with the names of documents where rows are tokens."""

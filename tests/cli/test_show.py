@@ -10,13 +10,13 @@ from rich.progress import Progress
 from tiny import write_jsonl
 
 from gradfn.cli.options import TableOptions
-from gradfn.data import SAID
 from gradfn.errors import InputError, StorageError
 from gradfn.report.exports import WRITERS, export_ranking
 from gradfn.report.progress import _columns, _Work, progress_bar
 from gradfn.report.summaries import unprobed_facts
 from gradfn.report.tables import Piped, excerpt, facts, ranking
 from gradfn.report.words import clean
+from gradfn.shown import SAID
 from gradfn.watch import WATCH, Resumed, watched
 
 HOSTILE = (

@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 from hf_rows import said, write
 
-from gradfn.data import SAID, make_documents
+from gradfn.data import make_documents
 from gradfn.errors import InputError
 from gradfn.hf import (
     load_rows,
@@ -14,6 +14,7 @@ from gradfn.hf import (
     with_weights,
 )
 from gradfn.report.tables import excerpt
+from gradfn.shown import SAID
 
 
 def test_rewards_of_chats_are_compared_within_what_was_asked(tokenizers):

@@ -7,7 +7,7 @@ import tokenizers as tokenizers_library
 from hf_rows import CLASSES
 from transformers import PreTrainedTokenizerFast
 
-from gradfn.data import SAID, make_documents
+from gradfn.data import make_documents
 from gradfn.errors import InputError
 from gradfn.hf import (
     check_vocabulary,
@@ -17,6 +17,7 @@ from gradfn.hf import (
     tokenize_pairs,
     with_labels,
 )
+from gradfn.shown import SAID
 
 
 def rows_of(*rows, **columns):
