@@ -26,6 +26,8 @@ FIRST_AFTER_S, PLAIN_EVERY_S = 1.0, 10.0
 QUIET_BELOW_S = 2.0
 WIDE, WIDEST = 80, 120
 """Columns of a terminal, below which only the share done and the time left are shown, and no numbers."""
+NAMED = 20
+"""Cells for the time left, below which it stands there alone."""
 CROWDED_AFTER_S, CROWDED_EVERY_S = 5.0, 30.0
 
 
@@ -174,7 +176,8 @@ class _TimeLeft(ProgressColumn):
         """`eta 0:01:30`, as soon as anything is done."""
         work: _Work = task.fields["work"]
         left = "-:--:--" if work.left is None else str(datetime.timedelta(seconds=round(work.left)))
-        text = Text(f"eta {left}{work.next}" if work.timed and work.total is not None else "")
+        follows = work.next if self.cells >= NAMED else ""
+        text = Text(f"eta {left}{follows}" if work.timed and work.total is not None else "")
         text.truncate(self.cells, overflow="ellipsis")
         return text
 

@@ -108,7 +108,7 @@ def test_of_a_text_that_is_supervised_in_part_the_border_is_shown():
         == "system: Be kind and brief. user: Who wrote it? → Ann wrote all of it, and more."
     )
     assert excerpt(text, 40) == "…er: Who wrote it? → Ann wrote all of i…"
-    assert excerpt(f"a very long prompt{SAID}yes", 16) == "…ong prompt → yes"
+    assert excerpt(f"a very long prompt{SAID}yes", 17) == "…ong prompt → yes"
     assert [cell_len(excerpt(text, width)) for width in range(60)] == list(range(60))
     assert excerpt("plain → text", 9) == "plain → …"
 
@@ -251,14 +251,14 @@ def test_work_inside_has_lines_of_its_own_and_counts_for_no_speed(clock, line):
         clock(10)
         progress(50)
         for number in watched("decompositions", range(3), "blocks", timed=False):
-            clock(100 * number)
-            assert line() == f"decompositions: {number} of 3 blocks, {max(0, 100 * number - 10)} s"
-        assert line() == "curvature: 50%, 200 s, about 10 s left"
-        clock(205)
+            clock(10 + 100 * number)
+            assert line() == f"decompositions: {number} of 3 blocks, {100 * number} s"
+        assert line() == "curvature: 50%, 210 s, about 10 s left"
+        clock(215)
         progress(25)
-        assert line() == "curvature: 75%, 205 s, about 5 s left"
+        assert line() == "curvature: 75%, 215 s, about 5 s left"
     with progress_bar("reading rows.jsonl"):
-        clock(210)
+        clock(220)
         assert line() == "reading rows.jsonl: 5 s"
     WATCH.reset(token)
 
