@@ -59,13 +59,14 @@ def test_a_chat_is_shown_as_it_is_read_with_its_last_answer_behind_an_arrow(tmp_
         {"role": "assistant", "content": None, "tool_calls": calls},
         {"role": "user", "content": "Thanks"},
     ]
-    path = write("jsonl", tmp_path, [{"messages": chat}, {"messages": chat[:3]}])
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": part}) + "\n" for part in (chat, chat[:3])))
     docs = tokenize(load_rows(path), tokenizer, messages_column="messages")
     first = "system: Be brief.\nuser: Kenya?"
     assert docs.texts == [
         f"{first}\nassistant: Nairobi\nuser: And Peru?{SAID}{json.dumps(calls)}", f"{first}{SAID}Nairobi"
     ]  # fmt: skip
-    assert excerpt(docs.texts[1], 26) == "… user: Kenya? → Nairobi"
+    assert excerpt(docs.texts[1], 26).endswith(" user: Kenya? → Nairobi")
 
 
 def test_keys_that_a_table_fills_with_null_change_no_tokens(tmp_path, tokenizers):
