@@ -16,6 +16,7 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 
 from gradfn.errors import InputError
+from gradfn.shown import asked_and_said
 
 __all__ = [
     "IGNORED", "Corpus", "Documents", "Images", "Pairs", "check_lengths", "check_rows", "collate",
@@ -47,6 +48,7 @@ class Documents:
             first, and examples have an attention mask.
         token_types: which of two texts each token belongs to, int32 `[tokens]`, for models that read this;
             None is 0 everywhere.
+        cut: how many of the rows that were read have lost tokens, and how many tokens the longest had.
 
     Raises:
         InputError: the fields do not describe the same rows.
@@ -68,6 +70,7 @@ class Documents:
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     masked: bool = False
     token_types: Int32[np.ndarray, " tokens"] | None = None
+    cut: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         rows, tokens = len(self.offsets) - 1, len(self.input_ids)
@@ -198,8 +201,7 @@ class Pairs:
     @property
     def texts(self) -> list[str]:
         """What to show of each row: the input, an arrow, the output."""
-        pairs = zip(self.inputs.texts, self.outputs.texts, strict=True)
-        return [f"{asked} → {said}" for asked, said in pairs]
+        return list(map(asked_and_said, self.inputs.texts, self.outputs.texts))
 
     @property
     def lengths(self) -> Int64[np.ndarray, " rows"]:

@@ -12,9 +12,9 @@ import gradfn
 PACKAGE = Path(gradfn.__file__).parent
 TESTS = Path(__file__).parent
 ROOMS = (
-    "types", "errors", "random", "memory", "data", "store", "linalg", "model", "subject", "scores",
-    "transforms", "engine", "statistics", "exact", "methods", "train", "runs", "evaluate", "hf", "report",
-    "testing", "example", "cli",
+    "types", "errors", "random", "memory", "watch", "shown", "data", "store", "linalg", "model", "subject",
+    "scores", "transforms", "engine", "statistics", "exact", "methods", "train", "runs", "evaluate", "hf",
+    "report", "testing", "example", "cli",
 )  # fmt: skip
 """A file imports only from its own room and from those before it."""
 FILES = {
@@ -74,7 +74,9 @@ TESTED_ELSEWHERE = {
     "transforms/row_sum": "tests/transforms/test_chain.py",
     "evaluate/scored": "tests/cli/test_evaluate.py",
     "subject": "tests/engine/test_engine.py",
+    "shown": "tests/hf/test_texts.py",
     "types": "tests/engine/test_engine.py",
+    "watch": "tests/cli/test_show.py",
 }
 """Files without a test file of their own, and the file that tests them: one idea tests several of them."""
 

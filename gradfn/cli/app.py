@@ -3,8 +3,10 @@
 import errno
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +18,7 @@ from gradfn.cli.console import SPOKEN, Command, Group
 from gradfn.cli.request import Request, flag, flag_of, slots_of, takes
 from gradfn.cli.values import STDOUT
 from gradfn.errors import InputError, LostFileError, StorageError
+from gradfn.watch import WATCH
 
 GROUPS = {
     "mask": (CURVATURE, "Selective masks of gradients."),
@@ -194,20 +197,37 @@ def torch_threads(number: int) -> None:
     torch.set_num_threads(number)
 
 
+@contextmanager
+def _loading(quiet: bool) -> Iterator[None]:
+    """Say after a second that libraries are being loaded, which may take many more."""
+    said = "gradfn: loading PyTorch and what goes with it"
+    timer = threading.Timer(1.0, print, [said], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def runner(request: type[Request]) -> Callable[[Any], None]:
     """What runs a request; its file is loaded when it does."""
     file, function = COMMANDS[request][1].split(":")
 
     def run(made: Any) -> None:
         tables = made.table.paths.values() if hasattr(made, "table") else ()
-        from gradfn.report.progress import QUIET
+        with _loading(made.quiet):
+            from gradfn.report.progress import QUIET, progress_bar
 
+            command = getattr(import_module(f"gradfn.cli.{file}"), function)
         if (threads := getattr(getattr(made, "model", None), "threads", None)) is not None:
             torch_threads(threads)
         QUIET.set(made.quiet)
+        WATCH.set(progress_bar)
         SPOKEN.set("nowhere" if made.quiet else "err" if STDOUT in tables else "out")
         try:
-            getattr(import_module(f"gradfn.cli.{file}"), function)(made)
+            command(made)
         except KeyboardInterrupt as stop:  # typer makes status 130 of it, without a word
             print(f"gradfn: stopped; {stop}" if str(stop) else "gradfn: stopped", file=sys.stderr)
             raise

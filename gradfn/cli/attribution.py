@@ -19,7 +19,7 @@ from gradfn.methods.attribution import Attribution, Scorer
 from gradfn.methods.inner_product import InnerProduct, damping_names
 from gradfn.methods.recipes import RECIPES, Persist, Problem, Recipe
 from gradfn.methods.scoring import extremes_of, shares_of
-from gradfn.report.progress import progress_bar
+from gradfn.report.progress import rows_bar
 from gradfn.report.rankings import ShownQueries, ranks_needed
 from gradfn.report.rows import Ranked
 from gradfn.report.summaries import (
@@ -29,7 +29,6 @@ from gradfn.report.summaries import (
     resumed_facts,
     scores_facts,
     shard_facts,
-    tokens_of,
     unprobed_facts,
 )
 from gradfn.report.tables import facts
@@ -143,16 +142,16 @@ class Job:
         self, loaded: Loaded, method: Attribution, wanted: Mapping[str, Any]
     ) -> tuple[Queries, Attribution]:
         """The queries, with gradients where the method takes these, and the method that takes them so."""
-        query, data = self.request.query, self.request.data
+        query = self.request.query
         if isinstance(method, InnerProduct):
-            return load_queries(loaded, self.asked, query, data, method, wanted)
+            return load_queries(loaded, self.asked, query, method, wanted)
         if self.asked is None or query.group_column is not None:
             option = "--query-path" if self.asked is None else "--group-column"
             raise InputError(
                 f"{self.name} takes queries and not their gradients, which {option} is of: leave it out, and "
                 "give the queries with --query"
             )
-        return queries_of(self.asked, loaded, query, data), method
+        return queries_of(self.asked, loaded, query), method
 
     def _own(self, method: Attribution, stages: Stages) -> dict[str, Any]:
         """What tells a recipe of somebody's own from another of its name, and what a solution may look at."""
@@ -191,7 +190,7 @@ class Job:
         return Problem(
             loaded.subject, train, [] if self.asked is None else self.asked.documents, stages.normalize,
             stages.projection, stages.curvature, stages.dampings, fit.labels, self.request.seed,
-            fit.components, fit.partitions, progress_bar,
+            fit.components, fit.partitions,
             None if run is None else self._persist(loaded, stages, train, run),
         )  # fmt: skip
 
@@ -265,7 +264,7 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
     run, layers, needed = job.request.run, job.request.layers, ranks_needed(job.top)
     prepared = job.prepare(loaded, run)
     shown = prepared.shown
-    with loaded.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:
+    with loaded.multiplying(), rows_bar("scores", job.train, job.shard) as progress:
         if run is None:
             scorer = prepared.scorer()
             best = extremes_of(scorer, prepared.train, needed, progress=progress)
@@ -291,7 +290,7 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
             return shown, ranked.with_shares(job.top, lambda row: row_shares(store, row))
     asked = ranked.asked(job.top)  # scored again, rather than to keep the shares of all rows
     rows = job.train.select(list(asked))
-    with loaded.multiplying(), progress_bar("shares", int(rows.lengths.sum())) as progress:
+    with loaded.multiplying(), rows_bar("shares", rows) as progress:
         shares = shares_of(prepared.scorer(by_block=True), rows, asked, progress=progress)
     return shown, replace(ranked, shares=shares)
 
@@ -313,7 +312,7 @@ def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[Sho
             refuse_links(Path(part))
         prepared = replace(job, projection=projection).prepare(one, part)
         shown, columns = prepared.shown, prepared.columns
-        with one.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:
+        with one.multiplying(), rows_bar("scores", job.train, job.shard) as progress:
             if part is None:
                 results.append(prepared.scorer()(prepared.train, progress=progress))
             else:

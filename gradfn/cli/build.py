@@ -8,15 +8,8 @@ from gradfn.cli.inputs import Loaded, check_request, check_run, load_model_and_r
 from gradfn.cli.stages import dampings_of, load_stages, projection_of
 from gradfn.data import Corpus
 from gradfn.errors import InputError
-from gradfn.report.progress import progress_bar
-from gradfn.report.summaries import (
-    gradients_line,
-    next_facts,
-    shard_facts,
-    size_facts,
-    store_facts,
-    tokens_of,
-)
+from gradfn.report.progress import rows_bar
+from gradfn.report.summaries import gradients_line, next_facts, shard_facts, size_facts, store_facts
 from gradfn.report.tables import facts
 from gradfn.runs import build, reduce
 from gradfn.transforms import Chain
@@ -26,7 +19,7 @@ def run_build(request: BuildRequest) -> None:
     """Load, build, report."""
     loaded, documents, transform, settings = _prepared(request)
     shard, output = request.output.shard, request.output
-    with loaded.multiplying(), progress_bar("gradients", tokens_of(documents, shard)) as progress:
+    with loaded.multiplying(), rows_bar("gradients", documents, shard) as progress:
         summary = build(
             request.run, loaded.subject, documents, transform, settings=settings, shard=shard,
             overwrite=output.overwrite, progress=progress,
@@ -43,7 +36,7 @@ def run_reduce(request: ReduceRequest) -> None:
             "--by token"
         )
     loaded, documents, transform, settings = _prepared(request)
-    with loaded.multiplying(), progress_bar("gradients", tokens_of(documents)) as progress:
+    with loaded.multiplying(), rows_bar("gradients", documents) as progress:
         summary = reduce(
             request.run, loaded.subject, documents, transform, aggregation=request.aggregation,
             settings=settings, overwrite=request.output.overwrite, progress=progress,

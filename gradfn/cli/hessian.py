@@ -10,14 +10,13 @@ from gradfn.cli.method import check_fit
 from gradfn.cli.options import COMPONENTS
 from gradfn.cli.stages import load_stages, projection_of
 from gradfn.errors import InputError
-from gradfn.report.progress import progress_bar
+from gradfn.report.progress import rows_bar
 from gradfn.report.summaries import (
     Facts,
     curvature_facts,
     gradients_line,
     next_facts,
     shard_facts,
-    tokens_of,
 )
 from gradfn.report.tables import facts
 from gradfn.runs.curvatures import hessian, mix_runs
@@ -45,14 +44,16 @@ def run_hessian(request: HessianRequest) -> None:
         "settings": {**loaded.settings(), **stages.settings, **recorded(request)},
        
     }  # fmt: skip
-    total = tokens_of(documents, shard) * fit.partitions
+    whole = shard is None
+    times, then = fit.partitions * (passes(fold) if whole else 1), "decompositions" if whole else ""
+    bar = rows_bar("curvature", documents, shard, passes=times, then=then)
     given = request.run, loaded.subject, documents, fold, stages.base
     if shard is not None:
-        with loaded.multiplying(), progress_bar("curvature", total) as progress:
+        with loaded.multiplying(), bar as progress:
             done = hessian_shard(*given, shard=shard, progress=progress, **how)
         console().print(facts(_sums_facts(request.run, shard, done, passes(fold))))
         return
-    with loaded.multiplying(), progress_bar("curvature", total * passes(fold)) as progress:
+    with loaded.multiplying(), bar as progress:
         fitted = hessian(*given, progress=progress, **how)
     console().print(facts(curvature_facts(request.run, fitted)))
 

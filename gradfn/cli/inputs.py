@@ -31,7 +31,7 @@ from gradfn.model.adapters import added_parameters
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head
-from gradfn.report.summaries import Facts, batches_facts, subject_facts
+from gradfn.report.summaries import Facts, batches_facts, cut_facts, subject_facts
 from gradfn.report.tables import facts
 from gradfn.runs.provenance import loss_source
 from gradfn.store.directory import check_place
@@ -343,12 +343,19 @@ def load_documents(loaded: Loaded, rows: Any, data: DataOptions, path: str, *, q
         docs = reads.images(rows, path, data.image_column, data.label_column)
     else:
         docs = reads.rows(rows, columns, label_column=data.label_column, truncation=data.truncation)
+    say_cut(docs, path)
     if query or (data.reward_column is None and data.advantage_column is None):
         return docs
     asked = {key: columns.get(key) for key in ("prompt_column", "messages_column")}
     return with_weights(
         docs, rows, **asked, reward_column=data.reward_column, advantage_column=data.advantage_column
     )
+
+
+def say_cut(docs: Corpus, path: str) -> None:
+    """Say how many rows were cut, if any."""
+    if lines := cut_facts(docs, path):
+        console().print(facts(lines))
 
 
 def recorded(request: ModelRequest) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from gradfn.cli.inputs import (
     anchored,
     load_documents,
     load_model_and_rows,
+    say_cut,
 )
 from gradfn.cli.options import DataOptions, QueryOptions
-from gradfn.data import Corpus, Documents, Images, Pairs
+from gradfn.data import Corpus, Documents
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
@@ -29,7 +30,7 @@ from gradfn.hf.unpack import PACKED, kind_of
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
 from gradfn.model.losses import ModelLoss
-from gradfn.report.progress import progress_bar
+from gradfn.report.progress import rows_bar
 from gradfn.report.rankings import ShownQueries
 from gradfn.runs.gradients import ends_in_unit_norm, open_gradients
 from gradfn.runs.provenance import DataSource, Provenance, ids_digest
@@ -78,8 +79,8 @@ class Queries:
         return self.make()
 
 
-_OWN = ["how far a step on a row lowers that row's own loss"]
-SELF = Queries(dict, {"query": "self"}, ShownQueries(["self-influence"], _OWN, _OWN))
+_OWN = "how far a step on a row lowers that row's own loss"
+SELF = Queries(dict, {"query": "self"}, ShownQueries(["self-influence"], [_OWN]))
 """What is shown of rows that are scored against themselves."""
 
 
@@ -133,6 +134,7 @@ def load_asked(loaded: Loaded, rows: Any | None, options: QueryOptions, data: Da
             documents = load_documents(loaded, rows, data, options.query, query=True)
         else:
             documents = loaded.reads.text(options.query, options.completion, truncation=data.truncation)
+            say_cut(documents, "--query")
     except InputError as error:
         raise InputError(f"in --query: {error}") from error
     empty = [documents.ids[row] for row in range(len(documents)) if not documents.supervised[row]]
@@ -178,9 +180,8 @@ def classes_of(loaded: Loaded, train: Corpus, rows: list[int]) -> dict[int, tupl
 
 
 def load_queries(
-    loaded: Loaded, asked: Asked | None, options: QueryOptions, data: DataOptions, method: InnerProduct,
-    wanted: Settings,
-) -> tuple[Queries, InnerProduct]:  # fmt: skip
+    loaded: Loaded, asked: Asked | None, options: QueryOptions, method: InnerProduct, wanted: Settings
+) -> tuple[Queries, InnerProduct]:
     """Make (or read) the queries' gradients, and the method that takes them as they are.
 
     Args:
@@ -192,7 +193,7 @@ def load_queries(
     transform, groups, plain = (
         method.query_transform,
         options.group_column,
-        queries_of(asked, loaded, options, data),
+        queries_of(asked, loaded, options),
     )
     unit = groups is not None and ends_in_unit_norm(transform)
     if unit:  # a mean of gradients is normalised, not of directions
@@ -201,22 +202,19 @@ def load_queries(
     return (_grouped(queries, asked.rows, groups, unit) if groups else queries), method
 
 
-def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions, data: DataOptions) -> Queries:
+def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions) -> Queries:
     """What is known of queries without their gradients."""
     documents, rows = asked.documents, asked.rows
     settings = {"path": None if rows is None else anchored(str(options.query)),
                 "fingerprint": documents.fingerprint(), "rows": len(documents), "ids": ids_digest(documents),
                 "loss": loaded.loss_settings(loaded.subject.query_loss)}  # fmt: skip
-    shown = ShownQueries(
-        documents.ids, documents.texts, _shown(documents, rows, options, data), _sources(rows),
-        documents=documents,
-    )  # fmt: skip
+    shown = ShownQueries(documents.ids, documents.texts, _sources(rows), documents=documents)
     return Queries(dict, {"query": settings}, shown)
 
 
 def _gradients(loaded: Loaded, documents: Corpus, transform: Transform) -> Any:
     """The queries' gradients."""
-    with loaded.multiplying(), progress_bar("query gradients", int(documents.lengths.sum())) as progress:
+    with loaded.multiplying(), rows_bar("query gradients", documents, then="scores") as progress:
         try:
             return collect(loaded.subject.for_queries(), documents, transform, progress=progress)
         except InputError as error:
@@ -236,7 +234,7 @@ def _grouped(queries: Queries, rows: Any, column: str, unit: bool) -> Queries:
         gradients, _ = group_means(queries.gradients, groups)
         return unit_normalize()(gradients) if unit else gradients
 
-    return Queries(means, settings, ShownQueries(names, texts, texts))
+    return Queries(means, settings, ShownQueries(names, texts))
 
 
 def _read_queries(path: str, method: InnerProduct, wanted: Settings) -> tuple[Queries, InnerProduct]:
@@ -249,28 +247,7 @@ def _read_queries(path: str, method: InnerProduct, wanted: Settings) -> tuple[Qu
         path=anchored(path), fingerprint=made.data and made.data.fingerprint, rows=len(ids), loss=made.loss,
         transform=made.transform, aggregation=made.aggregation,
     )  # fmt: skip
-    return Queries(lambda: gradients, {"query": about.to_json()}, ShownQueries(ids, texts, texts)), method
-
-
-def _shown(documents: Corpus, rows: Any | None, options: QueryOptions, data: DataOptions) -> list[str]:
-    """Queries as a person reads them: what is asked, and after an arrow what is supervised."""
-    if isinstance(documents, Pairs | Images):
-        return documents.texts
-    if rows is None:
-        prompts, completions = [options.query], [options.completion]
-    elif data.label_column is not None:
-        labels = zip(documents.texts, rows[data.label_column], strict=True)
-        return [f"{text} → {label}" for text, label in labels]
-    else:
-        columns = data.columns(list(rows.column_names), query=True)
-        prompt, completion = columns["prompt_column"], columns["completion_column"]
-        if prompt is None or completion is None:
-            return documents.texts
-        prompts, completions = list(rows[prompt]), list(rows[completion])
-        if not all(isinstance(side, str | None) for side in (*prompts, *completions)):
-            return documents.texts
-    pairs = zip(documents.texts, prompts, completions, strict=True)
-    return [f"{prompt} → {end.strip()}" if prompt and end else text for text, prompt, end in pairs]
+    return Queries(lambda: gradients, {"query": about.to_json()}, ShownQueries(ids, texts)), method
 
 
 def _sources(rows: Any | None) -> list[str | None]:

@@ -48,7 +48,7 @@ def run_query(request: QueryRequest) -> None:
         loaded = load_stored_subject(request, path, store.settings)
         method, wanted = _method(loaded, store, request)
         asked = load_asked(loaded, query_rows, request.query, request.data)
-        queries, method = load_queries(loaded, asked, request.query, request.data, method, wanted)
+        queries, method = load_queries(loaded, asked, request.query, method, wanted)
         rows = count(store.rows, "token" if by == "token" else "row")
         lines = [("store", f"{index_path(request.store)} [{rows}]"), ("model", loaded.path)]
         method_line = ("method", _in_words(method))

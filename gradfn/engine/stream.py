@@ -31,15 +31,13 @@ from gradfn.memory import check_memory
 from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Batch, Blocks, Data, Example, Rows
+from gradfn.watch import Progress
 
 TRIAL_TOKENS = 4
 """Rows that are shorter say nothing of how a model treats positions."""
 
 TRIAL_ROWS = 32
 """Of rows without tokens, so many are asked for their size before two are compared."""
-
-Progress = Callable[[int], None]
-"""Called with the number of tokens done since the last call."""
 
 BATCHES_AHEAD = 2
 """Batches made while the device computes: one to start with at once, one in case the next takes longer."""

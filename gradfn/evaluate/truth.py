@@ -34,6 +34,7 @@ from gradfn.train import (
     table_of,
 )
 from gradfn.types import Data, LossFn, Params
+from gradfn.watch import Resumed
 
 KIND = "truth"
 MOST_SEEDS = 1000
@@ -317,7 +318,7 @@ def retrain(
         missing = writer.missing(slices)
         if progress is not None:
             done = {*own} - {model for span in missing for model in range(*span)}
-            progress(training.epochs * int(models.subsets[sorted(done)].sum()))
+            progress(Resumed(training.epochs * models.subsets[sorted(done)].sum()))
         for begin, end in missing:
             chosen = Models(*(of_all[begin:end] for of_all in models))
             results = {**chosen._asdict(), **_losses(trainer, queries, chosen, progress)}

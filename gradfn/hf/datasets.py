@@ -13,6 +13,7 @@ from gradfn.errors import InputError
 from gradfn.hf.hub import disk_fault, hub_answers, is_hub_name, local, offline, quiet, summary
 from gradfn.hf.json_names import named_rows, with_names
 from gradfn.hf.unpack import PACKED, kind_of, read_bytes, temporary_folder
+from gradfn.watch import WATCH
 
 if TYPE_CHECKING:
     import datasets
@@ -63,7 +64,8 @@ def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
     gradfn.errors.InputError: no dataset 'corpus.jsonl': no file or folder here has this name; check the path
     """
     place = local(path)
-    rows = _select_split(_read_local(place), split, path) if place.exists() else _read_hub(path, split)
+    with WATCH.get()(f"reading {path}"):
+        rows = _select_split(_read_local(place), split, path) if place.exists() else _read_hub(path, split)
     if len(rows) == 0:
         raise InputError(f"dataset {str(path)!r} has no rows in split {split!r}: give a split that has rows")
     return rows
@@ -105,11 +107,17 @@ def row_names(rows: "datasets.Dataset") -> list[str]:
     return [name for start, table in tables(rows) for name in row_ids(rows, table, start)]
 
 
-def tables(rows: "datasets.Dataset") -> Iterator[tuple[int, "pyarrow.Table"]]:
-    """The rows in parts: the number of the first row, and a table."""
+def tables(rows: "datasets.Dataset", work: str = "rows") -> Iterator[tuple[int, "pyarrow.Table"]]:
+    """The rows in parts: the number of the first row, and a table.
+
+    Args:
+        work: what is done with them, as who watches is told.
+    """
     tables: Any = rows.with_format("arrow")
-    for start in range(0, len(rows), _BATCH):
-        yield start, tables[start : start + _BATCH]
+    with WATCH.get()(work, len(rows), "rows") as progress:
+        for start in range(0, len(rows), _BATCH):
+            yield start, (table := tables[start : start + _BATCH])
+            progress(len(table))
 
 
 def row_ids(rows: "datasets.Dataset", table: "pyarrow.Table", start: int) -> list[str]:
@@ -169,15 +177,19 @@ def _read_file(file: Path) -> dict[str, "datasets.Dataset"]:
         raise InputError(f"dataset {str(file)!r} is an empty file: give one with rows")
     reader, options = _READERS[kind_of(file)]
     with temporary_folder() as folder:
+        plain = file.resolve()
         if file.suffix.lower() in PACKED:
-            plain = Path(folder) / file.stem
+            plain = Path(folder).resolve() / file.stem
             plain.write_bytes(read_bytes(file))
-            file = plain
-        if reader in ("json", "csv", "text") and not file.read_bytes().strip():
+        if reader in ("json", "csv", "text") and not plain.read_bytes().strip():
             raise InputError(f"dataset {str(file)!r} has no rows, only blanks: give one with rows")
         # Escaped, because the reader would expand brackets and stars in the name.
-        files = {"data_files": {"train": glob.escape(str(file.resolve()))}, **options}
-        return _read_uncached(reader, files)
+        files = {"data_files": {"train": glob.escape(str(plain))}, **options}
+        try:
+            return _read_uncached(reader, files)
+        except (InputError, ValueError) as error:  # which may name a file that is gone by then
+            kind = InputError if isinstance(error, InputError) else ValueError
+            raise kind(str(error).replace(str(plain), str(file))) from error.__cause__
 
 
 def _read_uncached(reader: str, options: dict[str, Any]) -> dict[str, "datasets.Dataset"]:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from gradfn.data import Images
 from gradfn.errors import InputError
-from gradfn.hf.columns import class_numbers
+from gradfn.hf.columns import class_names, class_numbers
 from gradfn.hf.datasets import check_column, row_names
 from gradfn.hf.hub import local, summary
 from gradfn.hf.locate import load_pretrained, locate_processor
 from gradfn.model.losses import model_loss
+from gradfn.shown import asked_and_said
+from gradfn.watch import watched
 
 if TYPE_CHECKING:
     import datasets
@@ -96,9 +98,7 @@ def load_images(
     pixels = _Pixels(files, digests, processor, getattr(config, "num_channels", 3))
     first = pixels(0)
     _check_reads(model, first)
-    classes = {number: name for name, number in config.label2id.items()}
-    pairs = zip(titles, labels.tolist(), strict=True)
-    shown = [f"{title} → {classes.get(label, label)}" for title, label in pairs]
+    shown = list(map(asked_and_said, titles, class_names(rows, label_column, config.label2id, labels)))
     return Images(
         replace(pixels, shape=first.shape), [f"{digest} {made_by}" for digest in digests],
         np.arange(len(rows)), _patches(config, first), row_names(rows), shown, {"labels": labels},
@@ -198,7 +198,7 @@ def _opened(data: bytes) -> Any:
 def _inspect(files: _Files) -> tuple[list[str], list[str]]:
     """The name of every image and a digest of its bytes; a file without the header of an image is refused."""
     names, digests = [], []
-    for row in range(len(files.rows)):
+    for row in watched("reading images", range(len(files.rows)), "images"):
         name, data = files.read(row)
         try:
             with _opened(data) as image:

@@ -14,6 +14,7 @@ import torch
 
 from gradfn.errors import InputError
 from gradfn.hf.hub import hub_answers, is_hub_name, listing, local, quiet, summary
+from gradfn.watch import WATCH
 
 Place = tuple[str, dict[str, Any]]
 """The first argument of `from_pretrained`, and further ones."""
@@ -208,7 +209,7 @@ def load_pretrained(
         InputError: it cannot be loaded.
     """
     try:
-        with quiet():
+        with quiet(), WATCH.get()(f"loading the {noun} {path}"):
             return loader(source, **options)
     except ImportError as error:
         _refuse_kernel(error, path, options)

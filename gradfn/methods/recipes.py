@@ -8,7 +8,6 @@ A recipe is a function of a `Problem` that gives an `Attribution`. One in a file
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from gradfn.engine.stream import Progress, lengths_of
+from gradfn.engine.stream import lengths_of
 from gradfn.errors import InputError, StorageError
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods.attribution import (
@@ -52,13 +51,9 @@ from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import Joint, joint
 from gradfn.transforms.projection import lenient, parse_projection, reseeded
 from gradfn.types import Blocks, Data
+from gradfn.watch import WATCH, Progress
 
-Watch = Callable[[str, int], AbstractContextManager[Progress | None]]
 Persist = Callable[[Any, Transform, Progress | None], Curvature]
-
-
-def _unwatched(what: str, total: int) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +71,6 @@ class Problem:
         labels: "data", or "model" to draw the labels of curvatures from the model, with `seed`.
         components: TrackStar's number of directions to count less.
         partitions: see `fit`.
-        watch: `watch(what, tokens)` gives a context with a progress callback, or None.
         persist: `persist(fold, transform, progress)` fits a curvature over the training rows and writes it
             to disk, or reads the one there; None: it is fitted and stays in memory.
     """
@@ -92,7 +86,6 @@ class Problem:
     seed: int = 0
     components: int = 1000
     partitions: int = 1
-    watch: Watch = field(default=_unwatched, repr=False)
     persist: Persist | None = field(default=None, repr=False)
 
     @property
@@ -108,7 +101,8 @@ class Problem:
             transform: None means `stage`.
             queries: fit it over the queries, with their loss.
         """
-        is_curvature = getattr(fold, "gives_curvature", False) and not queries
+        decomposes = getattr(fold, "gives_curvature", False)
+        is_curvature = decomposes and not queries
         if self.curvature is not None and is_curvature:
             return self.curvature
         subject = self.subject.for_queries() if queries else self.subject
@@ -116,15 +110,20 @@ class Problem:
         data = self.query if queries else self.train
         if queries and not len(data):
             raise InputError("this method fits a curvature over the queries: give --query, or --hessian-path")
-        total = int(lengths_of(data).sum()) * passes(fold) * self.partitions
+        lengths = lengths_of(data)
+        watch = partial(
+            WATCH.get(), "curvature of the queries" if queries else "curvature",
+            int(lengths.sum()) * passes(fold) * self.partitions, "tokens",
+            then="decompositions and scores" if decomposes else "scores", longest=int(lengths.max(initial=0)),
+        )  # fmt: skip
         transform = self.stage if transform is None else transform
         if self.persist is not None and is_curvature:
-            with self.watch("curvature", total) as progress:
+            with watch() as progress:
                 return self.persist(fold, transform, progress)
         if self.labels == "model":
             size = subject.token_batch_size
             data = sample_labels(subject.loss, data, self.seed, token_batch_size=size)
-        with self.watch("curvature", total) as progress:
+        with watch() as progress:
             return fit(fold, subject, data, transform, partitions=self.partitions, progress=progress)
 
 

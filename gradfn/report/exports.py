@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradfn.errors import StorageError
+from gradfn.shown import SAID
 
 Row = Mapping[str, Any]
 EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "text")
@@ -68,6 +69,7 @@ def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[st
 def _lines(row: Row) -> list[dict[str, Any]]:
     """A row of the table as lines of the export: one, or one a share."""
     line = {key: value for key, value in row.items() if key != "shares"}
+    line["text"] = line["text"].replace(SAID, " → ")
     if "shares" not in row:
         return [line]
     return [{**line, "module": name, "share": share} for name, share in row["shares"]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from gradfn.data import Corpus
+from gradfn.data import Corpus, Documents, Pairs
 from gradfn.engine.check import Covered, coverage
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import results_per_row
@@ -66,6 +66,21 @@ def subject_facts(
         rows = count(unsupervised, "row")
         lines.append(("note", f"{rows} with nothing to supervise: zero gradient, zero scores"))
     return lines
+
+
+def cut_facts(documents: Corpus, name: str) -> Facts:
+    """How many rows were cut, and from which length.
+
+    >>> from gradfn.data import make_documents
+    >>> cut_facts(make_documents([[1, 2]]), "rows.jsonl")
+    []
+    """
+    sides = (documents.inputs, documents.outputs) if isinstance(documents, Pairs) else (documents,)
+    return [
+        ("note", f"{count(one.cut[0], 'row')} of {name} cut to {one.lengths.max():,} tokens; the longest had "
+                 f"{one.cut[1]:,}")
+        for one in sides if isinstance(one, Documents) and one.cut[0]
+    ]  # fmt: skip
 
 
 def coverage_facts(rows: Sequence[Covered]) -> Facts:

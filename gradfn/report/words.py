@@ -2,6 +2,12 @@
 
 import unicodedata
 
+from gradfn.shown import SAID
+
+ESCAPED = str.maketrans({
+    "\n": r"\n", "\r": r"\r", "\t": r"\t", "\u2028": r"\n", "\u2029": r"\n", **dict.fromkeys("\v\f\x85", " ")
+})  # fmt: skip
+
 
 def count(number: int, noun: str) -> str:
     """A number with its noun.
@@ -31,6 +37,18 @@ def clean(text: str, width: int | None = None) -> str:
     >>> clean("a\\n\\x1b[31mb")
     'a [31mb'
     """
-    line = " ".join(text.split())
-    line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    line = _printable(" ".join(text.split()))
     return line if width is None or len(line) <= width else line[: width - 1].rstrip() + "…"
+
+
+def whole(text: str) -> str:
+    """All of a text as one line for other programs: breaks are written as `\\n`, control characters dropped.
+
+    >>> print(whole("a\\n b\\x1b"))
+    a\\n b
+    """
+    return _printable(text.replace(SAID, " → ").translate(ESCAPED))
+
+
+def _printable(line: str) -> str:
+    return "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))

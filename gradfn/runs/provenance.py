@@ -13,6 +13,7 @@ from gradfn.data import check_rows
 from gradfn.errors import InputError
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import CausalLMLoss, ModelLoss
+from gradfn.runs.changes import changed_model
 from gradfn.store import Store, differing, in_words
 from gradfn.subject import Subject
 from gradfn.transforms import Transform, chain, unit_normalize
@@ -325,6 +326,12 @@ def compare(there: Provenance, here: Provenance) -> dict[str, tuple[Any, Any]]:
     return differing(*sides)
 
 
+def _named(*models: ModelSource | None) -> tuple[str, ...] | None:
+    """Two models by their paths and precisions, where both have them."""
+    known = [model for model in models if model is not None and model.path is not None]
+    return tuple(f"{one.path}, {one.precision}" for one in known) if len(known) == len(models) else None
+
+
 def _without_path(stage: Settings) -> Settings:
     """A stage without the path of the run that it was read from, since its digest tells which it is."""
     words = str(stage.get("projection")).split(":")
@@ -349,9 +356,15 @@ def refuse_mismatch(
     """
     there, here = Provenance.of(stored), Provenance.of(wanted)
     if differences := compare(there, here):
+        more = ""
+        if "model" in differences and (models := _named(there.model, here.model)):
+            differences["model"] = models
+            paths, precisions = zip(*(one.rsplit(", ", 1) for one in models), strict=True)
+            changed = changed_model(*paths) if len({*precisions}) == 1 else ""
+            more = f"; {changed}" if changed else ""
         raise InputError(
             f"{what} was made differently, so its gradients cannot be compared "
-            f"({in_words(differences, str)}): use the same model and options, or make it again"
+            f"({in_words(differences, str)}{more}): use the same model and options, or make it again"
         )
     unit = [bool(made.stages) and made.stages[-1]["transform"] == "UnitNormalize" for made in (there, here)]
     if unit == [True, False]:

@@ -16,6 +16,7 @@ from gradfn.model.losses import CausalLMLoss, ModelLoss, hidden_states, output_h
 from gradfn.random import uniforms
 from gradfn.subject import TOKEN_BATCH_SIZE
 from gradfn.types import Batch, Data, Example, LossFn
+from gradfn.watch import WATCH
 
 POSITIONS = 64
 """Positions whose distribution over the vocabulary is held at a time."""
@@ -140,12 +141,13 @@ def sample_labels(
     made: list[dict[str, Tensor]] = [{} for _ in range(len(data))]
     rows = range(len(data)) if rows is None else rows
     lengths, weights = lengths_of(data), [*loss.model.parameters()]
+    total = int(lengths[rows.start : rows.stop].sum())
 
     def measure(batch: Batch) -> tuple[Tensor, Tensor]:
         losses = loss.batched(batch)
         return losses.new_zeros(len(losses), 1), losses
 
-    with _evaluating(loss.model), torch.no_grad():
+    with _evaluating(loss.model), torch.no_grad(), WATCH.get()("labels", total, "tokens") as shown:
         pads = keeps_rows(measure, weights, data, rows)
         for places in plan_rows(data, rows, token_batch_size, pads=pads):
             numbers = places + rows.start
@@ -157,8 +159,7 @@ def sample_labels(
             for place, row in enumerate(numbers):
                 size = examples[place]["labels"].shape
                 made[int(row)] = {k: v[place].cpu()[tuple(map(slice, size))] for k, v in new.items()}
-            if progress:
-                progress(int(lengths[numbers].sum()))
+            (progress or shown)(int(lengths[numbers].sum()))
     return Relabelled(data, made)
 
 

@@ -11,12 +11,13 @@ from gradfn.store.compare import MISSING, differing, in_words
 from gradfn.store.directory import index_path, remove_kind
 from gradfn.store.file import Span, check_disk
 from gradfn.store.reader import Store, open_part, open_store, request_beside, requests_of
-from gradfn.store.writer import Overwrite, Writer, open_writer
+from gradfn.store.writer import Overwrite, SettingsDiffer, Writer, open_writer
 
 __all__ = [
     "MISSING",
     "ArraySpec",
     "Overwrite",
+    "SettingsDiffer",
     "Span",
     "Store",
     "Values",

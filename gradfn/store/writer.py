@@ -51,6 +51,28 @@ Overwrite = bool | Literal["unlike"]
 """Whether to replace what is there: always, never, or where it cannot be resumed."""
 
 
+class SettingsDiffer(InputError):
+    """What is there was made with other settings.
+
+    Args:
+        path: what is there.
+        there, here: the settings.
+        differences: see `differing`.
+        more: what else is known of them.
+    """
+
+    def __init__(self, path: Path, there: Any, here: Any, differences: Mapping[str, Any], more: str = ""):
+        super().__init__(
+            f"{path} was made with other settings ({in_words(differences)}{more}): give `overwrite=True` to "
+            "replace it, or write to another directory"
+        )
+        self.path, self.there, self.here, self.differences = path, there, here, differences
+
+    def saying(self, more: str) -> "SettingsDiffer":
+        """The same with what else is known of the differences."""
+        return SettingsDiffer(self.path, self.there, self.here, self.differences, more)
+
+
 def _refuse_other_settings(path: Path, there: Header, here: Header) -> None:
     if there.format != here.format and there.format not in RESUMED:
         raise InputError(
@@ -62,10 +84,7 @@ def _refuse_other_settings(path: Path, there: Header, here: Header) -> None:
     if there.rows != here.rows:
         differences["rows"] = (there.rows, here.rows)
     if differences:
-        raise InputError(
-            f"{path} was made with other settings ({in_words(differences)}): give `overwrite=True` to "
-            "replace it, or write to another directory"
-        )
+        raise SettingsDiffer(path, there.settings, here.settings, differences)
 
 
 class Writer:

@@ -46,6 +46,7 @@ def no_terminal():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COLUMNS", raising=False)
         patch.setattr("gradfn.report.progress.QUIET_BELOW_S", float("inf"))
+        patch.setattr("gradfn.report.progress.FIRST_AFTER_S", float("inf"))
         patch.setattr("gradfn.report.progress.PLAIN_EVERY_S", float("inf"))
         yield
 

@@ -225,7 +225,9 @@ def test_truncation_cuts_what_is_too_long(command, ok, model, tmp_path):
     args = ("build", tmp_path / "run", "--model", model, "--dataset", data)
     assert command(*args).status == 2
     assert not (tmp_path / "run").exists()
-    assert "1 row, 128 tokens" in ok(*args, "--truncation")
+    out = ok(*args, "--truncation")
+    assert "1 row, 128 tokens" in out
+    assert re.search(r"^note +1 row of \S+ cut to 128 tokens; the longest had \d{3}", out, re.MULTILINE)
 
 
 def test_top(ok, model, corpus):

@@ -240,7 +240,7 @@ def test_scores_of_other_rows_queries_or_data_are_refused(command, world, tmp_pa
     for key, noun in (("data", "training data"), ("query", "queries")):
         other = write_scores(tmp_path / key, scores, settings={key: {"fingerprint": "e"}})
         err = refused(command, "lds", world.truth, other)
-        assert f"are of different {noun} (fingerprint e there and {key[0]} here)" in err
+        assert f"are of different {noun} under the same names (other texts or labels)" in err
         assert f"are of different {noun}" in refused(command, "overlap", world.close, other)
 
 
