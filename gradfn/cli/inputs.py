@@ -20,7 +20,7 @@ from gradfn.engine.precision import Products, multiplying, products_of
 from gradfn.engine.stream import pads
 from gradfn.errors import InputError
 from gradfn.hf.columns import with_weights
-from gradfn.hf.datasets import load_rows
+from gradfn.hf.datasets import load_split
 from gradfn.hf.images import load_processor
 from gradfn.hf.locate import has_no_tokenizer
 from gradfn.hf.masking import masking_of
@@ -328,16 +328,25 @@ def _load_reference(options: ModelOptions, path: str, recorded: Settings | None,
 
 def load_model_and_rows(request: ModelRequest) -> tuple[Loaded, Corpus]:
     """The model and the training rows; a wrong path of the rows is found before the model is loaded."""
-    path, data = str(request.data.dataset), request.data
-    rows = load_rows(path, data.split)
+    path, rows = str(request.data.dataset), training_rows(request)
     loaded = load_subject(request)
-    docs = load_documents(loaded, rows, data, path)
+    docs = load_documents(loaded, rows, request.data, path)
     if not docs.supervised.any():
         raise InputError(
             f"no row of {path} has anything to supervise, so all gradients are zero: give rows of two tokens "
             "or more, with completions that are not empty"
         )
     return loaded, docs
+
+
+def training_rows(request: ModelRequest) -> Any:
+    """The rows of --dataset; the first lines say which split was taken of several that were not chosen from."""
+    path, split = str(request.data.dataset), request.data.split
+    rows, splits = load_split(path, split)
+    if len(splits) > 1 and not request.gave("split"):
+        note = f"rows are those of split {split}, of {', '.join(splits)}: --split takes another"
+        console().print(facts([("note", note)]))
+    return rows
 
 
 def load_documents(loaded: Loaded, rows: Any, data: DataOptions, path: str, *, query: bool = False) -> Corpus:

@@ -64,6 +64,7 @@ _QUERY = (
     "A text in quotes, or a dataset of queries (a file, or a save_to_disk folder): its prompts and "
     "completions, or its texts."
 )
+QUERY_SPLIT = 'Split of a dataset in --query, or a part of one: "test[:100]".'
 _METHOD = (
     "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
     "relatif, trak, datainf, or FILE.py:NAME for your own."
@@ -221,6 +222,7 @@ class QueryOptions:
     PANEL: ClassVar[str] = "Query"
     query: str | None = option(None, _QUERY, file=found)
     completion: str | None = option(None, "What follows the text of --query; only it is supervised.")
+    query_split: str | None = option(None, QUERY_SPLIT, shown="the only one")
     query_path: str | None = option(None, "Query gradients that build or reduce wrote.", file=found)
     query_loss: Criterion | None = option(None, "Of the queries, if not that of the rows.", panel="Loss")
     group_column: str | None = option(None, "Column of --query: a group's queries are averaged to one.")

@@ -74,6 +74,8 @@ OPTIONS: dict[tuple[str, str], There] = {
     ("query", "top-k"): There("--top {}"),
     ("query", "record"): There("--csv {}"),
     (ANY, "query.dataset"): There("--query {}"),
+    (ANY, "query.split"): There("--query-split {}"),
+    ("query", "split"): _refused("the split of a dataset in --query is --query-split"),
     (ANY, "path"): There("--query-path {}"),
     ("hessian", "method"): There("--method {}", names={"autocorrelation": "second_moment"}),
     ("hessian", "ev-correction"): There("--method ekfac", values=0),
