@@ -137,7 +137,9 @@ class QueryRequest(Request):
     store: str = argument("A run directory, or the store.h5 in it.", file=found)
     query: QueryOptions = group(QueryOptions, group_column=None)
     model: ModelOptions = group(ModelOptions, **STORED_MODEL)
-    data: DataOptions = group(DataOptions, dataset=None, split=None, **UNWEIGHTED)
+    data: DataOptions = group(
+        DataOptions, dataset=None, dataset_revision=None, split=None, chunk_length=None, **UNWEIGHTED
+    )
     curvature: CurvatureOptions = group(CurvatureOptions)
     gradients: GradientOptions = group(
         GradientOptions, optimizer_state=None, projection=None, projection_dim=None

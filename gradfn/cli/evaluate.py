@@ -211,7 +211,8 @@ def _marked(run: Scores, request: MislabelRequest) -> Tensor:
     path = request.dataset or recorded.path
     if path is None:
         raise InputError(f"no dataset is known for {request.run}: give the one that was scored as --dataset")
-    rows = load_rows(path, request.split or recorded.split or "train")
+    at = recorded.revision if request.dataset is None else None
+    rows = load_rows(path, request.split or recorded.split or "train", revision=at)
     if column not in rows.column_names:
         raise InputError(
             f"no column {column!r} in the dataset, which has {', '.join(rows.column_names)}: "

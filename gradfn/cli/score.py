@@ -5,7 +5,7 @@ from dataclasses import replace
 from gradfn.cli.attribution import Job, Weighted, score_checkpoints, score_model
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import anchored, check_request, check_run, require, with_example
+from gradfn.cli.inputs import anchored, check_run, checked, with_example
 from gradfn.cli.method import recipe_of
 from gradfn.cli.options import MethodOptions
 from gradfn.cli.queries import answers_of, load_all
@@ -24,10 +24,9 @@ from gradfn.transforms.joint import joint
 def run_score(request: ScoreRequest) -> None:
     """Load, score, show."""
     check_run(request.run)
-    check_request(request)
     if request.model.path is None and request.data.dataset is None:
         request = with_example(request)
-    require(request, "give both --model and --dataset, or neither for the example")
+    request = checked(request, "give both --model and --dataset, or neither for the example")
     name, recipe = recipe_of(request)
     _check_shard(request, name, recipe)
     curvature, masks = request.curvature.path, request.model.task == "masked_lm"

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import disk_fault, hub_answers, is_hub_name, local, offline, quiet, summary
+from gradfn.hf.hub import (
+    disk_fault,
+    hub_answers,
+    is_hub_name,
+    local,
+    offline,
+    quiet,
+    refuse_revision,
+    summary,
+)
 from gradfn.hf.json_names import named_rows, with_names
 from gradfn.hf.unpack import PACKED, kind_of, read_bytes, temporary_folder
 
@@ -81,10 +90,7 @@ def load_split(
         InputError: see `load_rows`; no split is named, and there are several.
     """
     place = local(path)
-    if revision is not None and place.exists():
-        raise InputError(
-            f"{path} is a place on this machine, and only the hub has revisions: leave out {revision}"
-        )
+    refuse_revision(place, revision)
     splits = _read_local(place) if place.exists() else _read_hub(path, revision)
     names = [*{id(rows): name for name, rows in splits.items()}.values()]
     if split is None and len(names) > 1:

@@ -65,8 +65,10 @@ class Source(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource(Source):
-    """A model: the dtype of its weights, how float32 matrices were multiplied, its attention kernel."""
+    """A model: its revision on the hub, the dtype of its weights, how float32 matrices were multiplied, its
+    kernel of attention."""
 
+    revision: str | None = None
     precision: str | None = None
     products: str | None = None
     attention: str | None = None
@@ -92,6 +94,7 @@ class DataSource(Source):
     """Examples, with a digest of their ids. Of queries also their loss, how they were grouped, and how
     stored gradients were made."""
 
+    revision: str | None = None
     split: str | None = None
     rows: int | None = None
     ids: str | None = None

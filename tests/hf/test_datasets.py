@@ -19,7 +19,6 @@ from gradfn.hf import (
 )
 from gradfn.hf.datasets import load_split
 
-
 KINDS = ["jsonl", "json", "csv", "parquet", "arrow", "arrow file", "txt", "disk", "disk dict"]
 
 
@@ -313,7 +312,9 @@ def test_a_split_that_is_not_named(tmp_path):
 
 def test_a_place_on_this_machine_has_no_revisions(tmp_path):
     (tmp_path / "r.txt").write_text("a")
-    with pytest.raises(InputError, match="only the hub has revisions: leave out v2"):
+    with pytest.raises(
+        InputError, match="has no revisions, which only the hub has: leave out the revision 'v2'"
+    ):
         load_rows(tmp_path / "r.txt", revision="v2")
 
 
