@@ -25,6 +25,7 @@ from gradfn.cli.options import (
     ModelOptions,
     QueryOptions,
     RunOptions,
+    SolverOptions,
     SubsetOptions,
     TableOptions,
     TrainingOptions,
@@ -80,6 +81,7 @@ class ScoreRequest(ModelRequest):
     gradients: GradientOptions = group(GradientOptions)
     curvature: CurvatureOptions = group(CurvatureOptions)
     fit: FitOptions = group(FitOptions)
+    solver: SolverOptions = group(SolverOptions)
     table: TableOptions = group(TableOptions)
     output: RunOptions = group(RunOptions)
 

@@ -35,6 +35,7 @@ Criterion = Literal["cross_entropy", "log_odds", "kl"]
 Reduction = Literal["mean", "sum"]
 Kind = Literal["second_moment", "kfac", "ekfac", "shampoo", "tkfac"]
 Labels = Literal["data", "model"]
+Product = Literal["fisher", "gauss_newton", "hessian"]
 By = Literal["example", "module", "head", "token"]
 StoredBy = Literal["example", "head", "token"]
 Optimizer = Literal["sgd", "adam", "adamw"]
@@ -68,7 +69,7 @@ _QUERY = (
 QUERY_SPLIT = 'Split of a dataset in --query, or a part of one: "test[:100]".'
 _METHOD = (
     "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
-    "relatif, trak, datainf, or FILE.py:NAME for your own."
+    "relatif, trak, datainf, cg, lissa, or FILE.py:NAME for your own."
 )
 _CHECKPOINTS = (
     "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."
@@ -317,6 +318,18 @@ class FitOptions:
     labels: Labels = option("data", "Of curvatures: the data's, or drawn from the model with --seed.")
     partitions: int = option(1, "Fit curvatures in so many passes, with less memory; same result.")
     components: int = option(COMPONENTS, _DIRECTIONS, name="target_downweight_components")
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How the methods cg and lissa solve for queries."""
+
+    PANEL: ClassVar[str] = "Curvature"
+    product: Product = option("fisher", "cg, lissa: the curvature of the rows, exact and whole.")
+    iterations: int = option(100, "cg, lissa: steps, each a pass over the rows or a minibatch of them.")
+    tolerance: float = option(1e-3, "cg, lissa: the residual, relative to the query, that is small enough.")
+    scale: float | None = option(None, "lissa: what a step is divided by.", shown="the largest eigenvalue")
+    minibatches: int = option(1, "lissa: parts of the rows that steps take in turn.")
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ COMMANDS_THERE = {
     "train": "gradfn retrain, which trains models on subsets and keeps their losses",
     "test-model-configuration": "gradfn check MODEL",
     "collect": "gradfn build RUN",
-    "lissa": "Python, gradfn.exact.lissa",
+    "lissa": "gradfn score RUN --method lissa --query QUERIES",
 }
 """Commands that exist elsewhere, and what does it here."""
 

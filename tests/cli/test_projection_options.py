@@ -231,7 +231,7 @@ def test_info_shows_a_mask(mask, command):
     (("--projection", "gaussian:4x9999"), "gaussian:4x9999 is larger than the right side of every block"),
     (("--projection", "logra:9999x4", "--by", "head"), "gaussian:9999x4 is larger than the left side"),
     (("--projection", "mask:8x8 > gaussian:9x4"), "gaussian:9x4 is larger than the left side .* give 8 or"),
-    (("--projection", "gaussian:4x9999", "--method", "kfac"), "gaussian:4x9999 is larger than the right side"),
+    (("--projection", "gaussian:4x9999", "--method", "kfac"), "gaussian:4x9999 is larger than the right"),
     (("--projection", "sjlt:9999999"), "sjlt:9999999 makes no block smaller"),
     (("--projection", "joint > sjlt:64", "--by", "module"), "which is not told apart by module"),
     (("--projection", "pca:4x4"), "give pca:64x64:RUN"),
