@@ -184,7 +184,7 @@ def load_subject(request: ModelRequest) -> Loaded:
     )  # fmt: skip
     kl = loss.criterion == "kl"
     loaded = _loaded(request.model, how, view, loss.reference if kl else None, request.seed)
-    if request.gave("model") and not request.gave("task"):
+    if not request.gave("task") and anchored(loaded.path) != anchored(example.MODEL):
         kind = type(loaded.model).__name__
         loaded = loaded.noting(("task", f"{flag_of(loaded.reads.task)}, which a {kind} is for"))
     asked = request.query_loss or loss.criterion
