@@ -9,6 +9,7 @@ from typing import Any
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, at_checkpoint, recorded
+from gradfn.cli.method import solver_of
 from gradfn.cli.queries import SELF, Asked, Queries, load_queries, queries_of
 from gradfn.cli.stages import Stages, load_stages
 from gradfn.data import Corpus
@@ -190,7 +191,8 @@ class Job:
         return Problem(
             loaded.subject, train, [] if self.asked is None else self.asked.documents, stages.normalize,
             stages.projection, stages.curvature, stages.dampings, fit.labels, self.request.seed,
-            fit.components, fit.partitions,
+            fit.components, fit.partitions, solver_of(self.request.solver),
+            lambda text: console().print(facts([("note", text)])),
             None if run is None else self._persist(loaded, stages, train, run),
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from gradfn.cli.commands import BuildRequest, GradientsRequest, ReduceRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import Loaded, check_request, check_run, load_model_and_rows, recorded, require
+from gradfn.cli.inputs import Loaded, check_run, checked, load_model_and_rows, recorded
 from gradfn.cli.stages import dampings_of, load_stages, projection_of
 from gradfn.data import Corpus
 from gradfn.errors import InputError
@@ -48,8 +48,7 @@ def run_reduce(request: ReduceRequest) -> None:
 def _prepared(request: GradientsRequest) -> tuple[Loaded, Corpus, Chain, dict[str, Any]]:
     """Model, documents and transform; what can be wrong with the request is found first."""
     check_run(request.run)
-    check_request(request)
-    require(request, "gradients need a model and a dataset")
+    request = checked(request, "gradients need a model and a dataset")
     if len(dampings_of(request.curvature)) > 1:
         raise InputError("gradients are written for one damping: give one, or several to score or query")
     gradients, masks = request.gradients, request.model.task == "masked_lm"

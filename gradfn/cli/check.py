@@ -8,7 +8,7 @@ import torch
 
 from gradfn.cli.commands import CheckRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import Loaded, load_documents, load_subject
+from gradfn.cli.inputs import Loaded, load_documents, load_subject, training_rows, with_task
 from gradfn.cli.options import DataOptions
 from gradfn.data import Corpus, Documents, collate, make_documents
 from gradfn.engine.check import RANKS, Noise, advice, coverage, equality, noise
@@ -16,7 +16,6 @@ from gradfn.engine.engine import probe_engine
 from gradfn.engine.precision import multiplying
 from gradfn.engine.stream import pads
 from gradfn.errors import InputError
-from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import context_length
 from gradfn.report.checks import (
     EQUAL,
@@ -40,12 +39,14 @@ DIM = 16
 
 def run_check(request: CheckRequest) -> None:
     """Load, then cover, compare, measure, advise; exit status 1 where the engine is not equal to autograd."""
-    request.data.check(request.model.task)
+    request = with_task(request)
+    request.data.check(str(request.model.task))
     loaded, documents = _loaded(request)
     device = torch.device(request.model.device)
     engine = probe_engine(loaded.model, loaded.subject.loss, project(DIM), view=loaded.subject.view)
     out = console()
     out.print(facts([
+        *loaded.notes,
         *device_facts(loaded.model, loaded.products),
         ("model", f"{loaded.name}, {_precision(loaded)}, {loaded.attention or 'its own'} attention"),
         ("rows", sample_line(documents, request.data.dataset is None, LIMITS)),
@@ -90,9 +91,9 @@ def _loaded(request: CheckRequest) -> tuple[Loaded, Corpus]:
             raise InputError(f"{given} is about a dataset: give one with --dataset")
         loaded = load_subject(request)
         return loaded, _random(loaded)
-    rows = load_rows(path, request.data.split)
+    rows, notes = training_rows(request)
     rows = rows.select(range(min(LIMITS[0], len(rows))))
-    loaded = load_subject(request)
+    loaded = load_subject(request).noting(*notes)
     return loaded, _first(load_documents(loaded, rows, request.data, path))
 
 

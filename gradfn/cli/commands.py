@@ -9,6 +9,7 @@ from gradfn.cli.options import (
     COMPONENTS,
     PROJECTION,
     QUERY_BY,
+    QUERY_SPLIT,
     STORED_BY,
     STORED_MODEL,
     UNWEIGHTED,
@@ -24,6 +25,7 @@ from gradfn.cli.options import (
     ModelOptions,
     QueryOptions,
     RunOptions,
+    SolverOptions,
     SubsetOptions,
     TableOptions,
     TrainingOptions,
@@ -33,7 +35,6 @@ from gradfn.cli.values import dims, found_projection
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
 _SCORED = "What gradfn score RUN wrote"
-_QUERY_SPLIT = option("train", 'Split of a dataset in --query, or a part of one: "test[:100]".')
 _SEED = "Key of the projection, and what masked-lm masks."
 ALONE: dict[str, Any] = {"shard": None}
 """A run that is not written in parts."""
@@ -80,6 +81,7 @@ class ScoreRequest(ModelRequest):
     gradients: GradientOptions = group(GradientOptions)
     curvature: CurvatureOptions = group(CurvatureOptions)
     fit: FitOptions = group(FitOptions)
+    solver: SolverOptions = group(SolverOptions)
     table: TableOptions = group(TableOptions)
     output: RunOptions = group(RunOptions)
 
@@ -137,7 +139,9 @@ class QueryRequest(Request):
     store: str = argument("A run directory, or the store.h5 in it.", file=found)
     query: QueryOptions = group(QueryOptions, group_column=None)
     model: ModelOptions = group(ModelOptions, **STORED_MODEL)
-    data: DataOptions = group(DataOptions, dataset=None, split=_QUERY_SPLIT, **UNWEIGHTED)
+    data: DataOptions = group(
+        DataOptions, dataset=None, dataset_revision=None, split=None, chunk_length=None, **UNWEIGHTED
+    )
     curvature: CurvatureOptions = group(CurvatureOptions)
     gradients: GradientOptions = group(
         GradientOptions, optimizer_state=None, projection=None, projection_dim=None
@@ -331,7 +335,7 @@ class RecallRequest(EvaluateRequest):
     query: str | None = option(
         None, "The queries scored, with a column source: a row's id.", shown="as recorded", file=found
     )
-    split: str = _QUERY_SPLIT
+    query_split: str | None = option(None, QUERY_SPLIT, shown="as recorded, or the only one")
     table: TableOptions = group(
         TableOptions, show=None, memory=None, top=option(5, "Rows among which a source counts as found.")
     )

@@ -5,7 +5,7 @@ from typing import Any
 from gradfn import statistics as kinds
 from gradfn.cli.commands import HessianRequest, MixRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import check_request, check_run, load_model_and_rows, recorded, require
+from gradfn.cli.inputs import check_run, checked, load_model_and_rows, recorded
 from gradfn.cli.method import check_fit
 from gradfn.cli.options import COMPONENTS
 from gradfn.cli.stages import load_stages, projection_of
@@ -28,8 +28,7 @@ from gradfn.statistics.fold import passes
 def run_hessian(request: HessianRequest) -> None:
     """Load, fit, report."""
     check_run(request.run)
-    check_request(request)
-    require(request, "a curvature needs a model and a dataset")
+    request = checked(request, "a curvature needs a model and a dataset")
     check_fit(request.fit, request.loss.criterion, request.loss.label_smoothing)
     default = "rademacher:16x16" if request.kind == "second_moment" else "none"
     projection, fold = projection_of(request.gradients, request.seed, default), getattr(kinds, request.kind)()

@@ -25,7 +25,7 @@ from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
 from gradfn.hf.answers import Answer, answers, predicted_classes
-from gradfn.hf.datasets import load_rows
+from gradfn.hf.datasets import load_split
 from gradfn.hf.unpack import PACKED, kind_of
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
@@ -93,13 +93,15 @@ def is_dataset(query: str) -> bool:
     return named or PATH.fullmatch(query) is not None
 
 
-def query_rows_of(options: QueryOptions, split: str = "train") -> Any | None:
+def query_rows_of(options: QueryOptions) -> Any | None:
     """The dataset of --query, loaded before the model so that a wrong path fails at once; None for a text."""
-    query, completion = options.query, options.completion
+    query, completion, split = options.query, options.completion, options.query_split
     if (query is None) == (options.query_path is None):
         raise InputError("give one of --query (a dataset, or a text in quotes) and --query-path (a store)")
     if completion is not None and (query is None or is_dataset(query)):
         raise InputError("--completion follows a text: give that text in quotes with --query")
+    if split is not None and (query is None or not is_dataset(query)):
+        raise InputError("--query-split is of a dataset in --query, and none is given: leave it out")
     if query is None and options.query_loss is not None:
         raise InputError("the queries of --query-path have their loss already: leave out --query-loss")
     if query is None:
@@ -112,7 +114,7 @@ def query_rows_of(options: QueryOptions, split: str = "train") -> Any | None:
     if not is_dataset(query):
         return None
     try:
-        return load_rows(query, split)
+        return load_split(query, split, argument="query_split")[0]
     except InputError as error:
         if os.path.exists(query) or kind_of(Path(query)) in DATA_SUFFIXES:
             raise
@@ -205,7 +207,7 @@ def load_queries(
 def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions) -> Queries:
     """What is known of queries without their gradients."""
     documents, rows = asked.documents, asked.rows
-    settings = {"path": None if rows is None else anchored(str(options.query)),
+    settings = {"path": None if rows is None else anchored(str(options.query)), "split": options.query_split,
                 "fingerprint": documents.fingerprint(), "rows": len(documents), "ids": ids_digest(documents),
                 "loss": loaded.loss_settings(loaded.subject.query_loss)}  # fmt: skip
     shown = ShownQueries(documents.ids, documents.texts, _sources(rows), documents=documents)

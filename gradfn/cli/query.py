@@ -36,9 +36,7 @@ def run_query(request: QueryRequest) -> None:
     top = request.table.top or 0
     request.table.check(request.output.overwrite)
     dampings_of(request.curvature)
-    query_rows = query_rows_of(request.query, request.data.split)
-    if query_rows is None and (split := request.gave("split")):
-        raise InputError(f"{split} is of a dataset in --query, and none is given: leave it out")
+    query_rows = query_rows_of(request.query)
     if query_rows is not None and request.gave("text_column"):
         check_column(query_rows, request.data.text_column, "give another text_column")
     with open_gradients(request.store) as store:

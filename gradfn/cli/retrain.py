@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gradfn.cli.commands import RetrainRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import Loaded, anchored, check_request, check_run, recorded, require
+from gradfn.cli.inputs import Loaded, anchored, check_run, checked, recorded
 from gradfn.cli.options import SubsetOptions
 from gradfn.cli.queries import load_all
 from gradfn.data import Corpus
@@ -30,8 +30,7 @@ SUBSETS = 50
 def run_retrain(request: RetrainRequest) -> None:
     """Load, retrain, report."""
     check_run(request.run)
-    check_request(request)
-    require(request, "retraining needs a model, a dataset and queries")
+    request = checked(request, "retraining needs a model, a dataset and queries")
     if request.query.query is None:
         raise InputError("no --query: retraining needs a model, a dataset and queries")
     if (precision := request.model.precision) in ("bf16", "fp16"):
@@ -123,6 +122,7 @@ def _subject_facts(
     init = "its own" if options.init == "given" else "new"
     schedule = "" if options.schedule == "constant" else f", {options.schedule} schedule"
     return [
+        *loaded.notes,
         *device_facts(loaded.model, loaded.products),
         ("model", f"{loaded.name} ({count(numbers, 'parameter')}, all trained, from {init} weights)"),
         ("train", f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"),

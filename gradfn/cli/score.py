@@ -5,7 +5,7 @@ from dataclasses import replace
 from gradfn.cli.attribution import Job, Weighted, score_checkpoints, score_model
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import anchored, check_request, check_run, require, with_example
+from gradfn.cli.inputs import anchored, check_run, checked, with_example
 from gradfn.cli.method import recipe_of
 from gradfn.cli.options import MethodOptions
 from gradfn.cli.queries import answers_of, classes_of, load_all
@@ -25,10 +25,9 @@ from gradfn.transforms.joint import joint
 def run_score(request: ScoreRequest) -> None:
     """Load, score, show."""
     check_run(request.run)
-    check_request(request)
     if request.model.path is None and request.data.dataset is None:
         request = with_example(request)
-    require(request, "give both --model and --dataset, or neither for the example")
+    request = checked(request, "give both --model and --dataset, or neither for the example")
     name, recipe = recipe_of(request)
     _check_shard(request, name, recipe)
     curvature, masks = request.curvature.path, request.model.task == "masked_lm"
@@ -97,7 +96,7 @@ def _check_shard(request: ScoreRequest, name: str, recipe: Recipe) -> None:
 
 def _check_alone(request: ScoreRequest, projection: Chain) -> None:
     """Refuse queries beside --self, and blocks that are not told apart."""
-    of_queries = ("query", "query_path", "completion", "group_column", "query_loss")
+    of_queries = ("query", "query_split", "query_path", "completion", "group_column", "query_loss")
     if request.method.self_influence and (given := request.gave(*of_queries)):
         raise InputError(f"--self has no queries: leave out {given}")
     if request.layers.by_block and joint() in projection.stages:

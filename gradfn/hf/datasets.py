@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import disk_fault, hub_answers, is_hub_name, local, offline, quiet, summary
+from gradfn.hf.hub import (
+    disk_fault,
+    hub_answers,
+    is_hub_name,
+    local,
+    offline,
+    quiet,
+    refuse_revision,
+    summary,
+)
 from gradfn.hf.json_names import named_rows, with_names
 from gradfn.hf.unpack import PACKED, kind_of, read_bytes, temporary_folder
 from gradfn.watch import WATCH
@@ -42,7 +51,9 @@ _BATCH = 1000
 """Rows tokenised at once: enough for the tokenizer's threads, few enough to hold as Python lists."""
 
 
-def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
+def load_rows(
+    path: str | Path, split: str | None = "train", *, revision: str | None = None
+) -> "datasets.Dataset":
     """The rows of a dataset, in memory. A local file is read anew each time, without a cache.
 
     Texts in JSON that look like times stay texts. The columns `id` and `source` of JSON and of a .csv are
@@ -53,7 +64,8 @@ def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
             .bz2 or .zst; a folder that `save_to_disk` wrote or that holds such files; or a hub name, `name`
             or `name:configuration`.
         split: a split or a slice of one, such as "train[:100]", "test[10%:20%]" or "train+test". The rows of
-            a file, and of a folder with a single unnamed dataset, are "train".
+            a file, and of a folder with a single unnamed dataset, are "train". None is the only split.
+        revision: the branch, tag or commit of a dataset on the hub.
 
     Raises:
         InputError: there are no such rows, or they cannot be read.
@@ -63,12 +75,35 @@ def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
     ...
     gradfn.errors.InputError: no dataset 'corpus.jsonl': no file or folder here has this name; check the path
     """
+    return load_split(path, split, revision=revision)[0]
+
+
+def load_split(
+    path: str | Path, split: str | None = None, *, revision: str | None = None, argument: str = "split"
+) -> tuple["datasets.Dataset", list[str]]:
+    """The rows that `load_rows` gives, and the names of all splits that there are.
+
+    Args:
+        path, split, revision: see `load_rows`.
+        argument: the name of the argument that gives the split, for the message.
+
+    Raises:
+        InputError: see `load_rows`; no split is named, and there are several.
+    """
     place = local(path)
+    refuse_revision(place, revision)
     with WATCH.get()(f"reading {path}"):
-        rows = _select_split(_read_local(place), split, path) if place.exists() else _read_hub(path, split)
+        splits = _read_local(place) if place.exists() else _read_hub(path, revision)
+    names = [*{id(rows): name for name, rows in splits.items()}.values()]
+    if split is None and len(names) > 1:
+        raise InputError(
+            f"dataset {str(path)!r} has the splits {', '.join(names)}: say which is meant with `{argument}`"
+        )
+    split = split or names[0]
+    rows = _select_split(splits, split, path)
     if len(rows) == 0:
         raise InputError(f"dataset {str(path)!r} has no rows in split {split!r}: give a split that has rows")
-    return rows
+    return rows, names
 
 
 def check_column(rows: "datasets.Dataset", column: str, remedy: str) -> None:
@@ -237,23 +272,29 @@ def _as_texts(
     )  # fmt: skip
 
 
-def _read_hub(path: str | Path, split: str) -> "datasets.Dataset":
+def _read_hub(path: str | Path, revision: str | None) -> dict[str, "datasets.Dataset"]:
+    """All splits of a dataset on the hub, by name."""
     import datasets
 
     name, _, configuration = str(path).partition(":")
     if isinstance(path, Path) or kind_of(Path(name)) in _READERS or not is_hub_name(name):
         raise InputError(f"no dataset {str(path)!r}: no file or folder here has this name; check the path")
     reachable = hub_answers()
+
+    def read() -> dict[str, "datasets.Dataset"]:
+        splits = datasets.load_dataset(name, configuration or None, revision=revision)
+        return {str(split): rows for split, rows in splits.items()}
+
     try:
         if reachable:
             with quiet():
-                return datasets.load_dataset(name, configuration or None, split=split)
+                return read()
         with quiet(), offline():
-            return datasets.load_dataset(name, configuration or None, split=split)
+            return read()
     except Exception as error:  # whatever is raised here is about what `path` names
         if reachable:
             raise InputError(
-                f"dataset {str(path)!r}, split {split!r}, cannot be read from the hub ({summary(error)}): "
+                f"dataset {str(path)!r} cannot be read from the hub ({summary(error)}): "
                 "check the name, written as name or name:configuration"
             ) from error
         raise InputError(

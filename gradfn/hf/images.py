@@ -38,11 +38,11 @@ _PLAIN = ("string", "large_string", "binary", "large_binary")
 """Kinds of columns that hold paths or bytes."""
 
 
-def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_processor(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The image processor of a model. It uses Pillow, so that pixels are the same on every machine.
 
     Args:
-        path: as for `load_model`.
+        path, revision: as for `load_model`.
         trust_remote_code: run Python code that comes with the processor.
 
     Raises:
@@ -52,7 +52,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise InputError("images are read with Pillow, which is not installed: pip install 'gradfn[images]'")
     from transformers import AutoImageProcessor
 
-    source, options = locate_processor(path)
+    source, options = locate_processor(path, revision)
     loader = AutoImageProcessor.from_pretrained
     options |= {"backend": "pil", "trust_remote_code": trust_remote_code}
     return load_pretrained("image processor", path, loader, source, **options)

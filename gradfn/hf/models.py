@@ -1,5 +1,6 @@
 """Models from a folder, a GGUF file or the hub."""
 
+import json
 import logging
 import re
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from gradfn.errors import InputError
 from gradfn.hf.hub import summary
 from gradfn.hf.locate import Place, load_pretrained, locate_base, locate_model
 from gradfn.model.fingerprint import ORIGINAL, is_replaced
+from gradfn.model.tasks import task_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -36,6 +38,12 @@ _HEAD = re.compile(
     r"For((?:Sequence|Token|Image)Classification|QuestionAnswering|MultipleChoice|MaskedLM|CausalLM)$"
 )
 """Names of heads that do not stand for each other."""
+_ADAPTED = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+}
+"""Names of heads by what adapters call their tasks."""
 _HEADS = re.compile(r"(score|classifier|classification_head|qa_outputs)\.")
 _SPARE = re.compile(r"pooler|inv_freq|position_ids|masked_bias|att(n|ention)\.bias$")
 """Weights of a body that a head may do without, and buffers that older versions saved."""
@@ -43,19 +51,21 @@ _SPARE = re.compile(r"pooler|inv_freq|position_ids|masked_bias|att(n|ention)\.bi
 
 def load_model(
     path: str | Path,
-    task: str = "causal_lm",
+    task: str | None = None,
     *,
+    revision: str | None = None,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A model in evaluation mode with all parameters frozen, by default a causal language model.
+    """A model in evaluation mode with all parameters frozen.
 
     Args:
         path: a folder, a .gguf file, a folder with one .gguf file and no other weights, or a hub name.
         task: what its head is for: "causal_lm", "masked_lm", "seq2seq_lm", "classification" or "regression"
-            (of sequences, both), or "image_classification".
+            (of sequences, both), or "image_classification". None is what the model was saved for.
+        revision: the branch, tag or commit of a model on the hub.
         precision: "fp32", "bf16", "fp16" or "fp64"; quantised GGUF weights are expanded to it, other
             quantised weights stay quantised.
         device: where to put the parameters.
@@ -73,11 +83,13 @@ def load_model(
     """
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    if task is None:
+        task = infer_task(path, revision)
     if task not in MODEL_CLASSES:
         raise InputError(f"no task {task!r}: choose {', '.join(MODEL_CLASSES)}")
     check_device(device)
     _check_attention(attention, precision, torch.device(device))
-    source, options = locate_model(path)
+    source, options = locate_model(path, revision)
     adapter, place = _adapter_of(path, source, options), (source, options)
     base, options = place if adapter is None else locate_base(adapter)
     if adapter is not None:
@@ -131,6 +143,33 @@ def _load_base(path: str | Path, task: str, base: str, options: dict[str, Any]) 
     return model, info
 
 
+def infer_task(path: str | Path, revision: str | None = None) -> str:
+    """The task that a model was saved for, by the names of its architectures; of an adapter by its own task.
+
+    Args:
+        path, revision: see `load_model`.
+
+    Raises:
+        InputError: there is no such model, or its config does not say.
+    """
+    from transformers import PreTrainedConfig
+
+    source, options = locate_model(path, revision)
+    if "gguf_file" in options:
+        return "causal_lm"
+    own = []
+    if (adapter := _adapter_of(path, source, options)) is not None:
+        own = [_ADAPTED.get(json.loads(adapter.read_text(encoding="utf-8")).get("task_type"), "")]
+        source, options = locate_base(adapter)
+    # Not AutoConfig, which asks on the terminal whether to run code that comes with a model.
+    config, _ = load_pretrained("model", path, PreTrainedConfig.get_config_dict, source, **options)
+    names = [*(config.get("architectures") or ()), *(config.get("auto_map") or ())]
+    if (task := task_of([*own, *names], config)) is None:
+        said = f"was saved as {names[0]}" if names else "names no architecture in its config"
+        raise InputError(f"{path} {said}, so give `task`, which may be {', '.join(MODEL_CLASSES)}")
+    return task
+
+
 def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[str]) -> None:
     """Refuse a model with weights that are no numbers, or that it was saved without."""
     wrong = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
@@ -143,6 +182,7 @@ def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[s
         raise InputError(
             f"{path} lacks weights of {type(model).__name__}, such as {min(missing)} ({len(missing)} in "
             f"all), which would be random numbers: give a model that was saved with its head for {task}"
+            f"{_saved_task(model, task)}"
         )
 
 
@@ -156,7 +196,7 @@ def _check_saved_for(model: Any, path: str | Path, task: str, unexpected: Iterab
     if here is not None and heads and here[1] not in heads:
         raise InputError(
             f"{path} was saved as {saved[0]}, not as a {type(model).__name__} for {task}: give a model that "
-            "was saved with this head, or another task"
+            f"was saved with this head{_saved_task(model, task) or ', or another task'}"
         )
     body = f"{model.base_model_prefix}."
     foreign = sorted(
@@ -167,6 +207,12 @@ def _check_saved_for(model: Any, path: str | Path, task: str, unexpected: Iterab
             f"{path} has weights that {type(model).__name__} has no place for, such as {foreign[0]} "
             f"({len(foreign)} in all): give a model that was saved for {task}, with its own config.json"
         )
+
+
+def _saved_task(model: Any, task: str) -> str:
+    """What to give instead, where the config of a model says what it was saved for."""
+    saved = task_of(model.config.architectures or [], model.config.to_dict())
+    return "" if saved in (None, task) else f", or `task={saved}`"
 
 
 def _head_name(name: str) -> str:

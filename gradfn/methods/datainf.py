@@ -14,7 +14,7 @@ from gradfn.types import Blocks
 
 
 @dataclass(frozen=True)
-class _MeanSquares(Additive[dict[str, float]]):
+class MeanSquares(Additive[dict[str, float]]):
     """The mean square of each block's entries."""
 
     def stage(self) -> Transform:
@@ -79,7 +79,7 @@ class DataInf:
 
     queries: Blocks = field(repr=False)
     damping: float = 0.1
-    first: _MeanSquares = field(default_factory=_MeanSquares)
+    first: MeanSquares = field(default_factory=MeanSquares)
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

@@ -7,9 +7,11 @@ A recipe is a function of a `Problem` that gives an `Attribution`. One in a file
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from runpy import run_path
 from typing import Any, Literal
@@ -29,11 +31,13 @@ from gradfn.methods.attribution import (
     times_doubt,
     weighted_sum,
 )
-from gradfn.methods.datainf import DataInf
+from gradfn.methods.datainf import DataInf, MeanSquares
+from gradfn.methods.exact_solve import ExactSolve, Solver, absolute_damping
 from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
 from gradfn.methods.inner_product import EngineScorer, InnerProduct, Norm
+from gradfn.model.sites import find_sites
 from gradfn.statistics import (
     Curvature,
     ekfac,
@@ -71,6 +75,8 @@ class Problem:
         labels: "data", or "model" to draw the labels of curvatures from the model, with `seed`.
         components: TrackStar's number of directions to count less.
         partitions: see `fit`.
+        solver: how cg and lissa solve.
+        tell: called with a sentence that the user should read.
         persist: `persist(fold, transform, progress)` fits a curvature over the training rows and writes it
             to disk, or reads the one there; None: it is fitted and stays in memory.
     """
@@ -86,6 +92,8 @@ class Problem:
     seed: int = 0
     components: int = 1000
     partitions: int = 1
+    solver: Solver = field(default_factory=Solver)
+    tell: Callable[[str], None] = field(default=warnings.warn, repr=False)
     persist: Persist | None = field(default=None, repr=False)
 
     @property
@@ -211,6 +219,31 @@ def _datainf(problem: Problem) -> InnerProduct:
     return InnerProduct(problem.stage, problem.stage, solve=_Solve(problem, damping.value))
 
 
+def _exact(name: str, problem: Problem) -> InnerProduct:
+    """What cg and lissa solve for: all weights as they are, of the rows with their labels."""
+    if chain(problem.stage).stages or problem.partitions > 1:
+        raise InputError(
+            f"{name} solves for whole gradients in one go: leave out the projection, the optimizer's state "
+            "and `partitions`"
+        )
+    if problem.subject.view.heads:
+        raise InputError(f"{name} solves for whole weights, which heads are parts of: use --by example")
+    (damping,) = problem.damping if len(problem.damping) == 1 else (None,)
+
+    def mean_eigenvalue() -> float:
+        means = problem.fit(MeanSquares())
+        view = replace(problem.subject.view, tokens=False)
+        sizes = {site.block: prod(site.spec.shape) for site in find_sites(problem.subject.model, view)}
+        return sum(means[block] * size for block, size in sizes.items()) / sum(sizes.values())
+
+    data, size = problem.train, problem.subject.token_batch_size
+    if problem.labels == "model":
+        data = sample_labels(problem.subject.loss, data, problem.seed, token_batch_size=size)
+    value = absolute_damping(damping, mean_eigenvalue)
+    solve = ExactSolve(name, problem.subject, data, value, problem.solver, problem.tell)
+    return InnerProduct(problem.stage, problem.stage, solve=solve)
+
+
 RECIPES: Mapping[str, Recipe] = {
     "grad_dot": Recipe(lambda problem: grad_dot(problem.stage), curvature=False),
     "grad_cosine": Recipe(lambda problem: grad_cosine(problem.stage), curvature=False, norm="cosine"),
@@ -232,6 +265,8 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "trak": Recipe(_trak, criterion="log_odds", combine=times_doubt),
     "datainf": Recipe(_datainf, solves=True),
+    "cg": Recipe(partial(_exact, "cg"), projection="none", solves=True),
+    "lissa": Recipe(partial(_exact, "lissa"), projection="none", solves=True),
 }
 
 

@@ -67,8 +67,10 @@ class Source(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource(Source):
-    """A model: the dtype of its weights, how float32 matrices were multiplied, its attention kernel."""
+    """A model: its revision on the hub, the dtype of its weights, how float32 matrices were multiplied, its
+    kernel of attention."""
 
+    revision: str | None = None
     precision: str | None = None
     products: str | None = None
     attention: str | None = None
@@ -94,6 +96,7 @@ class DataSource(Source):
     """Examples, with a digest of their ids. Of queries also their loss, how they were grouped, and how
     stored gradients were made."""
 
+    revision: str | None = None
     split: str | None = None
     rows: int | None = None
     ids: str | None = None
@@ -358,7 +361,7 @@ def refuse_mismatch(
     if differences := compare(there, here):
         more = ""
         if "model" in differences and (models := _named(there.model, here.model)):
-            differences["model"] = models
+            differences["model"] = models[0], models[1]
             paths, precisions = zip(*(one.rsplit(", ", 1) for one in models), strict=True)
             changed = changed_model(*paths) if len({*precisions}) == 1 else ""
             more = f"; {changed}" if changed else ""

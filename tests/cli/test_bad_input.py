@@ -163,8 +163,8 @@ def test_datasets_that_are_none(refused, model, data, tmp_path):
     )
     refused("column 'n' holds int64, not text", "build", "run", "--model", model, "--dataset", path,
             "--text-column", "n")  # fmt: skip
-    refused("go together, got only 'body'", "build", "run", "--model", model, "--dataset", path,
-            "--prompt-column", "body")  # fmt: skip
+    words = "--prompt-column body is half of a row: give --completion-column too"
+    refused(words, "build", "run", "--model", model, "--dataset", path, "--prompt-column", "body")
     refused("has no split 'test': it has train", "build", "run", "--model", model, "--dataset", path,
             "--split", "test")  # fmt: skip
 

@@ -223,8 +223,8 @@ def test_labels_of_sequences(ok, folder, labelled, tmp_path, kind, column):
         weight = block[row][:, : net.get_submodule(layer).in_features]
         np.testing.assert_allclose(weight, weight_gradient(net, layer, loss), rtol=1e-4, atol=1e-7)
     assert settings["loss"]["name"] == task
-    out = ok("query", tmp_path / "run", "--query", labelled, "--label-column", column, "--split", "train[:1]",
-             "--top", 12, "--jsonl", tmp_path / "t.jsonl")  # fmt: skip
+    out = ok("query", tmp_path / "run", "--query", labelled, "--label-column", column,
+             "--query-split", "train[:1]", "--top", 12, "--jsonl", tmp_path / "t.jsonl")  # fmt: skip
     assert "model   " not in out.split("query 0")[1]  # what it would say next is not asked of it
     for line in map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines()):
         expected = (rows[layer][0] * rows[layer][line["row"]]).sum()
