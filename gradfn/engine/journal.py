@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils import checkpoint
 
 _MISSING = object()
@@ -48,6 +50,31 @@ class _Called:
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return function(*args)
+
+
+class _Contiguous(torch.autograd.Function):
+    """The identity, with a contiguous gradient.
+
+    Of a transposed one, torch's batch norm of one example in evaluation mode makes a wrong one on CPUs.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is saved."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].contiguous()
+
+
+def _batch_norm(*args: Any, stock: Callable[..., Tensor] = F.batch_norm, **options: Any) -> Any:
+    return _Contiguous.apply(stock(*args, **options))
 
 
 def _nothing(*_: Any, **__: Any) -> Iterator[None]:
@@ -97,6 +124,7 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
         return stock["_apply"](module, *args, **options)
 
     with ExitStack() as stack:
+        stack.enter_context(patch.object(F, "batch_norm", _batch_norm))
         stack.enter_context(patch.object(checkpoint, "CheckpointFunction", _Called))
         stack.enter_context(patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _nothing))
         for name, function in zip(stock, (set_attribute, register_buffer, convert), strict=True):
