@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 _MISSING = object()
+_STOCK = vars(nn.Module()).keys()
+"""What every module has."""
 
 
 @dataclass(eq=False)
@@ -87,9 +90,10 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
     """Run a model as a function of parameters and inputs.
 
     What modules set on themselves is undone at the end, such as a cache that grows with the longest sequence
-    so far, or a recurrent state: a row must not depend on the rows before it. `torch.utils.checkpoint` calls
-    its function and drops nothing, because a forward pass that is repeated in the backward would miss the
-    probes, and cannot be repeated under `vmap`.
+    so far, or a recurrent state: a row must not depend on the rows before it. So is what they put into their
+    lists and dicts, such as a tensor made of parameters: without its graph it has no gradient.
+    `torch.utils.checkpoint` calls its function and drops nothing, because a forward pass that is repeated in
+    the backward would miss the probes, and cannot be repeated under `vmap`.
 
     Args:
         model: whose parameters are put back too. `functional_call` leaves plain tensors behind in a module
@@ -107,6 +111,12 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
     0
     """
     journal, parameters = Journal(), [(m, dict(m._parameters)) for m in model.modules() if m._parameters]
+    held = [
+        (value, copy(value))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, dict | list) and name not in _STOCK
+    ]
     stock = {name: getattr(nn.Module, name) for name in ("__setattr__", "register_buffer", "_apply")}
 
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
@@ -135,3 +145,6 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
             journal.undo()
             for module, own in parameters:
                 module._parameters.update(own)
+            for value, before in held:
+                value.clear()
+                value.update(before) if isinstance(value, dict) else value.extend(before)

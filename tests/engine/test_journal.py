@@ -309,3 +309,30 @@ def test_a_batch_norm_is_right_for_one_row_too(view):
         weight[0] -= 2 * step
         down = Squares(net).batched(batch)
     torch.testing.assert_close(alone["conv"][:, 0, 0], (up - down) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+class Remembers(nn.Module):
+    """Keeps a tensor made of a parameter in a dict, as some models do in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out, self.made = nn.Parameter(torch.randn(4, 3)), nn.Linear(3, 2), {}
+
+    def forward(self, x):
+        return self.out(x * self.made.setdefault("bias", self.table.exp().sum(0))).tanh()
+
+
+def test_what_a_forward_pass_puts_into_a_dict_is_forgotten():
+    net = randomize(Remembers(), 0)
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"x": torch.randn(3, generator=generator, dtype=torch.float64)} for _ in range(3)]
+    loss = Squares(net)
+
+    def plain(row):
+        net.made.clear()
+        return loss(dict(net.named_parameters()), row)
+
+    want = naive(net, plain, rows, EVERYTHING)
+    net.made.clear()
+    assert error(collect(net, rows, loss=loss, view=EVERYTHING), want) < 1e-12
+    assert net.made == {}
