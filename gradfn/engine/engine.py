@@ -332,7 +332,7 @@ class Engine:
             return attached(self.sites, forward.use)
 
         if batched is not None:
-            with probes(slots, size=size), fast_attention():
+            with as_function(self.model), probes(slots, size=size), fast_attention():
                 return one_number(batched(batch), size)
         params = params_of(self.model)
         if self.facts.singly:
@@ -346,7 +346,7 @@ class Engine:
         # The one slot of a sum over rows is the same for all examples.
         axes = {name: None if len(slot) != size else 0 for name, slot in slots.items()}
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), as_function(self.model):
                 warnings.filterwarnings("ignore", "There is a performance drop")  # kernels without a rule
                 return vmap(one, in_dims=(axes, 0))(slots, dict(batch))
         except torch.OutOfMemoryError:

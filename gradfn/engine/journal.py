@@ -2,14 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils import checkpoint
 
 _MISSING = object()
+_STOCK = vars(nn.Module()).keys()
+"""What every module has."""
 
 
 @dataclass(eq=False)
@@ -50,6 +55,31 @@ class _Called:
         return function(*args)
 
 
+class _Contiguous(torch.autograd.Function):
+    """The identity, with a contiguous gradient.
+
+    Of a transposed one, torch's batch norm of one example in evaluation mode makes a wrong one on CPUs.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is saved."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].contiguous()
+
+
+def _batch_norm(*args: Any, stock: Callable[..., Tensor] = F.batch_norm, **options: Any) -> Any:
+    return _Contiguous.apply(stock(*args, **options))
+
+
 def _nothing(*_: Any, **__: Any) -> Iterator[None]:
     """What `checkpoint` does before and after it calls its function."""
     yield
@@ -60,9 +90,10 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
     """Run a model as a function of parameters and inputs.
 
     What modules set on themselves is undone at the end, such as a cache that grows with the longest sequence
-    so far, or a recurrent state: a row must not depend on the rows before it. `torch.utils.checkpoint` calls
-    its function and drops nothing, because a forward pass that is repeated in the backward would miss the
-    probes, and cannot be repeated under `vmap`.
+    so far, or a recurrent state: a row must not depend on the rows before it. So is what they put into their
+    lists and dicts, such as a tensor made of parameters: without its graph it has no gradient.
+    `torch.utils.checkpoint` calls its function and drops nothing, because a forward pass that is repeated in
+    the backward would miss the probes, and cannot be repeated under `vmap`.
 
     Args:
         model: whose parameters are put back too. `functional_call` leaves plain tensors behind in a module
@@ -80,6 +111,12 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
     0
     """
     journal, parameters = Journal(), [(m, dict(m._parameters)) for m in model.modules() if m._parameters]
+    held = [
+        (value, copy(value))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, dict | list) and name not in _STOCK
+    ]
     stock = {name: getattr(nn.Module, name) for name in ("__setattr__", "register_buffer", "_apply")}
 
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
@@ -97,6 +134,7 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
         return stock["_apply"](module, *args, **options)
 
     with ExitStack() as stack:
+        stack.enter_context(patch.object(F, "batch_norm", _batch_norm))
         stack.enter_context(patch.object(checkpoint, "CheckpointFunction", _Called))
         stack.enter_context(patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _nothing))
         for name, function in zip(stock, (set_attribute, register_buffer, convert), strict=True):
@@ -107,3 +145,6 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
             journal.undo()
             for module, own in parameters:
                 module._parameters.update(own)
+            for value, before in held:
+                value.clear()
+                value.update(before) if isinstance(value, dict) else value.extend(before)

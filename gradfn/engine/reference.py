@@ -124,7 +124,7 @@ def definition(
     """
     if not plain:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), as_function(model):
                 warnings.filterwarnings("ignore", "There is a performance drop")  # kernels without a rule
                 return per_example_grads(loss, params, batch)
         except torch.OutOfMemoryError:

@@ -216,7 +216,7 @@ def drops_tokens(loss: Any, model: nn.Module, pair: Batch) -> bool:
     if not any("expert" in name or "router" in name for name, _ in model.named_modules()):
         return False
     copies = {key: torch.cat([value[:1]] * COPIES) for key, value in pair.items()}
-    with torch.no_grad():
+    with torch.no_grad(), as_function(model):
         losses = loss.batched(copies)
     spread = float(losses.max() - losses.min())
     return spread > loss_tolerance(model.parameters()) * (1 + float(losses.abs().max()))
@@ -254,7 +254,8 @@ def unequal_blocks(
     wrong, count = set[str](), 0
     for row in rows:
         alone = _Alone(sites, params, krons)
-        alone.run(loss, params, {key: value[row] for key, value in batch.items()})
+        with as_function(model):
+            alone.run(loss, params, {key: value[row] for key, value in batch.items()})
         largest = max(alone.norms.values())
         count += largest > 0
         for name, value in alone.values.items():

@@ -1,6 +1,8 @@
 """How to observe a module where it uses a weight: its input and output there, and a new output in return."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from inspect import signature
 from typing import Any
 from unittest.mock import patch
@@ -147,6 +149,27 @@ def _apply_experts(
         return apply("down_proj", gate(inner))
     first, second = inner.chunk(2, dim=-1)
     return apply("down_proj", module.act_fn(first) * second)
+
+
+def attach_sorted_experts(module: Any, on_use: OnUse) -> Callable[[], None]:
+    """Attach to experts whose rows are sorted already; their router says which token each is (JetMoE)."""
+    routed: list[Tensor] = []
+
+    def route(_: nn.Module, args: tuple[Any, ...], found: Any) -> None:
+        _, tokens, _, counts, _ = found
+        counts = torch.tensor(counts, device=tokens.device)
+        routed[:] = tokens, torch.arange(len(counts), device=tokens.device).repeat_interleave(counts), args[0]
+
+    def hook(name: str, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        tokens, experts, hidden = routed
+        return on_use(name, args[0], y, tokens, experts, len(hidden))
+
+    with ExitStack() as stack:
+        stack.callback(module.router.register_forward_hook(route).remove)
+        for name in ("input_linear", "output_linear"):
+            own = partial(hook, f"{name}.weight")
+            stack.callback(getattr(module, name).register_forward_hook(own).remove)
+        return stack.pop_all().close
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -371,24 +371,46 @@ CAUSAL_SETTINGS = {
 """What the config of a causal model says, if it says anything."""
 
 
-def refuse_later_tokens(model: nn.Module) -> None:
-    """Refuse a model whose logits depend on later tokens, because the loss would let it read the answer.
-
-    Compares the logits of eight tokens with those of the same tokens but for another last one.
-    """
+def _trial_ids(model: nn.Module) -> Int[Tensor, "one eight"]:
+    """Eight tokens of the model's vocabulary."""
     head = output_head(model)
     count = len(head.weight) if isinstance(head, nn.Linear) else 8  # pyright: ignore[reportArgumentType]
-    ids = torch.linspace(0, count - 1, 8, device=next(model.parameters()).device).long()[None]
-    other = torch.cat([ids[:, :-1], ids[:, 3:4]], 1)
+    return torch.linspace(0, count - 1, 8, device=next(model.parameters()).device).long()[None]
+
+
+def _trial_logits(model: nn.Module, *trials: Batch) -> list[Tensor]:
+    """The logits of several batches, in eval mode."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
         with torch.no_grad():
-            own, changed = (model(input_ids=x, use_cache=False).logits[:, :-1] for x in (ids, other))
+            return [model(**trial, use_cache=False).logits for trial in trials]
     finally:
         for module in training:
             module.training = True
+
+
+def refuse_unread_labels(model: nn.Module) -> None:
+    """Refuse a model whose logits are the same for another first label: its decoder does not read labels."""
+    ids = _trial_ids(model)
+    other = torch.cat([ids[:, 3:4], ids[:, 1:]], 1)
+    trials = ({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": x} for x in (ids, other))
+    if torch.equal(*_trial_logits(model, *trials)):
+        raise InputError(
+            f"the logits of {type(model).__name__} do not depend on its labels, so its decoder does not read "
+            "them: give an encoder-decoder that does, or another task"
+        )
+
+
+def refuse_later_tokens(model: nn.Module) -> None:
+    """Refuse a model whose logits depend on later tokens, because the loss would let it read the answer.
+
+    Compares the logits of eight tokens with those of the same tokens but for another last one.
+    """
+    ids = _trial_ids(model)
+    other = torch.cat([ids[:, :-1], ids[:, 3:4]], 1)
+    own, changed = (part[:, :-1] for part in _trial_logits(model, {"input_ids": ids}, {"input_ids": other}))
     rounding = max(CAUSAL_TOLERANCE, torch.finfo(own.dtype).eps)
     if float((own.float() - changed.float()).norm()) <= rounding * float(own.float().norm()):
         return
@@ -461,9 +483,12 @@ def model_loss(
         `loss(params, example) -> scalar`, with `loss.batched(batch) -> [batch]`.
 
     Raises:
-        InputError: no such task, reduction or criterion.
+        InputError: no such task, reduction or criterion, or an encoder-decoder that does not read its labels.
     """
-    return ModelLoss(model, task, reduction, criterion, label_smoothing)
+    loss = ModelLoss(model, task, reduction, criterion, label_smoothing)
+    if task == "seq2seq_lm":
+        refuse_unread_labels(model)
+    return loss
 
 
 def advantages(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:

@@ -21,6 +21,7 @@ from gradfn.model.attach import (
     attach_dense_experts,
     attach_experts,
     attach_hook,
+    attach_sorted_experts,
     is_transposed,
 )
 from gradfn.model.convolution import Conv
@@ -67,6 +68,11 @@ class Site:
     def weight(self) -> Tensor:
         """The weight, as stored."""
         return attrgetter(self.parameter)(self.module)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the weight: the module itself, or one inside it."""
+        return self.module.get_submodule(self.parameter.rpartition(".")[0])
 
     @property
     def own_bias(self) -> Tensor | None:
@@ -176,8 +182,21 @@ def _experts(path: str, module: nn.Module) -> list[Site]:
     return sites
 
 
+def _sorted_experts(path: str, module: nn.Module) -> list[Site]:
+    sites = []
+    for name in ("input_linear", "output_linear"):
+        inner: Any = getattr(module, name, None)
+        if type(inner).__name__ != "JetMoeParallelExperts":
+            return []
+        layer = Experts(inner.num_experts * inner.output_size, inner.input_size, False, inner.num_experts)
+        where = f"{path}.{name}".lstrip(".")
+        sites.append(Site(where, where, module, layer, f"{name}.weight", attach=attach_sorted_experts))
+    return sites
+
+
 ADAPTERS: tuple[Callable[[str, nn.Module], list[Site]], ...] = (
     _linear, _hf_conv1d, _conv, _embedding, _norm, _attention, _experts,
+    _sorted_experts,
 )  # fmt: skip
 """Each gives the sites of a module it knows; the first that gives any decides."""
 
@@ -354,11 +373,11 @@ def _with_uses_elsewhere(model: nn.Module, sites: Sequence[Site], known: set[int
     Raises:
         InputError: a known module that is not included uses the weight too.
     """
-    ours, unseen = {id(site.module) for site in sites}, set[int]()
+    ours, unseen = {id(site.owner) for site in sites}, set[int]()
     weights = {id(site.weight): site.path or "root" for site in sites}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if id(parameter) not in weights or id(module) in ours or isinstance(module, NotCalled):
+            if id(parameter) not in weights or id(module) in ours:
                 continue
             if id(module) not in known:
                 unseen.add(id(parameter))
@@ -369,10 +388,6 @@ def _with_uses_elsewhere(model: nn.Module, sites: Sequence[Site], known: set[int
                 f"gradient would be incomplete: add {path} to `include`, or {site} to `exclude`"
             )
     return [replace(site, probed=site.probed and id(site.weight) not in unseen) for site in sites]
-
-
-NotCalled = nn.modules.linear.NonDynamicallyQuantizableLinear
-"""The output projection of nn.MultiheadAttention, which reads its weight and never calls it."""
 
 
 def _share_blocks(sites: Sequence[Site]) -> tuple[Site, ...]:

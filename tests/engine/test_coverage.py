@@ -8,6 +8,8 @@ from torch.func import functional_call
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LongcatFlashConfig,
@@ -38,6 +40,10 @@ MIXTURES = {
         qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, expert_ffn_hidden_size=12, n_routed_experts=3,
         zero_expert_num=2, moe_topk=2,
     )),
+    "jetmoe": lambda: JetMoeForCausalLM(JetMoeConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=1, num_key_value_heads=1, kv_channels=8,
+        intermediate_size=20, num_local_experts=3, num_experts_per_tok=2,
+    )),
 }  # fmt: skip
 
 
@@ -52,7 +58,7 @@ def test_experts_have_probes(kind):
     engine = probe_engine(model, causal_lm_loss(model))
     got = gather(engine, rows).values
     experts = [site for site in engine.sites if site.layer.kind == "experts"]
-    assert len(experts) == 2
+    assert len(experts) == (4 if kind == "jetmoe" else 2)  # its attention has experts too
     assert all(site.probed for site in experts)
     want = naive_blocks(engine.loss, model, rows, View())
     assert_blocks_close(got, want, 1e-4 if kind == "gpt_oss" else 1e-9)

@@ -312,3 +312,72 @@ def test_a_loss_that_ignores_its_parameters_is_refused():
         for view in (None, EVERYTHING):
             with pytest.raises(InputError, match="functional_call"):
                 collect(model, [{"x": torch.ones(3)}] * 2, loss=wrong, view=view)
+
+
+class Patches(nn.Module):
+    """A batch norm whose gradient is transposed, as where patches of images become tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 6, 2, bias=False), nn.BatchNorm2d(6)
+        self.tokens, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.tokens(self.norm(self.conv(x)).flatten(2).transpose(1, 2))).tanh().mean(1)
+
+
+class Squares:
+    """The sum of the squared outputs of a network."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, params, row):
+        return functional_call(self.net, params, row["x"][None]).square().sum()
+
+    def batched(self, batch):
+        return self.net(batch["x"]).square().sum(1)
+
+
+@pytest.mark.parametrize("view", [None, EVERYTHING])
+def test_a_batch_norm_is_right_for_one_row_too(view):
+    net, generator = randomize(Patches(), 0), torch.Generator().manual_seed(0)
+    rows = [{"x": torch.randn(2, 4, 4, generator=generator, dtype=torch.float64)} for _ in range(3)]
+    together, alone = (
+        collect(net, rows, loss=Squares(net), view=view, token_batch_size=size) for size in (3, 1)
+    )
+    assert_blocks_close(alone, together)
+    batch, weight, step = collate(rows), net.conv.weight[0, 0, 0], 1e-6
+    with torch.no_grad():
+        weight[0] += step
+        up = Squares(net).batched(batch)
+        weight[0] -= 2 * step
+        down = Squares(net).batched(batch)
+    torch.testing.assert_close(alone["conv"][:, 0, 0], (up - down) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+class Remembers(nn.Module):
+    """Keeps a tensor made of a parameter in a dict, as some models do in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out, self.made = nn.Parameter(torch.randn(4, 3)), nn.Linear(3, 2), {}
+
+    def forward(self, x):
+        return self.out(x * self.made.setdefault("bias", self.table.exp().sum(0))).tanh()
+
+
+def test_what_a_forward_pass_puts_into_a_dict_is_forgotten():
+    net = randomize(Remembers(), 0)
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"x": torch.randn(3, generator=generator, dtype=torch.float64)} for _ in range(3)]
+    loss = Squares(net)
+
+    def plain(row):
+        net.made.clear()
+        return loss(dict(net.named_parameters()), row)
+
+    want = naive(net, plain, rows, EVERYTHING)
+    net.made.clear()
+    assert error(collect(net, rows, loss=loss, view=EVERYTHING), want) < 1e-12
+    assert net.made == {}

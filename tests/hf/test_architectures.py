@@ -1,6 +1,11 @@
-"""The table of models in docs/coverage.md: each row is a test against the naive loop, all parameters in."""
+"""The models of docs/coverage.md: each row of the first table, and the sweep of the others."""
 
+import os
+import signal
+import sys
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +186,44 @@ def test_the_layers_taken_by_default_do_not_depend_on_the_batch(name):
     alone = [collect(model, [row], project(2), loss=loss) for row in rows]
     assert together
     assert_blocks_close(together, {k: torch.cat([part[k] for part in alone]) for k in together}, 1e-8)
+
+
+@pytest.fixture(scope="module")
+def architectures():
+    """The script that measures all architectures of transformers."""
+    path = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
+    spec = spec_from_file_location("architectures", path)
+    sys.modules["architectures"] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["architectures"]
+
+
+SWEPT = [
+    ("falcon_h1", "causal_lm"), ("gpt_oss", "causal_lm"), ("jetmoe", "causal_lm"), ("mamba", "causal_lm"),
+    ("opt", "causal_lm"), ("qwen3_next", "causal_lm"), ("deberta-v2", "masked_lm"), ("fnet", "masked_lm"),
+    ("bart", "seq2seq_lm"), ("switch_transformers", "seq2seq_lm"), ("xlnet", "classification"),
+    ("convnext", "image_classification"),
+]  # fmt: skip
+"""Of many kinds; benchmarks/architectures.py measures all types."""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "head"), SWEPT)
+def test_a_small_model_of_the_sweep_equals_the_loop(kind, head, architectures):
+    result = architectures.measure(kind, head)
+    assert (result.status, result.words, result.all_words) == ("run", "", "")
+    assert max(result.error, result.error_all) < architectures.EQUAL
+
+
+def test_a_model_that_kills_its_process_is_a_line_of_the_table(architectures, monkeypatch):
+    monkeypatch.setattr(architectures, "measure", lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
+    found = architectures.isolated("gpt2", "causal_lm", 60)
+    assert (found.status, found.words) == ("failed", "the process died of SIGSEGV")
+
+
+def test_a_model_that_hangs_is_a_line_of_the_table(architectures, monkeypatch):
+    monkeypatch.setattr(architectures, "measure", lambda *_: signal.pause())
+    found = architectures.isolated("gpt2", "causal_lm", 0.1)
+    assert (found.status, found.words) == ("failed", "no answer within 0 s")

@@ -7,7 +7,7 @@ from matrices import score
 from tiny import language_model
 from torch import nn
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import FSMTConfig, FSMTForConditionalGeneration, LlamaConfig, LlamaForSequenceClassification
 
 from gradfn.data import collate
 from gradfn.engine.stream import collect
@@ -164,6 +164,14 @@ def test_log_odds_of_the_certain_and_the_impossible_are_finite_in_float32():
 def test_losses_that_cannot_be_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_an_encoder_decoder_that_does_not_read_its_labels_is_refused():
+    sides = {f"{side}_{size}": 2 for side in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    sizes = {"src_vocab_size": 20, "tgt_vocab_size": 20, "d_model": 8, **sides}
+    config = FSMTConfig(langs=["en", "de"], encoder_ffn_dim=8, decoder_ffn_dim=8, **sizes)
+    with pytest.raises(InputError, match="FSMTForConditionalGeneration do not depend on its labels"):
+        model_loss(FSMTForConditionalGeneration(config), "seq2seq_lm")
 
 
 def test_a_decoder_that_classifies_finds_the_end_of_a_padded_text():
