@@ -97,7 +97,14 @@ def load_model(
     if options.get("local_files_only"):  # if peft is installed, transformers looks for adapters
         options["adapter_kwargs"] = {"local_files_only": True}
     loader = getattr(transformers, MODEL_CLASSES[task]).from_pretrained
-    model, info = load_pretrained("model", path, loader, base, output_loading_info=True, **options)
+    try:
+        model, info = load_pretrained("model", path, loader, base, output_loading_info=True, **options)
+    except InputError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise InputError(
+            f"models such as {path} have no head for {task}: give `task={infer_task(path, revision)}`"
+        ) from error
     given = getattr(model.config, "_attn_implementation", None)
     if attention is not None and given != attention:
         raise InputError(f"{path} has no {attention} attention, only {given}: use that, or leave it out")

@@ -86,8 +86,10 @@ class ExactSolve:
         params = {name: every[name] for site in sites for name in site.names}
         b = params_of_blocks(sites, queries)
         if self.name == "cg":
-            product, how = self._product(params, self.train), {"max_iterations": solver.iterations}
-            found = cg(product, b, damping=self.damping, tolerance=solver.tolerance, **how)
+            found = cg(
+                self._product(params, self.train), b, damping=self.damping, tolerance=solver.tolerance,
+                max_iterations=solver.iterations,
+            )  # fmt: skip
         else:
             count = min(solver.minibatches, len(self.train))
             parts = [self.train] if count == 1 else [self._part(n, count) for n in range(count)]

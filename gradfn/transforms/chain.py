@@ -8,7 +8,7 @@ all blocks of an example.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
