@@ -79,8 +79,6 @@ def load_model(
     ...
     gradfn.errors.InputError: no model 'no/such/model': no file or folder here has this name; check the path
     """
-    import transformers
-
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     if task is None:
@@ -96,15 +94,7 @@ def load_model(
     options |= {} if attention is None else {"attn_implementation": attention}
     if options.get("local_files_only"):  # if peft is installed, transformers looks for adapters
         options["adapter_kwargs"] = {"local_files_only": True}
-    loader = getattr(transformers, MODEL_CLASSES[task]).from_pretrained
-    try:
-        model, info = load_pretrained("model", path, loader, base, output_loading_info=True, **options)
-    except InputError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise InputError(
-            f"models such as {path} have no head for {task}: give `task={infer_task(path, revision)}`"
-        ) from error
+    model, info = _load_with_head(path, task, revision, base, options)
     given = getattr(model.config, "_attn_implementation", None)
     if attention is not None and given != attention:
         raise InputError(f"{path} has no {attention} attention, only {given}: use that, or leave it out")
@@ -148,6 +138,23 @@ def infer_task(path: str | Path, revision: str | None = None) -> str:
         said = f"was saved as {names[0]}" if names else "names no architecture in its config"
         raise InputError(f"{path} {said}, so give `task`, which may be {', '.join(MODEL_CLASSES)}")
     return task
+
+
+def _load_with_head(
+    path: str | Path, task: str, revision: str | None, base: str, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A model with the head for a task, and what loading tells of it."""
+    import transformers
+
+    loader = getattr(transformers, MODEL_CLASSES[task]).from_pretrained
+    try:
+        return load_pretrained("model", path, loader, base, output_loading_info=True, **options)
+    except InputError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise InputError(
+            f"models such as {path} have no head for {task}: give `task={infer_task(path, revision)}`"
+        ) from error
 
 
 def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[str]) -> None:
