@@ -98,7 +98,7 @@ def load_model(
     options |= {} if attention is None else {"attn_implementation": attention}
     if options.get("local_files_only"):  # if peft is installed, transformers looks for adapters
         options["adapter_kwargs"] = {"local_files_only": True}
-    model, info = _load_base(path, task, base, options)
+    model, info = _load_base(path, task, revision, base, options)
     given = getattr(model.config, "_attn_implementation", None)
     if attention is not None and given != attention:
         raise InputError(f"{path} has no {attention} attention, only {given}: use that, or leave it out")
@@ -117,22 +117,20 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def _load_base(path: str | Path, task: str, base: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _load_base(
+    path: str | Path, task: str, revision: str | None, base: str, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """The model without an adapter, and what was missing; masks alone say what is padding in it.
 
     A padding token that is none of the model's tokens becomes -1, which equals none. For no padding token at
     all, transformers would refuse batches, and of some models any row.
     """
-    import transformers
-
-    loader = getattr(transformers, MODEL_CLASSES[task]).from_pretrained
-    load = partial(load_pretrained, "model", path, loader, base, output_loading_info=True, **options)
     try:
-        model, info = load()
+        model, info = _load_with_head(path, task, revision, base, options)
     except InputError as error:
         if "Padding_idx must be within" not in str(error):
             raise
-        model, info = load(pad_token_id=None)
+        model, info = _load_with_head(path, task, revision, base, {**options, "pad_token_id": None})
     for config in (model.config, model.config.get_text_config()) if task in _PADDED else ():
         size, pad = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
         if size and (pad is None or not 0 <= pad < size):
@@ -168,6 +166,23 @@ def infer_task(path: str | Path, revision: str | None = None) -> str:
         said = f"was saved as {names[0]}" if names else "names no architecture in its config"
         raise InputError(f"{path} {said}, so give `task`, which may be {', '.join(MODEL_CLASSES)}")
     return task
+
+
+def _load_with_head(
+    path: str | Path, task: str, revision: str | None, base: str, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A model with the head for a task, and what loading tells of it."""
+    import transformers
+
+    loader = getattr(transformers, MODEL_CLASSES[task]).from_pretrained
+    try:
+        return load_pretrained("model", path, loader, base, output_loading_info=True, **options)
+    except InputError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise InputError(
+            f"models such as {path} have no head for {task}: give `task={infer_task(path, revision)}`"
+        ) from error
 
 
 def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[str]) -> None:

@@ -35,6 +35,7 @@ def test_checkpoints_of_another_model(command, model, corpus, tmp_path, made, wo
     assert "give checkpoints of the training of one model" in result.err
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of PEFT itself
 @pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
 def test_a_base_and_an_adapter_of_it_are_checkpoints_of_one_training(more, model, tmp_path):
     peft = pytest.importorskip("peft")

@@ -13,7 +13,7 @@ def base(model, corpus, queries):
 def test_the_solver_is_recorded(command, ok, base, tmp_path):
     ask = ("score", tmp_path / "run", *base, "--method", "cg", "--iterations", 2, "--tolerance", 9)
     ok(*ask)
-    made = gf.open_store(tmp_path / "run").settings["method"]["solve"]
+    made = gf.open_store(tmp_path / "run", "scores").settings["method"]["solve"]
     assert (made["solver"], made["iterations"], made["product"]) == ("cg", 2, "fisher")
     other = command(*ask, "--iterations", 3)
     assert other.status == 2

@@ -74,7 +74,7 @@ def test_another_head_is_refused_with_the_task_to_give(command, bert, model, lab
     ):
         refused = command("build", tmp_path / "run", "--model", path, "--dataset", labelled, "--task", task)
         assert refused.status == 2
-        assert refused.err.endswith(f", or --task {other}\n"), refused.err
+        assert refused.err.endswith(f" --task {other}\n"), refused.err
 
 
 def test_the_task_of_an_adapter_is_its_own(ok, model, labelled, folder):
