@@ -366,10 +366,8 @@ def check_rows(data: Any) -> None:
         raise InputError(f"the data is a {kind}: give a sequence of examples, each a dict of tensors")
     row = data[0] if len(data) else {}
     if not isinstance(row, Mapping):
-        raise InputError(
-            f"row 0 is a {type(row).__name__}: give each example as a dict of tensors, "
-            '{"x": x, "y": y}, say'
-        )
+        wanted = 'give each example as a dict of tensors, {"x": x, "y": y}, say'
+        raise InputError(f"row 0 is a {type(row).__name__}: {wanted}")
     _check_tensors(row)
 
 
@@ -467,10 +465,8 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         raise InputError("a batch needs at least one example, got none")
     keys = examples[0].keys()
     for example in examples:
-        if example.keys() != keys:
-            raise InputError(
-                f"examples of a batch need the same keys, got {sorted(keys)} and {sorted(example.keys())}"
-            )
+        if (own := example.keys()) != keys:
+            raise InputError(f"examples of a batch need the same keys, got {sorted(keys)} and {sorted(own)}")
         _check_tensors(example)
     batch = {key: _stack(key, [example[key] for example in examples]) for key in keys}
     if "input_ids" in keys and "attention_mask" not in keys and examples[0]["input_ids"].ndim == 1:
@@ -484,8 +480,8 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def _check_tensors(example: Mapping[str, Any]) -> None:
     for key, value in example.items():
         if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise InputError(f"{key!r} is a {kind}, not a tensor: make it one, with torch.tensor, say")
+            remedy = "make it one, with torch.tensor, say"
+            raise InputError(f"{key!r} is a {type(value).__name__}, not a tensor: {remedy}")
 
 
 def _stack(key: str, tensors: list[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 import gradfn
-from gradfn.cli.commands import COMMANDS, CURVATURE, TRUTH
+from gradfn.cli.commands import COMMANDS, CURVATURE, TRUTH, spelled
 from gradfn.cli.console import SPOKEN, Command, Group
 from gradfn.cli.request import Request, flag, flag_of, slots_of, takes
 from gradfn.cli.values import STDOUT
@@ -141,7 +141,6 @@ def _with_command(text: str, error: BaseException | None) -> str:
     phrase = next((phrase for phrase in MADE if phrase in text), None)
     if error is None or phrase is None:
         return text
-    from gradfn.cli.rerun import spelled
     from gradfn.store.reader import request_beside
 
     if not (request := request_beside(error.path)):

@@ -1,6 +1,7 @@
 """What every command is asked: a request each. Its docstring is the command's help."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,7 +31,7 @@ from gradfn.cli.options import (
     TableOptions,
     TrainingOptions,
 )
-from gradfn.cli.request import OUTPUT, Request, argument, found, group, option
+from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
 from gradfn.cli.values import dims, found_projection
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
@@ -436,3 +437,9 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     MergeRequest: (RUNS, "merge:run_merge"),
 }
 """Every command: its panel, and the file and function that run it."""
+
+
+def spelled(request: Mapping[str, Any]) -> str:
+    """The command of a record, as it would be typed."""
+    kind = next((one for one in COMMANDS if request["command"] == one.COMMAND), None)
+    return f"gradfn {request['command']}" if kind is None else command_line(kind, request["given"])

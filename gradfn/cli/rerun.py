@@ -1,6 +1,5 @@
 """`gradfn rerun`: the command that made a run, again."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,6 @@ def recorded_request(run: str) -> tuple[type[Request], dict[str, Any]]:
         raise InputError(f"{run} was made by gradfn {name}, which is no command of this gradfn")
     request = found[kind.WRITES] if kind.WRITES in found else next(iter(found.values()))
     return kind, checked(kind, request["given"], f"the record of {run}")
-
-
-def spelled(request: Mapping[str, Any]) -> str:
-    """The command of a record, as it would be typed."""
-    kind = next((one for one in COMMANDS if request["command"] == one.COMMAND), None)
-    return f"gradfn {request['command']}" if kind is None else command_line(kind, request["given"])
 
 
 def run_rerun(request: RerunRequest) -> None:

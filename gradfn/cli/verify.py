@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from gradfn.cli.commands import VerifyRequest
+from gradfn.cli.commands import VerifyRequest, spelled
 from gradfn.cli.console import console
-from gradfn.cli.rerun import spelled
 from gradfn.errors import InputError
 from gradfn.report.progress import progress_bar
 from gradfn.report.tables import facts

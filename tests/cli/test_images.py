@@ -17,6 +17,7 @@ from tiny import write_jsonl
 
 import gradfn as gf
 from gradfn.hf import load_images, load_processor, load_rows
+from gradfn.shown import SAID
 from gradfn.testing.models import randomize
 
 TASK = ("--task", "image-classification")
