@@ -56,16 +56,17 @@ class _Called:
 
 
 class _Contiguous(torch.autograd.Function):
-    """The identity, with a contiguous gradient.
+    """A copy, with a contiguous gradient.
 
-    Of a transposed one, torch's batch norm of one example in evaluation mode makes a wrong one on CPUs.
+    Of a transposed one, torch's batch norm of one example in evaluation mode makes a wrong one on CPUs. A view
+    would not do, because activations in place may follow.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(y: Tensor) -> Tensor:
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -77,7 +78,8 @@ class _Contiguous(torch.autograd.Function):
 
 
 def _batch_norm(*args: Any, stock: Callable[..., Tensor] = F.batch_norm, **options: Any) -> Any:
-    return _Contiguous.apply(stock(*args, **options))
+    y = stock(*args, **options)
+    return _Contiguous.apply(y) if len(y) == 1 else y
 
 
 def _nothing(*_: Any, **__: Any) -> Iterator[None]:

@@ -150,7 +150,8 @@ class _Pixels:
             )
         try:
             image = _decoded(data, "L" if self.channels == 1 else "RGB")
-            pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         except MemoryError:
             raise
         except Exception as error:  # whatever is raised here is about this image and this processor

@@ -44,7 +44,7 @@ def test_a_base_and_an_adapter_of_it_are_checkpoints_of_one_training(more, model
     peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], **more)).save_pretrained(
         tmp_path
     )
-    request = make(ScoreRequest, {"model": str(model), "include": ["*o_proj"]})
+    request = make(ScoreRequest, {"model": str(model), "task": "causal_lm", "include": ["*o_proj"]})
     loaded = load_subject(request)
     assert at_checkpoint(loaded, str(tmp_path), request.model).path == str(tmp_path)
 

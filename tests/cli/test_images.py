@@ -170,7 +170,7 @@ def test_scores_of_images_are_compared_with_retrained_models(ok, command, place,
     ok("retrain", tmp_path / "truth", *data, "--subsets", 4, "--epochs", 1, "--seeds", 1, "--batch-size", 4)
     ok("score", tmp_path / "run", *data, "--method", "ekfac")
     out = ok("evaluate", "lds", tmp_path / "truth", tmp_path / "run")
-    assert "4 subsets x 1 seed, of 7 rows" in out
+    assert "4 subsets x 1 shared seed, of 7 rows" in out
     mixes = command("retrain", tmp_path / "no", *TASK, "--model", place / "resnet", *data[4:])
     assert "is a BatchNorm, which mixes the rows of a batch" in mixes.err
 

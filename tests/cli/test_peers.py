@@ -51,7 +51,7 @@ REQUESTS = {request.COMMAND: request for request in COMMANDS}
         ),
         (
             "build r --model M --revision step1000 --tokenizer T --dataset D --chunk_length 512",
-            "build r --model M --revision step1000 --tokenizer T --dataset D --chunk_length 512",
+            "build r --model M --revision step1000 --tokenizer T --dataset D --chunk-length 512",
         ),
         ("score s --query.dataset Q --query.split test", "score s --query Q --query-split test"),
         ("query --index=s --top_k=7 --record t.csv", "query s --top 7 --csv t.csv"),
