@@ -1,12 +1,10 @@
 """Tokenised documents, pairs and images in rows, and how rows become batches."""
 
 import hashlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from math import ceil
 from operator import index
 from typing import Any
 
@@ -20,13 +18,11 @@ from gradfn.shown import asked_and_said
 
 __all__ = [
     "IGNORED", "Corpus", "Documents", "Images", "Pairs", "check_lengths", "check_rows", "collate",
-    "make_documents", "offsets_of", "plan_batches",
+    "make_documents", "offsets_of",
 ]  # fmt: skip
 
 IGNORED = -100
 """The label of a position that is not supervised, and the padding of labels."""
-SMALL_SHARE = 16
-"""A batch of less than this part of its budget costs more than the padding that it saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -397,48 +393,6 @@ def offsets_of(lengths: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " bound
     array([0, 2, 2, 5])
     """
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def plan_batches(
-    lengths: Int64[np.ndarray, " rows"], token_batch_size: int, most_rows: int = sys.maxsize
-) -> list[np.ndarray]:
-    """Cut rows, longest first, into batches with `rows * longest <= token_batch_size`.
-
-    A row longer than the budget is a batch of its own. A batch that fills a sixteenth of the budget ends
-    before a row of half its length, so that a few rows of mixed lengths are not mostly padding. The largest
-    batches come first, so that memory runs out at once or never. Rows of equal length stay in their order.
-
-    Args:
-        lengths: tokens of each row.
-        token_batch_size: padded tokens of a batch, at most.
-        most_rows: rows of a batch, at most.
-
-    Returns:
-        Row numbers of each batch; every row is in exactly one.
-
-    Raises:
-        InputError: a budget below 1.
-
-    >>> plan_batches(np.array([2, 4, 2, 3]), 8)
-    [array([1, 3]), array([0, 2])]
-    >>> plan_batches(np.array([10, 100, 90]), 1000)
-    [array([1, 2]), array([0])]
-    """
-    if token_batch_size < 1:
-        raise InputError(
-            f"a batch needs room for at least 1 token, got a token batch size of {token_batch_size}"
-        )
-    order = np.argsort(-lengths, kind="stable")
-    padded = np.maximum(lengths[order], 1)  # collate gives an empty row one position
-    batches, start = [], 0
-    while start < len(order):
-        longest = int(padded[start])
-        count = max(1, min(token_batch_size // longest, most_rows))
-        halved = int(np.searchsorted(-padded, -(longest // 2)))
-        stop = min(start + count, max(halved, start + ceil(token_batch_size / SMALL_SHARE / longest)))
-        batches.append(order[start:stop])
-        start = stop
-    return batches
 
 
 def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

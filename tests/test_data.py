@@ -1,5 +1,4 @@
 import dataclasses
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from gradfn.data import (
     collate,
     make_documents,
     offsets_of,
-    plan_batches,
 )
 from gradfn.errors import InputError
 
@@ -174,56 +172,6 @@ def test_labels_that_do_not_pair_with_tokens_are_refused():
 
 def test_offsets_of_nothing():
     assert offsets_of(np.zeros(0, np.int64)).tolist() == [0]
-
-
-@pytest.mark.parametrize("budget", [1, 7, 64, 10_000])
-def test_batches_hold_every_row_once_within_the_budget(budget):
-    lengths = np.random.default_rng(0).integers(0, 50, 200)
-    batches = plan_batches(lengths, budget)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(200))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(1, lengths[batch].max()) <= budget
-    longest = [lengths[batch].max() for batch in batches]
-    assert longest == sorted(longest, reverse=True)
-
-
-def test_batches_are_as_full_as_they_can_be_without_rows_of_half_the_length():
-    lengths = np.random.default_rng(1).integers(1, 50, 200)
-    batches = plan_batches(lengths, 256)
-    for batch, following in pairwise(batches):
-        longest = lengths[batch].max()
-        halved = lengths[following].max() <= longest // 2 and len(batch) * longest >= 256 / 16
-        assert (len(batch) + 1) * longest > 256 or halved
-
-
-def test_few_rows_of_mixed_lengths_are_not_mostly_padding():
-    lengths = np.array([170, 120, 90, *[40, 35, 25, 20] * 3, *[12, 9, 5] * 3])
-    batches = plan_batches(lengths, 4096)
-    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-    assert len(batches) <= 4
-    assert padded < 1.5 * lengths.sum() < len(lengths) * 170
-
-
-def test_a_batch_has_at_most_so_many_rows():
-    assert [len(batch) for batch in plan_batches(np.full(7, 3), 4096, most_rows=3)] == [3, 3, 1]
-
-
-def test_equal_lengths_keep_their_order():
-    assert [batch.tolist() for batch in plan_batches(np.full(5, 3), 6)] == [[0, 1], [2, 3], [4]]
-
-
-def test_a_row_beyond_the_budget_is_alone():
-    assert [batch.tolist() for batch in plan_batches(np.array([3, 100, 3]), 6)] == [[1], [0, 2]]
-
-
-def test_no_rows_no_batches():
-    assert plan_batches(np.zeros(0, np.int64), 8) == []
-
-
-@pytest.mark.parametrize("budget", [0, -1])
-def test_a_batch_needs_room(budget):
-    with pytest.raises(InputError, match=f"at least 1 token, got a token batch size of {budget}"):
-        plan_batches(np.array([1]), budget)
 
 
 def test_collate_pads_on_the_right(docs):

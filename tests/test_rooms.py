@@ -39,6 +39,8 @@ TESTED_ELSEWHERE = {
     "linalg/maps": "tests/transforms/test_project.py",
     "linalg/spectrum": "tests/statistics/test_curvature.py",
     "memory": "tests/engine/test_cache.py",
+    "model/left_out": "tests/model/test_layers.py",
+    "model/trials": "tests/model/test_losses.py",
     "methods/attribution": "tests/methods/test_methods.py",
     "methods/datainf": "tests/methods/test_methods.py",
     "methods/grad_cosine": "tests/methods/test_methods.py",

@@ -27,19 +27,22 @@ SUBSETS = 50
 """Random subsets, unless told."""
 
 
+NEEDS = "retraining needs a model, a dataset and queries"
+
+
 def run_retrain(request: RetrainRequest) -> None:
     """Load, retrain, report."""
     check_run(request.run)
-    request = checked(request, "retraining needs a model, a dataset and queries")
+    _check_subsets(request)
     if request.query.query is None:
-        raise InputError("no --query: retraining needs a model, a dataset and queries")
+        raise InputError(f"no --query: {NEEDS}")
     if (precision := request.model.precision) in ("bf16", "fp16"):
         raise InputError(
             f"--precision {precision} rounds most steps of training to nothing: give fp32, or tf32, whose "
             "weights are float32 too"
         )
+    request = checked(request, NEEDS)
     shard, training = request.output.shard, request.training.training()
-    _check_subsets(request)
     loaded, train, asked = load_all(request)
     assert asked is not None
     queries, options, seed = asked.documents, request.subsets, request.seed

@@ -8,25 +8,72 @@ unpadded.
 
 import sys
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
-from gradfn.data import collate, plan_batches
+from gradfn.data import collate
 from gradfn.engine.engine import Engine
 from gradfn.engine.verify import loss_tolerance, tolerance
+from gradfn.errors import InputError
 from gradfn.types import Batch, Example, Params
 
 Measure = Callable[[Batch], tuple[Tensor, Tensor]]
 """Numbers of every row of a batch, `[rows, n]`, such as its gradient, and the losses of the rows."""
+SMALL_SHARE = 16
+"""A batch of less than this part of its budget costs more than the padding that it saves."""
 BATCH_BYTES = 512 << 20
 """The results of a batch, and the activations of one whose rows have no tokens, take so much at most."""
 LONG_TOKENS = 64
 """So many tokens, and four times those of the short row, are enough padding to compare with."""
 LENGTH_ROPES = ("dynamic", "longrope")
 """The kinds of rope whose frequencies change when a sequence is longer than the model's first window."""
+
+
+def plan_batches(
+    lengths: Int64[np.ndarray, " rows"], token_batch_size: int, most_rows: int = sys.maxsize
+) -> list[np.ndarray]:
+    """Cut rows, longest first, into batches with `rows * longest <= token_batch_size`.
+
+    A row longer than the budget is a batch of its own. A batch that fills a sixteenth of the budget ends
+    before a row of half its length, so that a few rows of mixed lengths are not mostly padding. The largest
+    batches come first, so that memory runs out at once or never. Rows of equal length stay in their order.
+
+    Args:
+        lengths: tokens of each row.
+        token_batch_size: padded tokens of a batch, at most.
+        most_rows: rows of a batch, at most.
+
+    Returns:
+        Row numbers of each batch; every row is in exactly one.
+
+    Raises:
+        InputError: a budget below 1.
+
+    >>> plan_batches(np.array([2, 4, 2, 3]), 8)
+    [array([1, 3]), array([0, 2])]
+    >>> plan_batches(np.array([10, 100, 90]), 1000)
+    [array([1, 2]), array([0])]
+    """
+    if token_batch_size < 1:
+        raise InputError(
+            f"a batch needs room for at least 1 token, got a token batch size of {token_batch_size}"
+        )
+    order = np.argsort(-lengths, kind="stable")
+    padded = np.maximum(lengths[order], 1)  # collate gives an empty row one position
+    batches, start = [], 0
+    while start < len(order):
+        longest = int(padded[start])
+        count = max(1, min(token_batch_size // longest, most_rows))
+        halved = int(np.searchsorted(-padded, -(longest // 2)))
+        stop = min(start + count, max(halved, start + ceil(token_batch_size / SMALL_SHARE / longest)))
+        batches.append(order[start:stop])
+        start = stop
+    return batches
 
 
 def compared_rows(sizes: np.ndarray, useful: np.ndarray, enough: float = float(LONG_TOKENS)) -> list[int]:

@@ -39,8 +39,9 @@ from gradfn.engine.verify import (
 from gradfn.errors import InputError
 from gradfn.memory import CountBytes
 from gradfn.model.layers import Layer
+from gradfn.model.left_out import dropped_matrices
 from gradfn.model.params import params_of
-from gradfn.model.sites import Site, View, blocks_of, dropped_matrices, find_sites, output_head
+from gradfn.model.sites import Site, View, blocks_of, find_sites, output_head
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import Lowered
 from gradfn.transforms.row_sum import sums_rows

@@ -58,8 +58,8 @@ class _Called:
 class _Contiguous(torch.autograd.Function):
     """A copy, with a contiguous gradient.
 
-    Of a transposed one, torch's batch norm of one example in evaluation mode makes a wrong one on CPUs. A view
-    would not do, because activations in place may follow.
+    Of a transposed one, torch's batch norm of one example in evaluation mode makes a wrong one on CPUs. A
+    view would not do, because activations in place may follow.
     """
 
     generate_vmap_rule = True

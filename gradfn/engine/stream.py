@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.data import IGNORED, check_rows, collate, offsets_of, plan_batches
+from gradfn.data import IGNORED, check_rows, collate, offsets_of
 from gradfn.engine.batching import (
     Measure,
     batch_rows,
     compared_rows,
     padding_changes_rows,
+    plan_batches,
     plan_equal,
     rope_window,
     shapes_of,

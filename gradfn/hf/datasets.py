@@ -99,7 +99,7 @@ def load_split(
         raise InputError(
             f"dataset {str(path)!r} has the splits {', '.join(names)}: say which is meant with `{argument}`"
         )
-    split = split or names[0]
+    split = names[0] if split is None else split
     rows = _select_split(splits, split, path)
     if len(rows) == 0:
         raise InputError(f"dataset {str(path)!r} has no rows in split {split!r}: give a split that has rows")

@@ -161,6 +161,8 @@ def infer_task(path: str | Path, revision: str | None = None) -> str:
         source, options = locate_base(adapter)
     # Not AutoConfig, which asks on the terminal whether to run code that comes with a model.
     config, _ = load_pretrained("model", path, PreTrainedConfig.get_config_dict, source, **options)
+    if not config:
+        raise InputError(f"the model {str(path)!r} has no config.json, which says what it is: put it there")
     names = [*(config.get("architectures") or ()), *(config.get("auto_map") or ())]
     if (task := task_of([*own, *names], config)) is None:
         said = f"was saved as {names[0]}" if names else "names no architecture in its config"
@@ -178,11 +180,12 @@ def _load_with_head(
     try:
         return load_pretrained("model", path, loader, base, output_loading_info=True, **options)
     except InputError as error:
-        if "Unrecognized configuration class" not in str(error):
+        if (
+            "Unrecognized configuration class" not in str(error)
+            or (own := infer_task(path, revision)) == task
+        ):
             raise
-        raise InputError(
-            f"models such as {path} have no head for {task}: give `task={infer_task(path, revision)}`"
-        ) from error
+        raise InputError(f"models such as {path} have no head for {task}: give `task={own}`") from error
 
 
 def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[str]) -> None:

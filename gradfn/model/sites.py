@@ -223,7 +223,7 @@ def all_sites(model: nn.Module) -> tuple[Site, ...]:
     [('0', 'linear'), ('1', 'norm')]
     """
     sites = [site for path, module in model.named_modules() for site in _adapt(path, module)]
-    known = {id(p) for site in sites for p in _parameters(site)}
+    known = {id(p) for site in sites for p in parameters_of(site)}
     bare = []
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -233,7 +233,7 @@ def all_sites(model: nn.Module) -> tuple[Site, ...]:
     inner = {id(site.module.out_proj) for site in sites if isinstance(site.module, nn.MultiheadAttention)}
     names = {id(p): name for name, p in model.named_parameters()}
     return tuple(
-        replace(site, names=tuple(names[id(p)] for p in _parameters(site)))
+        replace(site, names=tuple(names[id(p)] for p in parameters_of(site)))
         for site in (*sites, *bare)
         if id(site.module) not in inner
     )
@@ -252,7 +252,8 @@ def _adapt(path: str, module: nn.Module) -> list[Site]:
     return next((sites for adapter in ADAPTERS if (sites := adapter(path, module))), [])
 
 
-def _parameters(site: Site) -> list[Tensor]:
+def parameters_of(site: Site) -> list[Tensor]:
+    """The weight of a site, and its bias if it has one."""
     own = site.own_bias
     return [site.weight] if own is None else [site.weight, own]
 
@@ -473,34 +474,3 @@ def blocks_of(sites: Sequence[Site], grads: dict[str, Tensor]) -> Blocks:
             weight, *bias = (grads[name] for name in site.names)
             blocks[site.block] = site.layer.block(weight, bias[0] if bias and site.layer.bias else None)
     return blocks
-
-
-def uncovered(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
-    """The parameters that no block covers, with their sizes.
-
-    >>> net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    >>> uncovered(net, find_sites(net))
-    {'1.weight': 4, '1.bias': 4}
-    """
-    covered = {id(parameter) for site in sites for parameter in _parameters(site)}
-    return {name: p.numel() for name, p in model.named_parameters() if id(p) not in covered}
-
-
-def dropped_matrices(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
-    """The weight matrices of no known kind that no block covers, with their sizes.
-
-    A table of positions, whose first axis is 1, is none.
-
-    >>> net = nn.Sequential(nn.Linear(3, 4), nn.GRU(4, 2))
-    >>> dropped_matrices(net, find_sites(net))
-    {'1.weight_ih_l0': 24, '1.weight_hh_l0': 12}
-    """
-    chosen = {site.path for site in sites}
-    return {
-        site.path: site.weight.numel()
-        for site in all_sites(model)
-        if isinstance(site.layer, BareParameter)
-        and site.path not in chosen
-        and site.weight.ndim > 1
-        and len(site.weight) > 1
-    }

@@ -18,7 +18,8 @@ from gradfn.engine.stream import lengths_of
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Scorer
 from gradfn.methods.inner_product import EngineScorer
-from gradfn.model.sites import View, find_sites, uncovered
+from gradfn.model.left_out import uncovered
+from gradfn.model.sites import View, find_sites
 from gradfn.runs.changes import explaining
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.shards import Shard, shard_rows, shard_run

@@ -78,9 +78,5 @@ def test_gauss_newton_is_of_next_tokens():
     method = RECIPES["cg"].method(replace(PROBLEM, solver=Solver(product="gauss_newton")))
     with pytest.raises(gf.InputError, match="give another `product`"):
         gf.score(NET, TRAIN, QUERY, method=method, loss=loss)
-    for how, words in (
-        ({"product": "ggn"}, "no product"),
-        ({"scale": -1.0}, "`scale` must be a number above"),
-    ):
-        with pytest.raises(gf.InputError, match=words):
-            Solver(**how)
+    with pytest.raises(gf.InputError, match="`scale` must be a number above"):
+        Solver(scale=-1.0)
