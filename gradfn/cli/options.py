@@ -202,12 +202,12 @@ class DataOptions:
         pair = self.prompt_column is not None or self.completion_column is not None
         if labelled and pair:
             raise InputError(f"{task} reads a text: give --text-column, not prompts and completions")
-        self._check_pair()
         if self.messages_column is not None and (pair or task != "causal_lm"):
             raise InputError(
                 "--messages-column stands alone: leave out the columns of prompts and completions, and "
                 "give no --task but causal-lm"
             )
+        self._check_pair()
         if self.reward_column is not None and self.advantage_column is not None:
             raise InputError(
                 "rewards or advantages weigh the rows: give --reward-column or --advantage-column"

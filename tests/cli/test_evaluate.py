@@ -367,7 +367,7 @@ def test_a_seed_that_diverged_is_left_out_of_all_subsets(ok, world, tmp_path):
     out = " ".join(ok("evaluate", "lds", truth, world.close).split())
     assert "unknown, with one seed left of each subset: retrain with a lower --learning-rate" in out
     assert "18 of 40 models; left out for the means to be over the same seeds: 1 seed" in out
-    assert "20 subsets x 1 seed" in out
+    assert "20 subsets x 1 shared seed" in out
 
 
 def test_a_run_is_one_however_it_is_spelled(command, world):

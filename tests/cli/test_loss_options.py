@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import gradfn as gf
+from gradfn.shown import SAID
 
 ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
 FULL = ("--precision", "fp64", "--projection-dim", 0)
@@ -376,9 +377,9 @@ def test_chats_supervise_the_assistant(ok, tmp_path, template, said):
     (rows,) = stored(tmp_path / "run")[0].values()
     net, tokens = gf.load_model(path, precision="fp64"), gf.load_tokenizer(path)
     documents = gf.tokenize(gf.load_rows(data), tokens, messages_column="messages")
-    assert documents.texts[0] == "[user]Peru?\n[assistant]Lima\n[user]Iran?\n[assistant]Tehran\n"
+    assert documents.texts[0].endswith(f"user: Iran?{SAID}Tehran")
     ids, labels = documents[0]["input_ids"], documents[0]["labels"]
-    assert tokens.decode(ids) == documents.texts[0]
+    assert tokens.decode(ids) == "[user]Peru?\n[assistant]Lima\n[user]Iran?\n[assistant]Tehran\n"
     assert tokens.decode(labels[labels != -100]) == said
 
     def loss():

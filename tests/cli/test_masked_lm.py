@@ -178,7 +178,7 @@ def test_every_command_takes_masked_rows(ok, bert, texts, answers, tmp_path):
     ok("score", tmp_path / "run", *data, "--query", answers, "--hessian-path", tmp_path / "hessian")
     ok("retrain", tmp_path / "truth", *data, "--query", answers, "--subsets", 4, "--epochs", 1, "--seeds", 1,
        "--batch-size", 4)  # fmt: skip
-    assert "4 subsets x 1 seed" in ok("evaluate", "lds", tmp_path / "truth", tmp_path / "run")
+    assert "4 subsets x 1 shared seed" in ok("evaluate", "lds", tmp_path / "truth", tmp_path / "run")
     assert "equal to" in ok("check", bert, *TASK, "--dataset", texts)
 
 

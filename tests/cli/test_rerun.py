@@ -153,7 +153,10 @@ def test_joined_shards_record_the_command_without_the_shard(ok, base, tmp_path):
     ok("merge", tmp_path / "run")
     assert "shard" not in requests_of(tmp_path / "run")["store"]["given"]
     ok("rerun", tmp_path / "run", "-o", tmp_path / "whole")
-    assert same(everything(tmp_path / "run", "store")[0], everything(tmp_path / "whole", "store")[0])
+    parts, whole = (everything(tmp_path / run, "store")[0] for run in ("run", "whole"))
+    assert parts.keys() == whole.keys()
+    for name in parts:  # batches of a part are others, whose products are rounded otherwise
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-5)
     assert "rows that were there already" in ok("rerun", tmp_path / "run/shards/1-of-2")
 
 

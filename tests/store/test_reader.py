@@ -140,7 +140,7 @@ def test_what_is_not_a_store(tmp_path):
         assert "delete" not in one_sentence(error, *words)
     with pytest.raises(InputError) as error, open_writer(tmp_path / "data.csv", "store", {}, 1):
         pass
-    one_sentence(error, "is a file")
+    one_sentence(error, "is no folder")
 
 
 def test_names_that_are_not_there(tmp_path):
