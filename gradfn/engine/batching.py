@@ -22,6 +22,8 @@ LONG_TOKENS = 64
 """So many tokens, and four times those of the short row, are enough padding to compare with."""
 LENGTH_ROPES = ("dynamic", "longrope")
 """The kinds of rope whose frequencies change when a sequence is longer than the model's first window."""
+KEPT = ("index_topk", "keep_window_size")
+"""So many tokens at most are read by some models; of equal scores, the length decides which."""
 
 
 def compared_rows(sizes: np.ndarray, useful: np.ndarray) -> list[int]:
@@ -49,8 +51,8 @@ def padding_changes_rows(engine: Engine, rows: Sequence[Example], move: Callable
     return bool((other | ((losses - own).abs() > loss_tolerance(engine.model) * (1 + own.abs()))).any())
 
 
-def rope_window(model: nn.Module) -> float:
-    """The length from which on the rope of a model changes with the longest sequence of a batch."""
+def length_window(model: nn.Module) -> float:
+    """The length from which on a model's rope, or what it reads, changes with the longest sequence."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -60,6 +62,7 @@ def rope_window(model: nn.Module) -> float:
         for rope in ropes
         if rope.get("rope_type", rope.get("type")) in LENGTH_ROPES
     ]
+    windows += [getattr(text, name) for name in KEPT if isinstance(getattr(text, name, None), int)]
     return float(min(windows, default=float("inf")))
 
 

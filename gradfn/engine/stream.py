@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from gradfn.data import IGNORED, check_rows, collate, offsets_of, plan_batches
 from gradfn.engine.batching import (
     compared_rows,
+    length_window,
     padding_changes_rows,
     plan_equal,
-    rope_window,
     shapes_of,
 )
 from gradfn.engine.cache import CachedRows
@@ -155,7 +155,7 @@ def _pads(engine: Engine, data: Data, rows: range, lengths: np.ndarray) -> bool:
     shortest = np.flatnonzero(useful)[np.argsort(lengths[useful], kind="stable")[:2]]
     if len(shortest) == 2:
         engine.verify(move(collate([labelled(data, rows.start + int(row)) for row in shortest])))
-    if len(lengths) and lengths.max() > max(rope_window(engine.model), lengths.min()):
+    if len(lengths) and lengths.max() > max(length_window(engine.model), lengths.min()):
         return False
     sizes = lengths if bool((lengths > 1).any()) else _numbers(data, rows)
     pair = compared_rows(sizes, useful if sizes is lengths else np.ones(len(sizes), bool))

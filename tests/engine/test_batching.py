@@ -8,6 +8,8 @@ from torch.func import functional_call
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    DogeConfig,
+    DogeForCausalLM,
     FNetConfig,
     FNetForMaskedLM,
     LlamaConfig,
@@ -42,6 +44,7 @@ MODELS = {
     "dynamic": lambda: LlamaForCausalLM(LlamaConfig(**{
         **DECODER, "max_position_embeddings": 16, "rope_parameters": DYNAMIC,
     })),
+    "choosy": lambda: DogeForCausalLM(DogeConfig(**DECODER, num_key_value_heads=1, keep_window_size=8)),
     "yoso": lambda: YosoForMaskedLM(YosoConfig(**SIZES)),
     "fnet": lambda: FNetForMaskedLM(FNetConfig(**SIZES)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER)),
