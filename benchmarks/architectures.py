@@ -46,6 +46,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 import gradfn as gf
 from gradfn.engine import gather, probe_engine
+from gradfn.engine.stream import pads
 from gradfn.hf.models import MODEL_CLASSES
 from gradfn.model.sites import blocks_of, uncovered
 
@@ -259,7 +260,7 @@ def loop(model: nn.Module, head: str, rows: Sequence[dict[str, Tensor]]) -> dict
         for module in own.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):  # torch is wrong for one transposed row
                 module.register_forward_hook(lambda _, x, y: y.register_hook(Tensor.contiguous) and None)
-        parameters = [p for p in own.parameters() if p.is_floating_point()]
+        parameters = [p.requires_grad_() for p in own.parameters() if p.is_floating_point()]
         loss = loop_loss(own, head, row)
         grads.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
@@ -335,7 +336,7 @@ def _compare(result: Result, model: nn.Module, rows: Any, want: Any) -> None:
     result.coverage = 1 - sum(uncovered(model, engine.sites).values()) / sum(sizes.values())
     unprobed = {name for site in engine.sites if not site.probed for name in site.names}
     result.unprobed = sum(sizes[name] for name in unprobed) / sum(sizes.values())
-    result.together = not any(engine.facts.unpadded.values())
+    result.together = pads(engine, rows)
     try:
         result.error_all = _error(probe_engine(model, loss, view=gf.View(include=["*"])), rows, want)
     except Exception as error:
