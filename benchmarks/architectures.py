@@ -456,13 +456,17 @@ def table(results: Sequence[Result]) -> str:
     ran = [result for result in results if result.status == "run"]
     equal = sum(result.error is not None and result.error <= EQUAL for result in ran)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    total = sum(1 for _ in candidates(list(HEADS), ()))
     parts = [
         f"Measured on {datetime.date.today()}, one thread of a CPU ({platform.machine()}), Python "
-        f"{platform.python_version()}, {versions}. Of {len(results)} pairs of type and head, {len(ran)} were "
-        f"compared. {equal} of these are equal to the loop to {EQUAL:.0e} in every row.\n"
+        f"{platform.python_version()}, {versions}. Of {total} pairs of type and head that transformers has, "
+        f"{len(results)} were tried and {len(ran)} compared. {equal} of these are equal to the loop to "
+        f"{EQUAL:.0e} in every row.\n"
     ]
     for head, (_, title) in HEADS.items():
         own = sorted((r for r in results if r.head == head), key=lambda r: r.kind)
+        if not own:
+            continue
         made = [r for r in own if r.status == "run"]
         parts += [f"### {title}: {len(made)} of {len(own)} types\n"]
         parts += ["| type | error | of all parameters | coverage | |", "|---|---|---|---|---|"]
