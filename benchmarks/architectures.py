@@ -406,8 +406,7 @@ def candidates(heads: Sequence[str], kinds: Sequence[str]) -> Iterator[tuple[str
 def read(path: Path) -> dict[tuple[str, str], Result]:
     """The results of a file; of two for one model the last."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    results = [Result(**json.loads(line)) for line in lines]
-    return {(result.kind, result.head): result for result in results}
+    return {(r.kind, r.head): r for r in (Result(**json.loads(line)) for line in lines)}
 
 
 def sweep(path: Path, heads: Sequence[str], kinds: Sequence[str], limit: float) -> None:
@@ -464,8 +463,7 @@ def table(results: Sequence[Result]) -> str:
         f"{EQUAL:.0e} in every row.\n"
     ]
     for head, (_, title) in HEADS.items():
-        own = sorted((r for r in results if r.head == head), key=lambda r: r.kind)
-        if not own:
+        if not (own := sorted((r for r in results if r.head == head), key=lambda r: r.kind)):
             continue
         made = [r for r in own if r.status == "run"]
         parts += [f"### {title}: {len(made)} of {len(own)} types\n"]
