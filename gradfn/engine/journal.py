@@ -56,16 +56,13 @@ class _Called:
 
 
 class _Contiguous(torch.autograd.Function):
-    """The identity, with a contiguous gradient.
-
-    Of a transposed one, torch's batch norm of one example in evaluation mode makes a wrong one on CPUs.
-    """
+    """A copy, with a contiguous gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(y: Tensor) -> Tensor:
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -76,8 +73,10 @@ class _Contiguous(torch.autograd.Function):
         return grads[0].contiguous()
 
 
-def _batch_norm(*args: Any, stock: Callable[..., Tensor] = F.batch_norm, **options: Any) -> Any:
-    return _Contiguous.apply(stock(*args, **options))
+def _batch_norm(x: Tensor, *args: Any, stock: Callable[..., Tensor] = F.batch_norm, **options: Any) -> Any:
+    """Of one example in evaluation mode, torch makes a wrong gradient of a transposed one on CPUs."""
+    y = stock(x, *args, **options)
+    return _Contiguous.apply(y) if len(x) == 1 else y
 
 
 def _nothing(*_: Any, **__: Any) -> Iterator[None]:

@@ -12,6 +12,8 @@ from transformers import (
     DogeForCausalLM,
     FNetConfig,
     FNetForMaskedLM,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -113,3 +115,17 @@ def test_two_rows_are_compared_once(monkeypatch):
     monkeypatch.setattr("gradfn.engine.stream.padding_changes_rows", None)
     gather(engine, rows)
     gather(probe_engine(engine.model, causal_lm_loss(engine.model)), rows)
+
+
+def test_padding_that_makes_a_row_nan_is_found():
+    sizes = {**DECODER, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4, "num_labels": 2}
+    model = randomize(Gemma2ForSequenceClassification(Gemma2Config(**sizes)), 0)
+    rows = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(1)}
+        for ids in texts([5, 20])
+    ]
+    engine = probe_engine(model, model_loss(model, "classification"))
+    assert not pads(engine, rows)
+    want = [naive_blocks(engine.loss, model, [row]) for row in rows]
+    got = gather(engine, rows).values
+    assert_blocks_close(got, {n: torch.cat([w[n] for w in want]) for n in want[0]}, 1e-5)
