@@ -48,7 +48,8 @@ import gradfn as gf
 from gradfn.engine import gather, probe_engine
 from gradfn.engine.stream import pads
 from gradfn.hf.models import MODEL_CLASSES
-from gradfn.model.sites import blocks_of, uncovered
+from gradfn.model.left_out import uncovered
+from gradfn.model.sites import blocks_of
 
 HEADS = {
     "causal_lm": ("CAUSAL_LM", "Next tokens"),

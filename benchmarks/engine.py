@@ -296,7 +296,8 @@ def padded_batches(data, budget: int) -> list[dict]:
     """Right-padded batches within the budget, documents sorted by length, longest first."""
     import torch
 
-    from gradfn.data import collate, plan_batches
+    from gradfn.data import collate
+    from gradfn.engine.batching import plan_batches
     from gradfn.engine.stream import lengths_of
 
     batches = []

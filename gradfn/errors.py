@@ -1,5 +1,7 @@
 """The errors a person sees as one sentence: what was expected, what came, what to do."""
 
+from pathlib import Path
+
 
 class InputError(ValueError):
     """The input cannot be used as it is; the command line prints it and exits with status 2.
@@ -9,6 +11,22 @@ class InputError(ValueError):
     ...
     gradfn.errors.InputError: no file data.jsonl: give --dataset a path that exists
     """
+
+
+class LostFileError(InputError):
+    """A file of a run is missing, damaged or unfinished; other files of the run may say what made it.
+
+    Args:
+        message: the sentence.
+        path: of the file.
+
+    >>> LostFileError("run/store.h5 is missing", Path("run/store.h5")).path.name
+    'store.h5'
+    """
+
+    def __init__(self, message: str, path: Path):
+        super().__init__(message)
+        self.path = path
 
 
 class StorageError(OSError):

@@ -6,8 +6,8 @@ from typing import Any, TypedDict, Unpack
 from torch import nn
 
 from gradfn.errors import InputError
-from gradfn.model.losses import causal_lm_loss
 from gradfn.model.sites import View
+from gradfn.model.tasks import default_loss
 from gradfn.types import LossFn
 
 TOKEN_BATCH_SIZE = 4096
@@ -32,8 +32,8 @@ class Subject:
 
     Args:
         model: the module that is attributed.
-        loss: the loss of training rows, `loss(params, example) -> scalar`; None means next-token
-            cross-entropy, `causal_lm_loss(model)`.
+        loss: the loss of training rows, `loss(params, example) -> scalar`; None means
+            cross-entropy of what the class of the model says that it is for, such as next tokens.
         query_loss: the loss of queries; None means `loss`.
         view: which weights, by attention head or not, by token or not; None means all weight matrices.
         token_batch_size: tokens a batch, padding included. It changes no result.
@@ -58,7 +58,7 @@ class Subject:
                 f"a {type(self.model).__name__} has no loss of its own, as language models have: give one, "
                 "`loss(params, example) -> scalar`"
             )
-        loss = causal_lm_loss(self.model) if self.loss is None else self.loss
+        loss = default_loss(self.model) if self.loss is None else self.loss
         object.__setattr__(self, "loss", loss)
         object.__setattr__(self, "query_loss", loss if self.query_loss is None else self.query_loss)
         object.__setattr__(self, "view", self.view or View())

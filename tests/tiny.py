@@ -1,9 +1,11 @@
 """Tiny models, tokenizers and data for tests of whole commands."""
 
 import json
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -96,3 +98,30 @@ def language_model(family):
     if family == "phi3":
         return randomize(Phi3ForCausalLM(Phi3Config(**sizes)), 0)
     return randomize(LlamaForCausalLM(LlamaConfig(**sizes)), 0)
+
+
+class MeanOfTokens(nn.Module):
+    """A classifier that takes the mean over all positions, padding or not, as users' LSTMs do."""
+
+    def __init__(self, recurrent=False):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(40, 4), nn.Linear(4, 2)
+        self.inner = nn.LSTM(4, 4, batch_first=True) if recurrent else nn.Linear(4, 4)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = (
+            self.embed(input_ids)
+            if not input_ids.is_floating_point()
+            else input_ids[..., None].repeat_interleave(4, -1)
+        )
+        x = self.inner(x)[0] if isinstance(self.inner, nn.LSTM) else torch.tanh(self.inner(x))
+        return SimpleNamespace(logits=self.out(x.mean(-2)))
+
+
+def classes_of(lengths):
+    """Rows of tokens with a class, of these lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"input_ids": torch.randint(3, 40, (length,), generator=generator), "labels": torch.tensor(row % 2)}
+        for row, length in enumerate(lengths)
+    ]

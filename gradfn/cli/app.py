@@ -3,19 +3,22 @@
 import errno
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import typer
 
 import gradfn
-from gradfn.cli.commands import COMMANDS, CURVATURE, TRUTH
+from gradfn.cli.commands import COMMANDS, CURVATURE, TRUTH, spelled
 from gradfn.cli.console import SPOKEN, Command, Group
 from gradfn.cli.request import Request, flag, flag_of, slots_of, takes
 from gradfn.cli.values import STDOUT
-from gradfn.errors import InputError, StorageError
+from gradfn.errors import InputError, LostFileError, StorageError
+from gradfn.watch import WATCH
 
 GROUPS = {
     "mask": (CURVATURE, "Selective masks of gradients."),
@@ -93,6 +96,10 @@ _PATHS = {
     errno.ELOOP,
 }
 _CLOSED = {errno.EPIPE, errno.EBADF}
+MADE = {
+    "the command that made it": "{}", "its command": "{}", "their commands": "their commands ({}, say)"
+}  # fmt: skip
+"""How messages of the library speak of commands, and how the command line does where it knows them."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 UsageError: Any = typer.BadParameter.__base__
@@ -114,7 +121,8 @@ def _sentence(error: Exception) -> str:
         return f"{error.format_message().rstrip('.')}: see {command} --help"  # pyright: ignore
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, InputError | StorageError) or full:
-        return _with_flags(str(error.strerror if isinstance(error, OSError) and error.strerror else error))
+        text = _with_flags(str(error.strerror if isinstance(error, OSError) and error.strerror else error))
+        return _with_command(text, error)
     if isinstance(error, OSError) and error.errno in _PATHS:
         name = str(error.filename)
         shown = name if len(name) < 80 else f"{name[:60]}..."
@@ -124,6 +132,23 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         return f"out of memory ({str(error) or 'RAM'}): lower --token-batch-size, or --projection-dim"
     return f"{type(error).__name__}: {error} (gradfn's fault: run again with --debug and tell us)"
+
+
+def _with_command(text: str, error: BaseException | None) -> str:
+    """A message in which the command that makes a file is spelled, where a file beside it records this."""
+    while error is not None and not isinstance(error, LostFileError):
+        error = error.__cause__
+    phrase = next((phrase for phrase in MADE if phrase in text), None)
+    if error is None or phrase is None:
+        return text
+    from gradfn.store.reader import request_beside
+
+    if not (request := request_beside(error.path)):
+        return text
+    if shard := re.search(r" \(--shard (\d+/\d+)\)", text):
+        text = text.replace(shard[0], "")
+        request = {**request, "given": {**request["given"], "shard": shard[1]}}
+    return text.replace(phrase, MADE[phrase].format(spelled(request)))
 
 
 def _with_flags(text: str) -> str:
@@ -171,20 +196,37 @@ def torch_threads(number: int) -> None:
     torch.set_num_threads(number)
 
 
+@contextmanager
+def _loading(quiet: bool) -> Iterator[None]:
+    """Say after a second that libraries are being loaded, which may take many more."""
+    said = "gradfn: loading PyTorch and what goes with it"
+    timer = threading.Timer(1.0, print, [said], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def runner(request: type[Request]) -> Callable[[Any], None]:
     """What runs a request; its file is loaded when it does."""
     file, function = COMMANDS[request][1].split(":")
 
     def run(made: Any) -> None:
         tables = made.table.paths.values() if hasattr(made, "table") else ()
-        from gradfn.report.progress import QUIET
+        with _loading(made.quiet):
+            from gradfn.report.progress import QUIET, progress_bar
 
+            command = getattr(import_module(f"gradfn.cli.{file}"), function)
         if (threads := getattr(getattr(made, "model", None), "threads", None)) is not None:
             torch_threads(threads)
         QUIET.set(made.quiet)
+        WATCH.set(progress_bar)
         SPOKEN.set("nowhere" if made.quiet else "err" if STDOUT in tables else "out")
         try:
-            getattr(import_module(f"gradfn.cli.{file}"), function)(made)
+            command(made)
         except KeyboardInterrupt as stop:  # typer makes status 130 of it, without a word
             print(f"gradfn: stopped; {stop}" if str(stop) else "gradfn: stopped", file=sys.stderr)
             raise

@@ -9,6 +9,7 @@ from typing import Any
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, at_checkpoint, recorded
+from gradfn.cli.method import solver_of
 from gradfn.cli.queries import SELF, Asked, Queries, load_queries, queries_of
 from gradfn.cli.stages import Stages, load_stages
 from gradfn.data import Corpus
@@ -19,7 +20,7 @@ from gradfn.methods.attribution import Attribution, Scorer
 from gradfn.methods.inner_product import InnerProduct, damping_names
 from gradfn.methods.recipes import RECIPES, Persist, Problem, Recipe
 from gradfn.methods.scoring import extremes_of, shares_of
-from gradfn.report.progress import progress_bar
+from gradfn.report.progress import rows_bar
 from gradfn.report.rankings import ShownQueries, ranks_needed
 from gradfn.report.rows import Ranked
 from gradfn.report.summaries import (
@@ -29,7 +30,6 @@ from gradfn.report.summaries import (
     resumed_facts,
     scores_facts,
     shard_facts,
-    tokens_of,
     unprobed_facts,
 )
 from gradfn.report.tables import facts
@@ -44,7 +44,7 @@ from gradfn.statistics.curvature import Curvature
 from gradfn.store.guard import refuse_links
 from gradfn.store.reader import open_store
 from gradfn.store.writer import Overwrite
-from gradfn.transforms import Chain, Transform, chain
+from gradfn.transforms import Chain, Transform, chain, reseeded
 from gradfn.types import Blocks, Data, Rows
 
 Weighted = Sequence[tuple[str | None, float]]
@@ -58,7 +58,7 @@ class Job:
     Args:
         request: as given, with the method's defaults.
         name, recipe: the method.
-        projection: of both sides.
+        projection: of both sides; of the first of several checkpoints.
         train: the training rows.
         asked: the queries' tokens, where there are any.
     """
@@ -143,16 +143,16 @@ class Job:
         self, loaded: Loaded, method: Attribution, wanted: Mapping[str, Any]
     ) -> tuple[Queries, Attribution]:
         """The queries, with gradients where the method takes these, and the method that takes them so."""
-        query, data = self.request.query, self.request.data
+        query = self.request.query
         if isinstance(method, InnerProduct):
-            return load_queries(loaded, self.asked, query, data, method, wanted)
+            return load_queries(loaded, self.asked, query, method, wanted)
         if self.asked is None or query.group_column is not None:
             option = "--query-path" if self.asked is None else "--group-column"
             raise InputError(
                 f"{self.name} takes queries and not their gradients, which {option} is of: leave it out, and "
                 "give the queries with --query"
             )
-        return queries_of(self.asked, loaded, query, data), method
+        return queries_of(self.asked, loaded, query), method
 
     def _own(self, method: Attribution, stages: Stages) -> dict[str, Any]:
         """What tells a recipe of somebody's own from another of its name, and what a solution may look at."""
@@ -191,7 +191,8 @@ class Job:
         return Problem(
             loaded.subject, train, [] if self.asked is None else self.asked.documents, stages.normalize,
             stages.projection, stages.curvature, stages.dampings, fit.labels, self.request.seed,
-            fit.components, fit.partitions, progress_bar,
+            fit.components, fit.partitions, solver_of(self.request.solver),
+            lambda text: console().print(facts([("note", text)])),
             None if run is None else self._persist(loaded, stages, train, run),
         )  # fmt: skip
 
@@ -206,8 +207,11 @@ class Job:
                     "layers": view.settings()}  # fmt: skip
 
         def persist(fold: Any, transform: Transform, progress: Progress | None) -> Curvature:
+            place = next(places)
+            if place != run:  # the run itself may be a link, which the user gave
+                refuse_links(Path(place))
             return hessian(
-                next(places), replace(loaded.subject, view=view), train, fold, transform, labels=fit.labels,
+                place, replace(loaded.subject, view=view), train, fold, transform, labels=fit.labels,
                 seed=self.request.seed, partitions=fit.partitions, settings=settings,
                 overwrite=self.overwrite, progress=progress,
             )  # fmt: skip
@@ -262,7 +266,7 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
     run, layers, needed = job.request.run, job.request.layers, ranks_needed(job.top)
     prepared = job.prepare(loaded, run)
     shown = prepared.shown
-    with loaded.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:
+    with loaded.multiplying(), rows_bar("scores", job.train, job.shard) as progress:
         if run is None:
             scorer = prepared.scorer()
             best = extremes_of(scorer, prepared.train, needed, progress=progress)
@@ -288,7 +292,7 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
             return shown, ranked.with_shares(job.top, lambda row: row_shares(store, row))
     asked = ranked.asked(job.top)  # scored again, rather than to keep the shares of all rows
     rows = job.train.select(list(asked))
-    with loaded.multiplying(), progress_bar("shares", int(rows.lengths.sum())) as progress:
+    with loaded.multiplying(), rows_bar("shares", rows) as progress:
         shares = shares_of(prepared.scorer(by_block=True), rows, asked, progress=progress)
     return shown, replace(ranked, shares=shares)
 
@@ -297,16 +301,20 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
 
 
 def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[ShownQueries, Ranked | None]:
-    """Score the rows at every checkpoint, and join what they say."""
+    """Score the rows at every checkpoint, each behind a projection of its own, and join what they say."""
     run, results, resumed, shown, columns = job.request.run, [], 0, SELF.shown, Columns([])
+    for path in dict.fromkeys(path for path, _ in weighted[1:] if path is not None):
+        at_checkpoint(loaded, path, job.request.model)  # refuses what does not fit before the first is scored
+    different = [*dict.fromkeys(path and anchored(path) for path, _ in weighted)]
     for number, (path, _) in enumerate(weighted, 1):
+        projection = reseeded(job.projection, different.index(path and anchored(path)))
         one = loaded if path is None else at_checkpoint(loaded, path, job.request.model)
         part = None if run is None else str(Path(run) / f"checkpoint-{number}")
         if part is not None:
             refuse_links(Path(part))
-        prepared = job.prepare(one, part)
+        prepared = replace(job, projection=projection).prepare(one, part)
         shown, columns = prepared.shown, prepared.columns
-        with one.multiplying(), progress_bar("scores", tokens_of(job.train, job.shard)) as progress:
+        with one.multiplying(), rows_bar("scores", job.train, job.shard) as progress:
             if part is None:
                 results.append(prepared.scorer()(prepared.train, progress=progress))
             else:

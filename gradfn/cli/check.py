@@ -8,7 +8,7 @@ import torch
 
 from gradfn.cli.commands import CheckRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import Loaded, load_documents, load_subject
+from gradfn.cli.inputs import Loaded, load_documents, load_subject, training_rows, with_task
 from gradfn.cli.options import DataOptions
 from gradfn.data import Corpus, Documents, collate, make_documents
 from gradfn.engine.check import RANKS, Noise, advice, coverage, equality, noise
@@ -16,7 +16,6 @@ from gradfn.engine.engine import probe_engine
 from gradfn.engine.precision import multiplying
 from gradfn.engine.stream import pads
 from gradfn.errors import InputError
-from gradfn.hf.datasets import load_rows
 from gradfn.hf.models import context_length
 from gradfn.report.checks import (
     EQUAL,
@@ -29,6 +28,7 @@ from gradfn.report.checks import (
 from gradfn.report.progress import progress_bar
 from gradfn.report.summaries import batches_facts, coverage_facts, device_facts
 from gradfn.report.tables import facts
+from gradfn.subject import Subject
 from gradfn.transforms import project
 
 LIMITS = 32, 4096
@@ -39,12 +39,14 @@ DIM = 16
 
 def run_check(request: CheckRequest) -> None:
     """Load, then cover, compare, measure, advise; exit status 1 where the engine is not equal to autograd."""
-    request.data.check(request.model.task)
+    request = with_task(request)
+    request.data.check(str(request.model.task))
     loaded, documents = _loaded(request)
     device = torch.device(request.model.device)
     engine = probe_engine(loaded.model, loaded.subject.loss, project(DIM), view=loaded.subject.view)
     out = console()
     out.print(facts([
+        *loaded.notes,
         *device_facts(loaded.model, loaded.products),
         ("model", f"{loaded.name}, {_precision(loaded)}, {loaded.attention or 'its own'} attention"),
         ("rows", sample_line(documents, request.data.dataset is None, LIMITS)),
@@ -89,9 +91,9 @@ def _loaded(request: CheckRequest) -> tuple[Loaded, Corpus]:
             raise InputError(f"{given} is about a dataset: give one with --dataset")
         loaded = load_subject(request)
         return loaded, _random(loaded)
-    rows = load_rows(path, request.data.split)
+    rows, notes = training_rows(request)
     rows = rows.select(range(min(LIMITS[0], len(rows))))
-    loaded = load_subject(request)
+    loaded = load_subject(request).noting(*notes)
     return loaded, _first(load_documents(loaded, rows, request.data, path))
 
 
@@ -128,28 +130,28 @@ def _pair(documents: Corpus) -> list[Any]:
 
 def _noise(loaded: Loaded, documents: Corpus, request: CheckRequest) -> tuple[Noise, str]:
     """The noise of the settings asked about; where it is too much, of others too, and what to do."""
-    subject, reference = loaded.subject, None
+    reference = None
     if loaded.precision in ROUNDED:
         same = loaded.precision == "tf32"  # its weights are fp32
         exact = replace(request, model=replace(request.model, precision="fp32"))
-        reference = loaded.model if same else load_subject(exact).model
+        reference = loaded.subject if same else loaded.subject.at(load_subject(exact).model)
 
-    def measure(model: Any, reference: Any = None, inside: Any = loaded.multiplying) -> Noise:
+    def measure(
+        subject: Subject, reference: Subject | None = None, inside: Any = loaded.multiplying
+    ) -> Noise:
         total = int(documents.lengths.sum()) * (2 if reference is None else 3)
         with progress_bar("noise", total) as progress:
             return noise(
-                model, documents, reference=reference, make_loss=lambda m: subject.at(m).loss,
-                transform=project(DIM), view=subject.view, token_batch_size=subject.token_batch_size,
-                inside=inside, progress=progress,
-            )  # fmt: skip
+                subject, documents, project(DIM), reference=reference, inside=inside, progress=progress
+            )
 
-    here = measure(loaded.model, reference)
+    here = measure(loaded.subject, reference)
     if here.worst_cosine >= RANKS:
         return here, advice(here.worst_cosine)
     others = {}
     if loaded.attention == "sdpa":
         eager = load_subject(replace(request, model=replace(request.model, attention="eager")))
-        others["--attention eager"] = measure(eager.model, reference).worst_cosine
+        others["--attention eager"] = measure(loaded.subject.at(eager.model), reference).worst_cosine
     others["--token-batch-size 1"] = 1.0 if here.precision is None else here.precision.worst_cosine
     if reference is not None:
         others["--precision fp32"] = measure(reference, inside=nullcontext).worst_cosine

@@ -1,6 +1,7 @@
 """What every command is asked: a request each. Its docstring is the command's help."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,6 +10,7 @@ from gradfn.cli.options import (
     COMPONENTS,
     PROJECTION,
     QUERY_BY,
+    QUERY_SPLIT,
     STORED_BY,
     STORED_MODEL,
     UNWEIGHTED,
@@ -24,16 +26,16 @@ from gradfn.cli.options import (
     ModelOptions,
     QueryOptions,
     RunOptions,
+    SolverOptions,
     SubsetOptions,
     TableOptions,
     TrainingOptions,
 )
-from gradfn.cli.request import OUTPUT, Request, argument, found, group, option
+from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
 from gradfn.cli.values import dims, found_projection
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
 _SCORED = "What gradfn score RUN wrote"
-_QUERY_SPLIT = option("train", 'Split of a dataset in --query, or a part of one: "test[:100]".')
 _SEED = "Key of the projection, and what masked-lm masks."
 ALONE: dict[str, Any] = {"shard": None}
 """A run that is not written in parts."""
@@ -80,6 +82,7 @@ class ScoreRequest(ModelRequest):
     gradients: GradientOptions = group(GradientOptions)
     curvature: CurvatureOptions = group(CurvatureOptions)
     fit: FitOptions = group(FitOptions)
+    solver: SolverOptions = group(SolverOptions)
     table: TableOptions = group(TableOptions)
     output: RunOptions = group(RunOptions)
 
@@ -137,7 +140,9 @@ class QueryRequest(Request):
     store: str = argument("A run directory, or the store.h5 in it.", file=found)
     query: QueryOptions = group(QueryOptions, group_column=None)
     model: ModelOptions = group(ModelOptions, **STORED_MODEL)
-    data: DataOptions = group(DataOptions, dataset=None, split=_QUERY_SPLIT, **UNWEIGHTED)
+    data: DataOptions = group(
+        DataOptions, dataset=None, dataset_revision=None, split=None, chunk_length=None, **UNWEIGHTED
+    )
     curvature: CurvatureOptions = group(CurvatureOptions)
     gradients: GradientOptions = group(
         GradientOptions, optimizer_state=None, projection=None, projection_dim=None
@@ -331,7 +336,7 @@ class RecallRequest(EvaluateRequest):
     query: str | None = option(
         None, "The queries scored, with a column source: a row's id.", shown="as recorded", file=found
     )
-    split: str = _QUERY_SPLIT
+    query_split: str | None = option(None, QUERY_SPLIT, shown="as recorded, or the only one")
     table: TableOptions = group(
         TableOptions, show=None, memory=None, top=option(5, "Rows among which a source counts as found.")
     )
@@ -367,12 +372,15 @@ class RerunRequest(Request):
     """Run the command again that made a run.
 
     Into the same run, which resumes if it is not complete, or into a new one. Tables are shown and not
-    exported, and nothing is overwritten.
+    exported, and nothing is overwritten. The run may be from somebody else: what it would run code of must be
+    given again, and it writes to no other place than itself or --into.
     """
 
     COMMAND: ClassVar[str] = "rerun"
     run: str = argument("A run directory, or an .h5 file in it.")
     into: str | None = option(None, "The run directory to write instead.", short="-o")
+    trust_remote_code: bool = option(False, "The command may run Python code that comes with its models.")
+    method: str | None = option(None, "The FILE.py:NAME that the command takes its method from.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,3 +437,9 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     MergeRequest: (RUNS, "merge:run_merge"),
 }
 """Every command: its panel, and the file and function that run it."""
+
+
+def spelled(request: Mapping[str, Any]) -> str:
+    """The command of a record, as it would be typed."""
+    kind = next((one for one in COMMANDS if request["command"] == one.COMMAND), None)
+    return f"gradfn {request['command']}" if kind is None else command_line(kind, request["given"])

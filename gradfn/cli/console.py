@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import sys
 from collections.abc import Iterable
 from contextvars import ContextVar
@@ -24,28 +23,24 @@ SPOKEN: ContextVar[Spoken] = ContextVar("SPOKEN", default="out")
 
 
 def console() -> "Console":
-    """Where results are printed; 100 columns where there is no terminal."""
+    """Where results are printed; other programs get a line a row."""
+    from gradfn.report.tables import Piped
+
+    return _console() if _stream().isatty() else _console(Piped)
+
+
+def _stream() -> Any:
+    return sys.stderr if SPOKEN.get() == "err" else sys.stdout
+
+
+def _console(kind: Any = None) -> "Console":
+    """A console of 100 columns where there is no terminal."""
     from rich.console import Console
 
-    stream: Any = sys.stderr if SPOKEN.get() == "err" else sys.stdout
-    terminal = stream.isatty()
-    width = None if terminal or "COLUMNS" in os.environ else 100
-    file: Any = stream if terminal else _Unpadded(stream)
+    width = None if _stream().isatty() or "COLUMNS" in os.environ else 100
     quiet = SPOKEN.get() == "nowhere"
-    return Console(file=file, width=width, highlight=False, soft_wrap=False, emoji=False, quiet=quiet)
-
-
-class _Unpadded:
-    """A stream without the blanks with which tables fill their lines."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        return self._stream.write(re.sub(r" +(?=\n)", "", text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    how: dict[str, Any] = {"highlight": False, "soft_wrap": False, "emoji": False, "quiet": quiet}
+    return (kind or Console)(file=_stream(), width=width, **how)
 
 
 class Command(TyperCommand):
@@ -85,7 +80,7 @@ def _help(command: Any, ctx: Any, commands: dict[str, list[tuple[str, str]]]) ->
     panels = dict(commands)
     for one in command.get_params(ctx):
         panels.setdefault(_panel_of(one), []).append((_spelled(one), one.help or ""))
-    out = console()
+    out = _console()
     with out.capture() as capture:
         out.print(Text("\n\n".join([command.get_usage(ctx), *_paragraphs(command.help or "")]) + "\n"))
         for title in sorted(

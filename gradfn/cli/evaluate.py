@@ -28,7 +28,7 @@ from gradfn.evaluate.overlap import jaccard, top_overlap
 from gradfn.evaluate.retrieval import known_sources
 from gradfn.evaluate.scored import evaluated_scores, in_words, made_of, refuse_other_data
 from gradfn.evaluate.truth import Truth, open_truth
-from gradfn.hf.datasets import load_rows, row_names
+from gradfn.hf.datasets import load_rows, load_split, row_names
 from gradfn.report.evaluation import (
     between,
     columns,
@@ -211,7 +211,8 @@ def _marked(run: Scores, request: MislabelRequest) -> Tensor:
     path = request.dataset or recorded.path
     if path is None:
         raise InputError(f"no dataset is known for {request.run}: give the one that was scored as --dataset")
-    rows = load_rows(path, request.split or recorded.split or "train")
+    at = recorded.revision if request.dataset is None else None
+    rows = load_rows(path, request.split or recorded.split or "train", revision=at)
     if column not in rows.column_names:
         raise InputError(
             f"no column {column!r} in the dataset, which has {', '.join(rows.column_names)}: "
@@ -224,10 +225,12 @@ def _marked(run: Scores, request: MislabelRequest) -> Tensor:
 def _sources(run: Scores, request: RecallRequest) -> tuple[Tensor, list[int]]:
     """Which rows are known sources, `[rows, queries asked]`, and the numbers of the queries that have one."""
     told = made_of(run.settings).query
-    path = request.query or (told.path if isinstance(told, DataSource) else None)
+    known, recorded = (told.path, told.split) if isinstance(told, DataSource) else (None, None)
+    path = request.query or known
     if path is None:
         raise InputError(f"no dataset of queries is known for {run.name}: give the one scored as --query")
-    rows = load_rows(path, request.split)
+    split = request.query_split or (recorded if request.query is None else None)
+    rows, _ = load_split(path, split, argument="query_split")
     if "source" not in rows.column_names:
         raise InputError(
             f"{path} has no column 'source' with the id of the row that is known to teach the answer, it has "

@@ -5,19 +5,18 @@ from typing import Any
 from gradfn import statistics as kinds
 from gradfn.cli.commands import HessianRequest, MixRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import check_request, check_run, load_model_and_rows, recorded, require
+from gradfn.cli.inputs import check_run, checked, load_model_and_rows, recorded
 from gradfn.cli.method import check_fit
 from gradfn.cli.options import COMPONENTS
 from gradfn.cli.stages import load_stages, projection_of
 from gradfn.errors import InputError
-from gradfn.report.progress import progress_bar
+from gradfn.report.progress import rows_bar
 from gradfn.report.summaries import (
     Facts,
     curvature_facts,
     gradients_line,
     next_facts,
     shard_facts,
-    tokens_of,
 )
 from gradfn.report.tables import facts
 from gradfn.runs.curvatures import hessian, mix_runs
@@ -29,8 +28,7 @@ from gradfn.statistics.fold import passes
 def run_hessian(request: HessianRequest) -> None:
     """Load, fit, report."""
     check_run(request.run)
-    check_request(request)
-    require(request, "a curvature needs a model and a dataset")
+    request = checked(request, "a curvature needs a model and a dataset")
     check_fit(request.fit, request.loss.criterion, request.loss.label_smoothing)
     default = "rademacher:16x16" if request.kind == "second_moment" else "none"
     projection, fold = projection_of(request.gradients, request.seed, default), getattr(kinds, request.kind)()
@@ -45,14 +43,16 @@ def run_hessian(request: HessianRequest) -> None:
         "settings": {**loaded.settings(), **stages.settings, **recorded(request)},
        
     }  # fmt: skip
-    total = tokens_of(documents, shard) * fit.partitions
+    whole = shard is None
+    times, then = fit.partitions * (passes(fold) if whole else 1), "decompositions" if whole else ""
+    bar = rows_bar("curvature", documents, shard, passes=times, then=then)
     given = request.run, loaded.subject, documents, fold, stages.base
     if shard is not None:
-        with loaded.multiplying(), progress_bar("curvature", total) as progress:
+        with loaded.multiplying(), bar as progress:
             done = hessian_shard(*given, shard=shard, progress=progress, **how)
         console().print(facts(_sums_facts(request.run, shard, done, passes(fold))))
         return
-    with loaded.multiplying(), progress_bar("curvature", total * passes(fold)) as progress:
+    with loaded.multiplying(), bar as progress:
         fitted = hessian(*given, progress=progress, **how)
     console().print(facts(curvature_facts(request.run, fitted)))
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gradfn.cli.commands import InfoRequest
+from gradfn.cli.commands import InfoRequest, spelled
 from gradfn.cli.console import console
 from gradfn.cli.request import command_line
-from gradfn.cli.rerun import recorded_request, spelled
+from gradfn.cli.rerun import recorded_request
 from gradfn.errors import InputError
 from gradfn.report.runs import contents, part_facts
 from gradfn.report.tables import facts

@@ -1,11 +1,10 @@
 """From requests to values: the model under study, its documents, and what they were made from."""
 
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,30 +13,34 @@ from gradfn import example
 from gradfn.cli.commands import ModelRequest, QueryRequest, ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.options import IMAGES, DataOptions, ModelOptions, check_losses
+from gradfn.cli.request import flag_of
 from gradfn.data import Corpus, Documents
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.precision import Products, multiplying, products_of
 from gradfn.engine.stream import pads
 from gradfn.errors import InputError
 from gradfn.hf.columns import with_weights
-from gradfn.hf.datasets import load_rows
+from gradfn.hf.datasets import load_split
 from gradfn.hf.images import load_processor
 from gradfn.hf.locate import has_no_tokenizer
 from gradfn.hf.masking import masking_of
-from gradfn.hf.models import check_device, load_model, say_once
+from gradfn.hf.models import check_device, infer_task, load_model, say_once
 from gradfn.hf.reader import Reader
 from gradfn.hf.texts import begins_twice
 from gradfn.hf.tokenizers import load_tokenizer
+from gradfn.model.adapters import added_parameters
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head
-from gradfn.report.summaries import Facts, batches_facts, subject_facts
+from gradfn.report.summaries import Facts, batches_facts, cut_facts, subject_facts
 from gradfn.report.tables import facts
 from gradfn.runs.provenance import loss_source
+from gradfn.store.directory import check_place
 from gradfn.subject import Subject
 from gradfn.types import LossFn
 
 Settings = Mapping[str, Any]
+Asking = TypeVar("Asking", bound=ModelRequest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,9 @@ class Loaded:
         reads: what makes tokens or pixels of rows.
         products: how float32 matrices are multiplied.
         reference: where the model is that kl compares with.
+        revision: of the model on the hub.
+        tokenizer: where it is, if not the model's.
+        notes: what the first lines say of what was chosen for the user.
     """
 
     subject: Subject
@@ -58,6 +64,13 @@ class Loaded:
     precision: str = "fp32"
     products: Products = "ieee"
     reference: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    notes: tuple[tuple[str, str], ...] = ()
+
+    def noting(self, *notes: tuple[str, str]) -> "Loaded":
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
 
     @property
     def model(self) -> nn.Module:
@@ -67,7 +80,9 @@ class Loaded:
     @property
     def name(self) -> str:
         """What to call the model."""
-        return "the example inside gradfn" if anchored(self.path) == anchored(example.MODEL) else self.path
+        if anchored(self.path) == anchored(example.MODEL):
+            return "the example inside gradfn"
+        return self.path if self.revision is None else f"{self.path} at {self.revision}"
 
     @property
     def attention(self) -> str | None:
@@ -96,7 +111,7 @@ class Loaded:
                 f"{twice:,} of the rows begin with {self.reads.tokenizer.bos_token} twice, once in their text"
             )
             lines.append(("note", f"{text}: give --no-special-tokens to add none"))
-        return lines
+        return [*self.notes, *lines]
 
     def settings(self) -> dict[str, Any]:
         """What a run records of it."""
@@ -105,7 +120,11 @@ class Loaded:
             "fingerprint": model_fingerprint(self.model),
         }  # fmt: skip
         rounded = {} if self.products == "ieee" else {"products": self.products}
-        return {"model": {**made, **rounded}, **self.reads.settings(), "layers": self.subject.view.settings(),
+        at = {} if self.revision is None else {"revision": self.revision}
+        reads = self.reads.settings()
+        if self.tokenizer is not None:
+            reads["tokenizer"]["path"] = anchored(self.tokenizer)
+        return {"model": {**made, **rounded, **at}, **reads, "layers": self.subject.view.settings(),
                 "loss": self.loss_settings(self.subject.loss)}  # fmt: skip
 
     def loss_settings(self, loss: LossFn) -> dict[str, Any]:
@@ -126,23 +145,30 @@ def anchored(path: str | Path) -> str:
 
 def check_run(run: str | None) -> None:
     """Refuse a run that cannot be a directory."""
-    if run is not None and (run == "" or (os.path.exists(run) and not os.path.isdir(run))):
-        raise InputError(f"{run!r} is not the directory of a run: give one that exists, or a new name")
+    if run == "":
+        raise InputError("'' is not the directory of a run: give one that exists, or a new name")
+    if run is not None:
+        check_place(run)
 
 
-def require(request: ModelRequest, why: str) -> None:
-    """Refuse a request without a model or a dataset."""
+def checked(request: Asking, why: str) -> Asking:
+    """The request with its task; refuses one without model or dataset, and what does not go together."""
     for name, value in (("model", request.model.path), ("dataset", request.data.dataset)):
         if value is None:
             raise InputError(f"no --{name}: {why}")
-
-
-def check_request(request: ModelRequest) -> None:
-    """Refuse losses and columns that do not go with the task."""
-    loss, task = request.loss, request.model.task
+    request, loss = with_task(request), request.loss
     losses = [name for name in (loss.criterion, request.query_loss) if name is not None]
-    check_losses(task, losses, loss.label_smoothing, loss.reference)
-    request.data.check(task, request.layers.by)
+    check_losses(str(request.model.task), losses, loss.label_smoothing, loss.reference)
+    request.data.check(str(request.model.task), request.layers.by)
+    return request
+
+
+def with_task(request: Asking) -> Asking:
+    """The request with the task that the model was saved for, if none is given."""
+    if request.model.task is not None:
+        return request
+    task: Any = infer_task(str(request.model.path), request.model.revision)
+    return replace(request, model=replace(request.model, task=task))
 
 
 # --- the model
@@ -161,6 +187,9 @@ def load_subject(request: ModelRequest) -> Loaded:
     )  # fmt: skip
     kl = loss.criterion == "kl"
     loaded = _loaded(request.model, how, view, loss.reference if kl else None, request.seed)
+    if not request.gave("task") and anchored(loaded.path) != anchored(example.MODEL):
+        kind = type(loaded.model).__name__
+        loaded = loaded.noting(("task", f"{flag_of(loaded.reads.task)}, which a {kind} is for"))
     asked = request.query_loss or loss.criterion
     if asked == loss.criterion:
         return loaded
@@ -178,8 +207,11 @@ def load_stored_subject(request: QueryRequest, path: str, settings: Settings) ->
         raise InputError(
             f"the store of {path} does not say how its tokens were masked: make it again with gradfn build"
         )
+    elsewhere = request.model.path is not None
     model = replace(
         request.model, path=path, task=how["name"],
+        revision=request.model.revision or (None if elsewhere else made.get("revision")),
+        tokenizer=request.model.tokenizer or settings.get("tokenizer", {}).get("path"),
         precision=request.model.precision or made.get("precision", "fp32"),
         attention=request.model.attention or made.get("attention"),
     )  # fmt: skip
@@ -193,20 +225,24 @@ def load_stored_subject(request: QueryRequest, path: str, settings: Settings) ->
 
 def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | None, seed: int) -> Loaded:
     """A model with one loss, compared with a reference where one is given."""
-    path, task, precision = options.path, options.task, options.precision or "fp32"
+    path, task, precision = options.path, str(options.task), options.precision or "fp32"
     if options.token_batch_size < 1:
         raise InputError(f"--token-batch-size must be 1 or more, not {options.token_batch_size}")
     if path is None:
         raise InputError("no model: give --model a local folder, a .gguf file or a hub name")
+    if options.tokenizer is not None and task == IMAGES:
+        raise InputError("images are no texts: leave out --tokenizer")
     products = _products(precision, options.device)
     say_once("bitsandbytes.autograd._functions")
     trusted = options.trust_remote_code
-    processor = load_processor(path, trust_remote_code=trusted) if task == IMAGES else None
-    model = _load(path, options, task)
-    vocabulary = getattr(model.config, "vocab_size", None)
+    hub: dict[str, Any] = {"revision": options.revision, "trust_remote_code": trusted}
+    processor = load_processor(path, **hub) if task == IMAGES else None
+    model = _load(path, options, task, options.revision)
     tokenizer = None
-    if processor is None:
-        tokenizer = load_tokenizer(path, vocabulary=vocabulary, trust_remote_code=trusted)
+    if options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trusted)
+    elif processor is None:
+        tokenizer = load_tokenizer(path, vocabulary=getattr(model.config, "vocab_size", None), **hub)
     masking = _masking(path, tokenizer, seed) if task == "masked_lm" else None
     reads = Reader(model, task, tokenizer, processor, masking, special=not options.no_special_tokens)
     other = None
@@ -214,7 +250,7 @@ def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | N
         other = _load_reference(options, reference, how.get("reference"), reads)
     loss = _make_loss(model, how, other)
     subject = Subject(model, loss, view=view, token_batch_size=options.token_batch_size)
-    return Loaded(subject, path, reads, precision, products, reference)
+    return Loaded(subject, path, reads, precision, products, reference, options.revision, options.tokenizer)
 
 
 def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
@@ -233,20 +269,24 @@ def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
     own: Any = loaded.reads.tokenizer
     reads = own is not None and not loaded.reads.numbers and not has_no_tokenizer(path)
     trusted = options.trust_remote_code
+    reads = reads and options.tokenizer is None
     theirs: Any = load_tokenizer(path, trust_remote_code=trusted) if reads else None
     if own is not None and theirs is not None and theirs.get_vocab() != own.get_vocab():
         raise InputError(
             f"checkpoint {path} has a tokenizer of another vocabulary than the model's: give checkpoints of "
             "the training of one model"
         )
-    return replace(loaded, subject=loaded.subject.at(model), path=path)
+    return replace(loaded, subject=loaded.subject.at(model), path=path, revision=None)
 
 
 def _own_shapes(model: nn.Module) -> dict[str, Any]:
     """The shapes of a model's parameters by name, without those of adapters, which checkpoints may have."""
-    known = ((name.replace(".base_layer.", "."), p.shape) for name, p in model.named_parameters())
-    added = ("lora_", "modules_to_save", "original_module")
-    return {name: shape for name, shape in known if not any(one in name for one in added)}
+    added = added_parameters(model)
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): p.shape
+        for name, p in model.named_parameters()
+        if name not in added
+    }
 
 
 def _masking(path: str, tokenizer: Any, seed: int) -> dict[str, Any]:
@@ -267,25 +307,14 @@ def _products(precision: str, device: str) -> Products:
     return products_of(precision, torch.device(device))
 
 
-def _load(path: str, options: ModelOptions, task: str) -> nn.Module:
+def _load(path: str, options: ModelOptions, task: str, revision: str | None = None) -> nn.Module:
     """A model that can do the task, as the options say; tf32 is of products, not of weights."""
     dtype = "fp32" if options.precision in ("tf32", None) else options.precision
     model = load_model(
-        path, task=task, precision=dtype, device=options.device, attention=options.attention,
-        trust_remote_code=options.trust_remote_code,
+        path, task=task, revision=revision, precision=dtype, device=options.device,
+        attention=options.attention, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     config: Any = model.config
-    if task in ("classification", "regression") and config.pad_token_id is None:
-        raise InputError(
-            f"{path} has no padding token, by which a classifier finds the end of a text: set pad_token_id "
-            "in its config.json"
-        )
-    size = getattr(config, "vocab_size", None)
-    if task in ("classification", "regression") and size and not 0 <= config.pad_token_id < size:
-        raise InputError(
-            f"the padding token {config.pad_token_id} of {path} is none of its {size:,} tokens: set "
-            "pad_token_id in its config.json to one that texts do not end with"
-        )
     if task == "regression" and config.num_labels != 1:
         raise InputError(
             f"{path} gives {config.num_labels} numbers and a regression one: use --task classification"
@@ -310,7 +339,10 @@ def _load_reference(options: ModelOptions, path: str, recorded: Settings | None,
     heads: Any = output_head(reference), output_head(reads.model)
     theirs, ours = (len(one.weight) for one in heads)
     how: dict[str, Any] = {"vocabulary": ours, "trust_remote_code": options.trust_remote_code}
-    if theirs != ours or load_tokenizer(path, **how).get_vocab() != reads.tokenizer.get_vocab():
+    known = options.tokenizer is not None and has_no_tokenizer(path)
+    if theirs != ours or not (
+        known or load_tokenizer(path, **how).get_vocab() == reads.tokenizer.get_vocab()
+    ):
         raise InputError(
             f"the reference {path} has another vocabulary than the model, or no tokenizer, and kl compares "
             "token by token: give one with the same tokenizer beside it"
@@ -328,16 +360,24 @@ def _load_reference(options: ModelOptions, path: str, recorded: Settings | None,
 
 def load_model_and_rows(request: ModelRequest) -> tuple[Loaded, Corpus]:
     """The model and the training rows; a wrong path of the rows is found before the model is loaded."""
-    path, data = str(request.data.dataset), request.data
-    rows = load_rows(path, data.split)
-    loaded = load_subject(request)
-    docs = load_documents(loaded, rows, data, path)
+    path, (rows, notes) = str(request.data.dataset), training_rows(request)
+    loaded = load_subject(request).noting(*notes)
+    docs = load_documents(loaded, rows, request.data, path)
     if not docs.supervised.any():
         raise InputError(
             f"no row of {path} has anything to supervise, so all gradients are zero: give rows of two tokens "
             "or more, with completions that are not empty"
         )
     return loaded, docs
+
+
+def training_rows(request: ModelRequest) -> tuple[Any, Facts]:
+    """The rows of --dataset; if nobody chose from several splits, a note for the first lines."""
+    path, split = str(request.data.dataset), request.data.split
+    rows, splits = load_split(path, split, revision=request.data.dataset_revision)
+    if len(splits) == 1 or request.gave("split"):
+        return rows, []
+    return rows, [("split", f"{split}, of {', '.join(splits)}: --split takes another")]
 
 
 def load_documents(loaded: Loaded, rows: Any, data: DataOptions, path: str, *, query: bool = False) -> Corpus:
@@ -347,7 +387,11 @@ def load_documents(loaded: Loaded, rows: Any, data: DataOptions, path: str, *, q
     if reads.processor is not None:
         docs = reads.images(rows, path, data.image_column, data.label_column)
     else:
-        docs = reads.rows(rows, columns, label_column=data.label_column, truncation=data.truncation)
+        docs = reads.rows(
+            rows, columns, label_column=data.label_column, truncation=data.truncation,
+            chunk_length=None if query else data.chunk_length,
+        )  # fmt: skip
+    say_cut(docs, path)
     if query or (data.reward_column is None and data.advantage_column is None):
         return docs
     asked = {key: columns.get(key) for key in ("prompt_column", "messages_column")}
@@ -356,10 +400,17 @@ def load_documents(loaded: Loaded, rows: Any, data: DataOptions, path: str, *, q
     )
 
 
+def say_cut(docs: Corpus, path: str) -> None:
+    """Say how many rows were cut, if any."""
+    if lines := cut_facts(docs, path):
+        console().print(facts(lines))
+
+
 def recorded(request: ModelRequest) -> dict[str, Any]:
     """What a run records of where its training rows are, and of the request itself."""
     data = request.data
-    return {"data": {"path": anchored(str(data.dataset)), "split": data.split}, **request.record()}
+    known = {"path": anchored(str(data.dataset)), "split": data.split, "revision": data.dataset_revision}
+    return {"data": known, **request.record()}
 
 
 def with_example(request: ScoreRequest) -> ScoreRequest:
@@ -372,6 +423,7 @@ def with_example(request: ScoreRequest) -> ScoreRequest:
     if request.gave("method", "projection_dim", "projection", "hessian_path") is None:
         gradients = replace(gradients, projection="none")  # so small a model needs none
     return replace(
-        request, query=query, gradients=gradients, model=replace(request.model, path=str(example.MODEL)),
+        request, query=query, gradients=gradients,
+        model=replace(request.model, path=str(example.MODEL), task=request.model.task or "causal_lm"),
         data=replace(request.data, dataset=str(example.CORPUS), text_column="text"),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from rich.text import Text
 import gradfn
 from gradfn.cli.commands import MaskFitRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import anchored, check_request, check_run, require
+from gradfn.cli.inputs import anchored, check_run, checked
 from gradfn.cli.queries import load_all
 from gradfn.cli.request import slots_of
 from gradfn.cli.stages import normalizer
@@ -68,8 +68,7 @@ def _of_model(request: MaskFitRequest) -> _Given:
     """Gradients that a model makes of a dataset and of queries."""
     if request.query.query_path is not None:
         raise InputError("--query-path goes with --store: give both, or the queries themselves with --query")
-    check_request(request)
-    require(request, "a mask needs a model and a dataset, or gradients with --store")
+    request = checked(request, "a mask needs a model and a dataset, or gradients with --store")
     if request.query.query is None:
         raise InputError("no --query: a mask keeps the inner products with queries, so give some")
     loaded, train, asked = load_all(request)

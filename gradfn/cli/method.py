@@ -1,15 +1,26 @@
 """Which method a request to score asks for, and what it will not go with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gradfn.cli.commands import ScoreRequest
-from gradfn.cli.options import COMPONENTS, FitOptions
+from gradfn.cli.options import COMPONENTS, FitOptions, SolverOptions
 from gradfn.cli.stages import dampings_of
 from gradfn.errors import InputError
+from gradfn.linalg.spectrum import Damping
 from gradfn.methods import RECIPES, Problem, Recipe, influence, recipe_named
+from gradfn.methods.exact_solve import Solver
 from gradfn.methods.inner_product import Norm
 from gradfn.runs.curvatures import open_curvature
+
+SOLVERS = dict.fromkeys(("product", "iterations", "tolerance"), ("cg", "lissa"))
+SOLVERS |= dict.fromkeys(("scale", "minibatches"), ("lissa",))
+"""Options of how queries are solved for, and the methods that do."""
+
+
+def solver_of(options: SolverOptions) -> Solver:
+    """The solver that is asked for, which is refused before anything is loaded where it makes no sense."""
+    return Solver(options.product, options.iterations, options.tolerance, options.scale, options.minibatches)
 
 
 def recipe_of(request: ScoreRequest) -> tuple[str, Recipe]:
@@ -66,6 +77,9 @@ def _check_fit(name: str, recipe: Recipe, request: ScoreRequest) -> None:
     dampings = dampings_of(request.curvature, fitted=recipe.curvature)
     fits = recipe.curvature and request.curvature.path is None
     check_fit(fit, loss.criterion, loss.label_smoothing)
+    solver_of(request.solver)
+    if name in SOLVERS["product"]:
+        _check_exact(name, request, dampings)
     if fit.components < 1:
         raise InputError(f"--target-downweight-components must be 1 or more, not {fit.components}")
     looked_at = ":" in name or (name == "trackstar" and fits)  # a recipe of one's own may look at it
@@ -77,6 +91,11 @@ def _check_fit(name: str, recipe: Recipe, request: ScoreRequest) -> None:
     for option, asked in (("labels", fit.labels != "data"), ("partitions", fit.partitions > 1)):
         if asked and not fits:
             raise InputError(f"--{option} is of a curvature that is fitted here, and none is: leave it out")
+    for option, methods in SOLVERS.items():
+        if name not in methods and request.gave(option):
+            raise InputError(
+                f"--{option} is of --method {' and '.join(methods)}, not of {name}: leave it out"
+            )
     factored = any(damping.kind == "factored" for damping in dampings)
     if factored and fits and name in RECIPES and not recipe.product:
         products = " or ".join(known for known, other in RECIPES.items() if other.product)
@@ -84,6 +103,16 @@ def _check_fit(name: str, recipe: Recipe, request: ScoreRequest) -> None:
             f"factored damping needs a curvature that is a product of two factors, which that of {name} is "
             f"not: choose --method {products}, or another damping"
         )
+
+
+def _check_exact(name: str, request: ScoreRequest, dampings: Sequence[Damping]) -> None:
+    """Refuse what the exact solves of a method do not have."""
+    if given := request.gave("projection", "projection_dim", "optimizer_state", "partitions"):
+        raise InputError(f"{name} solves for whole gradients in one go: leave out {given}")
+    if request.layers.by == "head":
+        raise InputError(f"{name} solves for whole weights, which heads are parts of: use --by example")
+    if len(dampings) > 1 or dampings[0].kind not in ("relative", "absolute"):
+        raise InputError(f"{name} takes one damping, relative or absolute: give --damping 0.1, say")
 
 
 def _check_sides(name: str, recipe: Recipe, request: ScoreRequest) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from gradfn.cli.request import OUTPUT, found, option
+from gradfn.cli.request import OUTPUT, flag_of, found, option
 from gradfn.cli.values import (
     STDOUT,
     dampings,
@@ -35,11 +35,13 @@ Criterion = Literal["cross_entropy", "log_odds", "kl"]
 Reduction = Literal["mean", "sum"]
 Kind = Literal["second_moment", "kfac", "ekfac", "shampoo", "tkfac"]
 Labels = Literal["data", "model"]
+Product = Literal["fisher", "gauss_newton", "hessian"]
 By = Literal["example", "module", "head", "token"]
 StoredBy = Literal["example", "head", "token"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "linear", "cosine"]
 Init = Literal["given", "random"]
+Seeding = Literal["shared", "independent"]
 
 IMAGES = "image_classification"
 """The task whose rows are images."""
@@ -59,14 +61,16 @@ _MESSAGES = (
     "supervised."
 )
 _LABELS = "Column with what a row is to be mapped to: class numbers or names, or (regression) numbers."
+_CHUNKS = "Cut texts into chunks of so many tokens; the chunks of row 17 are the rows 17:0, 17:1 and so on."
 _REWARDS = "Column with rewards: a row's loss is multiplied by its reward less the mean of its prompt."
 _QUERY = (
     "A text in quotes, or a dataset of queries (a file, or a save_to_disk folder): its prompts and "
     "completions, or its texts."
 )
+QUERY_SPLIT = 'Split of a dataset in --query, or a part of one: "test[:100]".'
 _METHOD = (
     "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
-    "relatif, trak, datainf, or FILE.py:NAME for your own."
+    "relatif, trak, datainf, cg, lissa, or FILE.py:NAME for your own."
 )
 _CHECKPOINTS = (
     "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."
@@ -85,8 +89,9 @@ _DIM = (
 _HESSIAN = "A curvature that hessian or mix wrote: H^-1 on the queries, or (cosine) H^-1/2 on both sides."
 _DAMPING = (
     "Of the curvature: 0.1 adds 0.1 mean(lambda); or absolute:, truncated:, tikhonov:, factored:NUMBER; "
-    "several with commas."
+    "several with commas. In datainf only one, which divides the scores and hardly changes their order."
 )
+_SEEDING = "Whether all subsets have the same seeds, or every model one of its own."
 _DIRECTIONS = "trackstar: directions of the queries to count less."
 _INCLUDE = (
     "Glob of layers to take; several may be given. All weight matrices but the LM head and embeddings, "
@@ -99,6 +104,7 @@ _REMOVE = "Instead of subsets at random: all rows, all but each query's so many 
 
 # --- groups
 
+_TOKENIZER = "Folder or hub name of another tokenizer than the model's."
 _PRECISION = "Dtype of the model's weights; tf32: fp32, multiplied on the device's TF32 or bf16 units."
 _ATTENTION = "Kernel of attention; changes rounding, speed and memory."
 
@@ -109,7 +115,11 @@ class ModelOptions:
 
     PANEL: ClassVar[str] = "Model"
     path: str | None = option(None, "Local folder, .gguf file or hub name.", name="model", file=found)
-    task: Task = option("causal_lm", "What the model does with a row.")
+    revision: str | None = option(None, "Branch, tag or commit of a --model on the hub.")
+    task: Task | None = option(
+        None, "What the model does with a row.", shown="what its config says that it was saved for"
+    )
+    tokenizer: str | None = option(None, _TOKENIZER, shown="the model's", file=found)
     precision: Precision | None = option("fp32", _PRECISION)
     attention: Attention | None = option(None, _ATTENTION, shown="what transformers takes")
     device: str = option("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one.", parse=device_named)
@@ -123,7 +133,9 @@ class ModelOptions:
 
 STORED_MODEL: dict[str, Any] = {
     "path": option(None, "The store's model, if it lies elsewhere by now.", name="model", file=found),
+    "revision": option(None, "Branch, tag or commit of a --model on the hub.", shown="the store's"),
     "task": None,
+    "tokenizer": option(None, _TOKENIZER, shown="the store's", file=found),
     "precision": option(None, _PRECISION, shown="the store's"),
     "attention": option(None, _ATTENTION, shown="the store's"),
 }
@@ -136,6 +148,7 @@ class DataOptions:
 
     PANEL: ClassVar[str] = "Data"
     dataset: str | None = option(None, _DATASET, file=found)
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a --dataset on the hub.")
     split: str = option("train", 'Split of --dataset, or a part of one: "train[:100]".')
     text_column: str = option("text", "Column with the text.")
     image_column: str | None = option(None, _IMAGES, shown="the only column of images, or image")
@@ -144,6 +157,7 @@ class DataOptions:
     messages_column: str | None = option(None, _MESSAGES, shown="messages, where there is no text")
     label_column: str | None = option(None, _LABELS, shown="of images, label")
     truncation: bool = option(False, "Cut documents that are longer than the model's context.")
+    chunk_length: int | None = option(None, _CHUNKS, shown="whole texts")
     reward_column: str | None = option(None, _REWARDS)
     advantage_column: str | None = option(None, "Column with numbers that multiply the rows' losses.")
 
@@ -177,6 +191,7 @@ class DataOptions:
             return self._check_images(by)
         if self.image_column is not None:
             raise InputError(f"--image-column is for image-classification, not for {task}: give --task too")
+        self._check_chunks(task)
         labelled = task in ("classification", "regression")
         if labelled and self.label_column is None:
             raise InputError(f"{task} needs to know its labels: give --label-column")
@@ -187,6 +202,7 @@ class DataOptions:
         pair = self.prompt_column is not None or self.completion_column is not None
         if labelled and pair:
             raise InputError(f"{task} reads a text: give --text-column, not prompts and completions")
+        self._check_pair()
         if self.messages_column is not None and (pair or task != "causal_lm"):
             raise InputError(
                 "--messages-column stands alone: leave out the columns of prompts and completions, and "
@@ -199,11 +215,38 @@ class DataOptions:
         if by == "token" and task == "seq2seq_lm":
             raise InputError("pairs of inputs and outputs have no tokens of a row: use --by example, or head")
 
+    def _check_pair(self) -> None:
+        """Refuse one side of prompts and completions without the other."""
+        for given, missing in (("prompt", "completion"), ("completion", "prompt")):
+            name = getattr(self, f"{given}_column")
+            if name is not None and getattr(self, f"{missing}_column") is None:
+                raise InputError(
+                    f"--{given}-column {name} is half of a row: give --{missing}-column too (completions "
+                    f"alone are supervised), or --text-column {name} to supervise these texts whole"
+                )
+
+    def _check_chunks(self, task: str) -> None:
+        """Refuse chunks of what is not plain text."""
+        if self.chunk_length is None:
+            return
+        whole = ("prompt_column", "completion_column", "messages_column", "label_column", "reward_column",
+                 "advantage_column", "truncation")  # fmt: skip
+        if given := [name for name in whole if getattr(self, name)]:
+            raise InputError(
+                f"--chunk-length cuts plain texts, and --{flag_of(given[0])} is of whole rows: leave one of "
+                "them out"
+            )
+        if task not in ("causal_lm", "masked_lm"):
+            raise InputError(f"--chunk-length cuts plain texts, and {task} is of whole rows: leave it out")
+        if self.chunk_length < 2:
+            raise InputError(f"--chunk-length must be 2 tokens or more, not {self.chunk_length}")
+
     def _check_images(self, by: str | None) -> None:
         """Refuse what goes with texts and not with images."""
-        for name in ("prompt_column", "completion_column", "messages_column", "reward_column"):
+        texts = ("prompt_column", "completion_column", "messages_column", "reward_column", "chunk_length")
+        for name in texts:
             if getattr(self, name) is not None:
-                raise InputError(f"images are no texts: leave out --{name.replace('_', '-')}")
+                raise InputError(f"images are no texts: leave out --{flag_of(name)}")
         if self.truncation:
             raise InputError("images are not cut, but made of one size: leave out --truncation")
         if by == "token":
@@ -221,6 +264,7 @@ class QueryOptions:
     PANEL: ClassVar[str] = "Query"
     query: str | None = option(None, _QUERY, file=found)
     completion: str | None = option(None, "What follows the text of --query; only it is supervised.")
+    query_split: str | None = option(None, QUERY_SPLIT, shown="the only one")
     query_path: str | None = option(None, "Query gradients that build or reduce wrote.", file=found)
     query_loss: Criterion | None = option(None, "Of the queries, if not that of the rows.", panel="Loss")
     group_column: str | None = option(None, "Column of --query: a group's queries are averaged to one.")
@@ -276,6 +320,18 @@ class FitOptions:
     labels: Labels = option("data", "Of curvatures: the data's, or drawn from the model with --seed.")
     partitions: int = option(1, "Fit curvatures in so many passes, with less memory; same result.")
     components: int = option(COMPONENTS, _DIRECTIONS, name="target_downweight_components")
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How the methods cg and lissa solve for queries."""
+
+    PANEL: ClassVar[str] = "Curvature"
+    product: Product = option("fisher", "cg, lissa: the curvature of the rows, exact and whole.")
+    iterations: int = option(100, "cg, lissa: steps, each a pass over the rows or a minibatch of them.")
+    tolerance: float = option(1e-3, "cg, lissa: the residual, relative to the query, that is small enough.")
+    scale: float | None = option(None, "lissa: what a step is divided by.", shown="the largest eigenvalue")
+    minibatches: int = option(1, "lissa: parts of the rows that steps take in turn.")
 
 
 @dataclass(frozen=True)
@@ -397,6 +453,7 @@ class SubsetOptions:
     remove_top: tuple[int, ...] | None = option(None, _REMOVE, parse=sizes, commas=True)
     scores: str | None = option(None, "For --remove-top: the run of scores that says which.", file=found)
     seeds: int = option(2, "Models of each subset, whose losses are averaged.")
+    seeding: Seeding = option("shared", _SEEDING)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ OPTIONS: dict[tuple[str, str], There] = {
     ("query", "top-k"): There("--top {}"),
     ("query", "record"): There("--csv {}"),
     (ANY, "query.dataset"): There("--query {}"),
+    (ANY, "query.split"): There("--query-split {}"),
+    ("query", "split"): _refused("the split of a dataset in --query is --query-split"),
     (ANY, "path"): There("--query-path {}"),
     ("hessian", "method"): There("--method {}", names={"autocorrelation": "second_moment"}),
     ("hessian", "ev-correction"): There("--method ekfac", values=0),
@@ -106,8 +108,6 @@ OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "reshape-to-square"): _refused("flatten blocks with --projection sjlt:4096, say"),
     (ANY, "subset"): _refused("a subset stands behind the name of its dataset: --dataset DATASET:SUBSET"),
     (ANY, "max-tokens"): _refused("take the first rows with --split 'train[:1000]'"),
-    (ANY, "revision"): _refused("download that revision, and give its folder as --model"),
-    (ANY, "tokenizer"): _refused("put the tokenizer into the model's folder"),
     (ANY, "fsdp"): _refused("a process runs one whole model: split rows with --shard I/N", 0),
     (ANY, "nproc-per-node"): _refused("split the rows with --shard I/N, and join them with gradfn merge"),
     (ANY, "nnode"): _refused("split the rows with --shard I/N, and join them with gradfn merge"),
@@ -118,7 +118,6 @@ OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "skip-nan-rewards"): _refused(_FIRST, 0),
     (ANY, "format-template"): _refused(_FIRST),
     (ANY, "data-kwargs"): _refused(_FIRST),
-    (ANY, "chunk-length"): _refused(_FIRST),
     (ANY, "stats-sample-size"): _ALL_ROWS,
     ("score", "aggregation"): _refused(
         "make one query of them with gradfn reduce, and give it as --query-path"
@@ -149,7 +148,7 @@ COMMANDS_THERE = {
     "train": "gradfn retrain, which trains models on subsets and keeps their losses",
     "test-model-configuration": "gradfn check MODEL",
     "collect": "gradfn build RUN",
-    "lissa": "Python, gradfn.exact.lissa",
+    "lissa": "gradfn score RUN --method lissa --query QUERIES",
 }
 """Commands that exist elsewhere, and what does it here."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gradfn.cli.commands import MaskFitRequest, RetrainRequest, ScoreRequest
 from gradfn.cli.inputs import (
@@ -17,18 +17,20 @@ from gradfn.cli.inputs import (
     anchored,
     load_documents,
     load_model_and_rows,
+    say_cut,
 )
 from gradfn.cli.options import DataOptions, QueryOptions
-from gradfn.data import Corpus, Documents, Images, Pairs
+from gradfn.data import Corpus, Documents
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
-from gradfn.hf.answers import Answer, answers
-from gradfn.hf.datasets import load_rows
+from gradfn.hf.answers import Answer, answers, predicted_classes
+from gradfn.hf.datasets import load_split
 from gradfn.hf.unpack import PACKED, kind_of
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
-from gradfn.report.progress import progress_bar
+from gradfn.model.losses import ModelLoss
+from gradfn.report.progress import rows_bar
 from gradfn.report.rankings import ShownQueries
 from gradfn.runs.gradients import ends_in_unit_norm, open_gradients
 from gradfn.runs.provenance import DataSource, Provenance, ids_digest
@@ -77,8 +79,8 @@ class Queries:
         return self.make()
 
 
-_OWN = ["how far a step on a row lowers that row's own loss"]
-SELF = Queries(dict, {"query": "self"}, ShownQueries(["self-influence"], _OWN, _OWN))
+_OWN = "how far a step on a row lowers that row's own loss"
+SELF = Queries(dict, {"query": "self"}, ShownQueries(["self-influence"], [_OWN]))
 """What is shown of rows that are scored against themselves."""
 
 
@@ -91,13 +93,15 @@ def is_dataset(query: str) -> bool:
     return named or PATH.fullmatch(query) is not None
 
 
-def query_rows_of(options: QueryOptions, split: str = "train") -> Any | None:
+def query_rows_of(options: QueryOptions) -> Any | None:
     """The dataset of --query, loaded before the model so that a wrong path fails at once; None for a text."""
-    query, completion = options.query, options.completion
+    query, completion, split = options.query, options.completion, options.query_split
     if (query is None) == (options.query_path is None):
         raise InputError("give one of --query (a dataset, or a text in quotes) and --query-path (a store)")
     if completion is not None and (query is None or is_dataset(query)):
         raise InputError("--completion follows a text: give that text in quotes with --query")
+    if split is not None and (query is None or not is_dataset(query)):
+        raise InputError("--query-split is of a dataset in --query, and none is given: leave it out")
     if query is None and options.query_loss is not None:
         raise InputError("the queries of --query-path have their loss already: leave out --query-loss")
     if query is None:
@@ -110,7 +114,7 @@ def query_rows_of(options: QueryOptions, split: str = "train") -> Any | None:
     if not is_dataset(query):
         return None
     try:
-        return load_rows(query, split)
+        return load_split(query, split, argument="query_split")[0]
     except InputError as error:
         if os.path.exists(query) or kind_of(Path(query)) in DATA_SUFFIXES:
             raise
@@ -132,6 +136,7 @@ def load_asked(loaded: Loaded, rows: Any | None, options: QueryOptions, data: Da
             documents = load_documents(loaded, rows, data, options.query, query=True)
         else:
             documents = loaded.reads.text(options.query, options.completion, truncation=data.truncation)
+            say_cut(documents, "--query")
     except InputError as error:
         raise InputError(f"in --query: {error}") from error
     empty = [documents.ids[row] for row in range(len(documents)) if not documents.supervised[row]]
@@ -164,10 +169,21 @@ def answers_of(loaded: Loaded, shown: ShownQueries) -> list[Answer] | None:
     return answers(loaded.model, loaded.reads.tokenizer, shown.documents)
 
 
+def classes_of(loaded: Loaded, train: Corpus, rows: list[int]) -> dict[int, tuple[str, str]]:
+    """The class of each of some rows, and the one that the model gives it."""
+    loss, config = loaded.subject.loss, cast(Any, loaded.model.config)
+    assert isinstance(loss, ModelLoss)
+    names = {number: name for name, number in config.label2id.items()}
+    with loaded.multiplying():
+        predicted = predicted_classes(loss, train.select(rows))
+    labels = train.extras["labels"][rows].tolist()
+    pairs = zip(rows, labels, predicted, strict=True)
+    return {row: (str(names.get(label, label)), str(names.get(said, said))) for row, label, said in pairs}
+
+
 def load_queries(
-    loaded: Loaded, asked: Asked | None, options: QueryOptions, data: DataOptions, method: InnerProduct,
-    wanted: Settings,
-) -> tuple[Queries, InnerProduct]:  # fmt: skip
+    loaded: Loaded, asked: Asked | None, options: QueryOptions, method: InnerProduct, wanted: Settings
+) -> tuple[Queries, InnerProduct]:
     """Make (or read) the queries' gradients, and the method that takes them as they are.
 
     Args:
@@ -179,7 +195,7 @@ def load_queries(
     transform, groups, plain = (
         method.query_transform,
         options.group_column,
-        queries_of(asked, loaded, options, data),
+        queries_of(asked, loaded, options),
     )
     unit = groups is not None and ends_in_unit_norm(transform)
     if unit:  # a mean of gradients is normalised, not of directions
@@ -188,22 +204,19 @@ def load_queries(
     return (_grouped(queries, asked.rows, groups, unit) if groups else queries), method
 
 
-def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions, data: DataOptions) -> Queries:
+def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions) -> Queries:
     """What is known of queries without their gradients."""
     documents, rows = asked.documents, asked.rows
-    settings = {"path": None if rows is None else anchored(str(options.query)),
+    settings = {"path": None if rows is None else anchored(str(options.query)), "split": options.query_split,
                 "fingerprint": documents.fingerprint(), "rows": len(documents), "ids": ids_digest(documents),
                 "loss": loaded.loss_settings(loaded.subject.query_loss)}  # fmt: skip
-    shown = ShownQueries(
-        documents.ids, documents.texts, _shown(documents, rows, options, data), _sources(rows),
-        documents=documents,
-    )  # fmt: skip
+    shown = ShownQueries(documents.ids, documents.texts, _sources(rows), documents=documents)
     return Queries(dict, {"query": settings}, shown)
 
 
 def _gradients(loaded: Loaded, documents: Corpus, transform: Transform) -> Any:
     """The queries' gradients."""
-    with loaded.multiplying(), progress_bar("query gradients", int(documents.lengths.sum())) as progress:
+    with loaded.multiplying(), rows_bar("query gradients", documents, then="scores") as progress:
         try:
             return collect(loaded.subject.for_queries(), documents, transform, progress=progress)
         except InputError as error:
@@ -223,7 +236,7 @@ def _grouped(queries: Queries, rows: Any, column: str, unit: bool) -> Queries:
         gradients, _ = group_means(queries.gradients, groups)
         return unit_normalize()(gradients) if unit else gradients
 
-    return Queries(means, settings, ShownQueries(names, texts, texts))
+    return Queries(means, settings, ShownQueries(names, texts))
 
 
 def _read_queries(path: str, method: InnerProduct, wanted: Settings) -> tuple[Queries, InnerProduct]:
@@ -236,28 +249,7 @@ def _read_queries(path: str, method: InnerProduct, wanted: Settings) -> tuple[Qu
         path=anchored(path), fingerprint=made.data and made.data.fingerprint, rows=len(ids), loss=made.loss,
         transform=made.transform, aggregation=made.aggregation,
     )  # fmt: skip
-    return Queries(lambda: gradients, {"query": about.to_json()}, ShownQueries(ids, texts, texts)), method
-
-
-def _shown(documents: Corpus, rows: Any | None, options: QueryOptions, data: DataOptions) -> list[str]:
-    """Queries as a person reads them: what is asked, and after an arrow what is supervised."""
-    if isinstance(documents, Pairs | Images):
-        return documents.texts
-    if rows is None:
-        prompts, completions = [options.query], [options.completion]
-    elif data.label_column is not None:
-        labels = zip(documents.texts, rows[data.label_column], strict=True)
-        return [f"{text} → {label}" for text, label in labels]
-    else:
-        columns = data.columns(list(rows.column_names), query=True)
-        prompt, completion = columns["prompt_column"], columns["completion_column"]
-        if prompt is None or completion is None:
-            return documents.texts
-        prompts, completions = list(rows[prompt]), list(rows[completion])
-        if not all(isinstance(side, str | None) for side in (*prompts, *completions)):
-            return documents.texts
-    pairs = zip(documents.texts, prompts, completions, strict=True)
-    return [f"{prompt} → {end.strip()}" if prompt and end else text for text, prompt, end in pairs]
+    return Queries(lambda: gradients, {"query": about.to_json()}, ShownQueries(ids, texts)), method
 
 
 def _sources(rows: Any | None) -> list[str | None]:

@@ -36,9 +36,7 @@ def run_query(request: QueryRequest) -> None:
     top = request.table.top or 0
     request.table.check(request.output.overwrite)
     dampings_of(request.curvature)
-    query_rows = query_rows_of(request.query, request.data.split)
-    if query_rows is None and (split := request.gave("split")):
-        raise InputError(f"{split} is of a dataset in --query, and none is given: leave it out")
+    query_rows = query_rows_of(request.query)
     if query_rows is not None and request.gave("text_column"):
         check_column(query_rows, request.data.text_column, "give another text_column")
     with open_gradients(request.store) as store:
@@ -48,7 +46,7 @@ def run_query(request: QueryRequest) -> None:
         loaded = load_stored_subject(request, path, store.settings)
         method, wanted = _method(loaded, store, request)
         asked = load_asked(loaded, query_rows, request.query, request.data)
-        queries, method = load_queries(loaded, asked, request.query, request.data, method, wanted)
+        queries, method = load_queries(loaded, asked, request.query, method, wanted)
         rows = count(store.rows, "token" if by == "token" else "row")
         lines = [("store", f"{index_path(request.store)} [{rows}]"), ("model", loaded.path)]
         method_line = ("method", _in_words(method))

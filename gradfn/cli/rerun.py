@@ -1,12 +1,13 @@
 """`gradfn rerun`: the command that made a run, again."""
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from gradfn.cli.app import runner
 from gradfn.cli.commands import COMMANDS, RerunRequest
 from gradfn.cli.console import console
 from gradfn.cli.request import Request, checked, command_line, make
+from gradfn.cli.values import found_method
 from gradfn.errors import InputError
 from gradfn.report.tables import facts
 from gradfn.runs.shards import shard_run
@@ -40,12 +41,6 @@ def recorded_request(run: str) -> tuple[type[Request], dict[str, Any]]:
     return kind, checked(kind, request["given"], f"the record of {run}")
 
 
-def spelled(request: Mapping[str, Any]) -> str:
-    """The command of a record, as it would be typed."""
-    kind = next((one for one in COMMANDS if request["command"] == one.COMMAND), None)
-    return f"gradfn {request['command']}" if kind is None else command_line(kind, request["given"])
-
-
 def run_rerun(request: RerunRequest) -> None:
     """Read what was asked, say it, and do it."""
     kind, recorded = recorded_request(request.run)
@@ -57,4 +52,31 @@ def run_rerun(request: RerunRequest) -> None:
     if (shard_run(made.run, made.output.shard) / f"{kind.WRITES}.h5").exists():
         lines.append(("complete", "this run has all its rows, and nothing is computed again"))
     console().print(facts(lines))
+    _refuse_unseen(request, made)
     runner(kind)(made)
+
+
+def _refuse_unseen(request: RerunRequest, made: Any) -> None:
+    """Refuse a record, perhaps from somebody else, that runs code unasked or writes to another place.
+
+    Raises:
+        InputError: naming what to read first, and to give again.
+    """
+    if made.given.get("trust_remote_code") and not request.trust_remote_code:
+        raise InputError(
+            f"the command that made {request.run} runs code that comes with its model: read that, and give "
+            "--trust-remote-code again"
+        )
+    method = made.given.get("method", "")
+    if ":" in method and found_method(request.method or "") != method:
+        raise InputError(
+            f"the command that made {request.run} runs the file of its method: read it, and give --method "
+            f"{method} again"
+        )
+    own = Path(request.run).parent if Path(request.run).is_file() else Path(request.run)
+    written = {Path(made.run).resolve(), shard_run(made.run, made.output.shard).resolve()}
+    if request.into is None and own.resolve() not in written:
+        raise InputError(
+            f"the command that made {request.run} writes to {made.run}: give the run to write, --into "
+            f"{request.run} for this one"
+        )

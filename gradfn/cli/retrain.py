@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gradfn.cli.commands import RetrainRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import Loaded, anchored, check_request, check_run, recorded, require
+from gradfn.cli.inputs import Loaded, anchored, check_run, checked, recorded
 from gradfn.cli.options import SubsetOptions
 from gradfn.cli.queries import load_all
 from gradfn.data import Corpus
@@ -14,7 +14,7 @@ from gradfn.errors import InputError
 from gradfn.evaluate.brittleness import brittleness_subsets
 from gradfn.evaluate.scored import single_scores
 from gradfn.evaluate.subsets import check_fraction, leave_one_out, random_subsets
-from gradfn.evaluate.truth import Truth, retrain, subsets_of_models
+from gradfn.evaluate.truth import Retraining, Truth, retrain, shard_of_models
 from gradfn.hf.models import fresh
 from gradfn.model.params import params_of
 from gradfn.report.progress import progress_bar
@@ -27,39 +27,44 @@ SUBSETS = 50
 """Random subsets, unless told."""
 
 
+NEEDS = "retraining needs a model, a dataset and queries"
+
+
 def run_retrain(request: RetrainRequest) -> None:
     """Load, retrain, report."""
     check_run(request.run)
-    check_request(request)
-    require(request, "retraining needs a model, a dataset and queries")
+    _check_subsets(request)
     if request.query.query is None:
-        raise InputError("no --query: retraining needs a model, a dataset and queries")
+        raise InputError(f"no --query: {NEEDS}")
     if (precision := request.model.precision) in ("bf16", "fp16"):
         raise InputError(
             f"--precision {precision} rounds most steps of training to nothing: give fp32, or tf32, whose "
             "weights are float32 too"
         )
+    request = checked(request, NEEDS)
     shard, training = request.output.shard, request.training.training()
-    _check_subsets(request)
     loaded, train, asked = load_all(request)
     assert asked is not None
-    queries, seeds, seed = asked.documents, request.subsets.seeds, request.seed
-    subsets, how = _subsets(request.subsets, seed, train, queries)
+    queries, options, seed = asked.documents, request.subsets, request.seed
+    subsets, how = _subsets(options, seed, train, queries)
     console().print(facts(_subject_facts(loaded, train, queries, subsets, request)))
     if hasattr(loaded.model, "peft_config"):
         raise InputError(f"{loaded.name} has adapters, and whole models are retrained: merge them into it")
     given = request.training.init == "given"
     start = params_of(loaded.model) if given else lambda: fresh(loaded.model)
-    own = subsets_of_models(len(subsets), seeds, shard)
-    total = training.epochs * int(subsets.sum(1)[own].sum())
+    retraining = Retraining(
+        start, loaded.subject.loss, training, subsets, query_loss=loaded.subject.query_loss,
+        seeds=options.seeds, seed=seed, seeding=options.seeding,
+    )  # fmt: skip
+    models = retraining.models().subsets
+    own = shard_of_models(len(models), shard)
+    total = training.epochs * int(models[own.start : own.stop].sum())
     known = {key: value for key, value in loaded.settings().items() if key != "layers"}
     query_loss = {"query_loss": loaded.loss_settings(loaded.subject.query_loss)}
     with loaded.multiplying(), progress_bar("retraining", total, "examples") as progress:
         truth = retrain(
-            request.run, start, train, queries, loss=loaded.subject.loss,
-            query_loss=loaded.subject.query_loss, subsets=subsets, training=training, seeds=seeds,
-            seed=seed, shard=shard, settings={**known, **query_loss, **recorded(request), "subsets": how},
-            overwrite=request.output.overwrite, progress=progress,
+            request.run, retraining, train, queries, shard=shard, overwrite=request.output.overwrite,
+            settings={**known, **query_loss, **recorded(request), "subsets": how}, progress=progress,
         )  # fmt: skip
     path = f"{shard_run(request.run, shard) / 'truth.h5'}"
     console().print(facts([*_truth_facts(truth, path), *next_facts(request.run, shard)]))
@@ -113,18 +118,20 @@ def _subject_facts(
     loaded: Loaded, train: Corpus, queries: Corpus, subsets: Tensor, request: RetrainRequest
 ) -> Facts:
     options, seeds = request.training, request.subsets.seeds
+    of_its_own = ", none shared" if request.subsets.seeding == "independent" else ""
     found = sorted({*subsets.sum(1).tolist()})
     of = f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
     numbers = sum(p.numel() for p in loaded.model.parameters())
     init = "its own" if options.init == "given" else "new"
     schedule = "" if options.schedule == "constant" else f", {options.schedule} schedule"
     return [
+        *loaded.notes,
         *device_facts(loaded.model, loaded.products),
         ("model", f"{loaded.name} ({count(numbers, 'parameter')}, all trained, from {init} weights)"),
         ("train", f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"),
         ("queries", f"{len(queries):,}"),
         ("models", f"{len(subsets) * seeds:,} ({count(len(subsets), 'subset')} of {of} rows, "
-                   f"{count(seeds, 'seed')} each)"),
+                   f"{count(seeds, 'seed')} each{of_its_own})"),
         ("training", f"{count(options.epochs, 'epoch')} of {options.optimizer}, batches of "
                      f"{options.batch_size}, learning rate {options.learning_rate:g}{schedule}"),
     ]  # fmt: skip

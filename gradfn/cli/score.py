@@ -5,18 +5,19 @@ from dataclasses import replace
 from gradfn.cli.attribution import Job, Weighted, score_checkpoints, score_model
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import anchored, check_request, check_run, require, with_example
+from gradfn.cli.inputs import anchored, check_run, checked, with_example
 from gradfn.cli.method import recipe_of
 from gradfn.cli.options import MethodOptions
-from gradfn.cli.queries import answers_of, load_all
+from gradfn.cli.queries import answers_of, classes_of, load_all
 from gradfn.cli.stages import projection_of
 from gradfn.errors import InputError
+from gradfn.evaluate.truth import CLASSES
 from gradfn.hf.locate import locate_model
 from gradfn.methods.attribution import times_doubt, weighted_sum
 from gradfn.methods.recipes import Recipe
 from gradfn.report.exports import export_ranking
 from gradfn.report.rankings import print_rankings
-from gradfn.report.rows import loaded_rows
+from gradfn.report.rows import DocumentRows, LabelledRows, loaded_rows
 from gradfn.transforms import Chain
 from gradfn.transforms.joint import joint
 
@@ -24,10 +25,9 @@ from gradfn.transforms.joint import joint
 def run_score(request: ScoreRequest) -> None:
     """Load, score, show."""
     check_run(request.run)
-    check_request(request)
     if request.model.path is None and request.data.dataset is None:
         request = with_example(request)
-    require(request, "give both --model and --dataset, or neither for the example")
+    request = checked(request, "give both --model and --dataset, or neither for the example")
     name, recipe = recipe_of(request)
     _check_shard(request, name, recipe)
     curvature, masks = request.curvature.path, request.model.task == "masked_lm"
@@ -46,6 +46,8 @@ def run_score(request: ScoreRequest) -> None:
     if ranked is None:
         return
     known = loaded_rows(train, loaded.reads.tokenizer, str(request.layers.by))
+    if request.method.self_influence and request.model.task in CLASSES and isinstance(known, DocumentRows):
+        known = LabelledRows(known.ids, known.texts, classes_of(loaded, train, [*ranked.asked(job.top)]))
     table = print_rankings(
         console(),
         shown,
@@ -94,7 +96,7 @@ def _check_shard(request: ScoreRequest, name: str, recipe: Recipe) -> None:
 
 def _check_alone(request: ScoreRequest, projection: Chain) -> None:
     """Refuse queries beside --self, and blocks that are not told apart."""
-    of_queries = ("query", "query_path", "completion", "group_column", "query_loss")
+    of_queries = ("query", "query_split", "query_path", "completion", "group_column", "query_loss")
     if request.method.self_influence and (given := request.gave(*of_queries)):
         raise InputError(f"--self has no queries: leave out {given}")
     if request.layers.by_block and joint() in projection.stages:
@@ -134,6 +136,11 @@ def _check_joined(request: ScoreRequest, recipe: Recipe, weighted: Weighted, joi
         raise InputError(f"joined scores are not told apart by {by}: use --by example or token")
     if recipe.combine is not times_doubt:
         return
+    if request.loss.reduction == "sum":
+        raise InputError(
+            "trak weighs a row by 1 - p, of which a sum over many tokens leaves nothing: leave out "
+            "--loss-reduction"
+        )
     if by == "token":
         raise InputError("trak weighs whole rows by their loss: use --by example")
     if given := request.gave("reward_column", "advantage_column"):

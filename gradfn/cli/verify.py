@@ -1,16 +1,17 @@
 """`gradfn verify`: whether the files of a run hold what was written."""
 
-from collections.abc import Sequence
+from pathlib import Path
 
-from gradfn.cli.commands import VerifyRequest
+from gradfn.cli.commands import VerifyRequest, spelled
 from gradfn.cli.console import console
-from gradfn.cli.rerun import spelled
 from gradfn.errors import InputError
 from gradfn.report.progress import progress_bar
 from gradfn.report.tables import facts
 from gradfn.report.words import clean, count
 from gradfn.runs.shards import shards_of
-from gradfn.store.verify import Checked, check_files, files_below
+from gradfn.store.file import FORMAT, place_of
+from gradfn.store.reader import request_beside
+from gradfn.store.verify import check_files, files_below
 
 NAMED = 8
 """Files that an error names; the lines before it name all."""
@@ -27,13 +28,18 @@ def run_verify(request: VerifyRequest) -> None:
     wrong = list({one.wrong: one for one in reversed(checked) if one.wrong}.values())[::-1]
     files = count(len(checked), "file")
     if not wrong:
-        older = sum(one.header is not None and not one.header.digests for one in checked)
-        note = ("note", f"{count(older, 'file')} of an older gradfn: checksums alone, and no digests")
-        console().print(
-            facts([("verified", f"{files} of {run}: all as written"), *([note] if older else [])])
-        )
+        older = [one for one in checked if one.header is not None and one.header.format < FORMAT]
+        lines = [("verified", f"{files} of {run}: {'no damage found' if older else 'all as written'}")]
+        if older:
+            commands = " and ".join(dict.fromkeys(_again(one.path) for one in older))
+            lines.append(
+                ("note",
+                 f"{count(len(older), 'file')} written before digests were kept: only structure was checked, "
+                 f"and zeros in the place of data cannot be seen; make again with {commands}")
+            )  # fmt: skip
+        console().print(facts(lines))
         return
-    commands = list(dict.fromkeys(_again(one, checked) for one in wrong))
+    commands = list(dict.fromkeys(_again(one.path) for one in wrong))
     for line in dict.fromkeys([*(one.wrong for one in wrong), *commands]):
         print(clean(line))  # whole, since a command that is cut is none
     named = ", ".join(str(one.path) for one in wrong[:NAMED])
@@ -44,10 +50,10 @@ def run_verify(request: VerifyRequest) -> None:
     )
 
 
-def _again(damaged: Checked, checked: Sequence[Checked]) -> str:
+def _again(path: Path) -> str:
     """The command that makes a damaged file again, as another file of its kind records it."""
-    folder, kind = damaged.place
+    folder, kind = place_of(path)
     if kind in shards_of(folder):
         return f"gradfn merge {folder}"
-    requests = [one.header.request for one in checked if one.header and one.place == (folder, kind)]
-    return next((spelled(request) for request in requests if request), "the command that made it")
+    request = request_beside(path)
+    return spelled(request) if request else "the command that made it"

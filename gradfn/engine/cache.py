@@ -90,7 +90,7 @@ class CachedRows:
         if rest is None:
             return lambda numbers, batch: engine(batch)
         base = replace(engine, transform=chain(self.transform), _lowered=None)
-        if self._bytes(base) > min(CACHE_BYTES, free_memory() // 4):
+        if len(self) * base.result_bytes > min(CACHE_BYTES, free_memory() // 4):
             return lambda numbers, batch: engine(batch)
         if self._maker(engine) != self._made_by:
             self._made_by, self._values = self._maker(engine), {}
@@ -115,13 +115,6 @@ class CachedRows:
     def _maker(self, engine: Engine) -> tuple[Any, ...]:
         weights = [(weight.data_ptr(), weight._version) for weight in engine.model.parameters()]
         return engine.model, weights, engine.loss, engine.view, {site.block for site in engine.sites}
-
-    def _bytes(self, base: Engine) -> int:
-        plans = base.lowered().plans.items()
-        empty = {n: torch.empty(0, *plan.shape, dtype=plan.dtype, device=plan.device) for n, plan in plans}
-        rows = base.lowered().finish(empty)
-        assert isinstance(rows, dict)
-        return len(self) * sum(v.shape[1:].numel() * v.element_size() for v in rows.values())
 
     def _write(self, numbers: np.ndarray, values: Blocks, losses: Tensor) -> None:
         if not self._values:

@@ -7,24 +7,24 @@ measures the rounding that batches and the precision cause.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradfn.data import check_rows
 from gradfn.engine.engine import Engine
 from gradfn.engine.reference import naive_blocks
 from gradfn.engine.stream import Progress, collect, gather, labelled, lengths_of
 from gradfn.errors import InputError
 from gradfn.model.layers import KINDS
-from gradfn.model.losses import causal_lm_loss
 from gradfn.model.sites import Site, View, all_sites, find_sites, output_head
-from gradfn.subject import TOKEN_BATCH_SIZE
+from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform, project
-from gradfn.types import Blocks, Data, Example, LossFn
+from gradfn.types import Blocks, Data, Example
 
 EngineName = Literal["probe", "vmap(grad)"]
 FINE = 0.999
@@ -176,6 +176,7 @@ def equality(engine: Engine, rows: Sequence[Example]) -> tuple[BlockError, ...]:
         raise InputError(
             f"{fixed} is quantised, so autograd has no gradient of it: check the model unquantised"
         )
+    check_rows(rows)
     rows = [labelled(rows, row) for row in range(len(rows))]
     together = len(rows) * int(lengths_of(rows).max())
     got = gather(engine, rows, token_batch_size=together).values
@@ -261,16 +262,14 @@ def _cosines(a: Float[Tensor, "rows numbers"], b: Float[Tensor, "rows numbers"])
 
 
 def noise(
-    model: nn.Module,
+    model: nn.Module | Subject,
     data: Data,
-    *,
-    reference: nn.Module | None = None,
-    make_loss: Callable[[nn.Module], LossFn] = causal_lm_loss,
     transform: Transform | None = None,
-    view: View | None = None,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
+    *,
+    reference: Subject | None = None,
     inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Progress | None = None,
+    **options: Unpack[SubjectOptions],
 ) -> Noise:
     """Measure what batches and the precision do to rows of gradients.
 
@@ -278,36 +277,34 @@ def noise(
     is summed in another order, by another kernel.
 
     Args:
-        model: the model in the precision to measure.
+        model: what is measured, in its precision: a `Subject`, or a module with a subject's `options`.
         data: examples of different lengths, so that padding matters.
-        reference: the same model in float32; `model` itself, to measure the effect of `inside`.
-        make_loss: the loss of a model.
         transform: of the rows that are compared; None is `project(16)`.
-        view, token_batch_size, progress: see `collect`.
+        reference: the same in float32; `model` itself, to measure the effect of `inside`.
         inside: a context for the model's rows, but not for the reference's; see
             `gradfn.engine.precision.multiplying`.
+        progress, options: see `collect`.
 
     Raises:
         InputError: see `collect`.
 
     >>> net = nn.Linear(3, 1)
-    >>> def make_loss(model):
-    ...     return lambda p, e: torch.func.functional_call(model, p, e["x"]).square().sum()
-    >>> noise(net, [{"x": torch.ones(3)}] * 4, make_loss=make_loss).worst_cosine > 0.999999
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).square().sum()
+    >>> noise(net, [{"x": torch.ones(3)}] * 4, loss=loss).worst_cosine > 0.999999
     True
     """
+    subject = subject_of(model, **options)
 
-    def rows(model: nn.Module, size: int) -> Blocks:
-        made = collect(
-            model, data, transform or project(16), loss=make_loss(model), view=view, token_batch_size=size,
-            progress=progress,
-        )  # fmt: skip
+    def rows(subject: Subject, size: int) -> Blocks:
+        one = replace(subject, token_batch_size=size)
+        made = collect(one, data, transform or project(16), progress=progress)
         if not isinstance(made, dict):
             raise InputError("scores are not rows of gradients: give a transform that does not end in dot")
         return made
 
     with inside():
-        alone, together = rows(model, 1), rows(model, token_batch_size)
+        alone, together = rows(subject, 1), rows(subject, subject.token_batch_size)
     exact = None if reference is None else row_difference(alone, rows(reference, 1))
     return Noise(row_difference(together, alone), exact)
 

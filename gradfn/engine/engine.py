@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -24,8 +25,8 @@ from torch.func import vmap
 from gradfn.engine.attention import fast_attention
 from gradfn.engine.contract import Contract, lower_for, no_factors, no_tokens
 from gradfn.engine.journal import as_function
-from gradfn.engine.reference import definition
-from gradfn.engine.tap import Forward, ProbeError, RepeatedCallError, attached, make_slots
+from gradfn.engine.reference import definition, one_number
+from gradfn.engine.tap import Forward, ProbeError, RepeatedCallError, attached, make_slots, refuse_attached
 from gradfn.engine.verify import (
     ModelFacts,
     drops_tokens,
@@ -36,9 +37,11 @@ from gradfn.engine.verify import (
     unequal_blocks,
 )
 from gradfn.errors import InputError
+from gradfn.memory import CountBytes
 from gradfn.model.layers import Layer
+from gradfn.model.left_out import dropped_matrices
 from gradfn.model.params import params_of
-from gradfn.model.sites import Site, View, blocks_of, dropped_matrices, find_sites, output_head
+from gradfn.model.sites import Site, View, blocks_of, find_sites, output_head
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import Lowered
 from gradfn.transforms.row_sum import sums_rows
@@ -130,6 +133,21 @@ class Engine:
         return self._lowered[1]
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes that the backward pass delivers for one row, or one token where the view is by token."""
+        plans = [plan for plan in self.lowered().plans.values() if not plan.reduces]
+        return sum(prod(plan.shape) * plan.dtype.itemsize for plan in plans)
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of the result of one row, or one token, after the last stage."""
+        plans = self.lowered().plans.items()
+        empty = {n: torch.empty(0, *plan.shape, dtype=plan.dtype, device=plan.device) for n, plan in plans}
+        made = self.lowered().finish(empty)
+        parts = made.values() if isinstance(made, dict) else [made]
+        return sum(part.shape[1:].numel() * part.element_size() for part in parts)
+
+    @property
     def summed(self) -> bool:
         """Whether results are sums over the rows of a batch."""
         return sums_rows(self.transform)
@@ -166,8 +184,15 @@ class Engine:
         parts = [value.flatten(1).to(losses) for value in blocks.values()]
         return torch.cat([*parts, losses.new_zeros(len(losses), 1)], 1), losses.detach()
 
+    def activation_bytes(self, example: Example) -> int:
+        """Bytes that the operations of a forward pass of one example return."""
+        with self._ready(), torch.no_grad(), CountBytes() as made:
+            self.loss(params_of(self.model), dict(example))
+        return made.count
+
     @contextmanager
     def _ready(self) -> Iterator[None]:
+        refuse_attached(self.sites)
         self._leave_unprobed()  # another engine may have found more of these
         with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model), as_function(self.model):
             yield
@@ -180,8 +205,12 @@ class Engine:
             except LearnedError:
                 pass
             except RepeatedCallError as repeated:
+                if repeated.block in self.facts.shared:
+                    raise
                 self.facts.shared.add(repeated.block)
             except ProbeError as error:
+                if not any(site.probed and site.path == error.path for site in self.sites):
+                    raise
                 self._unprobe({error.path})
             except torch.OutOfMemoryError:
                 raise
@@ -305,7 +334,7 @@ class Engine:
 
         if batched is not None:
             with as_function(self.model), probes(slots, size=size), fast_attention():
-                return batched(batch)
+                return one_number(batched(batch), size)
         params = params_of(self.model)
         if self.facts.singly:
             with probes(slots):

@@ -56,7 +56,11 @@ class _Called:
 
 
 class _Contiguous(torch.autograd.Function):
-    """A copy, with a contiguous gradient."""
+    """A copy, with a contiguous gradient.
+
+    Of a transposed one, torch's batch norm of one example in evaluation mode makes a wrong one on CPUs. A
+    view would not do, because activations in place may follow.
+    """
 
     generate_vmap_rule = True
 
@@ -73,10 +77,9 @@ class _Contiguous(torch.autograd.Function):
         return grads[0].contiguous()
 
 
-def _batch_norm(x: Tensor, *args: Any, stock: Callable[..., Tensor] = F.batch_norm, **options: Any) -> Any:
-    """Of one example in evaluation mode, torch makes a wrong gradient of a transposed one on CPUs."""
-    y = stock(x, *args, **options)
-    return _Contiguous.apply(y) if len(x) == 1 else y
+def _batch_norm(*args: Any, stock: Callable[..., Tensor] = F.batch_norm, **options: Any) -> Any:
+    y = stock(*args, **options)
+    return _Contiguous.apply(y) if len(y) == 1 else y
 
 
 def _nothing(*_: Any, **__: Any) -> Iterator[None]:

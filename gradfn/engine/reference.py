@@ -5,14 +5,73 @@ There are two: `vmap(grad(loss), in_dims=(None, 0))(params, batch)`, and a loop 
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
+from gradfn.data import check_rows
 from gradfn.engine.journal import as_function
+from gradfn.errors import InputError
 from gradfn.model.sites import View, blocks_of, find_sites
 from gradfn.types import Batch, Blocks, Example, LossFn, Params
+
+MUST = "a loss must be one number an example"
+
+
+def one_number(losses: Any, *batch: int) -> Tensor:
+    """What a loss gave; refused unless it is one real number an example.
+
+    Args:
+        losses: of an example, or `[batch]` of a batch.
+        batch: how many examples, where it is of a batch.
+
+    >>> one_number(torch.ones(2))
+    Traceback (most recent call last):
+    gradfn.errors.InputError: a loss must be one number an example, not of shape [2]: reduce it, .mean() say
+    """
+    if not isinstance(losses, Tensor):
+        kind = type(losses).__name__
+        raise InputError(f"{MUST}, a tensor, and not a {kind}: return the tensor")
+    if losses.is_complex():
+        raise InputError(f"{MUST}, and not complex: take its .abs() or .real")
+    if losses.shape != batch:
+        which = f"`loss.batched` must be one number for each of {batch[0]} examples" if batch else MUST
+        raise InputError(f"{which}, not of shape {list(losses.shape)}: reduce it, .mean() say")
+    return losses
+
+
+def refuse_constant(
+    function: Callable[[Params, Example], Tensor],
+    params: Params,
+    example: Example,
+    *,
+    differentiable: bool = True,
+) -> None:
+    """Refuse a loss, or outputs of a model, that do not depend on their `params`, as those of a closure.
+
+    Args:
+        function, params, example: one call of it.
+        differentiable: whether what has no gradient at all, such as a count of errors, is refused too.
+
+    >>> net = nn.Linear(1, 1)
+    >>> refuse_constant(lambda p, e: net(e["x"]).sum(), {"weight": torch.ones(1, 1)}, {"x": torch.ones(1)})
+    Traceback (most recent call last):
+    gradfn.errors.InputError: the loss does not depend on its `params`: call the model in it with ...
+    """
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items() if p.is_floating_point()}
+    with torch.enable_grad():
+        value, grads = function({**params, **leaves}, example), []
+        if not isinstance(value, Tensor):
+            return  # which `one_number` refuses
+        if value.requires_grad:
+            grads = torch.autograd.grad(value.real.sum(), [*leaves.values()], allow_unused=True)
+    if all(grad is None for grad in grads) and (differentiable or grads):
+        raise InputError(
+            "the loss does not depend on its `params`: call the model in it with "
+            "torch.func.functional_call(model, params, ...)"
+        )
 
 
 def per_example_grads(loss: LossFn, params: Params, batch: Batch, *, chunk_size: int | None = None) -> Params:
@@ -30,14 +89,21 @@ def per_example_grads(loss: LossFn, params: Params, batch: Batch, *, chunk_size:
     Returns:
         `{name: [batch, *parameter]}`, in units of loss per unit of parameter.
 
+    Raises:
+        InputError: a loss that is not one number an example.
+
     >>> def loss(p, e):
     ...     return (p["w"] @ e["x"]) ** 2
     >>> per_example_grads(loss, {"w": torch.ones(2)}, {"x": torch.eye(2)})["w"]
     tensor([[2., 0.],
             [0., 2.]])
     """
+
+    def checked(params: Params, example: Example) -> Tensor:
+        return one_number(loss(params, example))
+
     # vmap wants a dict, not any mapping (a BatchEncoding, say).
-    return vmap(grad(loss), in_dims=(None, 0), chunk_size=chunk_size)(params, dict(batch))
+    return vmap(grad(checked), in_dims=(None, 0), chunk_size=chunk_size)(params, dict(batch))
 
 
 def definition(
@@ -78,7 +144,7 @@ def _plain_grads(
     made = []
     for example in rows:
         with as_function(model):
-            value, inputs = loss(leaves, example), list(leaves.values())
+            value, inputs = one_number(loss(leaves, example)), list(leaves.values())
             if value.requires_grad:
                 made.append(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
             else:
@@ -112,6 +178,7 @@ def naive_grads(
     >>> naive_grads(loss, net, [{"x": torch.tensor([3.0, 4.0])}])["weight"]
     tensor([[[3., 4.]]])
     """
+    check_rows(rows)
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     return _plain_grads(loss, params, rows, model)
 

@@ -1,5 +1,6 @@
 """Running an engine over data: batches by length under a token budget, results in the order of the rows."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,30 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.data import IGNORED, check_rows, collate, offsets_of, plan_batches
+from gradfn.data import IGNORED, check_rows, collate, offsets_of
 from gradfn.engine.batching import (
+    Measure,
+    batch_rows,
     compared_rows,
     length_window,
     padding_changes_rows,
+    plan_batches,
     plan_equal,
     shapes_of,
 )
 from gradfn.engine.cache import CachedRows
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.errors import InputError
-from gradfn.memory import free_memory
+from gradfn.memory import check_memory
 from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Batch, Blocks, Data, Example, Rows
+from gradfn.watch import Progress
 
 TRIAL_TOKENS = 4
 """Rows that are shorter say nothing of how a model treats positions."""
 
 TRIAL_ROWS = 32
 """Of rows without tokens, so many are asked for their size before two are compared."""
-
-Progress = Callable[[int], None]
-"""Called with the number of tokens done since the last call."""
 
 BATCHES_AHEAD = 2
 """Batches made while the device computes: one to start with at once, one in case the next takes longer."""
@@ -132,10 +134,42 @@ def _plan(
     engine: Engine, data: Data, rows: range, lengths: np.ndarray, token_batch_size: int
 ) -> list[np.ndarray]:
     """Verify the engine, and cut the rows into batches."""
-    if not _pads(engine, data, rows, lengths):
-        shapes = [shapes_of(labelled(data, row)) for row in rows]
-        return plan_equal(shapes, lengths, token_batch_size)
-    return plan_batches(lengths, token_batch_size)
+    pads = _pads(engine, data, rows, lengths)
+    if not len(rows):
+        return plan_rows(data, rows, token_batch_size, pads=True)
+    example = _mover(next(engine.model.parameters()).device)(dict(labelled(data, rows.start)))
+    most = batch_rows(engine, example, "input_ids" in example)
+    if engine.view.tokens:  # the results are of tokens
+        token_batch_size, most = min(token_batch_size, most), sys.maxsize
+    return plan_rows(data, rows, token_batch_size, most, pads=pads)
+
+
+def plan_rows(
+    data: Data, rows: range, token_batch_size: int, most_rows: int = sys.maxsize, *, pads: bool
+) -> list[np.ndarray]:
+    """Cut rows into batches, of one shape each unless `pads`; numbers count from `rows.start`."""
+    lengths = lengths_of(data)[rows.start : rows.stop]
+    if pads:
+        return plan_batches(lengths, token_batch_size, most_rows)
+    shapes = [shapes_of(labelled(data, row)) for row in rows]
+    return plan_equal(shapes, lengths, token_batch_size, most_rows)
+
+
+def keeps_rows(measure: Measure, weights: Iterable[Tensor], data: Data, rows: range | None = None) -> bool:
+    """Whether padding changes nothing that is measured of the shortest and of the longest row.
+
+    Args:
+        measure: numbers of every row of a batch, and their losses.
+        weights: of the model, which say the device and the precision.
+        data, rows: see `stream`.
+    """
+    rows, weights = range(len(data)) if rows is None else rows, [*weights]
+    order = compared_rows(*_sizes(data, rows, lengths_of(data)[rows.start : rows.stop]), enough=np.inf)
+    examples = [labelled(data, rows.start + row) for row in order]
+    move = _mover(weights[0].device)
+    return len({shapes_of(one) for one in examples}) < 2 or not padding_changes_rows(
+        measure, weights, examples, move
+    )
 
 
 def pads(engine: Engine, data: Data) -> bool:
@@ -157,21 +191,25 @@ def _pads(engine: Engine, data: Data, rows: range, lengths: np.ndarray) -> bool:
         engine.verify(move(collate([labelled(data, rows.start + int(row)) for row in shortest])))
     if len(lengths) and lengths.max() > max(length_window(engine.model), lengths.min()):
         return False
-    sizes = lengths if bool((lengths > 1).any()) else _numbers(data, rows)
-    pair = compared_rows(sizes, useful if sizes is lengths else np.ones(len(sizes), bool))
+    sizes, compared = _sizes(data, rows, lengths)
+    pair = compared_rows(sizes, compared)
     examples = [labelled(data, rows.start + row) for row in pair]
     if len({shapes_of(example) for example in examples}) < 2:
         return True
     enough = bool(sizes[pair[1]] >= 4 * sizes[pair[0]])
     keys, known = (frozenset(examples[0]), enough), engine.facts.unpadded
     if keys not in known:
-        known[keys] = padding_changes_rows(engine, examples, move)
+        known[keys] = padding_changes_rows(engine.sketch, [*engine.model.parameters()], examples, move)
     return not known[keys]
 
 
-def _numbers(data: Data, rows: range) -> np.ndarray:
-    """How many numbers each of the first rows has, where they have no tokens."""
-    return np.array([sum(v.numel() for v in data[row].values()) for row in rows[:TRIAL_ROWS]], np.int64)
+def _sizes(data: Data, rows: range, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How long rows are, and which are worth comparing; without tokens, the numbers of the first rows."""
+    if bool((lengths > 1).any()):
+        useful = _useful(data, rows, lengths)
+        return lengths, useful if useful.sum() > 1 else _useful(data, rows, lengths, least=2)
+    sizes = [sum(v.numel() for v in data[row].values()) for row in rows[:TRIAL_ROWS]]
+    return np.array(sizes, np.int64), np.ones(len(sizes), bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,10 +327,10 @@ def _one_behind(items: Generator[Made]) -> Generator[Made]:
             yield last
 
 
-def _useful(data: Data, rows: range, lengths: np.ndarray) -> np.ndarray:
+def _useful(data: Data, rows: range, lengths: np.ndarray, least: int = TRIAL_TOKENS) -> np.ndarray:
     """Which rows have something to learn from: a few tokens, and one to predict."""
     supervised = getattr(data, "supervised", None)
-    useful = lengths >= TRIAL_TOKENS
+    useful = lengths >= least
     if supervised is not None:
         useful &= np.asarray(supervised)[rows.start : rows.stop] > 0
     return useful
@@ -392,14 +430,17 @@ def gather(
     if not len(rows):
         raise InputError("the data has no rows: give at least one example")
     offsets = offsets_of(results_per_row(engine, data)[rows.start : rows.stop])
+    count = int(offsets[-1])
+    check_memory(
+        count * engine.result_bytes, f"the results of {count:,} rows",
+        "project the gradients (`gf.project(16)`), or take fewer rows at a time",
+    )  # fmt: skip
     out: Rows | None = None
     for numbers, result in stream_to_host(
         engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress
     ):
         batch = numbers - rows.start
         if out is None:
-            count = int(offsets[-1])
-            _refuse_too_large(result.values, count)
             out = Rows(_map(lambda v, n=count: v.new_empty(n, *v.shape[1:]), result.values),
                        result.losses.new_empty(len(rows)))  # fmt: skip
         at = torch.from_numpy(result_numbers(batch, offsets))
@@ -411,18 +452,6 @@ def gather(
             out.values[at] = result.values  # pyright: ignore[reportArgumentType]
     assert out is not None
     return out
-
-
-def _refuse_too_large(values: Blocks | Tensor, count: int) -> None:
-    """Refuse what would not fit in memory while there is still memory to say so."""
-    parts = values.values() if isinstance(values, dict) else [values]
-    size = sum(part[0].numel() * part.element_size() for part in parts) * count
-    free = free_memory(torch.device("cpu"))
-    if size > 1 << 30 and size > free:
-        raise InputError(
-            f"{count} rows of gradients take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
-            "project them (`gf.project(16)`), or take fewer rows"
-        )
 
 
 def _map(function: Callable[[Tensor], Tensor], values: Blocks | Tensor) -> Blocks | Tensor:

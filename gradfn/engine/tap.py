@@ -149,6 +149,15 @@ _ATTACHED: WeakSet[nn.Module] = WeakSet()
 """The modules that have probes now."""
 
 
+def refuse_attached(sites: Sequence[Site]) -> None:
+    """Refuse to run a model whose modules have probes already."""
+    if taken := next((site for site in sites if site.module in _ATTACHED), None):
+        raise InputError(
+            f"{taken.path or 'root'} has probes already: run an engine, or another tap of the same model, "
+            "outside of the `with gf.tap(...)` block"
+        )
+
+
 @contextmanager
 def attached(sites: Sequence[Site], use: Callable[..., Any]) -> Iterator[None]:
     """Call `use(sites of the module, name, x, y, *call)` wherever the module of a probed site uses a weight.
@@ -160,11 +169,7 @@ def attached(sites: Sequence[Site], use: Callable[..., Any]) -> Iterator[None]:
     for site in sites:
         if site.probed:
             by_module.setdefault(site.module, []).append(site)
-    if taken := next((of for module, of in by_module.items() if module in _ATTACHED), None):
-        raise InputError(
-            f"{taken[0].path or 'root'} has probes already: run an engine, or another tap of the same model, "
-            "outside of the `with gf.tap(...)` block"
-        )
+    refuse_attached(sites)
     with ExitStack() as undo:
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # the fast path does not call the modules' hooks

@@ -8,7 +8,7 @@ for each example alone. A weight whose blocks differ has no probe from then on. 
 remembered with the model, for the next engine of the same loss and weights.
 """
 
-from collections.abc import Collection, Hashable, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gradfn.data import IGNORED
 from gradfn.engine.journal import as_function
+from gradfn.engine.reference import one_number
 from gradfn.errors import InputError
 from gradfn.linalg.kron import Kron
 from gradfn.model.params import params_of
@@ -187,14 +188,14 @@ def rebinds_modules(loss: LossFn, model: nn.Module, weights: Sequence[Tensor], e
     """Whether a forward pass sets modules or parameters; see `Journal`.
 
     Raises:
-        InputError: the loss reads one of the weights past its `params`.
+        InputError: the loss is not one number, or reads one of the weights past its `params`.
     """
     own = [weight for weight in weights if weight.is_floating_point()]
     try:
         for weight in own:
             weight.requires_grad_(True)
         with as_function(model) as journal:
-            value = loss(params_of(model), example)
+            value = one_number(loss(params_of(model), example))
         past = torch.autograd.grad(value, own, allow_unused=True) if value.requires_grad else ()
     finally:
         for weight in own:
@@ -218,12 +219,12 @@ def drops_tokens(loss: Any, model: nn.Module, pair: Batch) -> bool:
     with torch.no_grad(), as_function(model):
         losses = loss.batched(copies)
     spread = float(losses.max() - losses.min())
-    return spread > loss_tolerance(model) * (1 + float(losses.abs().max()))
+    return spread > loss_tolerance(model.parameters()) * (1 + float(losses.abs().max()))
 
 
-def loss_tolerance(model: nn.Module) -> float:
+def loss_tolerance(weights: Iterable[Tensor]) -> float:
     """How far rounding may move a loss, relative to one and itself: the root of the weights' precision."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes = {p.dtype for p in weights if p.is_floating_point()}
     rounded = torch.float32 in dtypes and _rounds_products()
     return max([torch.finfo(dtype).eps for dtype in dtypes] + [2.0**-7] * rounded) ** 0.5
 

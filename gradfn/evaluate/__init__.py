@@ -8,10 +8,11 @@ from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
 from gradfn.evaluate.overlap import top_overlap
 from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
 from gradfn.evaluate.subsets import leave_one_out, random_subsets
-from gradfn.evaluate.truth import Truth, open_truth, retrain
+from gradfn.evaluate.truth import Retraining, Truth, open_truth, retrain
 
 __all__ = [
     "Estimate",
+    "Retraining",
     "Truth",
     "auroc",
     "average_precision",

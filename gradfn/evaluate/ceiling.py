@@ -35,14 +35,15 @@ def noise_ceiling(
     the reliability, which is the mean's correlation with its own expectation. Queries are averaged before the
     root: it is concave, so over few subsets the mean of the queries' own roots is too low.
 
-    Models of `retrain` share their seeds: a loss is `f(subset) + g(seed) + noise`, and `g`, the same for all
+    Models of `retrain` with shared seeds: a loss is `f(subset) + g(seed) + noise`, and `g`, the same for all
     subsets, is no noise of their mean. With `seeds`, one split of the seeds serves all subsets, and so `g` is
     none of the halves' either. Without, subsets are split each on its own, as models that share nothing are.
 
     Args:
         losses: of every query, of every model that did not diverge.
         numbers: which subset each model was trained on.
-        seeds: of the models, each once in every subset, see `Truth.kept`; None: no two models share theirs.
+        seeds: of the models, each once in every subset, see `Truth.averaged`; None: no two models share
+            theirs.
         correlate: "spearman" or "pearson", as the score that is compared with it.
         splits: how many random splits.
         seed: of the splits.
@@ -157,6 +158,6 @@ def _by_seed(numbers: Tensor, seeds: Tensor) -> Tensor:
     if not torch.equal(place.sort().values, torch.arange((int(subset.max()) + 1) * (int(each.max()) + 1))):
         raise InputError(
             "the seeds are not the same in every subset, each once: leave out the models that "
-            "`Truth.kept` leaves out, or give no seeds where subsets share none"
+            "`Truth.averaged` leaves out, or give no seeds where subsets share none"
         )
     return place.argsort()

@@ -11,6 +11,7 @@ from gradfn.evaluate.bootstrap import Estimate
 from gradfn.evaluate.ceiling import noise_ceiling_estimate
 from gradfn.evaluate.lds import lds, lds_estimate
 from gradfn.evaluate.selection import chosen, halves
+from gradfn.evaluate.subsets import FEWEST
 from gradfn.evaluate.truth import Truth
 from gradfn.scores import Scores
 
@@ -110,9 +111,9 @@ def _best(run: Scores, subsets: Tensor, losses: Tensor, choose: Tensor | None) -
 
 
 def ceiling_of(truth: Truth, queries: Tensor, seed: int) -> Estimate | None:
-    """The noise ceiling of some queries of a ground truth; None where one seed is left of each subset."""
-    kept = truth.averaged()
-    if len(truth.seeds[kept].unique()) == 1:
+    """The noise ceiling of some queries; None where fewer than three subsets have two models left."""
+    kept = truth.of_models(truth.averaged())
+    if int((kept.numbers.unique(return_counts=True)[1] > 1).sum()) < FEWEST:
         return None
-    losses, numbers, seeds = truth.losses[kept][:, queries], truth.numbers[kept], truth.seeds[kept]
-    return noise_ceiling_estimate(losses, numbers, seeds=seeds, seed=seed)
+    seeds = kept.seeds if truth.seeding == "shared" else None
+    return noise_ceiling_estimate(kept.losses[:, queries], kept.numbers, seeds=seeds, seed=seed)

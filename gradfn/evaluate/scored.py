@@ -78,8 +78,8 @@ def refuse_other_data(mine: Scores, theirs: Scores | Truth | Sides, what: str, o
         a, b = (getattr(getattr(made_of(side.settings), key), "fingerprint", None) for side in (mine, theirs))
         if a is not None and b is not None and a != b:
             raise InputError(
-                f"{what} and {other} are of different {noun} (fingerprint {a} there and {b} here): make both "
-                "with the same data, queries and tokenizer"
+                f"{what} and {other} are of different {noun} under the same names (other texts or labels): "
+                "make both with the same data, queries and tokenizer"
             )
 
 

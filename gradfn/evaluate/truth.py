@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import gradfn
 from gradfn.errors import InputError
 from gradfn.evaluate.subsets import FEWEST, check_subsets
 from gradfn.model.losses import ModelLoss
+from gradfn.random import words
 from gradfn.runs.provenance import DataSource, Provenance, Settings, loss_source
 from gradfn.runs.shards import Shard, shard_rows, shard_run
 from gradfn.store import Store, open_part, open_store, open_writer, storable
@@ -25,16 +26,21 @@ from gradfn.train import (
     Table,
     Trainer,
     Training,
+    alone_if_needed,
     initial_params,
+    losses_at,
     make_trainer,
     stacked_losses,
     table_of,
 )
 from gradfn.types import Data, LossFn, Params
+from gradfn.watch import Resumed
 
 KIND = "truth"
 MOST_SEEDS = 1000
 """What the seeds of models have room for."""
+Seeding = Literal["shared", "independent"]
+"""Whether the k-th models of all subsets have one seed, or every model a seed of its own."""
 CLASSES = ("classification", "image_classification")
 """Tasks whose predictions are right or wrong."""
 
@@ -83,12 +89,23 @@ class Truth:
         firsts = [int((self.numbers == number).nonzero()[0]) for number in known]
         return self.subsets[firsts], self._means(self.losses)
 
+    @property
+    def seeding(self) -> Seeding:
+        """Whether subsets share seeds."""
+        return "independent" if len(self.seeds.unique()) == len(self.seeds) > 1 else "shared"
+
+    @property
+    def replicates(self) -> int:
+        """The models of a subset; where some diverged, of the subset that has most."""
+        return int(self.numbers.unique(return_counts=True)[1].max())
+
     def averaged(self) -> Bool[Tensor, " models"]:
         """Which models to average: as many as leave each subset the same seeds.
 
-        A seed changes the losses of all subsets alike, so a mean that lacks one differs by that. Left out are
-        the subsets that lost a model; or those that lost all, and the seeds that any other lost, where this
-        keeps more models, or the first fewer than three subsets.
+        A shared seed changes the losses of all subsets alike, so a mean that lacks one differs by that. Left
+        out are the subsets that lost a model; or those that lost all, and the seeds that any other lost,
+        where this keeps more models, or the first fewer than three subsets. Where every model has a seed of
+        its own, only the models that diverged are left out.
 
         >>> truth = Truth(torch.eye(4).bool().repeat_interleave(2, 0), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
         ...     torch.tensor([0, 1] * 4), torch.zeros(8, 1).double(), torch.zeros(8).double(),
@@ -96,6 +113,8 @@ class Truth:
         >>> truth.averaged().int()
         tensor([0, 0, 1, 1, 1, 1, 1, 1], dtype=torch.int32)
         """
+        if self.seeding == "independent":
+            return ~self.diverged
         alive = torch.isin(self.numbers, self.numbers[~self.diverged])
         whole = ~torch.isin(self.numbers, self.numbers[self.diverged])
         common = alive & ~torch.isin(self.seeds, self.seeds[alive & self.diverged])
@@ -133,13 +152,12 @@ class Truth:
         """The same of the seeds of which no model diverged: removals are compared, so all must be there.
 
         Raises:
-            InputError: of every seed a model diverged.
+            InputError: of every seed, or of all models of a subset, one diverged.
         """
         whole = ~torch.isin(self.seeds, self.seeds[self.diverged])
-        if not bool(whole.any()):
-            raise InputError(
-                "of every seed a model diverged, so a removal is missing: retrain with a lower learning rate"
-            )
+        if len(self.numbers[whole].unique()) < len(self.numbers.unique()):
+            which = "of every seed a model" if self.seeding == "shared" else "every model of a subset"
+            raise InputError(f"{which} diverged, so a removal is missing: retrain with a lower learning rate")
         return self.of_models(whole)
 
     @property
@@ -162,33 +180,100 @@ class Truth:
         return sums / counts[:, None]
 
 
-def model_seed(seed: int, replicate: int) -> int:
-    """The seed of the `replicate`-th model of every subset.
+@dataclass(frozen=True, eq=False)
+class Retraining:
+    """Which models to retrain, and what is recorded of them.
 
-    Subsets share it, so that they differ in their rows and not in what chance adds: the models start alike
-    and see the rows that they have in the same order (common random numbers).
+    Args:
+        start: what makes a model (called once a model, seeded), or the parameters that all start from.
+        loss: of a row in training, and of a query if that has no other.
+        training: optimizer, schedule, batches.
+        subsets: which rows to train on, see `random_subsets`.
+        query_loss: of a query; None: `loss`.
+        margin_loss: minus the margin of a query's right class, which is recorded too; None: that of a
+            `model_loss` of classification, and of other losses there is none.
+        seeds: models of each subset.
+        seed: of them all, see `model_seed`.
+        seeding: "shared": the k-th models of all subsets have one seed, so that subsets differ in their rows
+            and not in what chance adds. "independent": every model has a seed of its own, as in most
+            published ground truths; ceilings and scores are lower.
+        chunk: how many models train together, which changes no result; None: what fits.
 
-    >>> model_seed(7, 1)
-    7001
+    Raises:
+        InputError: a subset without rows; no seeds, more than there is room for, or too large a seed; another
+            seeding.
+
+    >>> halves = torch.tensor([[True, False], [False, True]])
+    >>> start, training = {"w": torch.ones(1)}, Training(1, 1, 0.1)
+    >>> Retraining(start, lambda p, e: p["w"].sum(), training, halves, seeds=2).models().seeds
+    tensor([0, 1, 0, 1])
     """
-    return seed * MOST_SEEDS + replicate
+
+    start: Start
+    loss: LossFn
+    training: Training
+    subsets: Bool[Tensor, "subsets rows"]
+    query_loss: LossFn | None = None
+    margin_loss: LossFn | None = None
+    seeds: int = 1
+    seed: int = 0
+    seeding: Seeding = "shared"
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "subsets", self.subsets.cpu())
+        check_subsets(self.subsets)
+        if self.seeding not in get_args(Seeding):
+            raise InputError(f"no `seeding` {self.seeding!r}: choose {' or '.join(get_args(Seeding))}")
+        if not 1 <= self.seeds < MOST_SEEDS:
+            raise InputError(
+                f"there can be 1 to {MOST_SEEDS - 1} seeds a subset, not {self.seeds}: ask for others"
+            )
+        if abs(self.seed) >= 1 << 53:
+            raise InputError(f"the seed {self.seed} is too large for seeds of models: give one below 2^53")
+
+    def models(self) -> "Models":
+        """The models of all subsets, those of one side by side."""
+        numbers = torch.arange(len(self.subsets)).repeat_interleave(self.seeds)
+        replicates = list(range(self.seeds)) * len(self.subsets)
+        independent = self.seeding == "independent"
+        keys = [
+            model_seed(self.seed, replicate, number if independent else None)
+            for number, replicate in zip(numbers.tolist(), replicates, strict=True)
+        ]
+        return Models(self.subsets[numbers], numbers, torch.tensor(keys))
+
+
+class Models(NamedTuple):
+    """What models are trained on, and how they are seeded; see `Truth`."""
+
+    subsets: Tensor
+    numbers: Tensor
+    seeds: Tensor
+
+
+def model_seed(seed: int, replicate: int, subset: int | None = None) -> int:
+    """The seed of the `replicate`-th model of every subset, or of one subset alone.
+
+    Models that share it start alike and see the rows that they have in the same order (common random
+    numbers). The seed of a subset alone is the first word drawn by the key ("model", seed, subset,
+    replicate), without its last bit.
+
+    >>> model_seed(7, 1), model_seed(7, 1, subset=0) == model_seed(7, 1, subset=1)
+    (7001, False)
+    """
+    if subset is None:
+        return seed * MOST_SEEDS + replicate
+    return int(words(1, "model", seed, subset, replicate)[0] >> 1)
 
 
 def retrain(
     run: str | Path,
-    start: Start,
+    retraining: Retraining,
     train: Data,
     query: Data,
     *,
-    loss: LossFn,
-    query_loss: LossFn | None = None,
-    margin_loss: LossFn | None = None,
-    subsets: Bool[Tensor, "subsets rows"],
-    training: Training,
-    seeds: int = 1,
-    seed: int = 0,
     settings: Settings | Provenance | None = None,
-    chunk: int | None = None,
     shard: Shard | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -200,17 +285,9 @@ def retrain(
 
     Args:
         run: the directory to write.
-        start: what makes a model (called once a model, seeded), or the parameters that all start from.
+        retraining: the models.
         train, query: the rows, and the queries.
-        loss, query_loss: of a row in training, and of a query where that is another one.
-        margin_loss: minus the margin of a query's right class, which is recorded too; None: that of a
-            `model_loss` of classification, and of other losses there is none.
-        subsets: which rows to train on, see `random_subsets`.
-        training: optimizer, schedule, batches.
-        seeds: models of each subset.
-        seed: of them all, see `model_seed`.
         settings: what to record besides, such as how the subsets were made.
-        chunk: how many models train together; None: what fits.
         shard: the part of the models to do.
         overwrite: replace what was made otherwise.
         progress: called with the examples done.
@@ -219,24 +296,18 @@ def retrain(
         The ground truth; of a shard, its models.
 
     Raises:
-        InputError: subsets that do not fit the rows, or leave everything or a class (whole-number `labels`)
-            out; no queries; a chunk below 1; see `make_trainer`.
+        InputError: subsets that do not fit the rows, or leave a class (whole-number `labels`) out; no
+            queries; a chunk below 1; a run that was made otherwise; see `make_trainer`.
     """
-    subsets = subsets.cpu()
-    check_subsets(subsets)
-    models = _numbered(subsets, seeds, seed)
-    trainer = make_trainer(start, loss, train, training)
-    trainer.check(subsets, models.seeds[::seeds].tolist())
-    check_subsets(subsets, _classes(trainer.table))
-    size = trainer.at_once(chunk)
-    query_loss = query_loss or loss
-    margin_loss = margin_loss or _margin_of(query_loss)
-    queries = _queries(trainer, {"losses": query_loss, "margins": margin_loss}, query)
-    made = replace(
-        _describe(trainer, train, query, subsets), seeds=seeds, seed=seed, query_loss=loss_source(query_loss),
-        margin_loss=None if margin_loss is None else loss_source(margin_loss),
-    ).merged(settings)  # fmt: skip
-    own = _own(len(models.seeds), shard)
+    models, training = retraining.models(), retraining.training
+    trainer = make_trainer(retraining.start, retraining.loss, train, training)
+    trainer.check(retraining.subsets, models.seeds[:: retraining.seeds].tolist())
+    check_subsets(retraining.subsets, _classes(trainer.table))
+    size = trainer.at_once(retraining.chunk)
+    asked = _query_losses(retraining)
+    queries = _queries(trainer, asked, query)
+    made = _describe(retraining, asked, trainer, train, query).merged(settings)
+    own = shard_of_models(len(models.seeds), shard)
     part = None if shard is None else (own.start, own.stop)
     slices = [(at, min(at + size, own.stop)) for at in range(own.start, own.stop, size)]
     target, rows = shard_run(run, shard), len(models.seeds)
@@ -247,9 +318,9 @@ def retrain(
         missing = writer.missing(slices)
         if progress is not None:
             done = {*own} - {model for span in missing for model in range(*span)}
-            progress(training.epochs * int(models.subsets[sorted(done)].sum()))
+            progress(Resumed(training.epochs * models.subsets[sorted(done)].sum()))
         for begin, end in missing:
-            chosen = _Models(*(of_all[begin:end] for of_all in models))
+            chosen = Models(*(of_all[begin:end] for of_all in models))
             results = {**chosen._asdict(), **_losses(trainer, queries, chosen, progress)}
             writer.write(begin, end, {name: value.cpu().numpy() for name, value in results.items()})
         writer.finish({**names, "looped": [trainer.looped or ""]})
@@ -257,40 +328,16 @@ def retrain(
         return _read(store)
 
 
-def subsets_of_models(subsets: int, seeds: int, shard: Shard | None = None) -> Int64[Tensor, " models"]:
-    """Which subset each model is trained on, those of one side by side; of a shard, each of its models.
+def shard_of_models(models: int, shard: Shard | None) -> range:
+    """The numbers of the models that a shard trains; None: all.
 
     Raises:
-        InputError: no seeds, or more than there is room for; more shards than models.
+        InputError: more shards than models.
 
-    >>> subsets_of_models(3, 2), subsets_of_models(3, 2, Shard(2, 2))
-    (tensor([0, 0, 1, 1, 2, 2]), tensor([1, 2, 2]))
+    >>> shard_of_models(6, Shard(2, 2))
+    range(3, 6)
     """
-    if not 1 <= seeds < MOST_SEEDS:
-        raise InputError(f"there can be 1 to {MOST_SEEDS - 1} seeds a subset, not {seeds}: ask for others")
-    own = _own(subsets * seeds, shard)
-    return torch.arange(subsets).repeat_interleave(seeds)[own.start : own.stop]
-
-
-def _own(models: int, shard: Shard | None) -> range:
     return range(models) if shard is None else shard_rows(np.ones(models, np.int64), shard)
-
-
-class _Models(NamedTuple):
-    """What models are trained on, and how they are seeded; see `Truth`."""
-
-    subsets: Tensor
-    numbers: Tensor
-    seeds: Tensor
-
-
-def _numbered(subsets: Tensor, seeds: int, seed: int) -> _Models:
-    """The models of all subsets, those of one side by side."""
-    numbers = subsets_of_models(len(subsets), seeds)
-    if abs(seed) >= 1 << 53:
-        raise InputError(f"the seed {seed} is too large for seeds of models: give one below 2^53")
-    keys = [model_seed(seed, replicate) for _ in range(len(subsets)) for replicate in range(seeds)]
-    return _Models(subsets[numbers], numbers, torch.tensor(keys))
 
 
 def _classes(table: Table) -> Tensor | None:
@@ -304,32 +351,34 @@ def _names(data: Data) -> list[str]:
     return [str(row) for row in range(len(data))] if ids is None else list(ids)
 
 
-def _margin_of(loss: LossFn) -> LossFn | None:
-    """Minus the margin of a loss of classes."""
-    if not isinstance(loss, ModelLoss) or loss.task not in CLASSES:
-        return None
-    return replace(loss, criterion="margin", label_smoothing=0.0)
+def _query_losses(retraining: Retraining) -> dict[str, LossFn]:
+    """What is asked of queries: their loss and, where there are classes, minus their margin."""
+    loss = retraining.query_loss or retraining.loss
+    margin = retraining.margin_loss
+    if margin is None and isinstance(loss, ModelLoss) and loss.task in CLASSES:
+        margin = replace(loss, criterion="margin", label_smoothing=0.0)
+    return {"losses": loss} | ({} if margin is None else {"margins": margin})
 
 
 _Queries = Mapping[str, tuple[Losses, Table]]
 """What is asked of many models at the queries, by what it is called."""
 
 
-def _queries(trainer: Trainer, losses: Mapping[str, LossFn | None], query: Data) -> _Queries:
+def _queries(trainer: Trainer, losses: Mapping[str, LossFn], query: Data) -> _Queries:
     """The losses of many models on queries, and the queries; of margins without their weights."""
     params, made = initial_params(trainer.start, 0), {}
     whole = table_of(query, next(iter(params.values())).device)
     plain = replace(whole, columns={key: v for key, v in whole.columns.items() if key != "weight"})
     for name, loss in losses.items():
-        if loss is not None:
-            table = plain if name == "margins" else whole
-            two = table.take(torch.tensor([0, len(table) - 1]))
-            made[name] = stacked_losses(loss, params, two)[0], table
+        table = plain if name == "margins" else whole
+        two = table.take(torch.tensor([0, len(table) - 1]))
+        many = stacked_losses(loss, params, two)[0]
+        made[name] = many, alone_if_needed(table, query, many, params)
     return made
 
 
 def _losses(
-    trainer: Trainer, queries: _Queries, models: _Models, progress: Progress | None
+    trainer: Trainer, queries: _Queries, models: Models, progress: Progress | None
 ) -> dict[str, Tensor]:
     """Train a chunk of models; their losses and margins, NaN where they diverged."""
     seeds = models.seeds.tolist()
@@ -352,23 +401,30 @@ def query_losses(
     models = len(next(iter(params.values())))
     with torch.no_grad():
         return torch.cat([
-            losses(params, table.take(rows.expand(models, -1))).double()
+            losses_at(losses, params, table, rows.expand(models, -1)).double()
             for rows in torch.arange(len(table)).split(batch_size)
         ], 1)  # fmt: skip
 
 
-def _describe(trainer: Trainer, train: Data, query: Data, subsets: Tensor) -> Provenance:
-    """What the truth depends on, but for the losses on the queries and the seeds."""
-    given = isinstance(trainer.start, dict)
-    masks = np.packbits(subsets.numpy()).tobytes()
+def _describe(
+    retraining: Retraining, asked: Mapping[str, LossFn], trainer: Trainer, train: Data, query: Data
+) -> Provenance:
+    """What the truth depends on."""
+    given = isinstance(retraining.start, dict)
+    masks = np.packbits(retraining.subsets.numpy()).tobytes()
     return Provenance(
         version=gradfn.__version__,
         data=DataSource(fingerprint=_fingerprint(train, trainer.table), rows=len(train)),
         query=DataSource(fingerprint=_fingerprint(query, None), rows=len(query)),
-        loss=loss_source(trainer.loss),
+        loss=loss_source(retraining.loss),
+        query_loss=loss_source(asked["losses"]),
+        margin_loss=loss_source(asked["margins"]) if "margins" in asked else None,
         init={"kind": "given" if given else "random", "digest": _digest(initial_params(trainer.start, 0))},
-        training=trainer.training.settings(),
-        subsets={"count": len(subsets), "digest": hashlib.sha256(masks).hexdigest()[:16]},
+        training=retraining.training.settings(),
+        subsets={"count": len(retraining.subsets), "digest": hashlib.sha256(masks).hexdigest()[:16]},
+        seeds=retraining.seeds,
+        seed=retraining.seed,
+        seeding=retraining.seeding,
     )
 
 

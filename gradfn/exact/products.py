@@ -8,14 +8,18 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradfn.data import IGNORED, collate, plan_batches
-from gradfn.engine.stream import labelled, lengths_of
+from gradfn.data import IGNORED, check_rows, collate
+from gradfn.engine.batching import full_gradients
+from gradfn.engine.reference import one_number, refuse_constant
+from gradfn.engine.stream import keeps_rows, labelled, plan_rows
 from gradfn.errors import InputError
 from gradfn.exact.vectors import Product
 from gradfn.model.losses import CausalLMLoss, shifted_labels, token_losses
@@ -42,14 +46,16 @@ def fisher_product(
         loss: `loss(params, example) -> scalar`, pure.
         params: what to differentiate with respect to; it may be only some of the model's parameters.
         data: the N examples; sequences may differ in length.
-        token_batch_size: tokens a batch, padding included, times the rows of `v`. It changes no result.
+        token_batch_size: tokens a batch, padding included, times the rows of `v`. It changes no result: where
+            padding changes a row's gradient, batches have rows of one length.
 
     Returns:
         `v -> F v`, vectors `{name: [k, *parameter]}`; each call is a pass over the data.
 
     Raises:
-        InputError: no data; when called, a vector of other names or shapes, a loss that is not one number, an
-            operation without forward mode. (Attention has one: it runs by its formula.)
+        InputError: no data, or a loss that does not depend on `params`; when called, a vector of other names
+            or shapes, a loss that is not one number, an operation without forward mode. (Attention has one:
+            it runs by its formula.)
 
     >>> def loss(p, e):
     ...     return (p["w"] * e["x"]).sum()
@@ -63,7 +69,7 @@ def fisher_product(
         dots = jvp(losses, (params,), (v,))[1]
         return vjp(losses, params)[1](dots)[0]
 
-    return _streamed(of_batch, params, data, token_batch_size)
+    return _streamed(of_batch, loss, params, data, token_batch_size)
 
 
 def gauss_newton_product(
@@ -113,7 +119,10 @@ def gauss_newton_product(
         curved = jvp(slope, (z,), (moved,))[1]
         return vjp(made, params)[1](curved)[0]
 
-    return _streamed(of_batch, params, data, token_batch_size)
+    def loss(params: Params, example: Example) -> Tensor:
+        return output_loss(outputs(params, example), example)
+
+    return _streamed(of_batch, loss, params, data, token_batch_size, outputs)
 
 
 def hessian_product(
@@ -145,7 +154,7 @@ def hessian_product(
         losses = _losses(loss, batch)
         return jvp(grad(lambda p: losses(p).sum()), (params,), (v,))[1]
 
-    return _streamed(of_batch, params, data, token_batch_size)
+    return _streamed(of_batch, loss, params, data, token_batch_size)
 
 
 def outputs_and_loss(loss: CausalLMLoss) -> tuple[Outputs, OutputLoss]:
@@ -189,27 +198,43 @@ def _each(function: Callable, first: Params | Tensor, batch: Batch, dim: int | N
 
 
 def _losses(loss: LossFn, batch: Batch) -> Callable[[Params], Tensor]:
-    def losses(params: Params) -> Tensor:
-        made = _each(loss, params, batch)
-        if made.ndim != 1:
-            raise InputError(
-                f"the loss of an example has shape {list(made.shape[1:])}, expected one number: sum it, or "
-                "take gauss_newton_product"
-            )
-        return made
-
-    return losses
+    return lambda params: _each(lambda p, example: one_number(loss(p, example)), params, batch)
 
 
 def _streamed(
-    of_batch: Callable[[Batch, Params], Params], params: Params, data: Data, token_batch_size: int
+    of_batch: Callable[[Batch, Params], Params],
+    loss: LossFn,
+    params: Params,
+    data: Data,
+    token_batch_size: int,
+    outputs: Outputs | None = None,
 ) -> Product:
-    """The mean over the data of a sum over the examples of a batch, for every row of a vector."""
+    """The mean over the data of a sum over the examples of a batch, for every row of a vector.
+
+    Args:
+        of_batch: the sum.
+        loss: of an example.
+        outputs: what is differentiated instead of the loss.
+    """
+    check_rows(data)
     if not len(data) or not params:
         raise InputError("a product needs at least one example and one parameter")
-    lengths = lengths_of(data)
-    plan_batches(lengths[:1], token_batch_size)  # refuses a budget below 1 now, not when called
-    device = next(iter(params.values())).device
+    plan_rows(data, range(1), token_batch_size, pads=True)  # refuses a budget below 1 now, not when called
+    device, rows = next(iter(params.values())).device, range(len(data))
+    first = {name: value.to(device) for name, value in labelled(data, 0).items()}
+    refuse_constant(outputs or loss, params, first)
+
+    @cache
+    def pads() -> bool:
+        measure = full_gradients(lambda p, batch: _losses(loss, batch)(p), params)
+        with _forward_mode():
+            return keeps_rows(measure, params.values(), data)
+
+    @cache
+    def plan(budget: int) -> list[np.ndarray]:
+        batches = plan_rows(data, rows, budget, pads=True)
+        shared = any(len(batch) > 1 for batch in batches)
+        return batches if not shared or pads() else plan_rows(data, rows, budget, pads=False)
 
     @torch.no_grad()  # torch.func needs no graph, and that of a trainable model would fill memory
     def product(v: Params) -> Params:
@@ -221,8 +246,8 @@ def _streamed(
         if not count:
             return total
         tangents = {name: v[name].to(p) for name, p in params.items()}
-        for rows in plan_batches(lengths, max(1, token_batch_size // count)):
-            examples = collate([labelled(data, int(row)) for row in rows])
+        for batch_rows in plan(max(1, token_batch_size // count)):
+            examples = collate([labelled(data, int(row)) for row in batch_rows])
             batch = {name: value.to(device) for name, value in examples.items()}
             with _forward_mode():
                 share = vmap(of_batch, in_dims=(None, 0))(batch, tangents)

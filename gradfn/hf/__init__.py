@@ -1,5 +1,6 @@
 """What comes from the Hugging Face libraries: models, tokenizers and rows of data."""
 
+from gradfn.hf.chunks import chunked
 from gradfn.hf.columns import with_labels, with_weights
 from gradfn.hf.datasets import load_rows, row_names
 from gradfn.hf.images import load_images, load_processor, processor_fingerprint
@@ -12,6 +13,7 @@ from gradfn.hf.tokenizers import load_tokenizer, number_tokenizer, tokenizer_fin
 __all__ = [
     "check_device",
     "check_vocabulary",
+    "chunked",
     "context_length",
     "load_images",
     "load_model",

@@ -1,4 +1,4 @@
-"""How well the model knows the answer of a query: attributing an answer it does not know finds nothing."""
+"""What the model itself says: attributing an answer that it does not know finds nothing."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from gradfn.data import IGNORED, Documents
-from gradfn.model.losses import token_losses
+from gradfn.data import IGNORED, Documents, collate
+from gradfn.model.losses import ModelLoss, token_losses
+from gradfn.types import Data
 
 SAID_TOKENS = 24
 """The longest answer, in tokens, of which it is told what the model says instead."""
@@ -44,6 +45,22 @@ def answers(model: nn.Module, tokenizer: Any, queries: Documents) -> list[Answer
         queries: documents; tokens without a label at the beginning are the prompt, the rest is the answer.
     """
     return [_answer(model, tokenizer, queries[row]) for row in range(len(queries))]
+
+
+@torch.no_grad()
+def predicted_classes(loss: ModelLoss, rows: Data) -> list[int]:
+    """The class that a classifier gives each row, one row at a time.
+
+    Args:
+        loss: of classification, which knows the model's inputs.
+        rows: examples.
+    """
+    device = next(loss.model.parameters()).device
+    batches = (collate([rows[row]]) for row in range(len(rows)))
+    return [
+        int(loss.logits({key: value.to(device) for key, value in batch.items()}).flatten().argmax())
+        for batch in batches
+    ]
 
 
 @torch.no_grad()

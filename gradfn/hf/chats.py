@@ -9,6 +9,8 @@ from gradfn.data import IGNORED, Documents, make_documents
 from gradfn.errors import InputError
 from gradfn.hf.datasets import check_column, decoded
 from gradfn.hf.hub import summary
+from gradfn.hf.tokenizers import no_panic
+from gradfn.shown import asked_and_said
 
 if TYPE_CHECKING:
     import datasets
@@ -138,7 +140,7 @@ def _marked(tokenizer: Any, chat: list[dict[str, Any]], name: str) -> _Encoded:
     made = _templated(tokenizer, chat, name, return_dict=True, return_assistant_tokens_mask=True)
     pairs = zip(made["input_ids"], made["assistant_masks"], strict=True)
     labels = [token if own else IGNORED for token, own in pairs]
-    return list(made["input_ids"]), labels, _templated(tokenizer, chat, name, tokenize=False)
+    return list(made["input_ids"]), labels, _as_text(chat, len(chat) - 1)
 
 
 def _behind(tokenizer: Any, chat: list[dict[str, Any]], asked_by: int, name: str) -> _Encoded:
@@ -153,12 +155,33 @@ def _behind(tokenizer: Any, chat: list[dict[str, Any]], asked_by: int, name: str
             "answer cannot be found: use prompts and completions, or mark it with {% generation %}"
         )
     labels = [IGNORED] * len(asked) + whole[len(asked) :]
-    return whole, labels, _templated(tokenizer, chat, name, tokenize=False)
+    return whole, labels, _as_text(chat, asked_by)
+
+
+def _as_text(chat: list[dict[str, Any]], asked_by: int) -> str:
+    """A chat as a person reads it: the messages one after the other, an arrow before what answers them."""
+    asked = "\n".join(f"{message['role']}: {_content(message)}" for message in chat[:asked_by])
+    return asked_and_said(asked, "\n".join(map(_content, chat[asked_by:])))
+
+
+def _content(message: dict[str, Any]) -> str:
+    """What a message says, in words where it has any; the calls of tools as JSON."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    words = [part.get("text", part) if isinstance(part, dict) else part for part in parts]
+    said = [*words, *(message[key] for key in ("reasoning_content", "tool_calls") if key in message)]
+    return "\n".join(
+        one if isinstance(one, str) else json.dumps(one, ensure_ascii=False, default=str)
+        for one in said if one not in (None, "", [])
+    )  # fmt: skip
 
 
 def _templated(tokenizer: Any, chat: list[dict[str, Any]], name: str, **options: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(chat, **options)
+        with no_panic():
+            return tokenizer.apply_chat_template(chat, **options)
+    except InputError:
+        raise
     except Exception as error:  # a template is a program, which may raise anything
         raise InputError(
             f"the chat template cannot take the chat of row {name} ({summary(error)}): correct it"

@@ -13,6 +13,7 @@ from gradfn.errors import InputError
 from gradfn.hf.chats import prompt_of
 from gradfn.hf.datasets import column_values
 from gradfn.model.losses import advantages
+from gradfn.shown import asked_and_said
 
 if TYPE_CHECKING:
     import datasets
@@ -25,7 +26,7 @@ Weighed = TypeVar("Weighed", bound=Corpus)
 def with_labels(
     docs: Documents, rows: "datasets.Dataset", column: str, classes: Mapping[str, int] | None
 ) -> Documents:
-    """Documents with one label a row instead of labels of tokens.
+    """Documents with one label a row instead of labels of tokens; it is shown behind the text.
 
     Args:
         docs: what `tokenize` made of the rows.
@@ -38,12 +39,15 @@ def with_labels(
     """
     if classes is None:
         labels = _numbers(column_values(rows, column, "label_column"), column)
+        shown = [f"{label:g}" for label in labels]
     else:
         labels = class_numbers(rows, column, classes)
+        shown = class_names(rows, column, classes, labels)
     if (docs.lengths == 0).any():
         row = int(np.argmin(docs.lengths))
         raise InputError(f"row {row} (id {docs.ids[row]!r}) has no tokens: leave it out")
-    return dataclasses.replace(docs, extras={**docs.extras, "labels": labels})
+    texts = list(map(asked_and_said, docs.texts, shown))
+    return dataclasses.replace(docs, texts=texts, extras={**docs.extras, "labels": labels})
 
 
 def with_weights(
@@ -109,6 +113,20 @@ def class_numbers(
     if names is not None and not unnamed:
         values = [names[value] if value is not None and value >= 0 else value for value in values]
     return np.array([_class_number(value, row, classes) for row, value in enumerate(values)], np.int64)
+
+
+def class_names(
+    rows: "datasets.Dataset", column: str, classes: Mapping[str, int], numbers: Int64[np.ndarray, " rows"]
+) -> list[str]:
+    """How the model calls the class of each row, or else the dataset; the number where neither has a name.
+
+    Args:
+        rows, column, classes: see `class_numbers`.
+        numbers: what that gives.
+    """
+    named = {number: name for name, number in classes.items() if name != f"LABEL_{number}"}
+    known = named or dict(enumerate(getattr(rows.features[column], "names", None) or ()))
+    return [str(known.get(number, number)) for number in numbers.tolist()]
 
 
 def _class_number(value: Any, row: int, classes: Mapping[str, int]) -> int:

@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import disk_fault, hub_answers, is_hub_name, local, offline, quiet, summary
+from gradfn.hf.hub import (
+    disk_fault,
+    hub_answers,
+    is_hub_name,
+    local,
+    offline,
+    quiet,
+    refuse_revision,
+    summary,
+)
 from gradfn.hf.json_names import named_rows, with_names
 from gradfn.hf.unpack import PACKED, kind_of, read_bytes, temporary_folder
+from gradfn.watch import WATCH
 
 if TYPE_CHECKING:
     import datasets
@@ -41,7 +51,9 @@ _BATCH = 1000
 """Rows tokenised at once: enough for the tokenizer's threads, few enough to hold as Python lists."""
 
 
-def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
+def load_rows(
+    path: str | Path, split: str | None = "train", *, revision: str | None = None
+) -> "datasets.Dataset":
     """The rows of a dataset, in memory. A local file is read anew each time, without a cache.
 
     Texts in JSON that look like times stay texts. The columns `id` and `source` of JSON and of a .csv are
@@ -52,7 +64,8 @@ def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
             .bz2 or .zst; a folder that `save_to_disk` wrote or that holds such files; or a hub name, `name`
             or `name:configuration`.
         split: a split or a slice of one, such as "train[:100]", "test[10%:20%]" or "train+test". The rows of
-            a file, and of a folder with a single unnamed dataset, are "train".
+            a file, and of a folder with a single unnamed dataset, are "train". None is the only split.
+        revision: the branch, tag or commit of a dataset on the hub.
 
     Raises:
         InputError: there are no such rows, or they cannot be read.
@@ -62,11 +75,35 @@ def load_rows(path: str | Path, split: str = "train") -> "datasets.Dataset":
     ...
     gradfn.errors.InputError: no dataset 'corpus.jsonl': no file or folder here has this name; check the path
     """
+    return load_split(path, split, revision=revision)[0]
+
+
+def load_split(
+    path: str | Path, split: str | None = None, *, revision: str | None = None, argument: str = "split"
+) -> tuple["datasets.Dataset", list[str]]:
+    """The rows that `load_rows` gives, and the names of all splits that there are.
+
+    Args:
+        path, split, revision: see `load_rows`.
+        argument: the name of the argument that gives the split, for the message.
+
+    Raises:
+        InputError: see `load_rows`; no split is named, and there are several.
+    """
     place = local(path)
-    rows = _select_split(_read_local(place), split, path) if place.exists() else _read_hub(path, split)
+    refuse_revision(place, revision)
+    with WATCH.get()(f"reading {path}"):
+        splits = _read_local(place) if place.exists() else _read_hub(path, revision)
+    names = [*{id(rows): name for name, rows in splits.items()}.values()]
+    if split is None and len(names) > 1:
+        raise InputError(
+            f"dataset {str(path)!r} has the splits {', '.join(names)}: say which is meant with `{argument}`"
+        )
+    split = names[0] if split is None else split
+    rows = _select_split(splits, split, path)
     if len(rows) == 0:
         raise InputError(f"dataset {str(path)!r} has no rows in split {split!r}: give a split that has rows")
-    return rows
+    return rows, names
 
 
 def check_column(rows: "datasets.Dataset", column: str, remedy: str) -> None:
@@ -105,11 +142,17 @@ def row_names(rows: "datasets.Dataset") -> list[str]:
     return [name for start, table in tables(rows) for name in row_ids(rows, table, start)]
 
 
-def tables(rows: "datasets.Dataset") -> Iterator[tuple[int, "pyarrow.Table"]]:
-    """The rows in parts: the number of the first row, and a table."""
+def tables(rows: "datasets.Dataset", work: str = "rows") -> Iterator[tuple[int, "pyarrow.Table"]]:
+    """The rows in parts: the number of the first row, and a table.
+
+    Args:
+        work: what is done with them, as who watches is told.
+    """
     tables: Any = rows.with_format("arrow")
-    for start in range(0, len(rows), _BATCH):
-        yield start, tables[start : start + _BATCH]
+    with WATCH.get()(work, len(rows), "rows") as progress:
+        for start in range(0, len(rows), _BATCH):
+            yield start, (table := tables[start : start + _BATCH])
+            progress(len(table))
 
 
 def row_ids(rows: "datasets.Dataset", table: "pyarrow.Table", start: int) -> list[str]:
@@ -169,15 +212,19 @@ def _read_file(file: Path) -> dict[str, "datasets.Dataset"]:
         raise InputError(f"dataset {str(file)!r} is an empty file: give one with rows")
     reader, options = _READERS[kind_of(file)]
     with temporary_folder() as folder:
+        plain = file.resolve()
         if file.suffix.lower() in PACKED:
-            plain = Path(folder) / file.stem
+            plain = Path(folder).resolve() / file.stem
             plain.write_bytes(read_bytes(file))
-            file = plain
-        if reader in ("json", "csv", "text") and not file.read_bytes().strip():
+        if reader in ("json", "csv", "text") and not plain.read_bytes().strip():
             raise InputError(f"dataset {str(file)!r} has no rows, only blanks: give one with rows")
         # Escaped, because the reader would expand brackets and stars in the name.
-        files = {"data_files": {"train": glob.escape(str(file.resolve()))}, **options}
-        return _read_uncached(reader, files)
+        files = {"data_files": {"train": glob.escape(str(plain))}, **options}
+        try:
+            return _read_uncached(reader, files)
+        except (InputError, ValueError) as error:  # which may name a file that is gone by then
+            kind = InputError if isinstance(error, InputError) else ValueError
+            raise kind(str(error).replace(str(plain), str(file))) from error.__cause__
 
 
 def _read_uncached(reader: str, options: dict[str, Any]) -> dict[str, "datasets.Dataset"]:
@@ -225,23 +272,29 @@ def _as_texts(
     )  # fmt: skip
 
 
-def _read_hub(path: str | Path, split: str) -> "datasets.Dataset":
+def _read_hub(path: str | Path, revision: str | None) -> dict[str, "datasets.Dataset"]:
+    """All splits of a dataset on the hub, by name."""
     import datasets
 
     name, _, configuration = str(path).partition(":")
     if isinstance(path, Path) or kind_of(Path(name)) in _READERS or not is_hub_name(name):
         raise InputError(f"no dataset {str(path)!r}: no file or folder here has this name; check the path")
     reachable = hub_answers()
+
+    def read() -> dict[str, "datasets.Dataset"]:
+        splits = datasets.load_dataset(name, configuration or None, revision=revision)
+        return {str(split): rows for split, rows in splits.items()}
+
     try:
         if reachable:
             with quiet():
-                return datasets.load_dataset(name, configuration or None, split=split)
+                return read()
         with quiet(), offline():
-            return datasets.load_dataset(name, configuration or None, split=split)
+            return read()
     except Exception as error:  # whatever is raised here is about what `path` names
         if reachable:
             raise InputError(
-                f"dataset {str(path)!r}, split {split!r}, cannot be read from the hub ({summary(error)}): "
+                f"dataset {str(path)!r} cannot be read from the hub ({summary(error)}): "
                 "check the name, written as name or name:configuration"
             ) from error
         raise InputError(

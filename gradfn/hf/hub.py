@@ -11,7 +11,17 @@ from typing import Any
 
 from gradfn.errors import InputError, StorageError
 
-__all__ = ["disk_fault", "hub_answers", "is_hub_name", "listing", "local", "offline", "quiet", "summary"]
+__all__ = [
+    "disk_fault",
+    "hub_answers",
+    "is_hub_name",
+    "listing",
+    "local",
+    "offline",
+    "quiet",
+    "refuse_revision",
+    "summary",
+]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE}
 """What is wrong with a machine, and not with the file that is read."""
@@ -147,3 +157,15 @@ def local(path: str | Path) -> Path:
         why = error.strerror if isinstance(error, OSError) else summary(error)
         raise InputError(f"{str(path)[:80]!r} cannot be looked for ({why}): check the path") from error
     return place
+
+
+def refuse_revision(place: Path, revision: str | None) -> None:
+    """Refuse a revision of what lies on this machine.
+
+    >>> refuse_revision(Path("nowhere"), "main")
+    """
+    if revision is not None and place.exists():
+        raise InputError(
+            f"{place} lies on this machine and has no revisions, which only the hub has: leave out the "
+            f"revision {revision!r}"
+        )

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from gradfn.data import Images
 from gradfn.errors import InputError
-from gradfn.hf.columns import class_numbers
+from gradfn.hf.columns import class_names, class_numbers
 from gradfn.hf.datasets import check_column, row_names
 from gradfn.hf.hub import local, summary
 from gradfn.hf.locate import load_pretrained, locate_processor
 from gradfn.model.losses import model_loss
+from gradfn.shown import asked_and_said
+from gradfn.watch import watched
 
 if TYPE_CHECKING:
     import datasets
@@ -36,11 +38,11 @@ _PLAIN = ("string", "large_string", "binary", "large_binary")
 """Kinds of columns that hold paths or bytes."""
 
 
-def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_processor(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The image processor of a model. It uses Pillow, so that pixels are the same on every machine.
 
     Args:
-        path: as for `load_model`.
+        path, revision: as for `load_model`.
         trust_remote_code: run Python code that comes with the processor.
 
     Raises:
@@ -50,7 +52,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise InputError("images are read with Pillow, which is not installed: pip install 'gradfn[images]'")
     from transformers import AutoImageProcessor
 
-    source, options = locate_processor(path)
+    source, options = locate_processor(path, revision)
     loader = AutoImageProcessor.from_pretrained
     options |= {"backend": "pil", "trust_remote_code": trust_remote_code}
     return load_pretrained("image processor", path, loader, source, **options)
@@ -96,9 +98,7 @@ def load_images(
     pixels = _Pixels(files, digests, processor, getattr(config, "num_channels", 3))
     first = pixels(0)
     _check_reads(model, first)
-    classes = {number: name for name, number in config.label2id.items()}
-    pairs = zip(titles, labels.tolist(), strict=True)
-    shown = [f"{title} → {classes.get(label, label)}" for title, label in pairs]
+    shown = list(map(asked_and_said, titles, class_names(rows, label_column, config.label2id, labels)))
     return Images(
         replace(pixels, shape=first.shape), [f"{digest} {made_by}" for digest in digests],
         np.arange(len(rows)), _patches(config, first), row_names(rows), shown, {"labels": labels},
@@ -150,7 +150,8 @@ class _Pixels:
             )
         try:
             image = _decoded(data, "L" if self.channels == 1 else "RGB")
-            pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         except MemoryError:
             raise
         except Exception as error:  # whatever is raised here is about this image and this processor
@@ -198,7 +199,7 @@ def _opened(data: bytes) -> Any:
 def _inspect(files: _Files) -> tuple[list[str], list[str]]:
     """The name of every image and a digest of its bytes; a file without the header of an image is refused."""
     names, digests = [], []
-    for row in range(len(files.rows)):
+    for row in watched("reading images", range(len(files.rows)), "images"):
         name, data = files.read(row)
         try:
             with _opened(data) as image:

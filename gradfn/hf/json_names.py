@@ -39,7 +39,7 @@ class NamedRows:
     def rewritten(self, file: Path) -> "NamedRows":
         """The same in another file, where names are texts."""
         with file.open("w", encoding="utf-8") as lines:
-            for number, row in enumerate(_values(self.file)):
+            for number, row in enumerate(_values(self.file)[0]):
                 own = {key: values[number] for key, values in self.names.items()}
                 lines.write(json.dumps({**row, **own} if isinstance(row, dict) else {"text": row}) + "\n")
         return NamedRows(file, self.names)
@@ -53,34 +53,54 @@ def named_rows(file: Path) -> NamedRows:
         ValueError: it is not JSON in UTF-8.
     """
     try:
-        rows = _values(file)
+        rows, lines = _values(file)
     except RecursionError as error:
         raise InputError(f"{file} has values nested too deeply: give rows of plain values") from error
     if all(isinstance(row, str) for row in rows):
         return NamedRows(file, {})
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            shown = json.dumps(row)[:40]
+            shown, line = json.dumps(row)[:40], f" (line {lines[number]})" if lines else ""
             raise InputError(
-                f'row {number} of {file} is {shown}, expected an object such as {{"text": ...}}: correct it '
-                "or leave it out"
+                f"row {number} of {file}{line} is {shown}, expected an object such as "
+                '{"text": ...}: correct it or leave it out'
             )
     found = {name: [row.get(name) for row in rows] for name in _NAMED if any(name in row for row in rows)}
     names = {key: [None if one is None else str(one) for one in values] for key, values in found.items()}
     return NamedRows(file, names, all(map(_is_column, found.values())))
 
 
-def _values(file: Path) -> list[Any]:
-    """The values that stand one after the other, most often one a line; or those of one list."""
-    text = read_bytes(file).decode("utf-8-sig")
-    decoder, start, values = json.JSONDecoder(parse_float=_Digits), 0, []
+def _values(file: Path) -> tuple[list[Any], list[int]]:
+    """The values that stand one after the other, and the line that each begins in; or those of one list.
+
+    Raises:
+        ValueError: naming the first line that is no JSON, or not in UTF-8.
+    """
+    data = read_bytes(file)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        what = f"'utf-8' codec can't decode byte 0x{data[error.start]:02x}"
+        raise ValueError(f"{what}: line {line} of {file} is not UTF-8") from None
+    decoder, start, values, lines = json.JSONDecoder(parse_float=_Digits), 0, [], [1]
     while start < (end := len(text)):
+        begun = start
         while start < end and text[start].isspace():
             start += 1
+        lines[-1] += text.count("\n", begun, start)
         if start < end:
-            value, start = decoder.raw_decode(text, start)
+            begun = start
+            try:
+                value, start = decoder.raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                inside = error.lineno > lines[-1] and text[begun] == "{"
+                first = f", in the row that begins in line {lines[-1]}" if inside else ""
+                place = f"line {error.lineno} column {error.colno} of {file}{first}"
+                raise ValueError(f"{error.msg}: {place}") from None
             values.append(value)
-    return values[0] if len(values) == 1 and isinstance(values[0], list) else values
+            lines.append(lines[-1] + text.count("\n", begun, start))
+    return (values[0], []) if len(values) == 1 and isinstance(values[0], list) else (values, lines)
 
 
 def _is_column(values: list[Any]) -> bool:

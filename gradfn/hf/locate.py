@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import hub_answers, is_hub_name, listing, local, quiet, summary
+from gradfn.hf.hub import hub_answers, is_hub_name, listing, local, quiet, refuse_revision, summary
+from gradfn.watch import WATCH
 
 Place = tuple[str, dict[str, Any]]
 """The first argument of `from_pretrained`, and further ones."""
@@ -32,17 +33,18 @@ _TOKENIZER = (
 )
 
 
-def locate_model(path: str | Path) -> Place:
-    """Where a model is: a folder, a GGUF file, or a name on the hub.
+def locate_model(path: str | Path, revision: str | None = None) -> Place:
+    """Where a model is: a folder, a GGUF file, or a name on the hub, at a revision of it.
 
     Raises:
-        InputError: nothing is there, or a folder holds no model or more than one.
+        InputError: nothing is there, or a folder holds no model or more than one; a revision of a folder.
     """
     place = local(path)
+    refuse_revision(place, revision)
     if place.is_file():
         return _gguf(place)
     if not place.is_dir():
-        return _locate_hub("model", path)
+        return _locate_hub("model", path, revision)
     _check_readable(place)
     if (place / ADAPTER).is_file():
         if own := [*place.glob("model*.safetensors"), *place.glob("pytorch_model*.bin")]:
@@ -88,13 +90,14 @@ def _check_readable(folder: Path) -> None:
             )
 
 
-def locate_tokenizer(path: str | Path) -> Place:
+def locate_tokenizer(path: str | Path, revision: str | None = None) -> Place:
     """Where the tokenizer of a model is; that of an adapter without one is its base's.
 
     Raises:
         InputError: nothing is there, or a folder holds no tokenizer.
     """
     place = local(path)
+    refuse_revision(place, revision)
     folder = place.parent if place.is_file() else place
     if folder.is_dir() and any((folder / name).exists() for name in _TOKENIZER):
         return str(folder), {}
@@ -107,7 +110,7 @@ def locate_tokenizer(path: str | Path) -> Place:
             f"folder {path} holds no tokenizer, only {listing(folder)}: "
             "save the model's tokenizer there with tokenizer.save_pretrained"
         )
-    return _locate_hub("tokenizer", path)
+    return _locate_hub("tokenizer", path, revision)
 
 
 def has_no_tokenizer(path: str | Path) -> bool:
@@ -118,7 +121,7 @@ def has_no_tokenizer(path: str | Path) -> bool:
     return not any((place / name).exists() for name in _TOKENIZER)
 
 
-def locate_processor(path: str | Path) -> Place:
+def locate_processor(path: str | Path, revision: str | None = None) -> Place:
     """Where the image processor of a model is; that of an adapter without one is its base's.
 
     Raises:
@@ -126,7 +129,7 @@ def locate_processor(path: str | Path) -> Place:
     """
     place = local(path)
     if not place.exists():
-        return _locate_hub("image processor", path)
+        return _locate_hub("image processor", path, revision)
     if any((place / name).is_file() for name in _PROCESSOR):
         return str(place), {}
     if (place / ADAPTER).is_file() and (base := _base_of(place / ADAPTER)):
@@ -186,11 +189,12 @@ def _gguf(file: Path) -> Place:
     return str(file.parent), {"gguf_file": file.name}
 
 
-def _locate_hub(noun: str, path: str | Path) -> Place:
+def _locate_hub(noun: str, path: str | Path, revision: str | None) -> Place:
     name = str(path)
     if name.endswith(".gguf") or isinstance(path, Path) or not is_hub_name(name):
         raise InputError(f"no {noun} {name!r}: no file or folder here has this name; check the path")
-    return name, {} if hub_answers() else {"local_files_only": True}
+    at = {} if revision is None else {"revision": revision}
+    return name, at if hub_answers() else {**at, "local_files_only": True}
 
 
 def load_pretrained(
@@ -208,7 +212,7 @@ def load_pretrained(
         InputError: it cannot be loaded.
     """
     try:
-        with quiet():
+        with quiet(), WATCH.get()(f"loading the {noun} {path}"):
             return loader(source, **options)
     except ImportError as error:
         _refuse_kernel(error, path, options)

@@ -1,5 +1,6 @@
 """Models from a folder, a GGUF file or the hub."""
 
+import json
 import logging
 import re
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from gradfn.errors import InputError
 from gradfn.hf.hub import summary
 from gradfn.hf.locate import Place, load_pretrained, locate_base, locate_model
 from gradfn.model.fingerprint import ORIGINAL, is_replaced
+from gradfn.model.tasks import task_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -30,10 +32,18 @@ MODEL_CLASSES = {
 }
 
 
+_PADDED = ("classification", "regression", "seq2seq_lm")
+"""Tasks whose models look for a padding token."""
 _HEAD = re.compile(
     r"For((?:Sequence|Token|Image)Classification|QuestionAnswering|MultipleChoice|MaskedLM|CausalLM)$"
 )
 """Names of heads that do not stand for each other."""
+_ADAPTED = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+}
+"""Names of heads by what adapters call their tasks."""
 _HEADS = re.compile(r"(score|classifier|classification_head|qa_outputs)\.")
 _SPARE = re.compile(r"pooler|inv_freq|position_ids|masked_bias|att(n|ention)\.bias$")
 """Weights of a body that a head may do without, and buffers that older versions saved."""
@@ -41,19 +51,21 @@ _SPARE = re.compile(r"pooler|inv_freq|position_ids|masked_bias|att(n|ention)\.bi
 
 def load_model(
     path: str | Path,
-    task: str = "causal_lm",
+    task: str | None = None,
     *,
+    revision: str | None = None,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A model in evaluation mode with all parameters frozen, by default a causal language model.
+    """A model in evaluation mode with all parameters frozen.
 
     Args:
         path: a folder, a .gguf file, a folder with one .gguf file and no other weights, or a hub name.
         task: what its head is for: "causal_lm", "masked_lm", "seq2seq_lm", "classification" or "regression"
-            (of sequences, both), or "image_classification".
+            (of sequences, both), or "image_classification". None is what the model was saved for.
+        revision: the branch, tag or commit of a model on the hub.
         precision: "fp32", "bf16", "fp16" or "fp64"; quantised GGUF weights are expanded to it, other
             quantised weights stay quantised.
         device: where to put the parameters.
@@ -69,23 +81,24 @@ def load_model(
     ...
     gradfn.errors.InputError: no model 'no/such/model': no file or folder here has this name; check the path
     """
-    import transformers
-
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    if task is None:
+        task = infer_task(path, revision)
     if task not in MODEL_CLASSES:
         raise InputError(f"no task {task!r}: choose {', '.join(MODEL_CLASSES)}")
     check_device(device)
     _check_attention(attention, precision, torch.device(device))
-    source, options = locate_model(path)
+    source, options = locate_model(path, revision)
     adapter, place = _adapter_of(path, source, options), (source, options)
     base, options = place if adapter is None else locate_base(adapter)
+    if adapter is not None:
+        _check_adapter(path, adapter.parent)
     options |= {"trust_remote_code": trust_remote_code, "dtype": PRECISIONS[precision]}
     options |= {} if attention is None else {"attn_implementation": attention}
     if options.get("local_files_only"):  # if peft is installed, transformers looks for adapters
         options["adapter_kwargs"] = {"local_files_only": True}
-    loader = getattr(transformers, MODEL_CLASSES[task]).from_pretrained
-    model, info = load_pretrained("model", path, loader, base, output_loading_info=True, **options)
+    model, info = _load_base(path, task, revision, base, options)
     given = getattr(model.config, "_attn_implementation", None)
     if attention is not None and given != attention:
         raise InputError(f"{path} has no {attention} attention, only {given}: use that, or leave it out")
@@ -104,6 +117,77 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def _load_base(
+    path: str | Path, task: str, revision: str | None, base: str, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model without an adapter, and what was missing; masks alone say what is padding in it.
+
+    A padding token that is none of the model's tokens becomes -1, which equals none. For no padding token at
+    all, transformers would refuse batches, and of some models any row.
+    """
+    try:
+        model, info = _load_with_head(path, task, revision, base, options)
+    except InputError as error:
+        if "Padding_idx must be within" not in str(error):
+            raise
+        model, info = _load_with_head(path, task, revision, base, {**options, "pad_token_id": None})
+    for config in (model.config, model.config.get_text_config()) if task in _PADDED else ():
+        size, pad = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+        if size and (pad is None or not 0 <= pad < size):
+            config.pad_token_id = -1
+    for module in model.modules():
+        if getattr(module, "padding_idx", 0) is None and not isinstance(module, nn.Embedding):
+            module.padding_idx = -1  # by which RoBERTa numbers positions
+    return model, info
+
+
+def infer_task(path: str | Path, revision: str | None = None) -> str:
+    """The task that a model was saved for, by the names of its architectures; of an adapter by its own task.
+
+    Args:
+        path, revision: see `load_model`.
+
+    Raises:
+        InputError: there is no such model, or its config does not say.
+    """
+    from transformers import PreTrainedConfig
+
+    source, options = locate_model(path, revision)
+    if "gguf_file" in options:
+        return "causal_lm"
+    own = []
+    if (adapter := _adapter_of(path, source, options)) is not None:
+        own = [_ADAPTED.get(json.loads(adapter.read_text(encoding="utf-8")).get("task_type"), "")]
+        source, options = locate_base(adapter)
+    # Not AutoConfig, which asks on the terminal whether to run code that comes with a model.
+    config, _ = load_pretrained("model", path, PreTrainedConfig.get_config_dict, source, **options)
+    if not config:
+        raise InputError(f"the model {str(path)!r} has no config.json, which says what it is: put it there")
+    names = [*(config.get("architectures") or ()), *(config.get("auto_map") or ())]
+    if (task := task_of([*own, *names], config)) is None:
+        said = f"was saved as {names[0]}" if names else "names no architecture in its config"
+        raise InputError(f"{path} {said}, so give `task`, which may be {', '.join(MODEL_CLASSES)}")
+    return task
+
+
+def _load_with_head(
+    path: str | Path, task: str, revision: str | None, base: str, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A model with the head for a task, and what loading tells of it."""
+    import transformers
+
+    loader = getattr(transformers, MODEL_CLASSES[task]).from_pretrained
+    try:
+        return load_pretrained("model", path, loader, base, output_loading_info=True, **options)
+    except InputError as error:
+        if (
+            "Unrecognized configuration class" not in str(error)
+            or (own := infer_task(path, revision)) == task
+        ):
+            raise
+        raise InputError(f"models such as {path} have no head for {task}: give `task={own}`") from error
+
+
 def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[str]) -> None:
     """Refuse a model with weights that are no numbers, or that it was saved without."""
     wrong = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
@@ -116,6 +200,7 @@ def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[s
         raise InputError(
             f"{path} lacks weights of {type(model).__name__}, such as {min(missing)} ({len(missing)} in "
             f"all), which would be random numbers: give a model that was saved with its head for {task}"
+            f"{_saved_task(model, task)}"
         )
 
 
@@ -129,7 +214,7 @@ def _check_saved_for(model: Any, path: str | Path, task: str, unexpected: Iterab
     if here is not None and heads and here[1] not in heads:
         raise InputError(
             f"{path} was saved as {saved[0]}, not as a {type(model).__name__} for {task}: give a model that "
-            "was saved with this head, or another task"
+            f"was saved with this head{_saved_task(model, task) or ', or another task'}"
         )
     body = f"{model.base_model_prefix}."
     foreign = sorted(
@@ -140,6 +225,12 @@ def _check_saved_for(model: Any, path: str | Path, task: str, unexpected: Iterab
             f"{path} has weights that {type(model).__name__} has no place for, such as {foreign[0]} "
             f"({len(foreign)} in all): give a model that was saved for {task}, with its own config.json"
         )
+
+
+def _saved_task(model: Any, task: str) -> str:
+    """What to give instead, where the config of a model says what it was saved for."""
+    saved = task_of(model.config.architectures or [], model.config.to_dict())
+    return "" if saved in (None, task) else f", or `task={saved}`"
 
 
 def _head_name(name: str) -> str:
@@ -207,6 +298,31 @@ def _adapter_of(path: str | Path, source: str, options: dict[str, Any]) -> Path 
         return None
     found = load_pretrained("model", path, find_adapter_config_file, source, **options)
     return None if found is None else Path(found)
+
+
+def _adapter_config(folder: str) -> tuple[Any, Any]:
+    """The config of an adapter, and PEFT's class for adapters of its kind."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    config: Any = PeftConfig.from_pretrained(folder)
+    return config, PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+
+
+def _check_adapter(path: str | Path, folder: Path) -> None:
+    """Refuse an adapter that is not made of weights in the layers of its base."""
+    config, tuner = load_pretrained("adapter", path, _adapter_config, str(folder))
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+        raise InputError(
+            f"{path} is an adapter of the kind {kind}, which adds tokens to a text and no weights to layers, "
+            "so there is nothing to attribute: give its base, or an adapter such as LoRA"
+        )
+    if getattr(tuner, "uses_shared_state", tuner is None):
+        raise InputError(
+            f"{path} is an adapter of the kind {kind}, whose layers share weights that lie outside of them: "
+            "merge it into its base, with merge_and_unload() of PEFT, and give what save_pretrained wrote"
+        )
 
 
 def _add_adapter(

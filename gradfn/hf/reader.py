@@ -9,6 +9,7 @@ from torch import nn
 
 from gradfn.data import Corpus, Documents, Images, Pairs
 from gradfn.errors import InputError
+from gradfn.hf.chunks import chunked
 from gradfn.hf.columns import with_labels
 from gradfn.hf.hub import local
 from gradfn.hf.images import load_images, processor_fingerprint
@@ -55,7 +56,13 @@ class Reader:
         return {"tokenizer": {"fingerprint": made}, **masking}
 
     def rows(
-        self, rows: Any, columns: Columns, *, label_column: str | None = None, truncation: bool = False
+        self,
+        rows: Any,
+        columns: Columns,
+        *,
+        label_column: str | None = None,
+        truncation: bool = False,
+        chunk_length: int | None = None,
     ) -> Documents | Pairs:
         """The tokens of a dataset's texts, with what the model is to make of them.
 
@@ -65,6 +72,7 @@ class Reader:
                 `tokenize`.
             label_column: column with classes or numbers, which the task maps texts to.
             truncation: cut what is longer than the model's context.
+            chunk_length: instead of this, cut texts into chunks of so many tokens, see `chunked`.
 
         Raises:
             InputError: columns that are not there or do not go with the task; tokens or token types that the
@@ -75,7 +83,11 @@ class Reader:
                 raise InputError("pairs of inputs and outputs have their special tokens: leave them")
             return self._pairs(rows, columns, truncation)
         fit: Any = {"max_length": context_length(self.model), "truncation": truncation}
+        if chunk_length is not None:
+            self._check_chunks(chunk_length, columns)
+            fit = {}
         docs = tokenize(rows, self.tokenizer, **columns, **fit, special_tokens=self.special)
+        docs = docs if chunk_length is None else chunked(docs, chunk_length, self.tokenizer)
         self._check_tokens(docs)
         docs = self._masked(self._with_types(docs))
         if label_column is None:
@@ -114,6 +126,20 @@ class Reader:
                 raise InputError("an input alone has no loss: give what the model said as `completion`")
             case task:
                 raise InputError(f"a text has no label, which {task} needs: give a dataset of queries")
+
+    def _check_chunks(self, chunk_length: int, columns: Columns) -> None:
+        """Refuse chunks of rows that are not plain texts, and those that the model cannot read."""
+        if columns.get("messages_column") or columns.get("completion_column"):
+            raise InputError(
+                "chats, and prompts with completions, are not cut into chunks: leave out `chunk_length`, or "
+                "give a `text_column`"
+            )
+        context = context_length(self.model)
+        if context is not None and chunk_length > context:
+            raise InputError(
+                f"chunks of {chunk_length:,} tokens are longer than the model's context of {context:,}: give "
+                "a smaller `chunk_length`"
+            )
 
     def _pairs(self, rows: Any, columns: Columns, truncation: bool) -> Pairs:
         """Inputs and outputs."""

@@ -1,6 +1,7 @@
 """Documents from rows of texts, of prompts with completions, of chats, or of token ids."""
 
 import dataclasses
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from gradfn.data import IGNORED, Documents, Pairs, check_lengths, make_documents
 from gradfn.errors import InputError
 from gradfn.hf.chats import Encoder, chat_encoder, holds_chats, pair_encoder
 from gradfn.hf.datasets import check_column, row_ids, tables
-from gradfn.hf.tokenizers import probe_word
+from gradfn.hf.tokenizers import no_panic, probe_word
+from gradfn.shown import asked_and_said
 
 if TYPE_CHECKING:
     import datasets
@@ -66,7 +68,7 @@ def tokenize(
     else:
         encode = chat_encoder(rows, tokenizer, messages_column)
     parts = []
-    for start, table in tables(rows):
+    for start, table in tables(rows, "tokenizing"):
         part = encode(table, row_ids(rows, table, start))
         parts.append(_fit(part, start, max_length, truncation))
     return _concatenate(parts)
@@ -133,7 +135,7 @@ def tokenize_pairs(
     _check_text(rows, prompt_column)
     _check_text(rows, completion_column)
     inputs, outputs = [], []
-    for start, table in tables(rows):
+    for start, table in tables(rows, "tokenizing"):
         ids = row_ids(rows, table, start)
         for parts, column, target in ((inputs, prompt_column, False), (outputs, completion_column, True)):
             texts = _texts(table, column)
@@ -239,8 +241,13 @@ def _check_text(rows: "datasets.Dataset", column: str) -> None:
     check_column(rows, column, "give another text_column, or a prompt_column and a completion_column")
     kind = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)
     if kind not in ("string", "large_string", "string_view", "null"):
+        pairs = enumerate(rows[column]) if kind == "Json" else ()
+        odd = (
+            f", such as row {row}, {str(value)[:40]!r}" for row, value in pairs if not isinstance(value, str)
+        )
         raise InputError(
-            f"column {column!r} holds {kind}, not text: give a column of texts, or JSON with values in quotes"
+            f"column {column!r} holds {kind}, not text{next(odd, '')}: give a column of texts, or JSON with "
+            "values in quotes"
         )
 
 
@@ -250,21 +257,15 @@ def _texts(table: "pyarrow.Table", column: str) -> list[str]:
 
 def _encode(tokenizer: Any, texts: list[str], special: bool = True) -> list[list[int]]:
     options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
-    try:
+    with no_panic():
         return tokenizer(texts, **options)["input_ids"]
-    except BaseException as error:  # a panic of the tokenizer's regular expressions is no Exception
-        if type(error).__name__ != "PanicException":
-            raise
-        raise InputError(
-            f"the tokenizer cannot split the texts ({str(error)[:80]}): mend the expressions in its "
-            "tokenizer.json"
-        ) from error
 
 
 def _encode_side(tokenizer: Any, texts: list[str], target: bool) -> list[list[int]]:
     """Tokens of inputs, or of outputs, which some tokenizers treat differently."""
     given = {"text_target": texts} if target else {"text": texts}
-    return tokenizer(**given, return_attention_mask=False, verbose=False)["input_ids"]
+    with no_panic():
+        return tokenizer(**given, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _join_pairs(
@@ -278,7 +279,7 @@ def _join_pairs(
         [head + body for head, body in pairs],
         [[IGNORED] * len(head) + body for head, body in pairs],
         ids=ids,
-        texts=[prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
+        texts=list(map(asked_and_said, prompts, completions)),
     )
 
 
@@ -331,11 +332,22 @@ def _from_token_ids(table: "pyarrow.Table", ids: list[str], tokenizer: Any, text
     if text_column:
         texts = _texts(table, text_column)
     else:
-        shown = [tokens[start : start + min(_EXCERPT, size)].tolist()
-                 for start, size in zip(offsets, lengths, strict=False)]  # fmt: skip
-        texts = [" ".join(map(str, part)) if tokenizer is None else tokenizer.decode(part) for part in shown]
+        texts = [_excerpt(tokens[a:b], labels[a:b], tokenizer) for a, b in pairwise(offsets)]
     types = types.astype(np.int32) if types.any() else None
     return Documents(tokens.astype(np.int32), labels.astype(np.int32), offsets, ids, texts, token_types=types)
+
+
+def _excerpt(tokens: np.ndarray, labels: np.ndarray, tokenizer: Any) -> str:
+    """What to show of a row of tokens: its first ones, or where the last part that is supervised begins."""
+
+    def read(part: np.ndarray) -> str:
+        return " ".join(map(str, part)) if tokenizer is None else tokenizer.decode(part.tolist())
+
+    said = np.flatnonzero((labels[1:] != IGNORED) & (labels[:-1] == IGNORED)) + 1
+    if not len(said) or said[-1] == 1:  # the first token of a row is never supervised
+        return read(tokens[:_EXCERPT])
+    start, half = int(said[-1]), _EXCERPT // 2
+    return asked_and_said(read(tokens[max(0, start - half) : start]), read(tokens[start : start + half]))
 
 
 def _integers(
@@ -380,7 +392,7 @@ def _fit(docs: Documents, start: int, max_length: int | None, truncation: bool) 
     types = None if docs.token_types is None else docs.token_types[fits]
     return dataclasses.replace(
         docs, input_ids=docs.input_ids[fits], labels=docs.labels[fits], offsets=offsets_of(lengths),
-        token_types=types,
+        token_types=types, cut=(int((docs.lengths > max_length).sum()), int(docs.lengths.max())),
     )  # fmt: skip
 
 
@@ -397,4 +409,5 @@ def _concatenate(parts: list[Documents]) -> Documents:
         [name for part in parts for name in part.ids],
         [text for part in parts for text in part.texts],
         token_types=None if types is None else np.concatenate(types),
+        cut=(sum(part.cut[0] for part in parts), max(part.cut[1] for part in parts)),
     )

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,16 @@ NUMBERS = "numbers"
 
 
 def load_tokenizer(
-    path: str | Path, *, trust_remote_code: bool = False, vocabulary: int | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    vocabulary: int | None = None,
 ) -> Any:
     """The tokenizer of a model: from its folder, from inside its GGUF file, or from the hub.
 
     Args:
-        path: as for `load_model`.
+        path, revision: as for `load_model`.
         trust_remote_code: run Python code that comes with the tokenizer.
         vocabulary: how many tokens the model has. A folder without a tokenizer then gives
             `number_tokenizer`; with None it is refused.
@@ -33,7 +39,7 @@ def load_tokenizer(
 
     if vocabulary is not None and has_no_tokenizer(path):
         return number_tokenizer(vocabulary)
-    source, options = locate_tokenizer(path)
+    source, options = locate_tokenizer(path, revision)
     options["trust_remote_code"] = trust_remote_code
     tokenizer = load_pretrained("tokenizer", path, AutoTokenizer.from_pretrained, source, **options)
     if len(tokenizer) == 0:
@@ -41,6 +47,20 @@ def load_tokenizer(
             f"the tokenizer of {path} has no tokens: save it there with tokenizer.save_pretrained"
         )
     return tokenizer
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """Refuse texts in which a tokenizer's regular expressions give up, whose panic is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"the tokenizer cannot split the texts ({str(error)[:80]}): mend the expressions in its "
+            "tokenizer.json"
+        ) from error
 
 
 def number_tokenizer(vocabulary: int) -> Any:

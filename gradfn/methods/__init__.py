@@ -6,7 +6,7 @@ from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
 from gradfn.methods.inner_product import InnerProduct
-from gradfn.methods.recipes import RECIPES, Problem, Recipe, recipe_named
+from gradfn.methods.recipes import RECIPES, Problem, Recipe, over_checkpoints, recipe_named
 from gradfn.methods.scoring import best, dots, score
 from gradfn.scores import TopK, extremes, top_k
 
@@ -26,6 +26,7 @@ __all__ = [
     "grad_cosine",
     "grad_dot",
     "influence",
+    "over_checkpoints",
     "recipe_named",
     "relatif",
     "score",

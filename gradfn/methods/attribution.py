@@ -84,12 +84,15 @@ def best_query(parts: Sequence[Rows], weights: Sequence[float]) -> Tensor:
 
 
 def times_doubt(parts: Sequence[Rows], weights: Sequence[float]) -> Tensor:
-    """TRAK's: the mean score times the mean of `1 - p`, where the loss is minus the log of the odds of p."""
+    """TRAK's: the mean score times the mean of `1 - p`, where the loss is minus the log of the odds of p.
+
+    Of a row that the model is sure of, `1 - p` may be too small for float32, and the product not.
+    """
     if not sum(weights) > 0:
         raise InputError("trak takes means over checkpoints: give weights with a sum above 0")
     scores = weighted_sum(parts, weights)
-    terms = [weight * one.losses.sigmoid() for one, weight in zip(parts, weights, strict=True)]
-    return scores * (torch.stack(terms).sum(0) / sum(weights))[:, None].to(scores)
+    terms = [weight * one.losses.double().sigmoid() for one, weight in zip(parts, weights, strict=True)]
+    return (scores.double() * (torch.stack(terms).sum(0) / sum(weights))[:, None]).to(scores)
 
 
 @dataclass(frozen=True, eq=False)

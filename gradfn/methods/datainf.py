@@ -14,7 +14,7 @@ from gradfn.types import Blocks
 
 
 @dataclass(frozen=True)
-class _MeanSquares(Additive[dict[str, float]]):
+class MeanSquares(Additive[dict[str, float]]):
     """The mean square of each block's entries."""
 
     def stage(self) -> Transform:
@@ -56,7 +56,13 @@ class _Solved(Additive[Blocks]):
 class DataInf:
     """`H^-1 q ~ 1/N sum_b 1/lambda (q - <g_b, q> / (lambda + |g_b|²) g_b)`, in two passes.
 
-    `lambda` is `damping` times the mean square of the block's entries. A block without gradients gives 0.
+    `lambda` is `damping` times the mean square of the block's entries, as in the paper. A block without
+    gradients gives 0.
+
+    `|g_b|²` is a sum over the block's d entries, about d times their mean square. A damping far below d is
+    therefore lost beside it: the bracket is `q` without its part along `g_b`, and the damping only divides
+    all scores, whose order stays. Far above d, the bracket is `q`, and the score is
+    `sum_blocks <g, q> / lambda`.
 
     Args:
         queries: the queries' gradients, transformed as the rows are.
@@ -73,7 +79,7 @@ class DataInf:
 
     queries: Blocks = field(repr=False)
     damping: float = 0.1
-    first: _MeanSquares = field(default_factory=_MeanSquares)
+    first: MeanSquares = field(default_factory=MeanSquares)
 
     def __post_init__(self) -> None:
         if not self.damping > 0:

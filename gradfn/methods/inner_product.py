@@ -11,6 +11,7 @@ from gradfn.engine import Engine, collect, gather, probe_engine
 from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping, Spectrum
+from gradfn.memory import check_memory
 from gradfn.methods.attribution import Attribution, Joined, Queries
 from gradfn.subject import Subject
 from gradfn.transforms import Dot, SelfDot, Transform, chain, dot, unit_normalize
@@ -63,7 +64,13 @@ class InnerProduct:
             queries: gradients of the queries after `query_transform`.
             by_block: keep each block's share apart, see `dot`.
         """
-        H, queries = self.curvature, self.solve(queries) if self.solve else queries
+        H, one = self.curvature, next(iter(queries.values()))
+        size, copies = sum(G.nbytes for G in queries.values()), len(self.damping) + (self.norm != "none")
+        check_memory(
+            size * copies, f"{copies} copies of the gradients of {len(one):,} queries",
+            "ask fewer queries at a time, or project the gradients", one.device,
+        )  # fmt: skip
+        queries = self.solve(queries) if self.solve else queries
         if H is None:
             queries = unit_normalize()(queries) if self.norm == "cosine" else queries
             return chain(self.row_transform, Dot(queries, unit=self.norm != "none", by_block=by_block))

@@ -7,17 +7,18 @@ A recipe is a function of a `Problem` that gives an `Attribution`. One in a file
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from runpy import run_path
 from typing import Any, Literal
 
 import torch
 
-from gradfn.engine.stream import Progress, lengths_of
+from gradfn.engine.stream import lengths_of
 from gradfn.errors import InputError, StorageError
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods.attribution import (
@@ -30,11 +31,13 @@ from gradfn.methods.attribution import (
     times_doubt,
     weighted_sum,
 )
-from gradfn.methods.datainf import DataInf
+from gradfn.methods.datainf import DataInf, MeanSquares
+from gradfn.methods.exact_solve import ExactSolve, Solver, absolute_damping
 from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
 from gradfn.methods.inner_product import EngineScorer, InnerProduct, Norm
+from gradfn.model.sites import find_sites
 from gradfn.statistics import (
     Curvature,
     ekfac,
@@ -50,15 +53,11 @@ from gradfn.statistics.labels import sample_labels
 from gradfn.subject import Subject
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.joint import Joint, joint
-from gradfn.transforms.projection import lenient, parse_projection
+from gradfn.transforms.projection import lenient, parse_projection, reseeded
 from gradfn.types import Blocks, Data
+from gradfn.watch import WATCH, Progress
 
-Watch = Callable[[str, int], AbstractContextManager[Progress | None]]
 Persist = Callable[[Any, Transform, Progress | None], Curvature]
-
-
-def _unwatched(what: str, total: int) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,8 @@ class Problem:
         labels: "data", or "model" to draw the labels of curvatures from the model, with `seed`.
         components: TrackStar's number of directions to count less.
         partitions: see `fit`.
-        watch: `watch(what, tokens)` gives a context with a progress callback, or None.
+        solver: how cg and lissa solve.
+        tell: called with a sentence that the user should read.
         persist: `persist(fold, transform, progress)` fits a curvature over the training rows and writes it
             to disk, or reads the one there; None: it is fitted and stays in memory.
     """
@@ -92,7 +92,8 @@ class Problem:
     seed: int = 0
     components: int = 1000
     partitions: int = 1
-    watch: Watch = field(default=_unwatched, repr=False)
+    solver: Solver = field(default_factory=Solver)
+    tell: Callable[[str], None] = field(default=warnings.warn, repr=False)
     persist: Persist | None = field(default=None, repr=False)
 
     @property
@@ -108,7 +109,8 @@ class Problem:
             transform: None means `stage`.
             queries: fit it over the queries, with their loss.
         """
-        is_curvature = getattr(fold, "gives_curvature", False) and not queries
+        decomposes = getattr(fold, "gives_curvature", False)
+        is_curvature = decomposes and not queries
         if self.curvature is not None and is_curvature:
             return self.curvature
         subject = self.subject.for_queries() if queries else self.subject
@@ -116,15 +118,20 @@ class Problem:
         data = self.query if queries else self.train
         if queries and not len(data):
             raise InputError("this method fits a curvature over the queries: give --query, or --hessian-path")
-        total = int(lengths_of(data).sum()) * passes(fold) * self.partitions
+        lengths = lengths_of(data)
+        watch = partial(
+            WATCH.get(), "curvature of the queries" if queries else "curvature",
+            int(lengths.sum()) * passes(fold) * self.partitions, "tokens",
+            then="decompositions and scores" if decomposes else "scores", longest=int(lengths.max(initial=0)),
+        )  # fmt: skip
         transform = self.stage if transform is None else transform
         if self.persist is not None and is_curvature:
-            with self.watch("curvature", total) as progress:
+            with watch() as progress:
                 return self.persist(fold, transform, progress)
         if self.labels == "model":
             size = subject.token_batch_size
             data = sample_labels(subject.loss, data, self.seed, token_batch_size=size)
-        with self.watch("curvature", total) as progress:
+        with watch() as progress:
             return fit(fold, subject, data, transform, partitions=self.partitions, progress=progress)
 
 
@@ -212,6 +219,31 @@ def _datainf(problem: Problem) -> InnerProduct:
     return InnerProduct(problem.stage, problem.stage, solve=_Solve(problem, damping.value))
 
 
+def _exact(name: str, problem: Problem) -> InnerProduct:
+    """What cg and lissa solve for: all weights as they are, of the rows with their labels."""
+    if chain(problem.stage).stages or problem.partitions > 1:
+        raise InputError(
+            f"{name} solves for whole gradients in one go: leave out the projection, the optimizer's state "
+            "and `partitions`"
+        )
+    if problem.subject.view.heads:
+        raise InputError(f"{name} solves for whole weights, which heads are parts of: use --by example")
+    (damping,) = problem.damping if len(problem.damping) == 1 else (None,)
+
+    def mean_eigenvalue() -> float:
+        means = problem.fit(MeanSquares())
+        view = replace(problem.subject.view, tokens=False)
+        sizes = {site.block: prod(site.spec.shape) for site in find_sites(problem.subject.model, view)}
+        return sum(means[block] * size for block, size in sizes.items()) / sum(sizes.values())
+
+    data, size = problem.train, problem.subject.token_batch_size
+    if problem.labels == "model":
+        data = sample_labels(problem.subject.loss, data, problem.seed, token_batch_size=size)
+    value = absolute_damping(damping, mean_eigenvalue)
+    solve = ExactSolve(name, problem.subject, data, value, problem.solver, problem.tell)
+    return InnerProduct(problem.stage, problem.stage, solve=solve)
+
+
 RECIPES: Mapping[str, Recipe] = {
     "grad_dot": Recipe(lambda problem: grad_dot(problem.stage), curvature=False),
     "grad_cosine": Recipe(lambda problem: grad_cosine(problem.stage), curvature=False, norm="cosine"),
@@ -233,6 +265,8 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "trak": Recipe(_trak, criterion="log_odds", combine=times_doubt),
     "datainf": Recipe(_datainf, solves=True),
+    "cg": Recipe(partial(_exact, "cg"), projection="none", solves=True),
+    "lissa": Recipe(partial(_exact, "lissa"), projection="none", solves=True),
 }
 
 
@@ -283,18 +317,59 @@ def method_of(method: Attribution | str, subject: Subject, train: Data, query: Q
         if isinstance(method, Attribution):
             return method
         raise InputError(f"{method!r} is no method: give gf.grad_dot(), say, or the name of one, 'ekfac'")
-    recipe = recipe_named(method)
     if isinstance(query, dict):
         raise InputError(f"{method} by its name takes queries and not their gradients: give the examples")
-    criterion = getattr(subject.loss, "criterion", recipe.criterion)
-    if recipe.criterion is not None and criterion != recipe.criterion:
-        raise InputError(
-            f"{method} takes the loss {recipe.criterion} and not {criterion}: give "
-            f'loss=gf.causal_lm_loss(model, criterion="{recipe.criterion}")'
-        )
-    projection = lenient(parse_projection(recipe.projection))
-    made = recipe.method(Problem(subject, train, query or [], projection=projection))
-    return made if recipe.combine is weighted_sum else Joined([(None, made)], combine=recipe.combine)
+    joined = over_checkpoints(method, [subject], train, query or [])
+    return joined.parts[0][1] if joined.combine is weighted_sum else joined
+
+
+def over_checkpoints(
+    method: str,
+    checkpoints: Sequence[Subject],
+    train: Data,
+    query: Data,
+    *,
+    projection: Transform | None = None,
+    weights: Sequence[float] | None = None,
+) -> Joined:
+    """A method by its name, fitted at several checkpoints of a model and joined as the method joins them.
+
+    Each checkpoint has a projection of its own, see `gradfn.transforms.reseeded`.
+
+    Args:
+        method: "trak", say.
+        checkpoints: a subject each.
+        train, query: rows and queries, as they are scored.
+        projection: of the first checkpoint; None: that of the method.
+        weights: of the checkpoints; None: `1 / number of checkpoints`.
+
+    Raises:
+        InputError: no such method, no checkpoint, a loss that the method is not defined with, for trak a sum
+            over tokens too.
+
+    >>> net = torch.nn.Linear(1, 1)
+    >>> both = [Subject(net, lambda params, example: params["weight"].sum())] * 2
+    >>> joined = over_checkpoints("grad_dot", both, [], [])
+    >>> [made.row_transform.stages[0].seed == 0 for _, made in joined.parts]
+    [True, False]
+    """
+    recipe, parts = recipe_named(method), list[tuple[Subject | None, Attribution]]()
+    projection = lenient(parse_projection(recipe.projection)) if projection is None else projection
+    for number, subject in enumerate(checkpoints):
+        criterion = getattr(subject.loss, "criterion", recipe.criterion)
+        if recipe.criterion is not None and criterion != recipe.criterion:
+            raise InputError(
+                f"{method} takes the loss {recipe.criterion} and not {criterion}: give "
+                f'loss=gf.causal_lm_loss(model, criterion="{recipe.criterion}")'
+            )
+        if recipe.combine is times_doubt and getattr(subject.loss, "reduction", "mean") == "sum":
+            raise InputError(
+                f"{method} weighs a row by 1 - p, of which a sum over many tokens leaves nothing: take a "
+                "loss with the mean over tokens"
+            )
+        made = recipe.method(Problem(subject, train, query, projection=reseeded(projection, number)))
+        parts.append((subject, made))
+    return Joined(parts, weights, recipe.combine)
 
 
 def _checked(name: str, method: Callable[[Problem], Any]) -> Callable[[Problem], Attribution]:

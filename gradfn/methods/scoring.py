@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradfn.data import offsets_of
+from gradfn.data import check_rows, offsets_of
 from gradfn.engine.stream import Progress, lengths_of, result_numbers, results_per_row, stream_to_host
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Attribution, Queries, Scorer
@@ -171,6 +171,7 @@ def best(
     """
     if k < 1:
         raise InputError(f"top must be 1 or more, not {k}")
+    check_rows(train)
     if not len(train):
         raise InputError("the data has no rows: give at least one example")
     subject = subject_of(model, **options)

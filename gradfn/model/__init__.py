@@ -2,6 +2,7 @@
 
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.heads import Heads
+from gradfn.model.left_out import uncovered
 from gradfn.model.losses import (
     CausalLMLoss,
     ModelLoss,
@@ -11,7 +12,7 @@ from gradfn.model.losses import (
     model_loss,
 )
 from gradfn.model.params import call, params_of
-from gradfn.model.sites import Site, View, blocks_of, find_sites, uncovered
+from gradfn.model.sites import Site, View, blocks_of, find_sites
 
 __all__ = [
     "CausalLMLoss",

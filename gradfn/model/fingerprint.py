@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradfn.watch import watched
+
 __all__ = ["model_fingerprint"]
 
 ORIGINAL = "original_module"
 """Peft's name of a module that an adapter replaces."""
 
 
-_NO_FUNCTION = {
+NO_FUNCTION = {
     "_name_or_path", "architectures", "attn_implementation", "auto_map", "dtype", "experts_implementation",
     "initializer_range", "output_attentions", "output_hidden_states", "return_dict", "torch_dtype",
     "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
 """Values of a config that change no output, or that tensors say better."""
-_NO_ADAPTER_FUNCTION = {
+NO_ADAPTER_FUNCTION = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
 }  # fmt: skip
 
@@ -44,7 +46,9 @@ def model_fingerprint(model: nn.Module) -> str:
     False
     """
     digest = hashlib.sha256()
-    for name, tensor in _saved_tensors(model):
+    for name, tensor in watched(
+        "fingerprint of the weights", [*_saved_tensors(model)], "tensors", timed=False
+    ):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(_checksums(tensor.detach()).numpy().astype("<i8").tobytes())
     config = getattr(model, "config", None)
@@ -52,9 +56,9 @@ def model_fingerprint(model: nn.Module) -> str:
         [name, type(one).__qualname__, one.extra_repr() if config is None else ""]
         for name, one in model.named_modules()
     ]
-    settings = [modules, _settings(config, _NO_FUNCTION)]
+    settings = [modules, _settings(config, NO_FUNCTION)]
     for name, adapter in getattr(model, "peft_config", {}).items():
-        settings.append([name, _settings(adapter, _NO_ADAPTER_FUNCTION)])
+        settings.append([name, _settings(adapter, NO_ADAPTER_FUNCTION)])
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 

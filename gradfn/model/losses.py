@@ -14,13 +14,12 @@ from gradfn.data import IGNORED
 from gradfn.errors import InputError
 from gradfn.model.params import call
 from gradfn.model.sites import output_head
+from gradfn.model.trials import refuse_later_tokens, refuse_unread_labels
 from gradfn.types import Batch, Example, Params
 
 Reduction = Literal["mean", "sum"]
 Criterion = Literal["cross_entropy", "log_odds", "margin", "kl"]
 Task = Literal["masked_lm", "seq2seq_lm", "classification", "image_classification", "regression"]
-CAUSAL_TOLERANCE = 1e-5
-"""How far rounding may move the logits of a causal model when a later token changes."""
 READS_ENCODER = re.compile(r"(EncDecAttention|encoder_attn|cross_?att\w*)\.(.*\.)?(k|v|key|value)(_proj)?$")
 """Paths in a decoder whose input is what the encoder gives."""
 
@@ -292,14 +291,25 @@ class ModelLoss(_Weighted):
             for key, value in batch.items()
             if key not in ("labels", "weight")
         }
-        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        if pad and "input_ids" in inputs and "attention_mask" in inputs:
+        if "input_ids" in inputs and "attention_mask" in inputs:
             # A decoder that classifies finds the end of a text by its padding token.
-            inputs["input_ids"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], pad)
+            inputs["input_ids"] = torch.where(
+                inputs["attention_mask"].bool(), inputs["input_ids"], self._padding or 0
+            )
         if self.task == "seq2seq_lm":
-            # The model itself makes the decoder's inputs of the labels.
-            return {**inputs, "labels": batch["labels"], "use_cache": False}
+            return {**inputs, "labels": self.read_labels(batch["labels"]), "use_cache": False}
         return inputs
+
+    def read_labels(self, labels: Tensor) -> Tensor:
+        """The labels of which the model itself makes the decoder's inputs: tokens where it has no padding."""
+        return labels.clamp_min(0) if self._padding is None else labels
+
+    @property
+    def _padding(self) -> int | None:
+        """The padding token; None if it is none of the model's tokens, so that the mask alone decides."""
+        config: Any = getattr(self.model, "config", None)
+        pad, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+        return pad if pad is not None and 0 <= pad < (size or pad + 1) else None
 
     def _losses(self, logits: Tensor, batch: Batch) -> Tensor:
         labels = batch["labels"]
@@ -349,67 +359,6 @@ def head_is_plain(model: nn.Module) -> bool:
         return False
     # A plain head runs the very same product, so there is hardly anything to tolerate.
     return float((ours - own).abs().max()) <= 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
-
-
-CAUSAL_SETTINGS = {
-    "is_decoder": True,
-    "use_bidirectional_attention": False,
-    "is_causal": True,
-    "causal": True,
-}
-"""What the config of a causal model says, if it says anything."""
-
-
-def _trial_ids(model: nn.Module) -> Int[Tensor, "one eight"]:
-    """Eight tokens of the model's vocabulary."""
-    head = output_head(model)
-    count = len(head.weight) if isinstance(head, nn.Linear) else 8  # pyright: ignore[reportArgumentType]
-    return torch.linspace(0, count - 1, 8, device=next(model.parameters()).device).long()[None]
-
-
-def _trial_logits(model: nn.Module, *trials: Batch) -> list[Tensor]:
-    """The logits of several batches, in eval mode."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            return [model(**trial, use_cache=False).logits for trial in trials]
-    finally:
-        for module in training:
-            module.training = True
-
-
-def refuse_unread_labels(model: nn.Module) -> None:
-    """Refuse a model whose logits are the same for another first label: its decoder does not read labels."""
-    ids = _trial_ids(model)
-    other = torch.cat([ids[:, 3:4], ids[:, 1:]], 1)
-    trials = ({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": x} for x in (ids, other))
-    if torch.equal(*_trial_logits(model, *trials)):
-        raise InputError(
-            f"the logits of {type(model).__name__} do not depend on its labels, so its decoder does not read "
-            "them: give an encoder-decoder that does, or another task"
-        )
-
-
-def refuse_later_tokens(model: nn.Module) -> None:
-    """Refuse a model whose logits depend on later tokens, because the loss would let it read the answer.
-
-    Compares the logits of eight tokens with those of the same tokens but for another last one.
-    """
-    ids = _trial_ids(model)
-    other = torch.cat([ids[:, :-1], ids[:, 3:4]], 1)
-    own, changed = (part[:, :-1] for part in _trial_logits(model, {"input_ids": ids}, {"input_ids": other}))
-    rounding = max(CAUSAL_TOLERANCE, torch.finfo(own.dtype).eps)
-    if float((own.float() - changed.float()).norm()) <= rounding * float(own.float().norm()):
-        return
-    config: Any = getattr(model, "config", None)
-    wrong = [f"{n}={v}" for n, v in CAUSAL_SETTINGS.items() if getattr(config, n, v) != v]
-    cure = f"set {wrong[0]} in its config, or give" if wrong else "give"
-    raise InputError(
-        f"the logits of {type(model).__name__} depend on later tokens, so it is no causal LM: {cure} another "
-        "task, such as masked_lm"
-    )
 
 
 def causal_lm_loss(

@@ -223,30 +223,37 @@ def all_sites(model: nn.Module) -> tuple[Site, ...]:
     [('0', 'linear'), ('1', 'norm')]
     """
     sites = [site for path, module in model.named_modules() for site in _adapt(path, module)]
-    known = {id(p) for site in sites for p in _parameters(site)}
+    known = {id(p) for site in sites for p in parameters_of(site)}
     bare = []
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in known:
                 known.add(id(parameter))
-                first = parameter.shape[0] if parameter.ndim else 1
-                layer = BareParameter(first, parameter.numel() // max(first, 1), False)
-                where = f"{path}.{name}".lstrip(".")
-                bare.append(Site(where, where, module, layer, name, probed=False))
+                bare.append(_bare(path, module, name))
     inner = {id(site.module.out_proj) for site in sites if isinstance(site.module, nn.MultiheadAttention)}
     names = {id(p): name for name, p in model.named_parameters()}
     return tuple(
-        replace(site, names=tuple(names[id(p)] for p in _parameters(site)))
+        replace(site, names=tuple(names[id(p)] for p in parameters_of(site)))
         for site in (*sites, *bare)
         if id(site.module) not in inner
     )
+
+
+def _bare(path: str, module: nn.Module, name: str) -> Site:
+    """The site of a parameter that is attributed by itself."""
+    parameter = attrgetter(name)(module)
+    first = parameter.shape[0] if parameter.ndim else 1
+    layer = BareParameter(first, parameter.numel() // max(first, 1), False)
+    where = f"{path}.{name}".lstrip(".")
+    return Site(where, where, module, layer, name, probed=False)
 
 
 def _adapt(path: str, module: nn.Module) -> list[Site]:
     return next((sites for adapter in ADAPTERS if (sites := adapter(path, module))), [])
 
 
-def _parameters(site: Site) -> list[Tensor]:
+def parameters_of(site: Site) -> list[Tensor]:
+    """The weight of a site, and its bias if it has one."""
     own = site.own_bias
     return [site.weight] if own is None else [site.weight, own]
 
@@ -254,9 +261,17 @@ def _parameters(site: Site) -> list[Tensor]:
 def _by_default(found: Sequence[Site], head: nn.Module | None, adapters: set[str]) -> list[Site]:
     """The weight matrices without LM head and tied embeddings; with PEFT adapters, what these trained."""
     if adapters:
-        return [site for site in found if not adapters.isdisjoint(site.names)]
+        return [site for site in found if site.names[0] in adapters]
     out = {id(site.weight) for site in found if not site.layer.by_default}
     return [site for site in found if site.module is not head and id(site.weight) not in out]
+
+
+def _trained(site: Site, adapters: set[str]) -> Site:
+    """The site, or that of its bias alone where adapters have trained nothing else of it."""
+    weight, *bias = site.names
+    if weight in adapters or adapters.isdisjoint(bias):
+        return site
+    return replace(_bare(site.path, site.module, site.bias), names=tuple(bias))
 
 
 @dataclass(frozen=True)
@@ -264,8 +279,8 @@ class View:
     """Which weights have a block, and how finely their gradients are split.
 
     The default is all weight matrices (linear layers, convolutions, experts) with their biases, without the
-    LM head, embeddings and norms. In a model with PEFT adapters it is all that these have trained, modules
-    and tokens of their own (`modules_to_save`, `trainable_token_indices`) too.
+    LM head, embeddings and norms. In a model with PEFT adapters it is all that these have trained, modules,
+    tokens and biases of their own (`modules_to_save`, `trainable_token_indices`, `bias`) too.
 
     Args:
         include: globs over module paths; a weight of any kind is included if one matches. `["*"]` includes
@@ -330,6 +345,8 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
         for globs in each:
             if globs and not any(_matches(site.path, globs) for site in found):
                 raise InputError(f"`{name}` {', '.join(globs)} matches no layer: {_named(found)}")
+    if not include and view.biases:
+        found = tuple({site.path: site for site in (_trained(one, adapters) for one in found)}.values())
     chosen = (
         [s for s in found if _matches(s.path, include)] if include else _by_default(found, head, adapters)
     )
@@ -456,34 +473,3 @@ def blocks_of(sites: Sequence[Site], grads: dict[str, Tensor]) -> Blocks:
             weight, *bias = (grads[name] for name in site.names)
             blocks[site.block] = site.layer.block(weight, bias[0] if bias and site.layer.bias else None)
     return blocks
-
-
-def uncovered(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
-    """The parameters that no block covers, with their sizes.
-
-    >>> net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    >>> uncovered(net, find_sites(net))
-    {'1.weight': 4, '1.bias': 4}
-    """
-    covered = {id(parameter) for site in sites for parameter in _parameters(site)}
-    return {name: p.numel() for name, p in model.named_parameters() if id(p) not in covered}
-
-
-def dropped_matrices(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
-    """The weight matrices of no known kind that no block covers, with their sizes.
-
-    A table of positions, whose first axis is 1, is none.
-
-    >>> net = nn.Sequential(nn.Linear(3, 4), nn.GRU(4, 2))
-    >>> dropped_matrices(net, find_sites(net))
-    {'1.weight_ih_l0': 24, '1.weight_hh_l0': 12}
-    """
-    chosen = {site.path for site in sites}
-    return {
-        site.path: site.weight.numel()
-        for site in all_sites(model)
-        if isinstance(site.layer, BareParameter)
-        and site.path not in chosen
-        and site.weight.ndim > 1
-        and len(site.weight) > 1
-    }

@@ -67,7 +67,7 @@ def comparison_facts(
 
 
 def _why_unknown(truth: Truth) -> str:
-    if len(truth.seeds.unique()) == 1:
+    if truth.replicates == 1:
         return "unknown, with one seed a subset: gradfn retrain --seeds 2 tells it"
     return "unknown, with one seed left of each subset: retrain with a lower --learning-rate"
 
@@ -76,17 +76,20 @@ def _diverged(truth: Truth, kept: Truth) -> Facts:
     """How many models diverged, and what is left out with them."""
     if not (diverged := int(truth.diverged.sum())):
         return []
+    models = f"{diverged:,} of {count(len(truth.diverged), 'model')}"
+    if truth.seeding == "independent":
+        return [("diverged", f"{models}, which are in no mean")]
     lost = {
         noun: len(getattr(truth, name).unique()) - len(getattr(kept, name).unique())
         for noun, name in (("subset", "numbers"), ("seed", "seeds"))
     }
     left_out = " and ".join(count(number, noun) for noun, number in lost.items() if number)
-    models = f"{diverged:,} of {count(len(truth.diverged), 'model')}"
     return [("diverged", f"{models}; left out for the means to be over the same seeds: {left_out}")]
 
 
 def _seeds(kept: Truth) -> str:
-    return count(len(kept.seeds.unique()), "seed")
+    """How many models a subset has, and whether subsets share their seeds."""
+    return count(kept.replicates, f"{kept.seeding} seed")
 
 
 def comparison_table(told: Comparison, ceiling: Estimate | None) -> Table:
@@ -118,7 +121,7 @@ def comparison_row(
         **columns("lds", one.lds), **columns("pearson", one.pearson), **columns("ceiling", ceiling),
         "share_of_ceiling": one.lds.value / ceiling.value if ceiling and ceiling.value > 0 else None,
         "subsets": subsets, "models": len(truth.diverged), "diverged": int(truth.diverged.sum()),
-        "queries": len(told.queries),
+        "seeding": truth.seeding, "queries": len(told.queries),
     }  # fmt: skip
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from gradfn.errors import StorageError
+from gradfn.shown import SAID
 
 Row = Mapping[str, Any]
 EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "text")
 FURTHER = {"module": ("module", "share"), "head": ("module", "share"),
            "token": ("document", "position", "token")}  # fmt: skip
 """Columns of an export that there are only where scores are told apart so finely."""
+CLASSES = ("label", "predicted")
+"""Columns of rows with a class: its name, and the model's own."""
 FORMULA, NUMBER = re.compile(r"\s*[=+\-@]"), re.compile(r"[+-]?\d+(\.\d+)?")
 """Texts that a spreadsheet may run, and those among them that are only numbers."""
 
@@ -28,7 +31,8 @@ def export_ranking(rows: Sequence[Row], paths: Mapping[str, Path | None], by: st
         by: how finely scores are told apart: "example", "module", "head" or "token".
     """
     lines = [line for row in rows for line in _lines(row)]
-    export_table(lines, (*EXPORTED, *FURTHER.get(by, ())), paths)
+    classes = CLASSES if any("label" in row for row in rows) else ()
+    export_table(lines, (*EXPORTED, *FURTHER.get(by, ()), *classes), paths)
 
 
 def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[str, Path | None]) -> None:
@@ -65,6 +69,7 @@ def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[st
 def _lines(row: Row) -> list[dict[str, Any]]:
     """A row of the table as lines of the export: one, or one a share."""
     line = {key: value for key, value in row.items() if key != "shares"}
+    line["text"] = line["text"].replace(SAID, " → ")
     if "shares" not in row:
         return [line]
     return [{**line, "module": name, "share": share} for name, share in row["shares"]]

@@ -10,7 +10,7 @@ from gradfn.data import Corpus
 from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
 from gradfn.hf.answers import Answer
 from gradfn.report.rows import DocumentRows, Ranked, ShownRows, top_shares
-from gradfn.report.tables import NAME_WIDTH, facts, ranking
+from gradfn.report.tables import NAME_WIDTH, Piped, excerpt, facts, ranking
 from gradfn.report.words import clean, count
 
 KNOWN_RANKS = 5
@@ -26,7 +26,6 @@ class ShownQueries:
 
     Args:
         ids, texts: one a query.
-        shown: the texts as a person reads them, prompt and completion apart.
         sources: the ids of the rows that are known to teach the answers, None where none is known.
         dampings: of which every query has a column each, those of one damping together; "" is not shown.
         documents: the queries' tokens, where every query is one document; once for all dampings.
@@ -34,15 +33,13 @@ class ShownQueries:
 
     ids: Sequence[str]
     texts: Sequence[str]
-    shown: Sequence[str]
     sources: Sequence[str | None] = field(default_factory=list)
     dampings: tuple[str, ...] = ("",)
     documents: Corpus | None = None
 
     def joined(self, name: str) -> "ShownQueries":
         """One for all of them."""
-        text = f"the best of {len(self.ids)} queries"
-        return ShownQueries([name], [text], [text])
+        return ShownQueries([name], [f"the best of {len(self.ids)} queries"])
 
     def with_dampings(self, names: Sequence[str]) -> "ShownQueries":
         """Each of them once for every damping, in the order of scores; a single damping is not shown."""
@@ -51,8 +48,7 @@ class ShownQueries:
         times = len(names)
         return ShownQueries(
             [f"{query} (damping {name})" for name in names for query in self.ids],
-            list(self.texts) * times, list(self.shown) * times, list(self.sources) * times, tuple(names),
-            self.documents,
+            list(self.texts) * times, list(self.sources) * times, tuple(names), self.documents,
         )  # fmt: skip
 
     @property
@@ -91,6 +87,7 @@ def print_rankings(
         The table, a line a row shown.
     """
     lexical = _lexical(known, queries, top) if texts else None
+    width = None if isinstance(out, Piped) else out.width
     if any(queries.sources) and isinstance(known, DocumentRows):
         out.print()
         out.print(facts(_recall(queries, ranked, known.ids, lexical)))
@@ -101,8 +98,10 @@ def print_rankings(
         if show is not None and number >= show:
             continue
         out.print()
-        out.print(facts(_query_facts(queries, number, answers[number % queries.each] if answers else None)))
-        out.print(ranking(rows, out.width))
+        text = excerpt(queries.texts[number], None if width is None else QUERY_CHARACTERS)
+        answer = answers[number % queries.each] if answers else None
+        out.print(facts([(f"query {clean(query)}", text), *_query_facts(queries, number, answer)]))
+        out.print(ranking(rows, width))
         if lexical is not None:
             found = [clean(name, NAME_WIDTH) for name in lexical[number][:top]]
             out.print(facts([("BM25 finds", ", ".join(found) or "no row that shares a word")]))
@@ -131,10 +130,9 @@ def _lexical(known: ShownRows, queries: ShownQueries, top: int) -> list[list[str
 
 
 def _query_facts(queries: ShownQueries, number: int, answer: Answer | None) -> list[tuple[str, str]]:
-    """A query, and what the model itself makes of it."""
-    lines = [(f"query {clean(queries.ids[number])}", clean(queries.shown[number], QUERY_CHARACTERS))]
-    if damping := queries.dampings[number // queries.each]:
-        lines.append(("damping", damping))
+    """The damping of a query, and what the model itself makes of it."""
+    damping = queries.dampings[number // queries.each]
+    lines = [("damping", damping)] if damping else []
     if answer is None:
         return lines
     loss = f"loss {answer.loss:.2f} nats a token"

@@ -114,6 +114,22 @@ def _common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+@dataclass(frozen=True, eq=False)
+class LabelledRows(DocumentRows):
+    """Documents or images with a class each.
+
+    Args:
+        classes: of the rows that are shown, the name of a row's class and of the model's own.
+    """
+
+    classes: Mapping[int, tuple[str, str]]
+
+    def cells(self, row: int) -> dict[str, Any]:
+        """Number, id, text, and the two classes."""
+        label, predicted = self.classes[row]
+        return {**super().cells(row), "label": label, "predicted": predicted}
+
+
 ShownRows = DocumentRows | TokenRows
 """What is known of the rows of a score matrix: `cells(row)` are those of a row in a table."""
 

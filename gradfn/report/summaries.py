@@ -6,10 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
-from gradfn.data import Corpus
+from gradfn.data import Corpus, Documents, Pairs
 from gradfn.engine.check import Covered, coverage
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.stream import results_per_row
 from gradfn.model.losses import CausalLMLoss
-from gradfn.report.words import count
+from gradfn.report.words import count, size_of
 from gradfn.runs.rows import Summary, layer_summary
 from gradfn.runs.shards import Shard, shard_rows
 from gradfn.statistics.curvature import Curvature
@@ -66,6 +68,21 @@ def subject_facts(
     return lines
 
 
+def cut_facts(documents: Corpus, name: str) -> Facts:
+    """How many rows were cut, and from which length.
+
+    >>> from gradfn.data import make_documents
+    >>> cut_facts(make_documents([[1, 2]]), "rows.jsonl")
+    []
+    """
+    sides = (documents.inputs, documents.outputs) if isinstance(documents, Pairs) else (documents,)
+    return [
+        ("note", f"{count(one.cut[0], 'row')} of {name} cut to {one.lengths.max():,} tokens; the longest had "
+                 f"{one.cut[1]:,}")
+        for one in sides if isinstance(one, Documents) and one.cut[0]
+    ]  # fmt: skip
+
+
 def coverage_facts(rows: Sequence[Covered]) -> Facts:
     """A note on what is left out, where less than half of the parameters are attributed.
 
@@ -105,6 +122,17 @@ def gradients_line(*transforms: Transform) -> str:
         follows, projecting = projecting, "projection" in stage.settings()
         line += (" > " if follows and projecting else ", " if line else "") + str(stage)
     return line or "full gradients"
+
+
+def size_facts(subject: Subject, train: Corpus, transform: Transform, shard: Shard | None) -> Facts:
+    """What the gradients of the rows, or of a part of them, take on disk."""
+    engine = probe_engine(subject.model, subject.loss, transform, view=subject.view)
+    rows = range(len(train)) if shard is None else shard_rows(train.lengths, shard)
+    total = int(results_per_row(engine, train)[rows.start : rows.stop].sum())
+    noun = "token" if subject.view.tokens else "row"
+    return [
+        ("size", f"{size_of(engine.result_bytes)} a {noun}, {size_of(engine.result_bytes * total)} in all")
+    ]
 
 
 def unprobed_facts(paths: Sequence[str]) -> Facts:

@@ -2,6 +2,12 @@
 
 import unicodedata
 
+from gradfn.shown import SAID
+
+ESCAPED = str.maketrans({
+    "\n": r"\n", "\r": r"\r", "\t": r"\t", "\u2028": r"\n", "\u2029": r"\n", **dict.fromkeys("\v\f\x85", " ")
+})  # fmt: skip
+
 
 def count(number: int, noun: str) -> str:
     """A number with its noun.
@@ -13,12 +19,36 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def size_of(size: int) -> str:
+    """A number of bytes in the unit that makes it short.
+
+    >>> size_of(512), size_of(24 << 10), size_of(2900 << 20)
+    ('512 B', '24.0 KiB', '2.8 GiB')
+    """
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
 def clean(text: str, width: int | None = None) -> str:
     """One line of printable text: line breaks become spaces, control characters are dropped.
 
     >>> clean("a\\n\\x1b[31mb")
     'a [31mb'
     """
-    line = " ".join(text.split())
-    line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    line = _printable(" ".join(text.split()))
     return line if width is None or len(line) <= width else line[: width - 1].rstrip() + "…"
+
+
+def whole(text: str) -> str:
+    """All of a text as one line for other programs: breaks are written as `\\n`, control characters dropped.
+
+    >>> print(whole("a\\n b\\x1b"))
+    a\\n b
+    """
+    return _printable(text.replace(SAID, " → ").translate(ESCAPED))
+
+
+def _printable(line: str) -> str:
+    return "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))

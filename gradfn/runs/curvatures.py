@@ -1,7 +1,7 @@
 """Curvatures on disk: fitted, mixed, read."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping, Spectrum
+from gradfn.runs.changes import explaining
 from gradfn.runs.provenance import DataSource, Provenance, Settings, describe, refuse_mismatch
 from gradfn.statistics import Curvature, mix, mixing_coefficient
 from gradfn.statistics.fold import check_fit, fit
@@ -117,10 +118,11 @@ def mix_runs(
     return mixed, weight
 
 
-def _curvature_writer(
-    run: str | Path, made: Provenance, overwrite: Overwrite
-) -> AbstractContextManager[Writer]:
-    return open_writer(run, "hessian", made.settings(), 1, overwrite, request=made.request)
+@contextmanager
+def _curvature_writer(run: str | Path, made: Provenance, overwrite: Overwrite) -> Iterator[Writer]:
+    writer = open_writer(run, "hessian", made.settings(), 1, overwrite, request=made.request)
+    with explaining(Path(run), "hessian", {}), writer as opened:
+        yield opened
 
 
 def write_curvature(writer: Writer, curvature: Curvature, beside: Mapping[str, Any] | None = None) -> None:

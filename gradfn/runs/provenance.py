@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 import gradfn
+from gradfn.data import check_rows
 from gradfn.errors import InputError
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import CausalLMLoss, ModelLoss
+from gradfn.runs.changes import changed_model
 from gradfn.store import Store, differing, in_words
 from gradfn.subject import Subject
 from gradfn.transforms import Transform, chain, unit_normalize
@@ -65,8 +67,10 @@ class Source(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource(Source):
-    """A model: the dtype of its weights, how float32 matrices were multiplied, its attention kernel."""
+    """A model: its revision on the hub, the dtype of its weights, how float32 matrices were multiplied, its
+    kernel of attention."""
 
+    revision: str | None = None
     precision: str | None = None
     products: str | None = None
     attention: str | None = None
@@ -92,6 +96,7 @@ class DataSource(Source):
     """Examples, with a digest of their ids. Of queries also their loss, how they were grouped, and how
     stored gradients were made."""
 
+    revision: str | None = None
     split: str | None = None
     rows: int | None = None
     ids: str | None = None
@@ -130,7 +135,8 @@ class Provenance(Record):
         basis: of the second of two passes to a curvature, a digest of what the first gave.
         checkpoints: of joined scores.
         mask: how the coordinates of a mask were chosen.
-        query_loss, margin_loss, init, training, subsets, seeds, seed: of retrained models, see `retrain`.
+        query_loss, margin_loss, init, training, subsets, seeds, seed, seeding: of retrained models, see
+            `retrain`.
         request: what was asked for, such as a command with the options that were given. Two runs that
             differ only in this are the same.
 
@@ -165,6 +171,7 @@ class Provenance(Record):
     subsets: Settings | None = None
     seeds: int | None = None
     seed: int | None = None
+    seeding: str | None = None
     request: Settings | None = None
 
     @classmethod
@@ -246,6 +253,7 @@ def _merged(settings: Settings, more: Settings) -> dict[str, Any]:
 
 def describe(subject: Subject, data: Data, transform: Transform | None) -> Provenance:
     """What the rows of a run depend on: model, data, loss, layers and transform."""
+    check_rows(data)
     fingerprint: Callable[[], str] | None = getattr(data, "fingerprint", None)
     return Provenance(
         version=gradfn.__version__,
@@ -321,6 +329,12 @@ def compare(there: Provenance, here: Provenance) -> dict[str, tuple[Any, Any]]:
     return differing(*sides)
 
 
+def _named(*models: ModelSource | None) -> tuple[str, ...] | None:
+    """Two models by their paths and precisions, where both have them."""
+    known = [model for model in models if model is not None and model.path is not None]
+    return tuple(f"{one.path}, {one.precision}" for one in known) if len(known) == len(models) else None
+
+
 def _without_path(stage: Settings) -> Settings:
     """A stage without the path of the run that it was read from, since its digest tells which it is."""
     words = str(stage.get("projection")).split(":")
@@ -345,9 +359,15 @@ def refuse_mismatch(
     """
     there, here = Provenance.of(stored), Provenance.of(wanted)
     if differences := compare(there, here):
+        more = ""
+        if "model" in differences and (models := _named(there.model, here.model)):
+            differences["model"] = models[0], models[1]
+            paths, precisions = zip(*(one.rsplit(", ", 1) for one in models), strict=True)
+            changed = changed_model(*paths) if len({*precisions}) == 1 else ""
+            more = f"; {changed}" if changed else ""
         raise InputError(
             f"{what} was made differently, so its gradients cannot be compared "
-            f"({in_words(differences, str)}): use the same model and options, or make it again"
+            f"({in_words(differences, str)}{more}): use the same model and options, or make it again"
         )
     unit = [bool(made.stages) and made.stages[-1]["transform"] == "UnitNormalize" for made in (there, here)]
     if unit == [True, False]:

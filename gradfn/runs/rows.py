@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from gradfn.data import offsets_of
 from gradfn.engine.engine import Engine
-from gradfn.engine.stream import Progress, lengths_of
+from gradfn.engine.stream import lengths_of
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Scorer
 from gradfn.methods.inner_product import EngineScorer
-from gradfn.model.sites import View, find_sites, uncovered
+from gradfn.model.left_out import uncovered
+from gradfn.model.sites import View, find_sites
+from gradfn.runs.changes import explaining
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.shards import Shard, shard_rows, shard_run
-from gradfn.store import Overwrite, Span, Values, Writer, open_part, open_writer, storable
+from gradfn.store import Overwrite, Span, Values, Writer, check_disk, open_part, open_writer, storable
 from gradfn.types import Blocks, Data, Rows
+from gradfn.watch import Progress, Resumed
 
 SEGMENT_BATCHES = 64
 SEGMENT_BYTES = 256 << 20
@@ -125,7 +128,8 @@ class RunRows:
         count = max(1, int(np.searchsorted(ends, tokens, "right")))
         return examples[:count], examples[count:]
 
-    def open(self) -> AbstractContextManager[Writer]:
+    @contextmanager
+    def open(self) -> Iterator[Writer]:
         """Open the run directory to write the rows, or to resume; see `open_writer`."""
         every = {
             **self.index_arrays,
@@ -134,11 +138,16 @@ class RunRows:
         names = {name: list(values) for name, values in every.items() if name.endswith("/id")}
         if not self.tokens:
             names["rows/id"] = self.ids(range(len(self.data)))
-        return open_writer(
-            shard_run(self.run, self.shard), self.kind, self.made.settings(), int(self.bounds[-1]),
-            self.overwrite, part=None if self.shard is None else self.span(self.examples), names=names,
-            request=self.made.request,
+        run, beside = shard_run(self.run, self.shard), {}
+        if not self.tokens:
+            texts: Sequence[str] = storable(getattr(self.data, "texts", ()))
+            beside = {"rows/id": names["rows/id"], "rows/text": texts, "rows/length": self.lengths}
+        writer = open_writer(
+            run, self.kind, self.made.settings(), int(self.bounds[-1]), self.overwrite, names=names,
+            part=None if self.shard is None else self.span(self.examples), request=self.made.request,
         )  # fmt: skip
+        with explaining(run, self.kind, beside), writer as opened:
+            yield opened
 
     def finish(self, writer: Writer) -> Path:
         """Write the index, with the names of documents where rows are tokens."""
@@ -209,16 +218,17 @@ def write_rows(
     with rows.open() as writer:
         if writer.complete:
             if progress:
-                progress(int(rows.lengths[rows.examples.start : rows.examples.stop].sum()))
+                progress(Resumed(rows.lengths[rows.examples.start : rows.examples.stop].sum()))
             return rows.summary(writer.index, last - first, ())
         scorer = scorer or scorer_of()
-        row_bytes = _row_bytes(scorer.engine) if isinstance(scorer, EngineScorer) else 0
+        row_bytes = scorer.engine.result_bytes if isinstance(scorer, EngineScorer) else 0
         slices = rows.slices(row_bytes, token_batch_size)
         missing = [rows.between(*span) for span in writer.missing(slices)]
         made = sum(stop - start for start, stop in map(rows.span, missing))
+        check_disk(writer.index.parent, made * row_bytes, f"{made:,} rows")
         if progress:
             todo = sum(int(rows.lengths[part.start : part.stop].sum()) for part in missing)
-            progress(int(rows.lengths[rows.examples.start : rows.examples.stop].sum()) - todo)
+            progress(Resumed(rows.lengths[rows.examples.start : rows.examples.stop].sum() - todo))
         for examples, result in _timed(rows, scorer, missing, token_batch_size, progress):
             writer.write(*rows.span(examples), {**arrays(result.values), **rows.arrays(examples, result)})
         path = rows.finish(writer)
@@ -244,11 +254,6 @@ def _timed(
         seconds = max(time.monotonic() - begun, 1e-9)
         done = int(rows.lengths[examples.start : examples.stop].sum())
         tokens = max(token_batch_size, int(SEGMENT_SECONDS * done / seconds))
-
-
-def _row_bytes(engine: Engine) -> int:
-    plans = engine.lowered().plans.values()
-    return sum(int(np.prod(plan.shape)) * plan.dtype.itemsize for plan in plans)
 
 
 def plan_slices(lengths: np.ndarray, token_batch_size: int, row_bytes: int | np.ndarray) -> list[Span]:

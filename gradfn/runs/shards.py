@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from gradfn.errors import InputError
+from gradfn.errors import InputError, LostFileError
 from gradfn.store import Span, Store, Writer, differing, in_words, open_part, open_store, open_writer
 from gradfn.store.guard import refuse_links
 
@@ -146,8 +146,10 @@ def complete_shards(run: str | Path, kind: str) -> list[Store]:
     count = found[0].count
     missing = [number for number in range(1, count + 1) if Shard(number, count) not in found]
     unfinished = [shard.number for shard in found if not is_complete(run, kind, shard)]
-    _refuse_lacking(run, kind, count, missing, "missing", "")
-    _refuse_lacking(run, kind, count, unfinished, "incomplete", " again, which resumes")
+    there = shard_run(run, next((shard for shard in found if shard.number not in unfinished), found[0]))
+    lacking = f"of {count} of the {kind_name(kind)} of {run}", there / f"{kind}.h5", count
+    _refuse_lacking(*lacking, missing, "missing", "")
+    _refuse_lacking(*lacking, unfinished, "incomplete", " again, which resumes")
     stores = [open_part(shard_run(run, shard), kind) for shard in found]
     _refuse_unlike(run, kind, stores)
     refuse_gaps(run, kind, [store.span for store in stores], stores[0].rows)
@@ -277,15 +279,14 @@ def _refuse_several_counts(run: str | Path, kind: str, found: Sequence[Shard]) -
 
 
 def _refuse_lacking(
-    run: str | Path, kind: str, count: int, numbers: Sequence[int], lack: str, again: str
+    which: str, there: Path, count: int, numbers: Sequence[int], lack: str, again: str
 ) -> None:
     if numbers:
-        one = len(numbers) == 1
-        named = f"shard{'' if one else 's'} {listed(numbers)} of {count} of the {kind_name(kind)} of {run}"
-        commands = "its command" if one else "their commands"
-        raise InputError(
-            f"{named} {'is' if one else 'are'} {lack}: run {commands}{again} "
-            f"(`shard=Shard({numbers[0]}, {count})`), then merge"
+        shards, commands = ("shard", "its command") if len(numbers) == 1 else ("shards", "their commands")
+        raise LostFileError(
+            f"{shards} {listed(numbers)} {which} {'is' if len(numbers) == 1 else 'are'} {lack}: run "
+            f"{commands}{again} (`shard=Shard({numbers[0]}, {count})`), then merge",
+            there,
         )
 
 

@@ -11,6 +11,7 @@ from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Spectrum, eigh
 from gradfn.statistics.fold import coarser
 from gradfn.transforms.precondition import digest_of
+from gradfn.watch import watched
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,7 +75,8 @@ def mix(a: Curvature, b: Curvature, coefficient: float) -> Curvature:
         raise InputError(
             f"two {a.kind} curvatures have two eigenbases and do not mix: fit one over both data sets"
         )
-    spectra = {name: _mixed(a[name], b[name], coefficient) for name in a}
+    names = watched("decompositions of the mix", a, "blocks", timed=False)
+    spectra = {name: _mixed(a[name], b[name], coefficient) for name in names}
     return Curvature(a.kind, spectra, a.rows + b.rows)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.engine.stream import Progress, lengths_of, stream
 from gradfn.errors import InputError
-from gradfn.memory import free_memory, release_memory
+from gradfn.memory import check_memory, release_memory
 from gradfn.model.sites import Site
 from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
 from gradfn.transforms import Dot, Rowwise, Transform, chain
@@ -236,13 +236,11 @@ def _refuse_too_large(fold: Additive[Any], engine: Engine, parts: Sequence[Seque
     blocks = [{site.block for site in sites} for sites in parts]
     parted = len(parts) > 1  # in one pass all of them are held, also those that are no layer's
     most = max(sum(sizes[name] for name in names) for names in blocks) if parted else sum(sizes.values())
-    free = free_memory(next(engine.model.parameters()).device)
-    name = type(fold).__name__
-    if most > 1 << 30 and most > free:
-        raise InputError(
-            f"the sums of {name} take {most / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: fit them "
-            "in several passes (`partitions=4`), or project the gradients (`gf.project(32)`)"
-        )
+    check_memory(
+        most, f"the sums of {type(fold).__name__}",
+        "fit them in several passes (`partitions=4`), or project the gradients (`gf.project(32)`)",
+        next(engine.model.parameters()).device,
+    )  # fmt: skip
 
 
 def check_fit(

@@ -14,6 +14,7 @@ from gradfn.statistics.moments import square_sum
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.precondition import Rotate
 from gradfn.transforms.row_sum import FactorSum, RowSum
+from gradfn.watch import watched
 
 
 def _weighted_covariance(v: Tensor, weights: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class Factored(Additive[Curvature]):
         del state  # so that each sum is freed after its spectrum is made
         spectra = {
             name: decomposed(name, spectrum, blocks.pop(name), shapes[name], count, solve)
-            for name in list(blocks)
+            for name in watched("decompositions", list(blocks), "blocks", timed=False)
         }
         return Curvature(self.kind, spectra, count)
 

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gradfn.data import IGNORED, collate, plan_batches
-from gradfn.engine.stream import Progress, labelled, lengths_of
+from gradfn.data import IGNORED, collate
+from gradfn.engine.stream import Progress, keeps_rows, labelled, lengths_of, plan_rows
 from gradfn.errors import InputError
 from gradfn.model.losses import CausalLMLoss, ModelLoss, hidden_states, output_head, shifted_labels
 from gradfn.random import uniforms
 from gradfn.subject import TOKEN_BATCH_SIZE
 from gradfn.types import Batch, Data, Example, LossFn
+from gradfn.watch import WATCH
 
 POSITIONS = 64
 """Positions whose distribution over the vocabulary is held at a time."""
@@ -75,7 +76,8 @@ def _classes(loss: ModelLoss, batch: Batch, uniforms: Uniforms) -> dict[str, Ten
     """Labels where labels are given; a decoder goes on reading the given ones."""
     labels, read = batch["labels"].clone(), {}
     if loss.task == "seq2seq_lm":
-        made = loss.model.prepare_decoder_input_ids_from_labels(labels=labels)  # pyright: ignore
+        read_labels = loss.read_labels(labels)
+        made = loss.model.prepare_decoder_input_ids_from_labels(labels=read_labels)  # pyright: ignore
         read = {"decoder_input_ids": made}
     kept = labels != IGNORED
     logits = loss.logits({**batch, **read})[kept]
@@ -117,7 +119,7 @@ def sample_labels(
     """The data with labels drawn from the model, `y ~ p(. | example)`, for the true Fisher matrix.
 
     Labels are drawn where labels are given, in one forward pass. A row's labels depend
-    on (seed, row) alone, not on its batch.
+    on (seed, row) alone, not on its batch: where padding changes a row, batches have rows of one length.
 
     Args:
         loss: a cross-entropy or squared error made by `causal_lm_loss` or `model_loss`.
@@ -138,20 +140,26 @@ def sample_labels(
     assert isinstance(loss, CausalLMLoss | ModelLoss)
     made: list[dict[str, Tensor]] = [{} for _ in range(len(data))]
     rows = range(len(data)) if rows is None else rows
-    lengths, device = lengths_of(data), next(loss.model.parameters()).device
-    with _evaluating(loss.model), torch.no_grad():
-        for places in plan_batches(lengths[rows.start : rows.stop], token_batch_size):
+    lengths, weights = lengths_of(data), [*loss.model.parameters()]
+    total = int(lengths[rows.start : rows.stop].sum())
+
+    def measure(batch: Batch) -> tuple[Tensor, Tensor]:
+        losses = loss.batched(batch)
+        return losses.new_zeros(len(losses), 1), losses
+
+    with _evaluating(loss.model), torch.no_grad(), WATCH.get()("labels", total, "tokens") as shown:
+        pads = keeps_rows(measure, weights, data, rows)
+        for places in plan_rows(data, rows, token_batch_size, pads=pads):
             numbers = places + rows.start
             examples = [labelled(data, int(row)) for row in numbers]
-            batch = {key: value.to(device) for key, value in collate(examples).items()}
+            batch = {key: value.to(weights[0].device) for key, value in collate(examples).items()}
             new = _relabel(
                 loss, batch, lambda place, n, of=numbers: uniforms(n, seed, "labels", int(of[place]))
             )
             for place, row in enumerate(numbers):
                 size = examples[place]["labels"].shape
                 made[int(row)] = {k: v[place].cpu()[tuple(map(slice, size))] for k, v in new.items()}
-            if progress:
-                progress(int(lengths[numbers].sum()))
+            (progress or shown)(int(lengths[numbers].sum()))
     return Relabelled(data, made)
 
 

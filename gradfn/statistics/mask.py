@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradfn.data import check_rows
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.linalg.kron import Kron
@@ -208,6 +209,8 @@ def selective_mask(
     """
     subject = subject_of(model, **options)
     sizes = {site.block: site.spec.shape for site in find_sites(subject.model, subject.view)}
+    for data in (train, query):
+        check_rows(data)
     some = [
         [data[row] for row in drawn_rows(len(data), rows, seed, name)]
         for data, name in ((train, "rows"), (query, "queries"))

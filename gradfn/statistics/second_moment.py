@@ -9,6 +9,7 @@ from gradfn.statistics.curvature import Curvature, decomposed, dense_spectrum
 from gradfn.statistics.fold import Additive, FoldState, refuse_empty
 from gradfn.transforms import Transform
 from gradfn.transforms.row_sum import RowSum
+from gradfn.watch import watched
 
 
 def _gram(name: str, G: Tensor) -> Tensor:
@@ -30,8 +31,8 @@ class SecondMoment(Additive[Curvature]):
         """Divide and decompose."""
         refuse_empty(state)
         spectra = {
-            name: decomposed(name, dense_spectrum, total / state.count, state.dtype)
-            for name, total in state.blocks.items()
+            name: decomposed(name, dense_spectrum, state.blocks[name] / state.count, state.dtype)
+            for name in watched("decompositions", state.blocks, "blocks", timed=False)
         }
         return Curvature("second_moment", spectra, state.count)
 

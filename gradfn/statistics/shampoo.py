@@ -10,6 +10,7 @@ from gradfn.statistics.curvature import Curvature, decomposed, product_spectrum
 from gradfn.statistics.fold import Additive, FoldState, refuse_empty
 from gradfn.transforms import Transform
 from gradfn.transforms.row_sum import RowSum
+from gradfn.watch import watched
 
 
 def _grams(name: str, G: Tensor) -> Tensor:
@@ -33,9 +34,9 @@ class Shampoo(Additive[Curvature]):
         """Divide and decompose, block by block."""
         refuse_empty(state)
         spectra = {}
-        for name, sums in state.blocks.items():
+        for name in watched("decompositions", state.blocks, "blocks", timed=False):
             out, into = state.shapes[name][-2:]
-            left, right = sums.split([out * out, into * into])
+            left, right = state.blocks[name].split([out * out, into * into])
             scales = 1 / state.count, 1 / state.count
             whole = partial(product_spectrum, exponent=0.5, scales=scales, dtype=state.dtype)
             spectra[name] = decomposed(name, whole, left.view(out, out), right.view(into, into))

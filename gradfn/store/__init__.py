@@ -9,18 +9,20 @@ segment in flight and nothing else. A store knows no model: what its rows depend
 from gradfn.store.arrays import ArraySpec, Values, storable
 from gradfn.store.compare import MISSING, differing, in_words
 from gradfn.store.directory import index_path, remove_kind
-from gradfn.store.file import Span
-from gradfn.store.reader import Store, open_part, open_store, requests_of
-from gradfn.store.writer import Overwrite, Writer, open_writer
+from gradfn.store.file import Span, check_disk
+from gradfn.store.reader import Store, open_part, open_store, request_beside, requests_of
+from gradfn.store.writer import Overwrite, SettingsDiffer, Writer, open_writer
 
 __all__ = [
     "MISSING",
     "ArraySpec",
     "Overwrite",
+    "SettingsDiffer",
     "Span",
     "Store",
     "Values",
     "Writer",
+    "check_disk",
     "differing",
     "in_words",
     "index_path",
@@ -28,6 +30,7 @@ __all__ = [
     "open_store",
     "open_writer",
     "remove_kind",
+    "request_beside",
     "requests_of",
     "storable",
 ]

@@ -1,6 +1,7 @@
 """Settings beside each other: which leaves differ, and what is refused for it."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
@@ -9,6 +10,8 @@ from gradfn.errors import InputError
 
 SHOWN = 8
 """Settings that an error message shows."""
+DIGEST = re.compile("[0-9a-f]{16}")
+"""A value that tells nobody anything, but that it is another one."""
 
 
 class _Missing:
@@ -58,7 +61,7 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_words(differences: Mapping[str, tuple[Any, Any]], show: Callable[[Any], str] | None = None) -> str:
-    """What `differing` found, in an error message: both values of the first eight settings.
+    """What `differing` found, in an error message: both values of the first eight settings, but of digests.
 
     Args:
         differences: what `differing` returns.
@@ -66,9 +69,17 @@ def in_words(differences: Mapping[str, tuple[Any, Any]], show: Callable[[Any], s
 
     >>> in_words(differing({"dim": 16, "seed": 0}, {"dim": 32}))
     'dim is 16 there and 32 here, seed is 0 there and nothing here'
+    >>> in_words({"tokenizer.fingerprint": ("0123456789abcdef", "fedcba9876543210")})
+    'tokenizer is not the same'
     """
     show = show or shown
-    pairs = [f"{key} is {show(a)} there and {show(b)} here" for key, (a, b) in differences.items()]
+
+    def pair(key: str, a: Any, b: Any) -> str:
+        if all(isinstance(side, str) and DIGEST.fullmatch(side) for side in (a, b)):
+            return f"{key.removesuffix('.fingerprint')} is not the same"
+        return f"{key} is {show(a)} there and {show(b)} here"
+
+    pairs = [pair(key, a, b) for key, (a, b) in differences.items()]
     more = f" and {len(pairs) - SHOWN} more settings differ" if len(pairs) > SHOWN else ""
     return ", ".join(pairs[:SHOWN]) + more
 

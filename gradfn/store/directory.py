@@ -22,6 +22,22 @@ def index_path(run: str | Path, kind: str = "store") -> Path:
     return Path(run) / f"{kind}.h5" if Path(run).is_dir() else Path(run)
 
 
+def check_place(run: str | Path) -> None:
+    """Refuse a run directory that cannot be made or written.
+
+    Raises:
+        InputError: naming the file or the link to nothing that is in its way, or the folder that is closed.
+
+    >>> check_place("runs/new")
+    """
+    run = Path(run)
+    there = next(path for path in (run, *run.absolute().parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise InputError(f"{there} is no folder, so {run} cannot be a run directory: give another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there} may not be written to by this user: give another run directory")
+
+
 def segment_name(kind: str, start: int, stop: int) -> str:
     """The path of a segment below its run directory.
 

@@ -17,7 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from gradfn.errors import InputError, StorageError
+from gradfn.errors import InputError, LostFileError, StorageError
 from gradfn.store.arrays import ArraySpec
 from gradfn.store.guard import text_of
 
@@ -204,6 +204,20 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_disk(path: Path, size: int, what: str) -> None:
+    """Refuse to begin what the disk of `path` has no room for.
+
+    Raises:
+        StorageError: `size` bytes are more than are free.
+    """
+    free = shutil.disk_usage(path).free
+    if size > free:
+        raise StorageError(
+            f"{what} take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free at {path}: free some "
+            "space, write to another disk, or project to fewer numbers"
+        )
+
+
 def sync_directory(path: Path) -> None:
     """Bring the names of the files in a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -258,22 +272,32 @@ DAMAGE = {
 }
 
 
+def place_of(path: Path) -> tuple[Path, str]:
+    """The run directory that a file lies in, and the kind of what it holds, as its name says.
+
+    >>> place_of(Path("run/segments/store-0000000000-0000000005.h5"))
+    (PosixPath('run'), 'store')
+    """
+    folder = path.parent
+    return folder.parent if folder.name == "segments" else folder, re.split(r"[-.]", path.name)[0]
+
+
 def _unreadable(path: Path, error: Exception) -> Exception:
     again = "run the command that made it again, which recomputes only it"
-    run = path.parent.parent if path.parent.name == "segments" else path.parent
+    run, _ = place_of(path)
     if shard := re.fullmatch(r"(\d+)-of-(\d+)", run.name):
         again = f"{again} (`shard=Shard({shard[1]}, {shard[2]})`), then merge"
     elif (run / "shards").exists():
         again = "join the shards again with `merge_run`"
     if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} is missing: {again}")
+        return LostFileError(f"{path} is missing: {again}", path)
     if isinstance(error, OSError) and error.errno is not None:
         return StorageError(
             f"cannot read {path} ({os.strerror(error.errno)}): make it readable and try again"
         )
     text = str(error).lower()
     reason = next((words for sign, words in DAMAGE.items() if sign in text), "its content makes no sense")
-    return InputError(f"{path} is damaged ({reason}): delete it and {again}")
+    return LostFileError(f"{path} is damaged ({reason}): delete it and {again}", path)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Reading what a run wrote: the segments themselves, each checked against the index that joins them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from gradfn.errors import InputError
+from gradfn.errors import InputError, LostFileError, StorageError
 from gradfn.store.arrays import ArraySpec, decoded
 from gradfn.store.compare import differing
 from gradfn.store.directory import files_of, index_path, segment_name, segments_of
-from gradfn.store.file import Header, Span, get_header, read_header, reading
+from gradfn.store.file import Header, Span, get_header, place_of, read_header, reading
 from gradfn.store.guard import own_dataset, refuse_links
 
 
@@ -137,7 +137,9 @@ class Store:
             there = get_header(file)
             span = (there.kind, there.rows, there.start, there.stop)
             if span != (self.header.kind, self.rows, start, stop) or differing(there.settings, self.settings):
-                raise InputError(f"{path} is not the file that {self.path} joins: run their command again")
+                raise LostFileError(
+                    f"{path} is not the file that {self.path} joins: run the command that made it again", path
+                )
             yield file, there
 
     def _stored(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
@@ -170,7 +172,7 @@ def open_store(run: str | Path, kind: str = "store") -> Store:
     """
     run, path = Path(run), index_path(run, kind)
     if not path.exists():
-        raise InputError(_why_absent(run, kind))
+        raise LostFileError(_why_absent(run, kind), path)
     if run.is_file() and not h5py.is_hdf5(run):
         raise InputError(f"{run} is no HDF5 file: give the directory of a run, or its {kind}.h5")
     if run.is_dir():
@@ -201,7 +203,7 @@ def open_part(run: str | Path, kind: str) -> Store:
     """
     run, path = Path(run), Path(run) / f"{kind}.h5"
     if not path.exists():
-        raise InputError(_why_absent(run, kind))
+        raise LostFileError(_why_absent(run, kind), path)
     refuse_links(path)
     path = path.resolve()
     store = Store(path, read_header(path))
@@ -235,6 +237,20 @@ def requests_of(run: str | Path) -> dict[str, dict[str, Any]]:
     return {header.kind: header.request for header in headers if header.request}
 
 
+def request_beside(path: Path) -> dict[str, Any]:
+    """The request that a file records which other files of its kind lie beside, as far as they can be read.
+
+    Args:
+        path: of a file that is missing or damaged.
+    """
+    run, kind = place_of(path)
+    for other in files_of(run):
+        with suppress(InputError, StorageError):
+            if place_of(other)[1] == kind and (request := read_header(other).request):
+                return request
+    return {}
+
+
 def _whole_run(path: Path) -> Path:
     """The run directory that a segment, or the index of a part, belongs to."""
     own = path.parent.parent if path.parent.name == "segments" else path.parent
@@ -248,5 +264,5 @@ def _why_absent(run: Path, kind: str) -> str:
     if any(any(run.glob(f"shards/*/{part}.h5")) for part in parts):
         return f"the {kind} of {run} lies in shards: join them with `merge_run`"
     if segments_of(run, kind):
-        return f"the {kind} of {run} is unfinished: run the command that makes it again, which resumes"
+        return f"the {kind} of {run} is unfinished: run the command that made it again, which resumes"
     return f"{run} has no {kind}.h5: give the directory of a run that wrote one"

@@ -1,5 +1,6 @@
 """Whether files hold what was written: every array against the digest of its bytes."""
 
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,8 @@ from gradfn.store.guard import check_heaps, linked_hard, own_dataset, refuse_lin
 from gradfn.store.reader import Store, steps
 
 PART_BYTES = 1 << 26
+NESTED = re.compile(r"shards|\d+-of-\d+|(checkpoint|hessian)-\d+")
+"""Names of folders in a run directory that are runs of their own, or hold them."""
 
 
 def check_file(path: Path) -> Header:
@@ -68,14 +71,6 @@ class Checked(NamedTuple):
     header: Header | None
     wrong: str
 
-    @property
-    def place(self) -> tuple[Path, str]:
-        """The run directory that it lies in, and the kind of store that its name says."""
-        folder = self.path.parent
-        return folder.parent if folder.name == "segments" else folder, self.path.name.split("-")[0].split(
-            "."
-        )[0]
-
 
 def files_below(run: str | Path) -> list[Path]:
     """Every file of a run directory, and of those in it: shards, checkpoints.
@@ -85,6 +80,7 @@ def files_below(run: str | Path) -> list[Path]:
     """
     run = Path(run)
     folders = [run, *(path.parent for path in sorted(run.rglob("segments")))]
+    refuse_links(*(path for path in sorted(run.rglob("*")) if NESTED.fullmatch(path.name)))
     paths = [path for folder in dict.fromkeys(folders) for path in files_of(folder)]
     if run.is_file():
         return [run]

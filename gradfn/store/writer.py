@@ -17,6 +17,7 @@ from gradfn.errors import InputError
 from gradfn.store.arrays import ArraySpec, Values, as_array, check_array_names, joined_specs
 from gradfn.store.compare import MISSING, canonical, differing, in_words, shown
 from gradfn.store.directory import (
+    check_place,
     locked,
     refuse_linked,
     remove_all,
@@ -50,6 +51,28 @@ Overwrite = bool | Literal["unlike"]
 """Whether to replace what is there: always, never, or where it cannot be resumed."""
 
 
+class SettingsDiffer(InputError):
+    """What is there was made with other settings.
+
+    Args:
+        path: what is there.
+        there, here: the settings.
+        differences: see `differing`.
+        more: what else is known of them.
+    """
+
+    def __init__(self, path: Path, there: Any, here: Any, differences: Mapping[str, Any], more: str = ""):
+        super().__init__(
+            f"{path} was made with other settings ({in_words(differences)}{more}): give `overwrite=True` to "
+            "replace it, or write to another directory"
+        )
+        self.path, self.there, self.here, self.differences = path, there, here, differences
+
+    def saying(self, more: str) -> "SettingsDiffer":
+        """The same with what else is known of the differences."""
+        return SettingsDiffer(self.path, self.there, self.here, self.differences, more)
+
+
 def _refuse_other_settings(path: Path, there: Header, here: Header) -> None:
     if there.format != here.format and there.format not in RESUMED:
         raise InputError(
@@ -61,10 +84,7 @@ def _refuse_other_settings(path: Path, there: Header, here: Header) -> None:
     if there.rows != here.rows:
         differences["rows"] = (there.rows, here.rows)
     if differences:
-        raise InputError(
-            f"{path} was made with other settings ({in_words(differences)}): give `overwrite=True` to "
-            "replace it, or write to another directory"
-        )
+        raise SettingsDiffer(path, there.settings, here.settings, differences)
 
 
 class Writer:
@@ -312,8 +332,7 @@ def _checked_target(run: Path, kind: str, rows: int) -> None:
         raise InputError(f"a kind of store is a lower-case word, got {kind!r}")
     if rows < 1:
         raise InputError(f"a store needs at least one row, got {rows}: the dataset is empty")
-    if run.exists() and not run.is_dir():
-        raise InputError(f"{run} is a file, expected the directory of a run: give another path")
+    check_place(run)
 
 
 @contextmanager

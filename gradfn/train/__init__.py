@@ -2,7 +2,7 @@
 
 from gradfn.train.optimizers import State, first_state, learning_rate, update
 from gradfn.train.spec import Training
-from gradfn.train.stacked import Start, initial_params, stacked_losses
+from gradfn.train.stacked import Start, alone_if_needed, initial_params, losses_at, stacked_losses
 from gradfn.train.step import Losses, losses_of, make_step
 from gradfn.train.table import Table, table_of
 from gradfn.train.trainer import Progress, Step, Trained, Trainer, make_trainer, train
@@ -17,9 +17,11 @@ __all__ = [
     "Trained",
     "Trainer",
     "Training",
+    "alone_if_needed",
     "first_state",
     "initial_params",
     "learning_rate",
+    "losses_at",
     "losses_of",
     "make_step",
     "make_trainer",

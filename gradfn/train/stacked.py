@@ -1,16 +1,22 @@
 """Many models as one: stacked initial parameters, their losses by `vmap`, and what cannot be stacked."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.func import vmap
 
+from gradfn.engine.batching import full_gradients
+from gradfn.engine.reference import refuse_constant
+from gradfn.engine.stream import keeps_rows, labelled
 from gradfn.errors import InputError
 from gradfn.model.params import params_of
 from gradfn.train.step import Losses, losses_of
-from gradfn.types import Batch, LossFn, Params
+from gradfn.train.table import Table
+from gradfn.types import Batch, Data, LossFn, Params
 
 Start = Callable[[], nn.Module] | Params
 """What makes a model, called once a seed; or the parameters that all models start from."""
@@ -52,7 +58,9 @@ def _new_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
-def stacked_losses(loss: LossFn, params: Params, batch: Batch) -> tuple[Losses, str | None]:
+def stacked_losses(
+    loss: LossFn, params: Params, batch: Batch, *, trained: bool = False
+) -> tuple[Losses, str | None]:
     """The losses of many models, `(stacked params, {key: [models, batch, ...]}) -> [models, batch]`.
 
     They are computed by `vmap` over the models; or one by one, where a trial shows that `vmap` fails.
@@ -61,38 +69,75 @@ def stacked_losses(loss: LossFn, params: Params, batch: Batch) -> tuple[Losses, 
         loss: of one model.
         params: of one model, for the trial.
         batch: two examples, for the trial.
+        trained: whether the loss is one to train on, which needs a gradient.
 
     Returns:
         The function, and why it is a loop, or None where it is not.
 
     Raises:
-        InputError: the loss is random, or is not one number an example.
+        InputError: the loss is random, is not one number an example, or does not depend on its `params`.
 
     >>> many, why = stacked_losses(lambda p, e: p["w"] * e["x"], {"w": torch.ones(())}, {"x": torch.ones(2)})
     >>> many({"w": torch.tensor([1.0, 2.0])}, {"x": torch.ones(2, 3)})
     tensor([[1., 1., 1.],
             [2., 2., 2.]])
     """
+    refuse_constant(loss, params, {key: value[0] for key, value in batch.items()}, differentiable=trained)
     both = [{name: torch.stack([v, v]) for name, v in given.items()} for given in (params, batch)]
     tries: list[Losses] = [vmap(losses_of(loss)), looped(losses_of(loss)), looped(_one_by_one(loss))]
     first, why = None, None
     for losses in tries:
         try:
             with torch.no_grad():
-                made = _repeatable(losses, *both)
+                _check_repeatable(losses, *both)
         except (RuntimeError, NotImplementedError) as error:
             first = first or error
             if "randomness" in str(error):
                 raise InputError(RANDOM) from error
             why = str(first).strip().splitlines()[0]
             continue
-        if made.shape != (2, len(next(iter(batch.values())))):
-            raise InputError(
-                f"a loss must be one number an example, not of shape {list(made.shape[2:])}: reduce it"
-            )
         return losses, why
     assert first is not None
     raise first
+
+
+def losses_at(losses: Losses, params: Params, table: Table, rows: Int64[Tensor, "models batch"]) -> Tensor:
+    """The losses of rows of a table under stacked models, without padding where that would change them.
+
+    >>> from gradfn.train.table import table_of
+    >>> table = table_of([{"x": torch.tensor(1.0)}, {"x": torch.tensor(3.0)}])
+    >>> losses_at(vmap(lambda p, b: p["w"] * b["x"]), {"w": torch.ones(1)}, table, torch.tensor([[1, 0]]))
+    tensor([[3., 1.]])
+    """
+    if table.alone is None:
+        return losses(params, table.take(rows))
+    made = []
+    for model, own in enumerate(rows):
+        one = {name: value[model : model + 1] for name, value in params.items()}
+        parts = [
+            (places, losses(one, {key: value[None] for key, value in batch.items()})[0])
+            for places, batch in table.unpadded(own)
+        ]
+        order = torch.tensor([place for places, _ in parts for place in places]).argsort()
+        made.append(torch.cat([values for _, values in parts])[order])
+    return torch.stack(made)
+
+
+def alone_if_needed(table: Table, data: Data, losses: Losses, params: Params) -> Table:
+    """The table with its rows unpadded, where padding changes the loss or the gradient of one.
+
+    Args:
+        table: made of the data.
+        losses: of stacked models, `[models, batch]`.
+        params: of one model, for the comparison.
+    """
+
+    def of_one(params: Params, batch: Batch) -> Tensor:
+        return losses(*({name: v[None] for name, v in given.items()} for given in (params, batch)))[0]
+
+    if keeps_rows(full_gradients(of_one, params), params.values(), data):
+        return table
+    return replace(table, alone=[labelled(data, row) for row in range(len(data))])
 
 
 def looped(losses: Losses) -> Losses:
@@ -123,8 +168,8 @@ def _one_by_one(loss: LossFn) -> Losses:
     return losses
 
 
-def _repeatable(losses: Losses, params: Params, batch: Batch) -> Tensor:
-    """The losses; refused if they draw random numbers from PyTorch, or differ when computed again.
+def _check_repeatable(losses: Losses, params: Params, batch: Batch) -> None:
+    """Refuse losses that draw random numbers from PyTorch, or differ when computed again.
 
     Both checks are needed: losses at zero parameters may not change with the numbers drawn, and numbers of
     other generators do not change PyTorch's state.
@@ -141,7 +186,6 @@ def _repeatable(losses: Losses, params: Params, batch: Batch) -> Tensor:
     # Not bit for bit: GPUs may add in another order.
     if drew or not torch.allclose(made, again, rtol=1e-4, equal_nan=True):
         raise InputError(RANDOM)
-    return made
 
 
 def check_start(start: Start, loss: LossFn) -> Params:

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradfn.engine.reference import one_number
 from gradfn.model.params import call
 from gradfn.train.optimizers import State, update
 from gradfn.train.spec import Training
-from gradfn.types import Batch, LossFn, Params
+from gradfn.types import Batch, Example, LossFn, Params
 
 Losses = Callable[[Params, Batch], Tensor]
 """The losses of a batch at given parameters, `[batch]`; or of stacked ones, `[models, batch]`."""
@@ -57,7 +58,11 @@ def losses_of(loss: LossFn) -> Losses:
     >>> losses_of(lambda p, e: p["w"] * e["x"])({"w": torch.tensor(2.0)}, {"x": torch.arange(3.0)})
     tensor([0., 2., 4.])
     """
-    each = vmap(loss, in_dims=(None, 0))
+
+    def one(params: Params, example: Example) -> Tensor:
+        return one_number(loss(params, example))
+
+    each = vmap(one, in_dims=(None, 0))
     module = None
     if callable(getattr(loss, "batched", None)) and isinstance(getattr(loss, "model", None), nn.Module):
         whole: Any = getattr(loss, "with_whole_logits", None)
@@ -67,7 +72,8 @@ def losses_of(loss: LossFn) -> Losses:
         with sdpa_kernel(SDPBackend.MATH):
             if module is None:
                 return each(params, dict(batch))
-            return call(module, {f"model.{name}": p for name, p in params.items()}, dict(batch))
+            made = call(module, {f"model.{name}": p for name, p in params.items()}, dict(batch))
+            return one_number(made, len(next(iter(batch.values()))))
 
     return losses
 

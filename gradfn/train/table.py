@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from gradfn.data import collate
+from gradfn.data import check_rows, collate
+from gradfn.engine.batching import shapes_of
 from gradfn.engine.stream import labelled, row_name
 from gradfn.errors import InputError
 from gradfn.random import words
-from gradfn.types import Data
+from gradfn.types import Data, Example
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +25,13 @@ class Table:
         columns: `{key: [rows, ...]}`.
         lengths: the length of each row's sequences.
         padded: the keys of sequences.
+        alone: the rows themselves, where padding changes them.
     """
 
     columns: dict[str, Tensor]
     lengths: Int64[Tensor, " rows"]
     padded: frozenset[str]
+    alone: Sequence[Example] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -42,16 +46,27 @@ class Table:
             taken[key] = column.index_select(0, flat).reshape(*rows.shape, *column.shape[1:])
         return taken
 
+    def unpadded(self, rows: Int64[Tensor, " some"]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Batches of rows of one shape: `(their places among the rows, {key: [places, ...]})`."""
+        assert self.alone is not None
+        groups: dict[Any, list[int]] = {}
+        for place, row in enumerate(rows.tolist()):
+            groups.setdefault(shapes_of(self.alone[row]), []).append(place)
+        for places in groups.values():
+            made = collate([self.alone[int(rows[place])] for place in places])
+            yield places, {key: v.to(self.lengths.device) for key, v in made.items() if key in self.columns}
+
 
 def table_of(data: Data, device: torch.device | None = None) -> Table:
     """All rows in memory, sequences padded on the right.
 
     Raises:
-        InputError: there are no rows, or a row lacks a key that another one has.
+        InputError: there are no rows, they are no examples, or a row lacks a key that another one has.
 
     >>> table_of([{"x": torch.ones(2)}] * 3).take(torch.tensor([0, 2]))["x"].shape
     torch.Size([2, 2])
     """
+    check_rows(data)
     if not len(data):
         raise InputError("the data has no rows: give at least one example")
     examples = [labelled(data, row) for row in range(len(data))]
@@ -62,10 +77,12 @@ def table_of(data: Data, device: torch.device | None = None) -> Table:
                 f"{row_name(data, row)} has no {key!r}, which {row_name(data, first_with[key])} has: give "
                 "all rows the same keys"
             )
+    columns = {key: value.to(device) for key, value in collate(examples).items()}
     sizes = {key: {len(e[key]) if e[key].ndim else 0 for e in examples} for key in examples[0]}
     padded = frozenset(key for key, lengths in sizes.items() if len(lengths) > 1)
     lengths = torch.tensor([max([len(e[key]) for key in padded], default=1) for e in examples])
-    return Table({k: v.to(device) for k, v in collate(examples).items()}, lengths.to(device), padded)
+    masks = columns.keys() - examples[0].keys()  # collate adds the mask of what it pads
+    return Table(columns, lengths.to(device), padded | masks)
 
 
 def orders(subsets: np.ndarray, seeds: Sequence[int], epoch: int) -> np.ndarray:

@@ -17,7 +17,16 @@ from gradfn.errors import InputError
 from gradfn.memory import free_memory
 from gradfn.train.optimizers import State, Update, first_state, update, update_in_place
 from gradfn.train.spec import Training
-from gradfn.train.stacked import Start, check_start, initial_params, looped, stacked_losses, stacked_params
+from gradfn.train.stacked import (
+    Start,
+    alone_if_needed,
+    check_start,
+    initial_params,
+    looped,
+    losses_at,
+    stacked_losses,
+    stacked_params,
+)
 from gradfn.train.step import Losses, losses_of
 from gradfn.train.table import Table, batches, orders, table_of
 from gradfn.types import Batch, Data, LossFn, Params
@@ -109,7 +118,7 @@ def make_trainer(start: Start, loss: LossFn, data: Data, training: Training) -> 
 
     Raises:
         InputError: no rows, or rows of different keys; a start that cannot be trained, see `check_start`; a
-            loss that is random or not one number an example.
+            loss that is random, not one number an example, or does not depend on its `params`.
 
     >>> data = [{"x": torch.ones(2)}] * 3
     >>> trainer = make_trainer({"w": torch.ones(2)}, lambda p, e: p["w"] @ e["x"], data, Training(1, 3, 0.1))
@@ -118,7 +127,11 @@ def make_trainer(start: Start, loss: LossFn, data: Data, training: Training) -> 
     """
     params = check_start(start, loss)
     table = table_of(data, next(iter(params.values())).device)
-    many, why = stacked_losses(loss, params, table.take(torch.tensor([0, len(table) - 1])))
+    two = table.take(torch.tensor([0, len(table) - 1]))
+    many, why = stacked_losses(loss, params, two, trained=True)
+    table = alone_if_needed(table, data, many, params)
+    if table.alone is not None:
+        why = why or "padding would change their rows"
     return Trainer(start, loss, table, training, many, why)
 
 
@@ -209,7 +222,7 @@ class Trainer:
         device = next(iter(leaves.values())).device
         real = (torch.arange(rows.shape[1]) < counts[:, None]).to(device)
         with torch.enable_grad():
-            losses = self.losses(leaves, self.table.take(rows))
+            losses = losses_at(self.losses, leaves, self.table, rows)
             weights = (real.double() / counts.clamp_min(1)[:, None].to(device)).to(losses.dtype)
             grads = torch.autograd.grad((losses * weights).sum(), [*leaves.values()], materialize_grads=True)
         with torch.no_grad():

@@ -15,7 +15,7 @@ from gradfn.transforms.normalize import (
 )
 from gradfn.transforms.precondition import Precondition, precondition
 from gradfn.transforms.project import Compress, Project, compress, project
-from gradfn.transforms.projection import parse_projection
+from gradfn.transforms.projection import parse_projection, reseeded
 
 __all__ = [
     "Adafactor",
@@ -45,6 +45,7 @@ __all__ = [
     "precondition",
     "principal",
     "project",
+    "reseeded",
     "selected",
     "unit_normalize",
 ]

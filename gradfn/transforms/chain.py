@@ -8,7 +8,7 @@ all blocks of an example.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Kronecker(Transform):
 
     def __call__(self, blocks: Blocks) -> Blocks:
         made = {name: self.kron(spec_of(name, G))(G) for name, G in blocks.items()}
-        refuse_idle([self], [any(made[name].shape != G.shape for name, G in blocks.items())])
+        refuse_idle([self], [[(G.shape[1:], made[name].shape[1:]) for name, G in blocks.items()]])
         return made
 
 
@@ -84,7 +84,7 @@ class Blockwise(Transform):
 
     def __call__(self, blocks: Blocks) -> Blocks:
         made = {name: self.block(name, G) for name, G in blocks.items()}
-        refuse_idle([self], [any(made[name].shape != G.shape for name, G in blocks.items())])
+        refuse_idle([self], [[(G.shape[1:], made[name].shape[1:]) for name, G in blocks.items()]])
         return made
 
 
@@ -92,18 +92,35 @@ class Rowwise(Transform):
     """A function of all blocks of each row."""
 
 
-def refuse_idle(stages: Sequence[Transform], acts: Sequence[bool]) -> None:
-    """Refuse a projection to given dimensions that makes no block smaller.
+def refuse_idle(
+    stages: Sequence[Transform], seen: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]]
+) -> None:
+    """Refuse a projection to given dimensions that makes no block smaller, or never one of its sides.
+
+    Args:
+        stages: those that acted.
+        seen: for each of them the shape of every block before and after it.
 
     Raises:
         InputError: names the projection.
     """
-    for stage, smaller in zip(stages, acts, strict=True):
-        if getattr(stage, "strict", False) and not smaller:
+    for stage, shapes in zip(stages, seen, strict=True):
+        if not getattr(stage, "strict", False) or not shapes:
+            continue
+        if all(tuple(before) == tuple(after) for before, after in shapes):
             raise InputError(
                 f"{stage} makes no block smaller, because no block is larger than its dimensions: give "
                 "smaller dimensions, or leave it out"
             )
+        dims: Any = getattr(stage, "dims", ())
+        sides = dims if len(set(dims)) > 1 else ()  # AxA is short for "sides up to A stay"
+        for axis, dim in enumerate(sides):
+            largest = max(before[axis] for before, _ in shapes)
+            if dim > largest:
+                raise InputError(
+                    f"{stage} is larger than the {('left', 'right')[axis]} side of every block, of which the "
+                    f"largest has {largest:,} numbers: give {largest:,} or fewer"
+                )
 
 
 def spec_of(name: str, G: Tensor) -> BlockSpec:

@@ -9,7 +9,7 @@ Lowering never changes a result.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
@@ -34,6 +34,8 @@ from gradfn.transforms.normalize import UnitNormalize
 from gradfn.transforms.row_sum import FactorSum, RowSum
 from gradfn.types import Blocks, BlockSpec
 
+Seen = list[list[tuple[Sequence[int], Sequence[int]]]]
+"""For each stage the shape of every block before and after it."""
 DENSE_ELEMENTS = 1 << 24
 """How many numbers of one layer's dense blocks the backward pass holds at a time: 64 MiB in float32."""
 
@@ -209,17 +211,16 @@ def lower(transform: Transform, specs: Iterable[BlockSpec], shared: frozenset[st
     (torch.Size([4, 9]), (4, 4))
     """
     block_stages, rows = _split(_expanded(transform))
-    acts = [False] * len(block_stages)
-    plans = {spec.name: _plan(block_stages, spec, spec.name in shared, acts) for spec in specs}
-    if plans:
-        refuse_idle(block_stages, acts)
+    seen: Seen = [[] for _ in block_stages]
+    plans = {spec.name: _plan(block_stages, spec, spec.name in shared, seen) for spec in specs}
+    refuse_idle(block_stages, seen)
     return Lowered(plans, rows)
 
 
-def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: list[bool]) -> BlockPlan:
-    """The plan of one block; `acts` notes which stages change its shape."""
+def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, seen: Seen) -> BlockPlan:
+    """The plan of one block; `seen` notes its shape before and after each stage."""
     if stages and isinstance(stages[-1], FactorSum):
-        return _factor_plan(stages[:-1], stages[-1], spec, acts)
+        return _factor_plan(stages[:-1], stages[-1], spec, seen)
     kron, inside, behind, all_linear, inside_linear = Kron(), [], [], True, True
     # An empty batch gives the output shape of every stage at no cost.
     G = torch.empty(0, *spec.shape, dtype=spec.dtype, device=spec.device)
@@ -227,7 +228,7 @@ def _plan(stages: tuple[Transform, ...], spec: BlockSpec, shared: bool, acts: li
     for number, stage in enumerate(stages):
         function, linear = _bind(stage, spec.name, G)
         before, G = G.shape, function(G)
-        acts[number] |= G.shape != before
+        seen[number].append((before[1:], G.shape[1:]))
         all_linear &= linear
         if linear and isinstance(function, Kron) and not inside and not behind:
             kron, dense = function @ kron, tuple(G.shape[1:])
@@ -256,9 +257,7 @@ def _share(last: Dot | SelfDot, spec: BlockSpec, dense: tuple[int, ...]) -> Shar
     return Share(queries.view(len(queries), *dense), last.unit)
 
 
-def _factor_plan(
-    stages: tuple[Transform, ...], last: FactorSum, spec: BlockSpec, acts: list[bool]
-) -> BlockPlan:
+def _factor_plan(stages: tuple[Transform, ...], last: FactorSum, spec: BlockSpec, seen: Seen) -> BlockPlan:
     """The plan of a statistic of the factors, which only Krons may precede."""
     kron, (out, into) = Kron(), spec.shape
     for number, stage in enumerate(stages):
@@ -268,7 +267,8 @@ def _factor_plan(
             )
         one, before = stage.kron(replace(spec, shape=(out, into))), (out, into)
         out, into = one(torch.empty(out, into, device=spec.device, dtype=spec.dtype)).shape
-        kron, acts[number] = one @ kron, acts[number] or (out, into) != before
+        kron = one @ kron
+        seen[number].append((before, (out, into)))
     x, g = (torch.empty(0, 1, size, device=spec.device, dtype=spec.dtype) for size in (into, out))
     size = tuple(last.of(x, g, x[..., 0]).shape)
     return BlockPlan(

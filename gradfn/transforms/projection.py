@@ -24,6 +24,7 @@ from typing import Any, get_args
 
 from gradfn.errors import InputError
 from gradfn.linalg.maps import Kind, square_side
+from gradfn.random import words
 from gradfn.transforms.chain import Chain, Transform, chain
 from gradfn.transforms.joint import joint
 from gradfn.transforms.project import Compress, Project, compress, project
@@ -149,6 +150,33 @@ def lenient(projection: Transform) -> Chain:
     """
     stages = chain(projection).stages
     return chain(*(replace(s, strict=False) if isinstance(s, Project | Compress) else s for s in stages))
+
+
+def reseeded(projection: Transform, checkpoint: int) -> Chain:
+    """The same projection, drawn from a seed of its own for each of several checkpoints of a model.
+
+    Checkpoint 0 keeps the seed s. The seed of checkpoint m > 0 is the first word drawn by the key
+    ("checkpoint", s, m), without its last 33 bits. No inner product has rows of two checkpoints, so each may
+    have its own projection, and the projections' noise averages out in a sum over checkpoints, like that of
+    one projection with more numbers.
+
+    Args:
+        projection: of one checkpoint.
+        checkpoint: the number of the checkpoint, from 0.
+
+    >>> [stage.seed for stage in reseeded(project(4, seed=7), 0).stages]
+    [7]
+    >>> reseeded(project(4), 1) == reseeded(project(4), 2)
+    False
+
+    Source: TRAK's code, which draws a projection for each model.
+    """
+
+    def own(seed: int) -> int:
+        return int(words(1, "checkpoint", seed, checkpoint)[0] >> 33) if checkpoint else seed
+
+    stages = chain(projection).stages
+    return chain(*(replace(s, seed=own(s.seed)) if isinstance(s, Project | Compress) else s for s in stages))
 
 
 def logra(dims: tuple[int, int], seed: int = 0) -> Transform:

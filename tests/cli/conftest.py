@@ -46,6 +46,7 @@ def no_terminal():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COLUMNS", raising=False)
         patch.setattr("gradfn.report.progress.QUIET_BELOW_S", float("inf"))
+        patch.setattr("gradfn.report.progress.FIRST_AFTER_S", float("inf"))
         patch.setattr("gradfn.report.progress.PLAIN_EVERY_S", float("inf"))
         yield
 
@@ -54,7 +55,12 @@ def no_terminal():
 def loaded_once():
     """Commands share what they load, which takes most of their time here; tests/hf is about loading."""
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("inputs.load_model", "inputs.load_tokenizer", "inputs.load_rows", "queries.load_rows"):
+        for place in (
+            "inputs.load_model",
+            "inputs.load_tokenizer",
+            "inputs.load_split",
+            "queries.load_split",
+        ):
             module, name = place.split(".")
             load = getattr(import_module(f"gradfn.cli.{module}"), name)
             patch.setattr(f"gradfn.cli.{place}", remembering(load))

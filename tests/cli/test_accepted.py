@@ -5,7 +5,9 @@ import torch
 from tiny import DOCUMENTS, QUERIES, make_model, make_tokenizer, save, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import gradfn as gf
 from gradfn.cli.commands import ScoreRequest
+from gradfn.cli.inputs import at_checkpoint, load_subject
 from gradfn.cli.request import make
 from gradfn.errors import InputError
 
@@ -25,11 +27,26 @@ def wide(seed=0, **sizes):
 ])  # fmt: skip
 def test_checkpoints_of_another_model(command, model, corpus, tmp_path, made, words):
     other = save(tmp_path / "other", *made())
-    result = command("score", "--model", model, "--dataset", corpus, "--query", "Peru is far",
-                     "--checkpoints", f"{model},{other}")  # fmt: skip
-    assert result.status == 2
+    result = command("score", tmp_path / "run", "--model", model, "--dataset", corpus, "--query",
+                     "Peru is far", "--checkpoints", f"{model},{model},{other}")  # fmt: skip
+    assert (result.status, result.out) == (2, "")
+    assert not (tmp_path / "run").exists()
     assert words in result.err
     assert "give checkpoints of the training of one model" in result.err
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of PEFT itself
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
+def test_a_base_and_an_adapter_of_it_are_checkpoints_of_one_training(more, model, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = gf.load_model(model)
+    base.name_or_path = str(model)
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], **more)).save_pretrained(
+        tmp_path
+    )
+    request = make(ScoreRequest, {"model": str(model), "task": "causal_lm", "include": ["*o_proj"]})
+    loaded = load_subject(request)
+    assert at_checkpoint(loaded, str(tmp_path), request.model).path == str(tmp_path)
 
 
 @pytest.mark.parametrize(

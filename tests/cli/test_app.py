@@ -140,7 +140,8 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "damping", "self", "config", "group_column", "checkpoints", "checkpoint_weights",
     "target_downweight_components", "labels", "partitions", "shard", "show", "quiet", "threads", "memory",
     "no_biases",
-    "trust_remote_code", "no_special_tokens",
+    "trust_remote_code", "no_special_tokens", "revision", "dataset_revision", "tokenizer", "chunk_length",
+    "query_split", "product", "iterations", "tolerance", "scale", "minibatches",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 
@@ -225,7 +226,9 @@ def test_truncation_cuts_what_is_too_long(command, ok, model, tmp_path):
     args = ("build", tmp_path / "run", "--model", model, "--dataset", data)
     assert command(*args).status == 2
     assert not (tmp_path / "run").exists()
-    assert "1 row, 128 tokens" in ok(*args, "--truncation")
+    out = ok(*args, "--truncation")
+    assert "1 row, 128 tokens" in out
+    assert re.search(r"^note +1 row of \S+ cut to 128 tokens; the longest had \d{3}", out, re.MULTILINE)
 
 
 def test_top(ok, model, corpus):

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -106,11 +107,21 @@ def test_model_or_dataset_is_lacking(refused, model, corpus, name):
     refused("no --model", name, "run", "--dataset", corpus, *query)
 
 
-@pytest.mark.parametrize("name", ["score", "build", "reduce"])
-def test_a_run_that_is_a_file(refused, model, corpus, tmp_path, name):
-    (tmp_path / "run").write_text("mine")
-    refused("'run' is not the directory of a run", name, "run", "--model", model, "--dataset", corpus)
-    refused("'' is not the directory of a run", name, "", "--model", model, "--dataset", corpus)
+COMMANDS = ("score", "build", "reduce", "hessian", "mask fit", "retrain")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_whose_place_is_taken_is_refused_before_any_work(refused, tmp_path, monkeypatch, name):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr("os.access", lambda path, *_: "closed" not in str(path))
+    given = ("--model", "none", "--dataset", "none")
+    for run in ("file", "file/a/run", "link", "link/run"):
+        words = f"{run.split('/')[0]} is no folder, so {run} cannot be a run directory: give another one"
+        refused(words, *name.split(), run, *given)
+    refused("closed may not be written to by this user", *name.split(), "closed/run", *given)
+    refused("'' is not the directory of a run", *name.split(), "", *given)
 
 
 def test_an_export_is_not_replaced_unasked(refused, ok, model, corpus, tmp_path):
@@ -152,8 +163,8 @@ def test_datasets_that_are_none(refused, model, data, tmp_path):
     )
     refused("column 'n' holds int64, not text", "build", "run", "--model", model, "--dataset", path,
             "--text-column", "n")  # fmt: skip
-    refused("go together, got only 'body'", "build", "run", "--model", model, "--dataset", path,
-            "--prompt-column", "body")  # fmt: skip
+    words = "--prompt-column body is half of a row: give --completion-column too"
+    refused(words, "build", "run", "--model", model, "--dataset", path, "--prompt-column", "body")
     refused("has no split 'test': it has train", "build", "run", "--model", model, "--dataset", path,
             "--split", "test")  # fmt: skip
 
@@ -215,7 +226,8 @@ def test_a_loss_that_is_not_finite(refused, command, corpus, data, tmp_path):
 def test_a_store_of_another_model(refused, store, neox, folder, command):
     other = save(folder / "other", make_model(seed=1), make_tokenizer())
     words = (
-        r"was made differently, .* \(model is \S*llama, fp32 \(fingerprint \w+\) there and \S*other, fp32 \("
+        r"was made differently, .* \(model is \S*llama, fp32 there and \S*other, fp32 here; the first tensor "
+        r"that differs is lm_head.weight\)"
     )
     refused(words, "query", store, *ASK, "--model", other)
     data = folder / "corpus.jsonl"
@@ -224,7 +236,7 @@ def test_a_store_of_another_model(refused, store, neox, folder, command):
 
 def test_a_store_of_another_tokenizer(refused, store, model, folder):
     other = save(folder / "retokenized", make_model(), make_tokenizer(words=["The capital of"] * 20))
-    words = r"was made differently, .* \(tokenizer is \w+ there and \w+ here\)"
+    words = r"was made differently, .* \(tokenizer is not the same\)"
     refused(words, "query", store, *ASK, "--model", other)
 
 
@@ -236,7 +248,7 @@ def test_a_store_of_another_tokenizer(refused, store, model, folder):
         (["--seed", "5"], r"transform.chain.0.seed is 0 there and 5 here"),
         (["--projection", "gaussian"], r"projection is rademacher:16x16 there and gaussian:16x16 here"),
         (["--include", "*mlp*"], r"layers.include.0 is nothing there and \*mlp\* here"),
-        (["--precision", "fp64"], r"model is .* fp32 \(.*\) there and .* fp64 \(.*\) here"),
+        (["--precision", "fp64"], r"\(model is \S*, fp32 there and \S*, fp64 here\)"),
     ],
 )
 def test_stored_queries_that_were_made_differently(refused, store, model, corpus, changes, words):
@@ -314,6 +326,7 @@ def curved(folder, ok, model, corpus, queries):
             "labels are drawn for a plain cross",
         ),
         (["--method", "trak", "--labels", "model"], "labels are drawn for a plain cross-entropy or squared"),
+        (["--method", "trak", "--loss-reduction", "sum"], "leaves nothing: leave out --loss-reduction"),
         (["--method", "trak", "--by", "token"], "trak weighs whole rows by their loss: use --by example"),
         (
             ["--method", "trak", "--reward-column", "r", "--prompt-column", "p", "--completion-column", "c"],
@@ -421,7 +434,14 @@ def test_options_of_a_fit(refused, command, model, corpus, tmp_path):
 def test_a_curvature_that_does_not_fit(refused, curved, model, neox, corpus, store):
     H, base = ("--hessian-path", curved / "H"), ("--dataset", corpus)
     for command in (("score", "run", *ASK), ("build", "run"), ("reduce", "run")):
-        refused("model is .*llama, fp32 .* there and .*neox", *command, *base, "--model", neox, *H)
+        refused(
+            "model is .*llama, fp32 there and .*neox.*; in config.json, ",
+            *command,
+            *base,
+            "--model",
+            neox,
+            *H,
+        )
         mine = (*command, *base, "--model", model)
         refused(
             "projection is rademacher:16x16 there and rademacher:8x8 here", *mine, *H, "--projection-dim", 8
@@ -533,7 +553,7 @@ def test_an_unfinished_store(refused, segmented):
     run, segments, _ = segmented
     (run / "store.h5").unlink()
     segments[0].unlink()
-    words = "the store of .* is unfinished: run the command that makes it again, which resumes"
+    words = "the store of .* is unfinished: run gradfn build .* again, which resumes"
     refused(words, "query", run, *ASK)
     refused(words, "info", run)
 
@@ -558,11 +578,13 @@ def test_a_damaged_segment(refused, ok, segmented, damage, reason):
     run, segments, made = segmented
     before = everything_in(run)
     damage(segments[1])
-    words = rf"{segments[1].name} is damaged \(.*{reason}\): delete it and run the command that made it again"
-    refused(words, "query", run, *ASK)
+    again = rf"run (gradfn build {run} --model .*) again, which recomputes only it"
+    refused(rf"{segments[1].name} is damaged \(.*{reason}\): delete it and {again}", "query", run, *ASK)
     segments[1].unlink()
-    refused(f"{segments[1].name} is missing: run the command that made it again", "query", run, *ASK)
-    assert "rows that were there already" in ok(*made)
+    result = refused(f"{segments[1].name} is missing: {again}", "query", run, *ASK)
+    command = shlex.split(re.search(again, " ".join(result.err.split()))[1])
+    assert command == ["gradfn", *map(str, made)]
+    assert "rows that were there already" in ok(*command[1:])
     assert everything_in(run) == before
 
 
@@ -641,7 +663,8 @@ main()
 
 def test_a_file_that_may_not_grow(model, corpus, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", LIMITED, "build", tmp_path / "run", "--model", model, "--dataset", corpus],
+        [sys.executable, "-c", LIMITED, "build", tmp_path / "run", "--model", model, "--dataset", corpus,
+         "--quiet"],
         cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

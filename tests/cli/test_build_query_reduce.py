@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,17 +118,16 @@ def test_query_counts_known_sources(ok, store, queries):
 
 
 def test_query_takes_a_split_of_its_dataset(ok, store, queries):
-    out = ok("query", store, "--query", queries, "--split", "train[1:2]")
+    out = ok("query", store, "--query", queries, "--query-split", "train[1:2]")
     assert [line.split()[1] for line in out.splitlines() if line.startswith("query ")] == ["q-peru"]
 
 
 @pytest.mark.parametrize("asked", ["--query-path", "--query"])
 def test_a_split_of_no_dataset_is_refused(command, store, asked):
-    result = command(
-        "query", store, asked, store if asked == "--query-path" else "The capital", "--split", "a[:1]"
-    )
+    value = store if asked == "--query-path" else "The capital"
+    result = command("query", store, asked, value, "--query-split", "a[:1]")
     assert (result.status, result.out) == (2, "")
-    assert "--split is of a dataset in --query, and none is given" in result.err
+    assert "--query-split is of a dataset in --query, and none is given" in result.err
 
 
 def test_query_takes_the_precision_of_the_store(ok, command, model, corpus, tmp_path):
@@ -135,8 +135,7 @@ def test_query_takes_the_precision_of_the_store(ok, command, model, corpus, tmp_
     assert "proponent 1" in ok("query", tmp_path / "run", *ASK)
     result = command("query", tmp_path / "run", *ASK, "--precision", "fp32")
     assert result.status == 2
-    assert "bf16 (fingerprint" in result.err
-    assert "fp32 (fingerprint" in result.err
+    assert re.search(r"\(model is \S+, bf16 there and \S+, fp32 here\)", result.err)
 
 
 def test_query_when_the_model_has_moved(ok, command, model, corpus, tmp_path):

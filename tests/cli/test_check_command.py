@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import DOCUMENTS, write_jsonl
 
 from gradfn.cli import check as module
@@ -59,6 +60,7 @@ def test_include_takes_everything(ok, model):
 
 def test_it_fits_in_eighty_columns(ok, model, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("gradfn.report.tables.Piped", Console)
     out = ok("check", model)
     assert max(map(len, out.splitlines())) <= 80
     assert re.search(r"^  model\.layers\.\*\.post_attention_layernorm x 2 +\d+ ", out, re.MULTILINE)

@@ -5,85 +5,35 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from evaluated import (
+    QUERIES,
+    QUERY_IDS,
+    ROW_IDS,
+    ROWS,
+    SEEDS,
+    SOURCES,
+    SUBSETS,
+    World,
+    refused,
+    write_scores,
+    write_truth,
+)
 from tiny import write_jsonl
 
 from gradfn.evaluate.bootstrap import mean_estimate
-from gradfn.evaluate.brittleness import brittleness_subsets
 from gradfn.evaluate.ceiling import noise_ceiling
 from gradfn.evaluate.correlation import correlation
-from gradfn.evaluate.lds import lds, predicted
+from gradfn.evaluate.lds import lds
 from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
 from gradfn.evaluate.overlap import jaccard, top_overlap
 from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
 from gradfn.evaluate.selection import halves
-from gradfn.scores import Scores
 from gradfn.store import open_writer
-
-ROWS, QUERIES, SUBSETS, SEEDS = 10, 8, 20, 2
-ROW_IDS = [f"r{n}" for n in range(ROWS)]
-QUERY_IDS = [f"q{n}" for n in range(QUERIES)]
-SOURCES = torch.arange(QUERIES) % 4
-
-
-def write_scores(run, scores, *, dampings=("",), rows=None, queries=None, settings=None):
-    """What `gradfn score RUN` writes, for scores `[dampings, rows, queries]` at hand."""
-    queries = QUERY_IDS if queries is None else queries
-    known = {"data": {"fingerprint": "d"}, "query": {"fingerprint": "q"}, **(settings or {})}
-    Scores(scores.float(), rows or ROW_IDS, queries, tuple(dampings), settings=known).save(run)
-    return run
-
-
-def write_truth(run, subsets, losses, numbers, *, diverged=(), rows=None, settings=None,
-                margins=None):  # fmt: skip
-    """What `gradfn retrain` writes."""
-    lost = torch.isin(torch.arange(len(numbers)), torch.tensor(diverged, dtype=torch.int64))
-    arrays = {"subsets": subsets[numbers], "numbers": numbers,
-              "seeds": torch.arange(len(numbers)) % int(numbers.bincount().max()),
-              "losses": torch.where(lost[:, None], torch.nan, losses),
-              "train_losses": torch.zeros(len(numbers)).double(), "diverged": lost,
-              **({} if margins is None else {"margins": margins})}  # fmt: skip
-    settings = {"data": {"fingerprint": "d"}, "query": {"fingerprint": "q"}, **(settings or {})}
-    with open_writer(run, "truth", settings, len(numbers)) as writer:
-        writer.write(0, len(numbers), {name: value.numpy() for name, value in arrays.items()})
-        writer.finish({"rows/id": np.array(rows or ROW_IDS, object),
-                       "queries/id": np.array(QUERY_IDS, object), "looped": [""]})  # fmt: skip
-    return run
-
-
-class World:
-    """Influences, subsets and models whose losses are linear in them, with noise; scores near and far."""
-
-    def __init__(self, folder):
-        generator = torch.Generator().manual_seed(0)
-        self.influence = torch.randn(ROWS, QUERIES, generator=generator).double()
-        self.subsets = torch.rand(SUBSETS, ROWS, generator=generator) < 0.5
-        self.numbers = torch.arange(SUBSETS).repeat_interleave(SEEDS)
-        noise = torch.randn(len(self.numbers), QUERIES, generator=generator).double()
-        self.losses = 4 - predicted(self.influence, self.subsets)[self.numbers] + 0.7 * noise
-        near, far = (self.influence + s * torch.randn(ROWS, QUERIES, generator=generator) for s in (0.5, 3.0))
-        self.near, self.far = near.float(), far.float()
-        self.truth = write_truth(folder / "truth", self.subsets, self.losses, self.numbers)
-        self.close = write_scores(folder / "close", self.near[None])
-        self.sweep = write_scores(
-            folder / "sweep", torch.stack([self.far, self.near]), dampings=("1", "truncated:1e-06")
-        )
-
-    def means(self):
-        return self.losses.reshape(SUBSETS, SEEDS, QUERIES).mean(1)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
-
-
-def refused(command, *arguments):
-    """The sentence with which a command refuses."""
-    result = command("evaluate", *arguments)
-    assert result.status == 2, result.out + result.err
-    assert result.out == ""
-    assert len(result.err.strip().splitlines()) == 1
-    return result.err
 
 
 def line_of(out, name):
@@ -111,6 +61,7 @@ def test_lds_shows_what_the_library_says(ok, world, tmp_path):
         "subsets",
         "x",
         "2",
+        "shared",
         "seeds,",
         "of",
         "10",
@@ -152,7 +103,26 @@ def test_diverged_models_are_left_out_and_counted(ok, world, tmp_path):
     assert (row["subsets"], row["models"], row["diverged"]) == (18, 40, 3)
     shown = " ".join(out.split())
     assert "3 of 40 models; left out for the means to be over the same seeds: 2 subsets" in shown
-    assert "18 subsets x 2 seeds, of 10 rows" in out
+    assert "18 subsets x 2 shared seeds, of 10 rows" in out
+
+
+def test_models_with_seeds_of_their_own_lose_no_more_than_those_that_diverged(ok, world, tmp_path):
+    """A subset's mean over the models left, and a ceiling of subsets that are split each on its own."""
+    lost = torch.tensor([0, 1, 4])
+    truth = write_truth(
+        tmp_path / "truth", world.subsets, world.losses, world.numbers, diverged=lost.tolist(),
+        independent=True,
+    )  # fmt: skip
+    out = " ".join(ok("evaluate", "lds", truth, world.close, "--jsonl", tmp_path / "t.jsonl").split())
+    row = json.loads((tmp_path / "t.jsonl").read_text())
+    means = world.means()
+    means[2] = world.losses[5]
+    assert row["lds"] == pytest.approx(lds(world.near, world.subsets[1:], means[1:]).mean().item())
+    left = ~torch.isin(torch.arange(40), lost)
+    assert row["ceiling"] == noise_ceiling(world.losses[left], world.numbers[left])
+    assert (row["subsets"], row["seeding"]) == (19, "independent")
+    assert "19 subsets x 2 independent seeds, of 10 rows" in out
+    assert "3 of 40 models, which are in no mean" in out
 
 
 def test_one_seed_has_no_ceiling_and_says_so(ok, world, tmp_path):
@@ -182,99 +152,6 @@ def test_loo_takes_the_models_without_one_row(ok, world, tmp_path):
     # Without a proponent the loss is higher.
     assert row["lds"] == pytest.approx(correlation(world.near, losses[2:12]).mean().item())
     assert row["subsets"] == 10
-
-
-def test_brittleness_compares_with_random_removals(ok, command, world, tmp_path):
-    scores = world.near
-    subsets = brittleness_subsets(scores, [2, 4], controls=3)
-    losses = 4 - predicted(world.influence, subsets)
-    truth = write_truth(tmp_path / "removed", subsets, losses, torch.arange(len(subsets)))
-    out = ok("evaluate", "brittleness", truth, "--jsonl", tmp_path / "t.jsonl")
-    table = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    for row, k in zip(table, (2, 4), strict=True):
-        best = scores.argsort(dim=0, descending=True)[:k]
-        assert row["k"] == k
-        assert row["rise"] == pytest.approx(world.influence.gather(0, best).sum(0).mean().item())
-        assert row["by_chance"] < row["rise"]
-        assert row["lost"] is None
-        assert f"{row['rise']:+.3f}" in out
-    assert "8 queries x 2 sizes, 3 random removals of each size, 1 seed" in out
-    assert "are not those of a test of brittleness" in refused(command, "brittleness", world.truth)
-    lost = write_truth(tmp_path / "lost", subsets, losses, torch.arange(len(subsets)), diverged=(2,))
-    assert "so a removal is missing: retrain with a lower" in refused(command, "brittleness", lost)
-
-
-def test_brittleness_compares_models_of_the_same_seeds(ok, world, tmp_path):
-    """The second seed adds 9 to every loss, and the full model of it diverged."""
-    subsets = brittleness_subsets(world.near, [2], controls=3)
-    numbers = torch.arange(len(subsets)).repeat_interleave(2)
-    losses = (4 - predicted(world.influence, subsets))[numbers] + 9 * (torch.arange(len(numbers)) % 2)[
-        :, None
-    ]
-    truth = write_truth(tmp_path / "removed", subsets, losses, numbers, diverged=(1,))
-    out = ok("evaluate", "brittleness", truth, "--jsonl", tmp_path / "t.jsonl")
-    row = json.loads((tmp_path / "t.jsonl").read_text())
-    best = world.near.argsort(dim=0, descending=True)[:2]
-    assert row["rise"] == pytest.approx(world.influence.gather(0, best).sum(0).mean().item())
-    assert f"1 of {len(numbers)} models; left out" in out
-    assert "3 random removals of each size, 1 seed" in out
-
-
-def test_answers_are_lost_where_the_loss_is_that_of_an_answer(ok, world, tmp_path):
-    subsets = brittleness_subsets(world.near, [2], controls=3)
-    losses = torch.full((len(subsets), QUERIES), 0.1).double()
-    losses[1:3] = 3.0
-    sums = {"query_loss": {"criterion": "cross_entropy", "reduction": "sum", "label_smoothing": 0.0}}
-    means = {"query_loss": {**sums["query_loss"], "reduction": "mean"}}
-    smooth = {"query_loss": {**sums["query_loss"], "label_smoothing": 0.1}}
-    one_token, several = ({**means, "subsets": {"answer_tokens": n}} for n in (1, 2))
-    for number, (settings, told) in enumerate(((means, False), (smooth, False), (several, False),
-                                               (one_token, True))):  # fmt: skip
-        truth = write_truth(
-            tmp_path / str(number), subsets, losses, torch.arange(len(subsets)), settings=settings
-        )
-        assert ("answers lost" in ok("evaluate", "brittleness", truth)) == told
-    truth = write_truth(tmp_path / "t", subsets, losses, torch.arange(len(subsets)), settings=sums)
-    out = ok("evaluate", "brittleness", truth, "--jsonl", tmp_path / "t.jsonl")
-    row = json.loads((tmp_path / "t.jsonl").read_text())
-    assert (row["lost"], row["lost_by_chance"]) == (2 / 8, 0.0)
-    assert "answers lost" in out
-
-
-def test_predictions_flip_where_there_are_classes(ok, world, tmp_path):
-    subsets = brittleness_subsets(world.near, [2, 4], controls=3)
-    numbers = torch.arange(len(subsets)).repeat_interleave(2)
-    margins = torch.randn(len(numbers), QUERIES, generator=torch.Generator().manual_seed(5)).double()
-    margins[:2, :6], margins[:2, 6:] = 1.0, -1.0
-    loss = {"query_loss": {"criterion": "cross_entropy", "reduction": "sum", "label_smoothing": 0.0}}
-    truth = write_truth(tmp_path / "truth", subsets, torch.rand(len(numbers), QUERIES).double(), numbers,
-                        margins=margins, settings=loss)  # fmt: skip
-    out = ok("evaluate", "brittleness", truth, "--jsonl", tmp_path / "t.jsonl")
-    means = [(margins[2 * n] + margins[2 * n + 1]) / 2 for n in range(len(subsets))]
-    for place, line in enumerate((tmp_path / "t.jsonl").read_text().splitlines()):
-        row = json.loads(line)
-        best = [bool(means[1 + 2 * query + place][query] <= 0) for query in range(6)]
-        first = 1 + 2 * QUERIES + 3 * place
-        chance = [bool(means[c][query] <= 0) for query in range(6) for c in range(first, first + 3)]
-        assert row["right"] == 6
-        assert row["flipped"] == pytest.approx(sum(best) / 6)
-        assert row["flipped_by_chance"] == pytest.approx(sum(chance) / 18)
-        assert row["lost"] is None
-        assert f"{sum(best) / 6:.0%}, {sum(chance) / 18:.0%} by chance" in out
-    assert "6 of 8 queries right, which are those that can flip" in " ".join(out.split())
-    assert "answers lost" not in out
-
-
-def test_nothing_flips_where_nothing_is_right_or_there_are_no_classes(ok, world, tmp_path):
-    subsets = brittleness_subsets(world.near, [2], controls=3)
-    numbers, losses = torch.arange(len(subsets)), torch.rand(len(subsets), QUERIES).double()
-    for margins, right in ((-torch.ones(len(subsets), QUERIES).double(), 0), (None, None)):
-        truth = write_truth(tmp_path / str(right), subsets, losses, numbers, margins=margins)
-        out = ok("evaluate", "brittleness", truth, "--jsonl", tmp_path / f"{right}.jsonl")
-        row = json.loads((tmp_path / f"{right}.jsonl").read_text())
-        assert (row["right"], row["flipped"], row["flipped_by_chance"]) == (right, None, None)
-        assert "predictions flip" not in out
-        assert ("0 of 8 queries right" in " ".join(out.split())) == (right == 0)
 
 
 def test_mislabel_takes_self_influence_and_a_column(ok, tmp_path):
@@ -363,7 +240,7 @@ def test_scores_of_other_rows_queries_or_data_are_refused(command, world, tmp_pa
     for key, noun in (("data", "training data"), ("query", "queries")):
         other = write_scores(tmp_path / key, scores, settings={key: {"fingerprint": "e"}})
         err = refused(command, "lds", world.truth, other)
-        assert f"are of different {noun} (fingerprint e there and {key[0]} here)" in err
+        assert f"are of different {noun} under the same names (other texts or labels)" in err
         assert f"are of different {noun}" in refused(command, "overlap", world.close, other)
 
 

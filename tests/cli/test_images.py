@@ -17,6 +17,7 @@ from tiny import write_jsonl
 
 import gradfn as gf
 from gradfn.hf import load_images, load_processor, load_rows
+from gradfn.shown import SAID
 from gradfn.testing.models import randomize
 
 TASK = ("--task", "image-classification")
@@ -169,7 +170,7 @@ def test_scores_of_images_are_compared_with_retrained_models(ok, command, place,
     ok("retrain", tmp_path / "truth", *data, "--subsets", 4, "--epochs", 1, "--seeds", 1, "--batch-size", 4)
     ok("score", tmp_path / "run", *data, "--method", "ekfac")
     out = ok("evaluate", "lds", tmp_path / "truth", tmp_path / "run")
-    assert "4 subsets x 1 seed, of 7 rows" in out
+    assert "4 subsets x 1 shared seed, of 7 rows" in out
     mixes = command("retrain", tmp_path / "no", *TASK, "--model", place / "resnet", *data[4:])
     assert "is a BatchNorm, which mixes the rows of a batch" in mixes.err
 
@@ -207,7 +208,7 @@ def write_forms(place):
 def test_images_are_the_same_from_files_folders_and_bytes(place):
     write_forms(place)
     first = images(place, "train.jsonl")
-    assert first.texts[5] == "5.png → dog"
+    assert first.texts[5] == f"5.png{SAID}dog"
     assert first.extras["labels"].tolist() == [1] * 4 + [0] * 3
     assert first.lengths.tolist() == [4] * 7  # patches of 4 x 4
     for form in ("pets", "bytes.parquet", "feature.parquet", "paths.csv"):
@@ -216,7 +217,7 @@ def test_images_are_the_same_from_files_folders_and_bytes(place):
         assert all(
             torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(first, other, strict=True)
         )
-    assert images(place, "bytes.parquet").texts[5] == "image 5 → dog"
+    assert images(place, "bytes.parquet").texts[5] == f"image 5{SAID}dog"
     named = images(place, "named.jsonl", image_column="photo", label_column="kind")
     assert named.fingerprint() == first.fingerprint()
 
@@ -311,6 +312,14 @@ def test_a_model_of_one_channel_reads_grey(tmp_path):
     assert torch.equal(data[0]["pixel_values"], torch.ones(1, 8, 8))
 
 
+def test_a_standard_deviation_of_zero_is_named(tmp_path):
+    hf.ViTImageProcessorPil(size={"height": 8, "width": 8}, image_std=[0.0] * 3).save_pretrained(tmp_path)
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "white.png")
+    rows = datasets.Dataset.from_list([{"image": "white.png", "label": 0}])
+    with pytest.raises(gf.InputError, match=r"NaN or infinite numbers of row 0 .*mend image_std"):
+        load_images(rows, load_processor(tmp_path), vit().eval(), folder=tmp_path)
+
+
 def test_another_processor_is_another_thing(ok, command, place, tmp_path):
     shutil.copytree(place / "vit", tmp_path / "vit")
     data = ("--model", tmp_path / "vit", "--dataset", place / "train.jsonl", *TASK)
@@ -320,7 +329,7 @@ def test_another_processor_is_another_thing(ok, command, place, tmp_path):
     )
     result = command("query", tmp_path / "run", "--query", place / "query.jsonl")
     assert result.status == 2
-    assert re.search(r"made differently.*processor is \w{16} there and \w{16} here", result.err)
+    assert re.search(r"made differently.*processor is not the same", result.err)
 
 
 # --- refused

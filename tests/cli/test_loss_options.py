@@ -223,8 +223,8 @@ def test_labels_of_sequences(ok, folder, labelled, tmp_path, kind, column):
         weight = block[row][:, : net.get_submodule(layer).in_features]
         np.testing.assert_allclose(weight, weight_gradient(net, layer, loss), rtol=1e-4, atol=1e-7)
     assert settings["loss"]["name"] == task
-    out = ok("query", tmp_path / "run", "--query", labelled, "--label-column", column, "--split", "train[:1]",
-             "--top", 12, "--jsonl", tmp_path / "t.jsonl")  # fmt: skip
+    out = ok("query", tmp_path / "run", "--query", labelled, "--label-column", column,
+             "--query-split", "train[:1]", "--top", 12, "--jsonl", tmp_path / "t.jsonl")  # fmt: skip
     assert "model   " not in out.split("query 0")[1]  # what it would say next is not asked of it
     for line in map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines()):
         expected = (rows[layer][0] * rows[layer][line["row"]]).sum()
@@ -453,9 +453,6 @@ def test_what_does_not_go_together_is_refused(command, model, corpus, tmp_path, 
 
 def test_references_labels_and_models_that_do_not_fit(command, model, corpus, labelled, tmp_path):
     save(tmp_path / "three", classifier("llama", 3), make_tokenizer())
-    unpadded = classifier("llama", 3)
-    unpadded.config.pad_token_id = None
-    save(tmp_path / "unpadded", unpadded, make_tokenizer())
     other = save(tmp_path / "other", make_model(), make_tokenizer(words=["zebra zebra"] * 9))
     make_model().save_pretrained(bare := tmp_path / "bare")
     labels = ("--dataset", labelled, "--task", "classification", "--label-column")
@@ -464,7 +461,6 @@ def test_references_labels_and_models_that_do_not_fit(command, model, corpus, la
         (("--model", model, "--dataset", corpus, "--loss", "kl", "--reference", other), "another vocabulary"),
         (("--model", model, "--dataset", corpus, "--loss", "kl", "--reference", bare), "or no tokenizer"),
         (("--model", model, *labels, "kind"), "lacks weights of LlamaForSequenceClassification"),
-        (("--model", tmp_path / "unpadded", *labels, "kind"), "has no padding token, by which a classifier"),
         (("--model", tmp_path / "three", *labels, "none"), "no column 'none' in the dataset"),
         (("--model", tmp_path / "three", *labels, "size"), "row 0 has the label 0.0, expected a number"),
         (("--model", tmp_path / "three", "--dataset", bad, *labels[2:], "kind"),

@@ -1,4 +1,6 @@
 import re
+import shlex
+import shutil
 
 import h5py
 import numpy as np
@@ -195,8 +197,8 @@ def test_a_damaged_shard_is_named_before_it_is_taken_and_made_again(command, ok,
         refused = command("merge", run)
         assert (refused.status, refused.err.count("\n")) == (2, 1)
         assert f"{path} is damaged" in refused.err
-        assert "delete it and run the command that made it again" in refused.err
-        assert "(--shard 2/2), then merge" in refused.err
+        assert f"delete it and run gradfn {kind} {run} " in refused.err
+        assert "--shard 2/2 again, which recomputes only it, then merge" in refused.err
     path.unlink()
     ok(kind, run, *base, *more, "--shard", "2/2")
     ok("merge", run)
@@ -230,3 +232,18 @@ def test_a_shard_that_is_a_link_is_not_written_through(command, ok, base, tmp_pa
     for arguments in (("build", run, *base, "--shard", "1/2", "--overwrite"), ("merge", run)):
         assert "is a symbolic link" in command(*arguments).err
     assert sorted(path.name for path in theirs.rglob("*")) == before
+    shutil.rmtree(run)
+    ok("build", run, *base)
+    for name in ("shards", "hessian-2", "checkpoint-1"):
+        (run / name).symlink_to(tmp_path / "theirs")
+        assert f"{run / name} is a symbolic link" in command("verify", run).err
+        (run / name).unlink()
+
+
+def test_a_shard_that_is_missing_is_told_with_its_command(command, ok, base, tmp_path):
+    ok("build", tmp_path / "run", *base, "--shard", "1/2")
+    refused = command("merge", tmp_path / "run")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    again = refused.err.split("is missing: run gradfn ")[1].split(", then merge")[0]
+    ok(*shlex.split(again))
+    ok("merge", tmp_path / "run")

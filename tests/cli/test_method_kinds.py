@@ -102,6 +102,26 @@ def test_a_curvature_that_was_made_otherwise_is_not_taken(command, ok, base, tmp
     assert gf.runs.load_curvature(tmp_path).kind == "ekfac"
 
 
+TWICE = """
+import gradfn as gf
+
+
+def mine(problem):
+    problem.fit(gf.statistics.second_moment())
+    return gf.methods.influence(problem.fit(gf.statistics.second_moment()), problem.stage)
+"""
+
+
+def test_a_further_curvature_is_not_written_through_a_link(command, base, tmp_path):
+    (tmp_path / "mine.py").write_text(TWICE)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/hessian-2").symlink_to(tmp_path / "theirs")
+    made = ("--method", f"{tmp_path}/mine.py:mine", "--projection-dim", 4)
+    assert "run/hessian-2 is a symbolic link" in command("score", tmp_path / "run", *base, *made).err
+    assert not any((tmp_path / "theirs").iterdir())
+
+
 def test_every_checkpoint_keeps_its_own(ok, base, model, tmp_path):
     ok(
         "score",

@@ -1,6 +1,8 @@
 """Methods and their options on the command line, against the library's recipes."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -13,9 +15,11 @@ from gradfn.cli.options import Kind
 from gradfn.engine.stream import gather
 from gradfn.hf import tokenize
 from gradfn.methods import RECIPES, Problem
+from gradfn.methods.exact_solve import Solver
 from gradfn.methods.recipes import group_means
 from gradfn.runs.masks import projection_named
 from gradfn.subject import Subject
+from gradfn.transforms import reseeded
 from gradfn.transforms.projection import lenient
 
 TASKS = ("where", "who", "where")
@@ -120,6 +124,10 @@ def test_every_method_gives_the_scores_of_its_recipe(ok, base, neox, queries, pr
     # One joint matrix is large, and its eigenvectors take long.
     dim = 4 if name == "trak" else None
     flags = () if dim is None else ("--projection-dim", dim)
+    if name in ("cg", "lissa"):  # to the end it would take long
+        steps, tolerance = (50, 0.5) if name == "cg" else (2, 9.0)
+        problem = partial(problem, solver=Solver(iterations=steps, tolerance=tolerance))
+        flags = ("--iterations", steps, "--tolerance", tolerance)
     out = ok("score", tmp_path / "run", *base, "--query", queries, "--method", name.replace("_", "-"), *flags)
     assert name in out
     expected = RECIPES[name].combine([rows_of(problem(neox, name, dim), name)], [1.0])
@@ -202,12 +210,26 @@ def test_trak_over_two_checkpoints(ok, base, neox, other, queries, problem, tmp_
     ask = (*base, "--query", queries, "--method", "trak", "--projection-dim", 4,
            "--checkpoints", f"{neox},{other}")  # fmt: skip
     ok("score", tmp_path / "run", *ask)
-    both = [rows_of(problem(model, "trak", 4), "trak") for model in (neox, other)]
+    parts = [problem(model, "trak", 4) for model in (neox, other)]
+    parts[1] = replace(parts[1], projection=reseeded(parts[1].projection, 1))
+    both = [rows_of(part, "trak") for part in parts]
     scores = sum(one.values for one in both) / 2
     doubt = sum(one.losses.sigmoid() for one in both) / 2
     assert_same(scores_of(tmp_path / "run"), scores * doubt[:, None])
     ok("score", *ask, "--top", 12, "--jsonl", tmp_path / "t.jsonl")
     assert_same(shown(tmp_path / "t.jsonl"), scores * doubt[:, None])
+    seeds = [stage.seed for part in parts for stage in part.projection.stages]
+    with gf.open_store(tmp_path / "run", "scores") as store:
+        chains = [part["settings"]["transform"]["chain"] for part in store.settings["checkpoints"]]
+    assert [stage["seed"] for one in chains for stage in one if "seed" in stage] == seeds
+    assert (seeds[0], len({*seeds})) == (0, 2)
+
+
+def test_a_checkpoint_given_twice_has_one_projection(ok, base, neox, queries, tmp_path):
+    ask = (*base, "--query", queries)
+    ok("score", tmp_path / "one", *ask)
+    ok("score", tmp_path / "twice", *ask, "--checkpoints", f"{neox},{neox}")
+    assert_same(scores_of(tmp_path / "twice"), scores_of(tmp_path / "one"))
 
 
 # --- queries in groups, and rows as their own queries

@@ -49,6 +49,11 @@ REQUESTS = {request.COMMAND: request for request in COMMANDS}
             "build r --loss_fn margin --projection_type normal",
             "build r --loss log_odds --projection gaussian",
         ),
+        (
+            "build r --model M --revision step1000 --tokenizer T --dataset D --chunk_length 512",
+            "build r --model M --revision step1000 --tokenizer T --dataset D --chunk-length 512",
+        ),
+        ("score s --query.dataset Q --query.split test", "score s --query Q --query-split test"),
         ("query --index=s --top_k=7 --record t.csv", "query s --top 7 --csv t.csv"),
         ("score s --hessian_path H --damping_factor 0.2", "score s --hessian-path H --damping 0.2"),
         ("score s --inversion pseudoinverse", "score s --damping truncated:0.1"),
@@ -82,7 +87,7 @@ def test_a_line_says_why_an_option_does_nothing(command, model, corpus, tmp_path
 @pytest.mark.parametrize(
     ("there", "words"),
     [
-        ("build r --revision main", "--revision is no option here: download that revision"),
+        ("query r --split test", "--split is no option here: the split of a dataset in --query is --query-s"),
         ("build r --projection_target global", "--projection 'joint > rademacher:512'"),
         ("score s --score nearest", "--score is no option here: every query has a column of scores"),
         ("score s --aggregation mean", "make one query of them with gradfn reduce"),

@@ -71,6 +71,48 @@ def test_a_run_is_made_again_from_its_record(ok, base, model, queries, tmp_path,
     ok(*shlex.split(line)[1:])  # and by hand, which resumes
 
 
+RECIPE = """
+from pathlib import Path
+
+import gradfn as gf
+
+Path(__file__).with_suffix(".ran").touch()
+
+
+def mine(problem):
+    return gf.methods.grad_dot(problem.stage)
+"""
+
+
+def test_a_record_runs_no_code_that_was_not_given_again(command, ok, base, tmp_path):
+    recipe, run = tmp_path / "mine.py", tmp_path / "run"
+    recipe.write_text(RECIPE)
+    ok("score", run, *base, *ASK, "--method", f"{recipe}:mine", "--trust-remote-code")
+    recipe.with_suffix(".ran").unlink()
+    for given, words in (
+        ((), "runs code that comes with its model: read that, and give --trust-remote-code again"),
+        (("--trust-remote-code",), f"read it, and give --method {recipe}:mine again"),
+        (("--trust-remote-code", "--method", "other.py:mine"), f"give --method {recipe}:mine again"),
+    ):
+        result = command("rerun", run, *given)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert words in result.err
+        assert result.out.splitlines()[0].split()[:3] == ["command", "gradfn", "score"]
+        assert not recipe.with_suffix(".ran").exists()
+    ok("rerun", run, "--trust-remote-code", "--method", f"{recipe}:mine")
+    assert recipe.with_suffix(".ran").exists()
+
+
+def test_a_record_writes_to_no_other_run(command, ok, base, tmp_path):
+    ok("build", tmp_path / "run", *base)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    result = command("rerun", tmp_path / "moved")
+    assert result.status == 2
+    assert f"writes to {tmp_path / 'run'}: give the run to write, --into {tmp_path / 'moved'}" in result.err
+    assert not (tmp_path / "run").exists()
+    assert "complete" in ok("rerun", tmp_path / "moved", "--into", tmp_path / "moved")
+
+
 def test_rerun_of_a_complete_run_says_so_and_of_an_unfinished_one_resumes(ok, base, tmp_path):
     run = tmp_path / "run"
     ok("build", run, *base, "--token-batch-size", 1)

@@ -53,6 +53,19 @@ def test_it_says_what_was_trained_and_where_it_is(told):
     assert "diverged" not in told
 
 
+def test_seeds_may_be_independent(ok, command, folder, base, told):
+    out = ok("retrain", folder / "own", *base, *SMALL, "--seeding", "independent")
+    assert "6 (3 subsets of 6 rows, 2 seeds each, none shared)" in " ".join(out.split())
+    truth = open_truth(folder / "own")
+    assert truth.seeds.tolist() == [model_seed(0, m % 2, subset=m // 2) for m in range(6)]
+    assert "seeding independent" in " ".join(ok("info", folder / "own").split())
+    result = command("retrain", folder / "truth", *base, *SMALL, "--learning-rate", 0.01,
+                     "--seeding", "independent")  # fmt: skip
+    assert result.status == 2
+    assert "seeding" in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
 def test_new_weights_differ_from_model_to_model(ok, folder, base):
     ok("retrain", folder / "new", *base, *SMALL, "--init", "random", "--learning-rate", 1e-9)
     truth = open_truth(folder / "new")

@@ -96,7 +96,6 @@ def loss_after_step(document, query, rate):
 
 def test_without_a_run_the_same_is_shown_and_nothing_is_written(ok, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")  # a long path wraps, and this compares lines
     shown = ok("score", *base, *ASK)
     assert list(tmp_path.iterdir()) == []
     kept = ok("score", tmp_path / "run", *base, *ASK)
@@ -107,8 +106,7 @@ def test_without_a_run_the_same_is_shown_and_nothing_is_written(ok, base, tmp_pa
 
 def test_what_is_shown(ok, base):
     lines = [line.rstrip() for line in ok("score", *base, *ASK, "--top", 1).splitlines()]
-    # The model's line may take two: it holds a path, whose length is the machine's.
-    assert "14 linear layers" in " ".join(lines[:2])
+    assert "14 linear layers" in lines[1]
     at = next(number for number, line in enumerate(lines) if line.startswith("train"))
     assert lines[at].split() == ["train", "12", "rows,", "238", "tokens"]
     assert "31% of the parameters are attributed" in lines[at + 1]
@@ -117,12 +115,24 @@ def test_what_is_shown(ok, base):
     assert method.startswith("grad_dot, rademacher:16x16")
     assert lines[at + 3].split() == ["query", "0", "The", "capital", "of", "Peru", "is", "→", "Lima"]
     assert "nats a token, probability" in lines[at + 4]
-    assert "does NOT know the answer (it says" in lines[at + 4] + lines[at + 5]
+    assert "does NOT know the answer (it says" in lines[at + 4]
     assert [line.split()[:2] for line in lines[-2:]] == [["proponent", "1"], ["opponent", "1"]]
     assert lines[-2].split(maxsplit=3)[3].split(maxsplit=1) == [
         "doc-peru",
         "The capital of Peru is Lima. It lies far away.",
     ]
+
+
+def test_other_programs_get_whole_texts_a_row_a_line(ok, base, tmp_path, monkeypatch):
+    text = "The capital\nof Peru\tis Lima. " * 6
+    long = write_jsonl(tmp_path / "long.jsonl", [{"id": "i" * 90, "text": text}, *DOCUMENTS[:2]])
+    monkeypatch.setenv("COLUMNS", "40")
+    asked = "The capital of Peru is " * 8
+    lines = ok("score", *base, "--dataset", long, "--query", asked, "--completion", " Lima").splitlines()
+    (shown,) = (line for line in lines if "i" * 90 in line)
+    assert shown.endswith(r"The capital\nof Peru\tis Lima. " * 5 + r"The capital\nof Peru\tis Lima.")
+    assert f"query 0  {asked} → Lima" in lines
+    assert sum(line.lstrip().startswith(("proponent", "opponent")) for line in lines) == 3
 
 
 def test_a_text_without_completion_is_not_asked_as_a_question(ok, base):

@@ -1,8 +1,10 @@
 import csv
 import io
 import json
+import re
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress
 from tiny import write_jsonl
@@ -10,10 +12,12 @@ from tiny import write_jsonl
 from gradfn.cli.options import TableOptions
 from gradfn.errors import InputError, StorageError
 from gradfn.report.exports import WRITERS, export_ranking
-from gradfn.report.progress import _Pace, _TimeLeft, progress_bar
+from gradfn.report.progress import _columns, _Work, progress_bar
 from gradfn.report.summaries import unprobed_facts
-from gradfn.report.tables import facts, ranking
+from gradfn.report.tables import Piped, excerpt, facts, ranking
 from gradfn.report.words import clean
+from gradfn.shown import SAID
+from gradfn.watch import WATCH, Resumed, watched
 
 HOSTILE = (
     "[red]x[/red] \x1b[31mred\x1b[0m \x9b2J bell\x07\ttab\r\nnext\u2028line \u202eright\u200b [/bold] :smile:"
@@ -84,6 +88,29 @@ def test_in_a_narrow_terminal_names_and_texts_make_room_for_scores(width, name):
     assert lines[0].split()[:3] == ["proponent", "1", "+1.5"]
     assert lines[1].split()[:3] == ["opponent", "2", "-2.345e-10"]
     assert lines[0].split()[3][0] == name[0]
+
+
+def test_without_a_width_ids_and_texts_are_whole_and_on_one_line():
+    out = io.StringIO()
+    rows = [row(id="i" * 99, text="two\nlines\t" * 99), row(text=f"Who?{SAID}Ann", shares=[("mlp", 0.5)])]
+    Piped(file=out, width=40, highlight=False).print(ranking(rows, None))
+    first, second, share = out.getvalue().splitlines()
+    assert first.endswith(f"{'i' * 99}  " + r"two\nlines\t" * 99)
+    assert second.split() == ["proponent", "1", "+1.5", "a", "Who?", "→", "Ann"]
+    assert share.split() == ["+0.5", "mlp"]
+    assert not re.search(r" $", out.getvalue(), re.MULTILINE)
+
+
+def test_of_a_text_that_is_supervised_in_part_the_border_is_shown():
+    text = f"system: Be kind and brief.\nuser: Who wrote it?{SAID}Ann wrote all of it, and more."
+    assert (
+        excerpt(text, 200)
+        == "system: Be kind and brief. user: Who wrote it? → Ann wrote all of it, and more."
+    )
+    assert excerpt(text, 40) == "…er: Who wrote it? → Ann wrote all of i…"
+    assert excerpt(f"a very long prompt{SAID}yes", 17) == "…ong prompt → yes"
+    assert [cell_len(excerpt(text, width)) for width in range(60)] == list(range(60))
+    assert excerpt("plain → text", 9) == "plain → …"
 
 
 def test_proponents_are_green_and_opponents_red():
@@ -163,6 +190,31 @@ def test_check_exports(tmp_path):
         TableOptions(csv=tmp_path / "a", parquet=tmp_path / "a").check(overwrite=True)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the time that progress sees; lines come at once, and then a hundred times a second."""
+    now = [0.0]
+    monkeypatch.setattr("gradfn.report.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gradfn.report.progress.FIRST_AFTER_S", 0.01)
+    monkeypatch.setattr("gradfn.report.progress.PLAIN_EVERY_S", 0.01)
+    monkeypatch.setattr("gradfn.report.progress.QUIET_BELOW_S", 2.0)
+    return lambda seconds: now.__setitem__(0, seconds)
+
+
+@pytest.fixture
+def line(capsys, clock):
+    """The next whole line of progress."""
+
+    def read():
+        capsys.readouterr()
+        seen = ""
+        while seen.count("\n") < 2:  # the first may have been made before
+            seen += capsys.readouterr().err
+        return seen.splitlines()[1]
+
+    return read
+
+
 def test_progress_without_a_terminal_is_silent_when_short(capsys, monkeypatch):
     monkeypatch.setattr("gradfn.report.progress.QUIET_BELOW_S", 2.0)
     with progress_bar("gradients", 10) as progress:
@@ -170,40 +222,77 @@ def test_progress_without_a_terminal_is_silent_when_short(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_without_a_terminal_is_lines_when_long(capsys, monkeypatch):
-    monkeypatch.setattr("gradfn.report.progress.QUIET_BELOW_S", 2.0)
-    monkeypatch.setattr("gradfn.report.progress.PLAIN_EVERY_S", 10.0)
-    now = iter([0.0, 4.0, 12.0, 13.0, 26.0, 26.0])
-    monkeypatch.setattr("gradfn.report.progress.time.monotonic", lambda: next(now))
-    with progress_bar("gradients", 400) as progress:
-        for done in (50, 50, 100, 200):
+def test_lines_say_what_is_done_and_left_and_what_comes_after(capsys, clock, line):
+    with progress_bar("curvature", 400, then="scores", longest=90) as progress:
+        clock(5)
+        assert line() == "curvature: 0 of 400 tokens, 5 s, rows of up to 90 tokens, then scores"
+        for done, seconds in ((50, 6.0), (50, 12.0)):
+            clock(seconds)
             progress(done)
-    assert capsys.readouterr().err.splitlines() == [
-        "gradients: 25%, 12 s, about 36 s left",
-        "gradients: 400 tokens in 26.0 s",
-    ]
+        assert line() == "curvature: 25%, 12 s, about 36 s left, then scores"
+        clock(26.0)
+        progress(300)
+    assert capsys.readouterr().err.splitlines()[-1] == "curvature: 400 tokens in 26.0 s"
 
 
-def test_the_time_left_of_a_resumed_run_is_that_of_the_new_rows(capsys, monkeypatch):
-    monkeypatch.setattr("gradfn.report.progress.PLAIN_EVERY_S", 10.0)
-    now = iter([0.0, 0.1, 20.0, 21.0])
-    monkeypatch.setattr("gradfn.report.progress.time.monotonic", lambda: next(now))
+def test_the_time_left_of_a_resumed_run_is_that_of_the_new_rows(clock, line):
     with progress_bar("gradients", 400) as progress:
-        progress(300)  # were there already
+        clock(30)  # the names of many rows are compared first
+        progress(Resumed(300))
+        clock(50)
+        assert line() == "gradients: 300 of 400 tokens, 50 s"
         progress(20)
-    assert capsys.readouterr().err.splitlines()[0] == "gradients: 80%, 20 s, about 80 s left"
+        assert line() == "gradients: 80%, 50 s, about 80 s left"
 
 
-def test_a_terminal_shows_the_time_left_after_the_first_batch(monkeypatch):
-    now = iter([0.0, 30.0, 30.0, 30.0])
-    monkeypatch.setattr("gradfn.report.progress.time.monotonic", lambda: next(now))
-    pace = _Pace(100)
-    column, bar = _TimeLeft(pace), Progress(get_time=lambda: 0.0)
-    bar.add_task("scores", total=100)
-    (task,) = bar.tasks
-    assert column.render(task).plain == "eta -:--:--"
-    pace.add(25, 30.0)
-    assert column.render(task).plain == "eta 0:01:30"
+def test_work_inside_has_lines_of_its_own_and_counts_for_no_speed(clock, line):
+    token = WATCH.set(progress_bar)
+    with progress_bar("curvature", 100) as progress:
+        clock(10)
+        progress(50)
+        for number in watched("decompositions", range(3), "blocks", timed=False):
+            clock(10 + 100 * number)
+            assert line() == f"decompositions: {number} of 3 blocks, {100 * number} s"
+        assert line() == "curvature: 50%, 210 s, about 10 s left"
+        clock(215)
+        progress(25)
+        assert line() == "curvature: 75%, 215 s, about 5 s left"
+    with progress_bar("reading rows.jsonl"):
+        clock(220)
+        assert line() == "reading rows.jsonl: 5 s"
+    WATCH.reset(token)
+
+
+@pytest.mark.parametrize("width", [30, 40, 50, 79, 80, 100, 120, 160])
+def test_a_bar_keeps_the_share_and_the_time_left_at_every_width(clock, width):
+    work = _Work("query gradients", 117_659_000, then="decompositions and scores", start=0.0)
+    bar = Progress(*_columns(width), console=Console(width=width, file=io.StringIO()), get_time=lambda: 0.0)
+    task = bar.add_task(work.label, total=work.total, work=work)
+    inner = _Work("decompositions", 24, "blocks", timed=False)
+    bar.add_task(inner.label, total=24, work=inner)
+    assert "eta -:--:--" in printed(bar.get_renderable(), width)
+    work.add(29_414_750, 30.0)
+    bar.advance(task, 29_414_750)
+    first, second = printed(bar.get_renderable(), width).splitlines()
+    assert " 25% " in first
+    assert "eta 0:01:30" in first
+    assert ("then decompositions and scores" in first) == (width >= 79)
+    assert "eta" not in second
+
+
+def test_a_terminal_has_a_bar_for_the_work_and_one_for_what_is_inside(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(
+        "gradfn.report.progress.Console", lambda stderr: Console(stderr=True, force_terminal=True, width=90)
+    )
+    with progress_bar("curvature", 4) as progress:
+        progress(2)
+        with progress_bar("decompositions", 3, "blocks", timed=False) as inside:
+            inside(1)
+            assert [task.description for task in progress.bar.tasks] == ["curvature", "decompositions"]
+        assert [task.completed for task in progress.bar.tasks] == [2]
+    assert "decompositions" in capsys.readouterr().err
 
 
 def test_layers_that_no_probe_sees_are_told():

@@ -1,10 +1,13 @@
 """`gradfn verify`: the damaged files of a run, and the command that makes them again."""
 
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 from stored import flip
 
+TESTS = Path(__file__).parents[1]
 ASK = ("--query", "The capital of Peru is", "--completion", " Lima")
 
 
@@ -59,6 +62,21 @@ def test_shards_are_verified_and_merged_again(command, ok, base, tmp_path):
     ok("build", run, *base, "--shard", "1/2")
     ok("merge", run)
     assert "7 files" in ok("verify", run)
+
+
+@pytest.mark.parametrize("old", ["store/data/v2", "runs/data/v1/scores"])
+def test_of_a_run_from_before_digests_the_structure_alone_is_checked(ok, tmp_path, old):
+    said = plain(ok("verify", shutil.copytree(TESTS / old, tmp_path / "run")))
+    assert "no damage found" in said
+    assert "as written" not in said
+    assert "written before digests were kept: only structure was checked" in said
+    assert "make again with the command that made it" in said
+
+
+def test_of_an_older_run_the_command_is_named_that_makes_it_again(ok, base, tmp_path, monkeypatch):
+    ok("build", tmp_path, *base)
+    monkeypatch.setattr("gradfn.cli.verify.FORMAT", 4)
+    assert f"make again with gradfn build {tmp_path}" in plain(ok("verify", tmp_path))
 
 
 def test_what_is_no_run(command, tmp_path):

@@ -1,8 +1,12 @@
 """A row is the same in every batch: where padding would change it, batches have rows of one length."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import MeanOfTokens
 from torch import nn
 from torch.func import functional_call
 from transformers import (
@@ -22,12 +26,16 @@ from transformers import (
     YosoForMaskedLM,
 )
 
+import gradfn as gf
+from gradfn.engine.batching import plan_batches
 from gradfn.engine.check import equality
 from gradfn.engine.engine import probe_engine
-from gradfn.engine.stream import gather, pads
+from gradfn.engine.stream import gather, pads, stream
+from gradfn.errors import InputError
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.testing import assert_blocks_close, naive_blocks
 from gradfn.testing.models import randomize
+from gradfn.testing.strategies import squared_error
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -81,28 +89,16 @@ def test_rows_of_a_stream_equal_each_row_alone(kind):
     assert equality(engine, [rows[0], rows[4]])[0].error < 1e-9
 
 
-class Mean(nn.Module):
-    """A classifier of sequences that takes the mean over all positions, padding or not."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.inner, self.out = nn.Embedding(40, 4), nn.Linear(4, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        x = self.embed(x) if not x.is_floating_point() else x[..., None].expand(*x.shape, 4)
-        return self.out(torch.tanh(self.inner(x)).mean(-2))
-
-
 @pytest.mark.parametrize("key", ["input_ids", "signal"])
 def test_of_a_model_of_ones_own_too(key):
-    model = randomize(Mean(), 0)
+    model = randomize(MeanOfTokens(), 0)
     rows = [
         {key: ids if key == "input_ids" else ids.double(), "y": torch.tensor(number % 2)}
         for number, ids in enumerate(texts([5, 9, 20, 9, 33]))
     ]
 
     def loss(params, row):
-        return F.cross_entropy(functional_call(model, params, row[key][None])[0], row["y"])
+        return F.cross_entropy(functional_call(model, params, row[key][None]).logits[0], row["y"])
 
     engine = probe_engine(model, loss)
     want = [naive_blocks(loss, model, [row]) for row in rows]
@@ -129,3 +125,77 @@ def test_padding_that_makes_a_row_nan_is_found():
     want = [naive_blocks(engine.loss, model, [row]) for row in rows]
     got = gather(engine, rows).values
     assert_blocks_close(got, {n: torch.cat([w[n] for w in want]) for n in want[0]}, 1e-5)
+
+
+def batch_sizes(net, data, transform, monkeypatch, bytes_of_a_batch, loss=None):
+    """How many rows each batch has where it may take so many bytes."""
+    monkeypatch.setattr("gradfn.engine.batching.BATCH_BYTES", bytes_of_a_batch)
+    engine = probe_engine(net, loss or squared_error(net), transform)
+    return [len(numbers) for numbers, _ in stream(engine, data)]
+
+
+def test_rows_without_tokens_share_a_batch_as_far_as_their_activations_allow(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(0), nn.Linear(4 * 36, 2))
+    data = [{"x": torch.randn(1, 8, 8), "y": torch.zeros(2)} for _ in range(8)]
+    # Of a row a convolution gives 4 x 36 numbers and the last layer 2; the rest is the loss.
+    few = batch_sizes(net, data, gf.project(2), monkeypatch, 3 * 4 * (4 * 36 + 64))
+    assert max(few) in (2, 3)
+    assert sum(few) == 8
+    assert batch_sizes(net, data, gf.project(2), monkeypatch, 512 << 20) == [8]
+
+
+def test_rows_with_large_results_share_a_batch_as_far_as_these_allow(monkeypatch):
+    net = nn.Linear(50, 40, bias=False)
+    data = [{"x": torch.randn(50), "y": torch.zeros(40)} for _ in range(6)]
+    assert batch_sizes(net, data, gf.chain(), monkeypatch, 3 * 50 * 40 * 4) == [2, 2, 2]
+    assert batch_sizes(net, data, gf.project(2), monkeypatch, 3 * 50 * 40 * 4) == [6]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64, 10_000])
+def test_batches_hold_every_row_once_within_the_budget(budget):
+    lengths = np.random.default_rng(0).integers(0, 50, 200)
+    batches = plan_batches(lengths, budget)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(200))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(1, lengths[batch].max()) <= budget
+    longest = [lengths[batch].max() for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_batches_are_as_full_as_they_can_be_without_rows_of_half_the_length():
+    lengths = np.random.default_rng(1).integers(1, 50, 200)
+    batches = plan_batches(lengths, 256)
+    for batch, following in pairwise(batches):
+        longest = lengths[batch].max()
+        halved = lengths[following].max() <= longest // 2 and len(batch) * longest >= 256 / 16
+        assert (len(batch) + 1) * longest > 256 or halved
+
+
+def test_few_rows_of_mixed_lengths_are_not_mostly_padding():
+    lengths = np.array([170, 120, 90, *[40, 35, 25, 20] * 3, *[12, 9, 5] * 3])
+    batches = plan_batches(lengths, 4096)
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert len(batches) <= 4
+    assert padded < 1.5 * lengths.sum() < len(lengths) * 170
+
+
+def test_a_batch_has_at_most_so_many_rows():
+    assert [len(batch) for batch in plan_batches(np.full(7, 3), 4096, most_rows=3)] == [3, 3, 1]
+
+
+def test_equal_lengths_keep_their_order():
+    assert [batch.tolist() for batch in plan_batches(np.full(5, 3), 6)] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_row_beyond_the_budget_is_alone():
+    assert [batch.tolist() for batch in plan_batches(np.array([3, 100, 3]), 6)] == [[1], [0, 2]]
+
+
+def test_no_rows_no_batches():
+    assert plan_batches(np.zeros(0, np.int64), 8) == []
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_batch_needs_room(budget):
+    with pytest.raises(InputError, match=f"at least 1 token, got a token batch size of {budget}"):
+        plan_batches(np.array([1]), budget)

@@ -234,18 +234,18 @@ def test_noise_of_batches_and_of_the_precision(monkeypatch):
     model, other = (nn.Linear(2, 1, bias=False).double() for _ in range(2))
     model.weight.data, other.weight.data = (torch.tensor([w]).double() for w in ([1.0, 1.0], [2.0, 1.0]))
     rows = [{"x": torch.tensor(x).double()} for x in ([1.0, 1.0], [1.0, 3.0])]
-    found = noise(model, rows, reference=other, make_loss=Uneven, transform=chain())
+    found = noise(model, rows, chain(), reference=gf.Subject(other, Uneven(other)), loss=Uneven(model))
     assert found.batching.worst_error == pytest.approx(0.1)
     assert found.batching.worst_cosine == pytest.approx(1)
     # Gradients are 2 (w x) x: w x is 2 and 4, with the reference 3 and 5.
     assert found.precision.worst_error == pytest.approx(1 / 3)
     assert found.precision.error == pytest.approx(1 / 5)
-    assert noise(model, rows, make_loss=Uneven).precision is None
+    assert noise(model, rows, loss=Uneven(model)).precision is None
 
 
 def test_bf16_is_noisier_than_fp32():
     model, rough = make_model(), make_model().bfloat16()
-    found = noise(rough, ROWS, reference=model)
+    found = noise(rough, ROWS, reference=gf.Subject(model))
     assert 1e-3 < found.precision.worst_error < 0.5
     assert found.worst_cosine <= found.precision.worst_cosine < 1 - 1e-7
     assert noise(model, ROWS).worst_cosine > 1 - 1e-9

@@ -20,6 +20,7 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
+import gradfn as gf
 from gradfn.data import collate
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import collect, gather
@@ -252,6 +253,50 @@ def test_where_a_batch_drops_tokens_rows_are_computed_alone():
         losses, torch.stack([model(r["x"][None]).square().sum() for r in rows]).detach()
     )
     assert all(site.probed for site in engine.sites if site.path == "expert")
+
+
+class InBatches:
+    """A loss whose batched form gives something else than a number for each example."""
+
+    def __init__(self, model, form):
+        self.model, self.form = model, form
+
+    def __call__(self, params, example):
+        return functional_call(self.model, params, example["x"]).sum()
+
+    def batched(self, batch):
+        return self.form(self.model(batch["x"]))
+
+
+@pytest.mark.parametrize(("form", "says"), [
+    (lambda z: z, r"a loss must be one number an example, not of shape \[2\]: reduce it, \.mean\(\) say"),
+    (lambda z: z[:1], r"not of shape \[1\]"), (lambda z: (z.sum(), z), "a tensor, and not a tuple"),
+    (lambda z: z.sum() * 1j, "and not complex"), (lambda z: 1.0, "a tensor, and not a float"),
+])  # fmt: skip
+def test_a_loss_that_is_no_number_is_refused(form, says):
+    model, rows = nn.Linear(3, 2), [{"x": torch.ones(3)}] * 2
+
+    def loss(params, example):
+        return form(functional_call(model, params, example["x"]))
+
+    for fold in (gf.mean(), gf.kfac(), gf.second_moment()):
+        with pytest.raises(InputError, match=says):
+            gf.fit(fold, model, rows, loss=loss)
+    for view in (None, EVERYTHING):
+        with pytest.raises(InputError, match=says):
+            collect(model, rows, loss=loss, view=view)
+    batch = {"x": torch.ones(2, 3)}
+    with pytest.raises(InputError, match=says):
+        gf.per_example_grads(loss, dict(model.named_parameters()), batch)
+
+
+@pytest.mark.parametrize("form", [lambda z: z, lambda z: z.sum()])
+def test_a_batched_loss_that_is_not_one_number_an_example_is_refused(form):
+    model = nn.Linear(3, 2)
+    with pytest.raises(
+        InputError, match=r"`loss.batched` must be one number for each of 2 examples, not of shape"
+    ):
+        collect(model, [{"x": torch.ones(3)}] * 2, loss=InBatches(model, form))
 
 
 def test_a_loss_that_ignores_its_parameters_is_refused():

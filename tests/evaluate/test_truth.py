@@ -9,7 +9,7 @@ from torch.func import functional_call
 from gradfn.errors import InputError
 from gradfn.evaluate import truth as module
 from gradfn.evaluate.subsets import random_subsets
-from gradfn.evaluate.truth import Truth, model_seed, open_truth, retrain
+from gradfn.evaluate.truth import Retraining, Truth, model_seed, open_truth, retrain
 from gradfn.model.losses import model_loss
 from gradfn.runs.shards import Shard, join_shards
 from gradfn.train import Trainer, Training, initial_params, train
@@ -41,10 +41,11 @@ def margin(params, example):
     return -functional_call(NET, params, (example["x"],))[example["y"]]
 
 
-def made(run, **changes):
-    given = {"loss": loss, "query_loss": margin, "subsets": random_subsets(12, 4), "training": TRAINING,
-             "seeds": 2, "seed": 3, **changes}  # fmt: skip
-    return retrain(run, make_net, ROWS, QUERIES, **given)
+def made(run, *, settings=None, shard=None, progress=None, **changes):
+    given = {"query_loss": margin, "seeds": 2, "seed": 3, **changes}
+    subsets, training = given.pop("subsets", random_subsets(12, 4)), given.pop("training", TRAINING)
+    retraining = Retraining(make_net, loss, training, subsets, **given)
+    return retrain(run, retraining, ROWS, QUERIES, settings=settings, shard=shard, progress=progress)
 
 
 def same(a, b):
@@ -117,9 +118,9 @@ def test_a_classifier_has_margins_whatever_its_loss_and_weights(tmp_path, how):
     rows = [{"x": row["x"], "labels": row["y"]} for row in ROWS]
     asked = [{**row, "weight": torch.tensor(-2.0).double()} for row in rows[:5]]
     start = {name: p.detach() for name, p in net.named_parameters()}
-    result = retrain(tmp_path, start, rows, asked, loss=given, training=TRAINING,
-                     subsets=random_subsets(12, 3, leave_out=1))  # fmt: skip
-    trained = train(start, given, rows, random_subsets(12, 3, leave_out=1), [0, 0, 0], TRAINING)
+    subsets = random_subsets(12, 3, leave_out=1)
+    result = retrain(tmp_path, Retraining(start, given, TRAINING, subsets), rows, asked)
+    trained = train(start, given, rows, subsets, [0, 0, 0], TRAINING)
     for m in range(3):
         net.load_state_dict({name: value[m] for name, value in trained.params.items()})
         for number, row in enumerate(rows[:5]):
@@ -145,6 +146,27 @@ def test_seeds_of_models_do_not_depend_on_how_many_there_are(tmp_path):
     many = made(tmp_path / "many", seeds=3, subsets=random_subsets(12, 5))
     assert torch.equal(few.seeds, many.seeds[::3][:3])
     torch.testing.assert_close(few.losses, many.losses[::3][:3])
+
+
+def test_independent_seeds_are_one_a_model_whatever_the_subsets(tmp_path):
+    few = made(tmp_path / "few", seeds=2, subsets=random_subsets(12, 3), seeding="independent")
+    many = made(tmp_path / "many", seeds=3, subsets=random_subsets(12, 5), seeding="independent")
+    assert (few.seeding, few.replicates, many.replicates) == ("independent", 2, 3)
+    assert len(many.seeds.unique()) == 15
+    assert torch.equal(few.seeds, many.seeds.reshape(5, 3)[:3, :2].flatten())
+    for m, seed in enumerate(few.seeds.tolist()):
+        assert seed == model_seed(3, m % 2, subset=m // 2)
+        one = train(make_net, loss, ROWS, few.subsets[m : m + 1], [seed], TRAINING)
+        params = {name: value[0] for name, value in one.params.items()}
+        wanted = torch.stack([margin(params, query) for query in QUERIES])
+        torch.testing.assert_close(few.losses[m], wanted)
+
+
+def test_the_seeding_is_recorded_and_another_is_refused_in_one_run(tmp_path):
+    shared = made(tmp_path)
+    assert (shared.seeding, shared.settings["seeding"]) == ("shared", "shared")
+    with pytest.raises(InputError, match="seeding"):
+        made(tmp_path, seeding="independent")
 
 
 def test_a_run_that_was_killed_resumes(tmp_path, monkeypatch):
@@ -187,10 +209,9 @@ def test_models_that_diverge_are_counted_and_left_out_of_means(tmp_path):
     def square(params, example):
         return (params["w"] * example["x"] - 1).square().sum()
 
-    result = retrain(
-        tmp_path, {"w": torch.ones(1)}, data, data[:2], loss=square, margin_loss=square, subsets=subsets,
-        training=Training(2, 2, 0.1, "sgd"),
-    )  # fmt: skip
+    training = Training(2, 2, 0.1, "sgd")
+    retraining = Retraining({"w": torch.ones(1)}, square, training, subsets, margin_loss=square)
+    result = retrain(tmp_path, retraining, data, data[:2])
     assert result.diverged.tolist() == [False, True, False]
     for values in (result.losses, result.margins):
         assert values.isnan().all(1).tolist() == [False, True, False]
@@ -288,7 +309,7 @@ def test_subsets_without_a_class_are_refused_before_anything_is_written(tmp_path
     subsets = torch.ones(3, 12, dtype=torch.bool)
     subsets[1, 4] = False
     with pytest.raises(InputError, match="subset 1 leaves class 1 out"):
-        retrain(tmp_path / "run", make_net, rows, rows, loss=labelled, subsets=subsets, training=TRAINING)
+        retrain(tmp_path / "run", Retraining(make_net, labelled, TRAINING, subsets), rows, rows)
     assert not (tmp_path / "run").exists()
 
 
@@ -300,7 +321,7 @@ def test_subsets_of_other_rows_are_refused_where_there_are_classes(tmp_path):
 
     subsets = torch.ones(3, 11, dtype=torch.bool)
     with pytest.raises(InputError, match="of 11 rows"):
-        retrain(tmp_path / "run", make_net, rows, rows, loss=labelled, subsets=subsets, training=TRAINING)
+        retrain(tmp_path / "run", Retraining(make_net, labelled, TRAINING, subsets), rows, rows)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -315,7 +336,7 @@ def test_the_truth_of_classes_on_cuda_is_that_on_the_cpu(tmp_path, masks):
         def labelled(params, example):
             return F.cross_entropy(functional_call(net, params, (example["x"],)), example["labels"])
 
-        return retrain(tmp_path / device, start, rows, rows[:5], loss=labelled, training=TRAINING,
-                       subsets=random_subsets(12, 3, leave_out=1).to(masks))  # fmt: skip
+        subsets = random_subsets(12, 3, leave_out=1).to(masks)
+        return retrain(tmp_path / device, Retraining(start, labelled, TRAINING, subsets), rows, rows[:5])
 
     torch.testing.assert_close(on("cuda").losses, on("cpu").losses)

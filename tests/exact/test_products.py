@@ -20,7 +20,7 @@ from exact_problems import (
     randoms,
     unflat,
 )
-from tiny import language_model
+from tiny import MeanOfTokens, classes_of, language_model
 from torch import nn
 from torch.func import jacrev
 
@@ -34,7 +34,7 @@ from gradfn.exact import (
 from gradfn.model.params import call
 from gradfn.testing import assert_blocks_close
 from gradfn.testing.naive import naive_causal_lm_loss, recorded_shapes
-from gradfn.testing.strategies import squared_error
+from gradfn.testing.strategies import randomize, squared_error
 
 
 def cross_entropy(z, example):
@@ -117,6 +117,25 @@ def test_code_that_depends_on_its_data_is_refused_in_batches_and_right_one_by_on
         torch.testing.assert_close(dense(product, PARAMS), matrix, **EXACT)
 
 
+@pytest.mark.parametrize("kind", ["fisher", "hessian", "gauss_newton"])
+def test_where_padding_changes_a_row_products_are_those_of_unpadded_rows(kind):
+    model, rows = randomize(MeanOfTokens(), 0), classes_of([5, 9, 33, 9])
+    params, loss = gf.model.params_of(model), gf.model_loss(model, "classification")
+
+    def made(params, row):
+        return call(model, params, input_ids=row["input_ids"][None]).logits[0]
+
+    def product(size):
+        if kind == "gauss_newton":
+            cross = lambda z, row: F.cross_entropy(z, row["labels"])  # noqa: E731
+            return gauss_newton_product(made, cross, params, rows, token_batch_size=size)
+        of_loss = fisher_product if kind == "fisher" else hessian_product
+        return of_loss(loss, params, rows, token_batch_size=size)
+
+    v = randoms(2, params)
+    torch.testing.assert_close(flat(product(8192)(v)), flat(product(1)(v)), **EXACT)
+
+
 class NoForwardMode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -132,7 +151,9 @@ class NoForwardMode(torch.autograd.Function):
     [
         (lambda p, e: NoForwardMode.apply(LOSS(p, e)), "without forward mode .*eager"),
         (lambda p, e: F.dropout(outputs(p, e)).sum(), r"random .*model\.eval\(\)"),
-        (lambda p, e: outputs(p, e), r"shape \[2\], expected one number"),
+        (lambda p, e: outputs(p, e), r"one number an example, not of shape \[2\]: reduce it"),
+        (lambda p, e: (LOSS(p, e), 1), "a tensor, and not a tuple"),
+        (lambda p, e: F.linear(e["x"], torch.ones(1, len(e["x"])).double()).sum(), "depend on its `params`"),
     ],
 )
 def test_losses_that_have_no_product_are_refused(loss, match):
@@ -144,7 +165,7 @@ def test_errors_of_the_loss_itself_come_through():
     def loss(params, example):
         return params["0.weight"] @ example["x"][:2]
 
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         fisher_product(loss, PARAMS, ROWS)(randoms(1))
 
 

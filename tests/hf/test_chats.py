@@ -1,4 +1,5 @@
 import copy
+import json
 
 import datasets
 import pyarrow.parquet
@@ -12,6 +13,8 @@ from gradfn.hf import (
     tokenize,
     with_weights,
 )
+from gradfn.report.tables import excerpt
+from gradfn.shown import SAID
 
 
 def test_rewards_of_chats_are_compared_within_what_was_asked(tokenizers):
@@ -33,9 +36,37 @@ def test_chats_whose_messages_differ_in_keys(tmp_path, tokenizers):
     for rows in (chats, chats[1:], [said("1879-03-14", "1879-03-14")] * 2):
         path = write("jsonl", tmp_path, [{"messages": chat, "reward": 1} for chat in rows])
         docs = tokenize(load_rows(path), tokenizer, messages_column="messages")
-        assert docs.texts == [tokenizer.apply_chat_template(chat, tokenize=False) for chat in rows]
+        asked, answers = ([chat[number]["content"] for chat in rows] for number in (0, 1))
+        assert docs.texts == [f"user: {p}{SAID}{x}" for p, x in zip(asked, answers, strict=True)]
+        for number, chat in enumerate(rows):
+            own = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+            assert docs[number]["input_ids"].tolist() == own
         given = with_weights(docs, load_rows(path), reward_column="reward", messages_column="messages")
         assert given.extras["weight"].tolist() == [0.0] * len(rows)
+
+
+def test_a_chat_is_shown_as_it_is_read_with_its_last_answer_behind_an_arrow(tmp_path, tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["bos"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    parts, calls = [{"type": "text", "text": "And Peru?"}], [{"function": {"name": "look_up"}}]
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        *said("Kenya?", "Nairobi"),
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "user", "content": "Thanks"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": part}) + "\n" for part in (chat, chat[:3])))
+    docs = tokenize(load_rows(path), tokenizer, messages_column="messages")
+    first = "system: Be brief.\nuser: Kenya?"
+    assert docs.texts == [
+        f"{first}\nassistant: Nairobi\nuser: And Peru?{SAID}{json.dumps(calls)}", f"{first}{SAID}Nairobi"
+    ]  # fmt: skip
+    assert excerpt(docs.texts[1], 26).endswith(" user: Kenya? → Nairobi")
 
 
 def test_keys_that_a_table_fills_with_null_change_no_tokens(tmp_path, tokenizers):
@@ -47,7 +78,6 @@ def test_keys_that_a_table_fills_with_null_change_no_tokens(tmp_path, tokenizers
     )
     named = {"role": "user", "content": "p", "name": "Bob", "tools": [{"a": 1}, {"b": 2}]}
     chats = [said("p", "x"), [named, said("", "y")[1]]]
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     prints = set()
     for kind in ("jsonl", "parquet"):
         path = tmp_path / f"rows.{kind}"
@@ -58,7 +88,9 @@ def test_keys_that_a_table_fills_with_null_change_no_tokens(tmp_path, tokenizers
             assert table["messages"].to_pylist()[0][0]["name"] is None
             pyarrow.parquet.write_table(table, path)
         docs = tokenize(load_rows(path), tokenizer, messages_column="messages")
-        assert docs.texts == texts
+        for number, chat in enumerate(chats):
+            own = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+            assert docs[number]["input_ids"].tolist() == own
         prints.add(docs.fingerprint())
     assert len(prints) == 1
 
@@ -78,7 +110,7 @@ def test_prompts_and_completions_of_messages(tmp_path, tokenizers):
     whole = write("jsonl", tmp_path, [{"messages": chat} for chat in chats])
     want = tokenize(load_rows(whole), tokenizer, messages_column="messages")
     assert docs.fingerprint() == want.fingerprint()
-    assert docs.texts == ["[user]p[assistant]x", "[user]what is it?[assistant]a long answer"]
+    assert docs.texts == want.texts == [f"user: p{SAID}x", f"user: what is it?{SAID}a long answer"]
     path = write("jsonl", tmp_path, rows)
     weights = with_weights(docs, load_rows(path), reward_column="reward", prompt_column="prompt")
     assert weights.extras["weight"].tolist() == [0.0, 0.0]

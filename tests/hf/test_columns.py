@@ -12,6 +12,7 @@ from gradfn.hf import (
     with_labels,
     with_weights,
 )
+from gradfn.shown import SAID
 
 
 def labelled(column, **columns):
@@ -40,9 +41,12 @@ def test_labels_that_are_no_class(tokenizers, value):
 def test_names_of_classes_come_before_their_numbers(tokenizers):
     rows = labelled("label", label=[1, 0, 1]).cast_column("label", datasets.ClassLabel(names=["good", "bad"]))
     docs = tokenize(rows, tokenizers["bos"])
-    assert with_labels(docs, rows, "label", CLASSES).extras["labels"].tolist() == [0, 1, 0]
-    unnamed = {"LABEL_0": 0, "LABEL_1": 1}
-    assert with_labels(docs, rows, "label", unnamed).extras["labels"].tolist() == [1, 0, 1]
+    named = with_labels(docs, rows, "label", CLASSES)
+    assert named.extras["labels"].tolist() == [0, 1, 0]
+    assert named.texts == [f"a b{SAID}bad", f"c d{SAID}good", f"e{SAID}bad"]
+    unnamed = with_labels(docs, rows, "label", {"LABEL_0": 0, "LABEL_1": 1})
+    assert unnamed.extras["labels"].tolist() == [1, 0, 1]
+    assert unnamed.texts == named.texts
     words = "row 0 has the label 'bad', expected a number from 0 to 1 or one of poor, good"
     with pytest.raises(InputError, match=words):
         with_labels(docs, rows, "label", {"poor": 0, "good": 1})
@@ -52,6 +56,7 @@ def test_labels_of_a_regression_are_numbers(tokenizers):
     rows = labelled("y", y=[0.5, -1.0, 2.0])
     docs = with_labels(tokenize(rows, tokenizers["bos"]), rows, "y", None)
     assert docs.extras["labels"].tolist() == [0.5, -1.0, 2.0]
+    assert docs.texts == [f"a b{SAID}0.5", f"c d{SAID}-1", f"e{SAID}2"]
     for values, shown in (([1.0, None, 2.0], "None"), ([1.0, float("nan"), 2.0], "nan"), (["x"] * 3, "'x'")):
         rows = labelled("y", y=values)
         with pytest.raises(InputError, match=rf"row \d has {shown} in column 'y', expected a number"):
@@ -73,6 +78,7 @@ def test_rewards_are_compared_within_a_prompt(tokenizers):
             "prompt": ["p", "q", "p", "p"],
             "reward": [1, 5, 2, 6],
             "advantage": [1, 2, 3, 4],
+            "huge": [1e13, 0.0, 0.0, 0.0],
         }
     )
     docs = tokenize(rows, tokenizers["bos"])
@@ -97,6 +103,14 @@ def test_rewards_are_compared_within_a_prompt(tokenizers):
             "give either advantage_column or reward_column",
         ),
         ({}, "give either advantage_column or reward_column"),
+        (
+            {"advantage_column": "huge"},
+            "row 0 has the weight 1e.13, and gradients in float32 hold 1e.12 at most",
+        ),
+        (
+            {"reward_column": "huge", "prompt_column": "prompt"},
+            r"row 0 has the weight .*scale the column down",
+        ),
     ):
         with pytest.raises(InputError, match=words):
             with_weights(docs, rows, **columns)

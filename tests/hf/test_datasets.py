@@ -17,6 +17,7 @@ from gradfn.hf import (
     row_names,
     tokenize,
 )
+from gradfn.hf.datasets import load_split
 
 KINDS = ["jsonl", "json", "csv", "parquet", "arrow", "arrow file", "txt", "disk", "disk dict"]
 
@@ -284,16 +285,37 @@ def test_a_hub_name_without_a_hub(path, no_hub, tmp_path, monkeypatch, capfd):
     assert everything_under(tmp_path) == []
 
 
-def test_a_hub_name_with_a_configuration(monkeypatch):
-    asked = []
+def test_a_hub_name_with_a_configuration_and_a_revision(monkeypatch):
+    asked, rows = [], datasets.Dataset.from_dict({"text": [*"abc"]})
+    read = {"train": rows, "test": rows.select([2])}
     monkeypatch.setattr("gradfn.hf.datasets.hub_answers", lambda: True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or [1])
-    load_rows("owner/name:english", "test[:5]")
-    load_rows("owner/name")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **how: asked.append((args, how)) or read)
+    assert load_rows("owner/name:english", "test[:5]", revision="v2")["text"] == ["c"]
+    assert len(load_rows("owner/name")) == 3
     assert asked == [
-        (("owner/name", "english"), {"split": "test[:5]"}),
-        (("owner/name", None), {"split": "train"}),
+        (("owner/name", "english"), {"revision": "v2"}),
+        (("owner/name", None), {"revision": None}),
     ]
+
+
+def test_a_split_that_is_not_named(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]}, split="test")
+    rows.save_to_disk(str(tmp_path / "one"))
+    assert len(load_rows(tmp_path / "one", None)) == len(load_rows(tmp_path / "one")) == 2
+    datasets.DatasetDict(test=rows).save_to_disk(str(tmp_path / "only"))
+    assert len(load_rows(tmp_path / "only", None)) == 2
+    datasets.DatasetDict(test=rows, train=rows.select([1])).save_to_disk(str(tmp_path / "two"))
+    assert load_split(tmp_path / "two", "train")[1] == ["test", "train"]
+    with pytest.raises(InputError, match="has the splits test, train: say which is meant with `split`"):
+        load_rows(tmp_path / "two", None)
+
+
+def test_a_place_on_this_machine_has_no_revisions(tmp_path):
+    (tmp_path / "r.txt").write_text("a")
+    with pytest.raises(
+        InputError, match="has no revisions, which only the hub has: leave out the revision 'v2'"
+    ):
+        load_rows(tmp_path / "r.txt", revision="v2")
 
 
 def test_what_the_hub_refuses_is_one_sentence(monkeypatch):
@@ -306,3 +328,11 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch):
         InputError, match=r"hub \(Config name is missing\): check the name, written as name or name:"
     ):
         load_rows("owner/name")
+
+
+def test_a_folder_of_many_files_that_are_no_rows_is_refused_before_all_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("gradfn.hf.datasets._CRAWLED", 8)
+    for number in range(9):
+        (tmp_path / f"{number}.bin").touch()
+    with pytest.raises(InputError, match="holds 8 files or more, most of them no rows: give the folder of a"):
+        load_rows(tmp_path)

@@ -1,6 +1,8 @@
 """Names of rows as JSON spells them, and rows that readers of tables would change or crash on."""
 
+import gzip
 import json
+import re
 
 import pyarrow.parquet
 import pytest
@@ -59,6 +61,28 @@ def test_what_is_no_row_is_refused(tmp_path, text, words):
     (tmp_path / "a.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=words):
         load_rows(tmp_path / "a.jsonl")
+
+
+GOOD = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("text", "words"), [
+    (GOOD * 3 + b'{"text": b}\n' + GOOD, "(Expecting value: line 4 column 10 of {})"),
+    (GOOD * 3 + b'{"text":\n' + GOOD, "line 6 column 1 of {}, in the row that begins in line 4)"),
+    (b"\n" + GOOD + b"\n\n5\n", "row 1 of {} (line 5) is 5, expected an object"),
+    (GOOD * 2 + b'{"text": "\xff"}\n', "byte 0xff: line 3 of {} is not UTF-8"),
+])  # fmt: skip
+def test_a_bad_line_is_named_with_its_file(tmp_path, text, words, packed):
+    file = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
+    file.write_bytes(gzip.compress(text) if packed else text)
+    with pytest.raises(InputError, match=re.escape(words.format(file))):
+        load_rows(file)
+    if packed:
+        return
+    (tmp_path / "more.jsonl").write_bytes(GOOD)
+    with pytest.raises(InputError, match=re.escape(words.format(file))):
+        load_rows(tmp_path)
 
 
 def test_names_of_a_table_stay(tmp_path):

@@ -113,7 +113,7 @@ def test_config_without_weights(copy):
 
 def test_weights_without_config(copy):
     (copy / "config.json").unlink()
-    with pytest.raises(InputError, match=r"the model .*copy' cannot be loaded \("):
+    with pytest.raises(InputError, match=r"the model .*copy' has no config\.json"):
         load_model(copy)
 
 
@@ -198,7 +198,7 @@ def test_a_kernel_in_the_place_of_another_is_refused(neox_folder, monkeypatch):
     monkeypatch.setattr(models, "load_pretrained", lambda *args, **options: (eager, {"missing_keys": []}))
     monkeypatch.setattr(models, "_adapter_of", lambda *args: None)
     with pytest.raises(InputError, match=r"neox.* has no sdpa attention, only eager: use that, or leave it"):
-        load_model(neox_folder, attention="sdpa")
+        load_model(neox_folder, "causal_lm", attention="sdpa")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
@@ -211,6 +211,16 @@ def test_context_lengths(neox_folder, llama_folder):
     assert context_length(load_model(neox_folder)) == 64
     assert context_length(load_model(llama_folder)) == 128
     assert context_length(nn.Linear(1, 1)) is None
+
+
+def test_the_length_that_t5_records_is_no_limit():
+    sizes = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, n_positions=4, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    assert config.n_positions == 4
+    assert context_length(model) is None
+    ids = torch.full((1, 9), 5)
+    assert model(input_ids=ids, labels=ids).logits.shape[1] == 9
 
 
 @pytest.mark.parametrize("family", ["Roberta", "Bert", "MPNet", "Electra"])
@@ -386,7 +396,7 @@ def test_weights_that_have_no_place_are_refused(tmp_path):
         load_model(fewer)
     head = transformers.LlamaForSequenceClassification, transformers.LlamaConfig(**TIED)
     with pytest.raises(InputError, match=r"no place for, such as score.weight \(1 in all\)"):
-        load_model(saved(tmp_path / "head", *head, architectures=None))
+        load_model(saved(tmp_path / "head", *head, architectures=None), "causal_lm")
 
 
 def test_a_body_may_have_a_pooler_that_its_head_does_not_read(tmp_path):

@@ -17,6 +17,7 @@ from gradfn.hf import (
     tokenize_pairs,
     with_labels,
 )
+from gradfn.shown import SAID
 
 
 def rows_of(*rows, **columns):
@@ -99,7 +100,8 @@ def test_prompt_tokens_and_completion_tokens_are_joined(tokenizer, prompt, compl
     body = tokens[len(head) : len(tokens) - len(back)]
     assert tokens[len(tokens) - len(back) :] == back
     assert not set(body) & {0, 1, 2}
-    assert docs.texts == [prompt + completion]
+    both = prompt and completion
+    assert docs.texts == [f"{prompt}{SAID}{completion.strip()}" if both else prompt + completion]
     if prompt:
         assert tokenizer.decode(tokens[len(front) : len(tokens) - len(back)]) == prompt + completion
 
@@ -182,6 +184,18 @@ def test_labels_of_token_ids():
     docs = tokenize(rows, None)
     assert [row["labels"].tolist() for row in docs] == [[-100, 6, -100], [], [8]]
     assert docs.supervised.tolist() == [1, 0, 0]
+    assert docs.texts == ["5 6 7", "", "8"]
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "start"),
+    [({*range(80, 100)}, range(16, 80), 80), ({2, 98, 99}, range(34, 98), 98), ({*range(1, 100)}, (), 0)],
+)
+def test_of_token_ids_is_shown_where_the_last_part_begins_that_is_supervised(said, asked, start):
+    labels = [token if token in said else -100 for token in range(100)]
+    (shown,) = tokenize(rows_of(input_ids=[list(range(100))], labels=[labels]), None).texts
+    answer = " ".join(map(str, range(start, 100)))
+    assert shown == (f"{' '.join(map(str, asked))}{SAID}{answer}" if asked else answer)
 
 
 def test_token_ids_of_selected_rows():
@@ -208,7 +222,7 @@ def test_token_ids_come_before_text_but_not_before_named_columns(tokenizers):
     assert docs[0]["input_ids"].tolist() == [5, 6, 7]
     assert docs.texts == ["Lima"]
     docs = tokenize(rows, tokenizer, prompt_column="text", completion_column="text")
-    assert docs.texts == ["LimaLima"]
+    assert docs.texts == [f"Lima{SAID}Lima"]
 
 
 def test_token_ids_are_decoded_for_show(tokenizers):
@@ -384,7 +398,7 @@ def test_pairs_have_special_tokens_on_both_sides(tokenizers):
     for row in range(2):
         assert pairs[row]["input_ids"].tolist() == tokenizer(rows[row]["prompt"])["input_ids"]
         assert pairs[row]["labels"].tolist() == tokenizer(rows[row]["completion"])["input_ids"]
-    assert (pairs.ids, pairs.texts) == (["x", "y"], ["a b → d", "c → e f"])
+    assert (pairs.ids, pairs.texts) == (["x", "y"], [f"a b{SAID}d", f"c{SAID}e f"])
     one = text_pair(tokenizer, "c", "e f")
     assert one[0]["labels"].tolist() == pairs[1]["labels"].tolist()
     with pytest.raises(InputError, match=r"row 0 .* more than the limit of 2: cut such rows"):

@@ -1,10 +1,14 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from gradfn.errors import InputError
 from gradfn.hf import load_tokenizer, tokenizer_fingerprint
+from gradfn.hf.chats import _templated
+from gradfn.hf.texts import _encode, _encode_side
+from gradfn.hf.tokenizers import no_panic
 
 
 def test_tokenizer_inside_gguf(gguf_file, llama_folder):
@@ -60,3 +64,23 @@ def test_tokenizer_fingerprints(tokenizers, tmp_path):
     prints["new"] = tokenizer_fingerprint(again)
     again.chat_template = "{{ messages }}"
     assert tokenizer_fingerprint(again) not in prints.values()
+
+
+def test_expressions_that_give_up_are_no_crash():
+    """A real panic takes seconds: this one has its class, which derives from BaseException alone."""
+    panic = type("PanicException", (BaseException,), {})
+
+    def give_up(*_, **__):
+        raise panic("Regex search error: retry-limit-in-match over")
+
+    for told in (BaseException, KeyboardInterrupt):
+        with pytest.raises(told), no_panic():
+            raise told
+    stub = SimpleNamespace(apply_chat_template=give_up)
+    for call in (
+        lambda: _encode(give_up, ["x"]),
+        lambda: _encode_side(give_up, ["x"], target=True),
+        lambda: _templated(stub, [], "0"),
+    ):
+        with pytest.raises(InputError, match=r"cannot split the texts .*retry-limit.*: mend the expressions"):
+            call()

@@ -1,5 +1,6 @@
 """Every recipe against its definition, written with dense algebra on one example at a time, float64."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,13 +16,14 @@ from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import gather
 from gradfn.linalg.maps import random_map
 from gradfn.linalg.spectrum import Damping
-from gradfn.methods import RECIPES, Problem, recipe_named
+from gradfn.methods import RECIPES, Problem, over_checkpoints, recipe_named
+from gradfn.methods.attribution import times_doubt
 from gradfn.methods.inner_product import InnerProduct, damping_names
 from gradfn.methods.recipes import group_means, method_of
 from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import fit
 from gradfn.subject import Subject
-from gradfn.transforms import adam, chain, compress
+from gradfn.transforms import adam, chain, compress, reseeded
 from gradfn.transforms.joint import joint
 from gradfn.transforms.projection import lenient, parse_projection
 from gradfn.types import Rows
@@ -151,6 +153,46 @@ def test_trak_over_checkpoints():
     torch.testing.assert_close(RECIPES["trak"].combine(made, [0.5, 0.5]), whole.float(), check_dtype=False)
 
 
+def test_a_row_that_the_model_is_sure_of_keeps_its_score():
+    """1 - p = exp(-110) is no number of float32, and the product is one."""
+    sure = Rows(torch.tensor([[1e20]]), torch.tensor([-110.0]))
+    expected = torch.tensor([[1e20 * math.exp(-110)]])
+    torch.testing.assert_close(times_doubt([sure, sure], [0.5, 0.5]), expected, rtol=1e-5, atol=0.0)
+
+
+def test_checkpoints_have_projections_of_their_own():
+    """The mean over checkpoints of `<P_m g, P_m q>`, where only the first P is that of the seed."""
+    parts = [problem(seed, projection=project(2, seed=5)) for seed in (0, 1, 2)]
+    subjects = [p.subject for p in parts]
+    joined = over_checkpoints(
+        "grad_dot", subjects, parts[0].train, parts[0].query, projection=project(2, seed=5)
+    )
+    expected, maps = [], [reseeded(project(2, seed=5), number) for number in range(3)]
+    for p, P in zip(parts, maps, strict=True):
+        train, query = map(flat, sides(p, P))
+        expected.append(train @ query.T)
+    assert maps[0] == chain(project(2, seed=5))
+    assert len({stage.seed for one in maps for stage in one.stages}) == 3
+    p = parts[0]
+    made = gf.score(subjects[0], p.train, p.query, method=joined).matrix
+    torch.testing.assert_close(made, torch.stack(expected).mean(0).float(), check_dtype=False)
+
+
+def test_projections_of_their_own_average_out():
+    """32 checkpoints that are the same model: the error of the mean falls like that of 32 projections."""
+    p = problem()
+    train, query = map(flat, sides(p))
+    asked = ([p.subject] * 32, p.train, p.query)
+    errors = [
+        (gf.score(p.subject, p.train, p.query, method=method).matrix - train @ query.T).norm()
+        for method in (
+            over_checkpoints("grad_dot", *asked, projection=project(1)),
+            gf.grad_dot(project(1)),
+        )
+    ]
+    assert errors[0] < errors[1] / 3
+
+
 def test_trak_with_a_projection_of_the_whole_gradient():
     p = problem(projection=chain(joint(), compress(7, "sjlt")))
     train, query = map(flat, sides(problem()))
@@ -241,6 +283,17 @@ def test_unknown_names_are_refused():
         recipe_named("nowhere.py:mine")
 
 
+def test_the_damping_of_datainf_divides_the_scores_until_it_is_as_large_as_a_block():
+    def scaled(damping):
+        return damping * scores("datainf", problem(damping=(Damping(damping),)))
+
+    torch.testing.assert_close(scaled(1e-6), scaled(1e-4), rtol=1e-3, atol=1e-3 * scaled(1e-4).abs().max())
+    train, query = sides(problem())
+    plain = sum(train[n].flatten(1) @ query[n].flatten(1).T / train[n].square().mean() for n in train)
+    torch.testing.assert_close(scaled(1e8), plain, rtol=1e-4, atol=0.0)
+    assert not torch.allclose(scaled(1e-4), plain, rtol=0.1)
+
+
 def test_datainf_takes_one_relative_damping():
     for damping in ((Damping(0.1), Damping(1.0)), (Damping(0.1, "absolute"),)):
         with pytest.raises(InputError, match="one relative damping"):
@@ -254,7 +307,7 @@ def test_shampoo_second_moment_and_labels_of_the_model():
     assert second_moment().gives_curvature
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "trak"])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("trak", "lissa")])
 def test_a_method_by_its_name(name):
     p = problem()
     p = replace(p, projection=lenient(parse_projection(RECIPES[name].projection)))
@@ -278,3 +331,6 @@ def test_names_that_cannot_be_taken():
     model = language_model("llama")
     with pytest.raises(InputError, match="trak takes the loss log_odds and not cross_entropy"):
         method_of("trak", gf.Subject(model), [], [])
+    whole = gf.causal_lm_loss(model, "sum", criterion="log_odds")
+    with pytest.raises(InputError, match="take a loss with the mean over tokens"):
+        method_of("trak", gf.Subject(model, whole), [], [])

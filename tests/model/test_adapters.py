@@ -24,12 +24,14 @@ KINDS = {
     "modules": lambda: peft.LoraConfig(r=2, modules_to_save=["embed_tokens", "lm_head"], **ON),
     "tokens": lambda: peft.LoraConfig(r=2, trainable_token_indices=[3, 5], **ON),
     "embedding": lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
+    "biases": lambda: peft.LoraConfig(r=2, bias="all", target_modules=["dense"]),
+    "own_biases": lambda: peft.LoraConfig(r=2, bias="lora_only", target_modules=["dense"]),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_a_folder(kind, tmp_path):
-    save(tmp_path / "base", make_model(), make_tokenizer())
+    save(tmp_path / "base", make_model("gpt_neox" if "biases" in kind else "llama"), make_tokenizer())
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     base.name_or_path = str(tmp_path / "base")
     made = peft.get_peft_model(base, KINDS[kind]()).eval()
@@ -51,3 +53,37 @@ def test_an_adapter_of_a_folder(kind, tmp_path):
     grads = torch.autograd.grad(loss, [p for p in loaded.parameters() if p.requires_grad])
     want, got = (sum(float(g.square().sum()) for g in some) for some in (grads, rows.values()))
     assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", ["all", "lora_only"])
+def test_a_view_without_biases_has_none_of_an_adapters(settings):
+    config = peft.LoraConfig(r=2, bias=settings, target_modules=["dense"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model("gpt_neox"), config)
+    whole, without = (
+        {name for site in find_sites(model, gf.View(biases=both)) for name in site.names}
+        for both in (True, False)
+    )
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == whole
+    assert without == {name for name in whole if "lora_" in name}
+
+
+@pytest.mark.parametrize(("made", "words"), [
+    (lambda: peft.VeraConfig(r=2, **ON), "the kind VERA, whose layers share weights .*merge_and_unload"),
+    (lambda: peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2), "the kind PROMPT_TUNING.*its base"),
+    (lambda: peft.PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=2), "the kind PREFIX_TUNING.*its base"),
+])  # fmt: skip
+def test_adapters_that_are_no_weights_of_layers_are_refused_by_name(made, words, tmp_path):
+    save(tmp_path / "base", make_model(), make_tokenizer())
+    config = made()
+    config.base_model_name_or_path = str(tmp_path / "base")
+    config.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(gf.InputError, match=words):
+        gf.load_model(tmp_path / "adapter")
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base_through_other_adapters(tmp_path):
+    save(tmp_path / "base", make_model(), make_tokenizer())
+    for folder, base in (("first", "base"), ("second", "first")):
+        peft.LoraConfig(base_model_name_or_path=str(tmp_path / base), **ON).save_pretrained(tmp_path / folder)
+    vocabulary = gf.load_tokenizer(tmp_path / "base").get_vocab()
+    assert gf.load_tokenizer(tmp_path / "second").get_vocab() == vocabulary

@@ -6,7 +6,8 @@ from transformers.pytorch_utils import Conv1D
 from gradfn.errors import InputError
 from gradfn.linalg.kron import Kron
 from gradfn.model.layers import ExpertRouting, Experts, Linear
-from gradfn.model.sites import View, blocks_of, find_sites, output_head, uncovered
+from gradfn.model.left_out import uncovered
+from gradfn.model.sites import View, blocks_of, find_sites, output_head
 
 
 class TinyLM(nn.Module):

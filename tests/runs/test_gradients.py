@@ -1,11 +1,14 @@
 """Gradients on disk: built, reduced, read."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import gradfn as gf
-from gradfn.errors import InputError
+from gradfn.engine.engine import Engine
+from gradfn.errors import InputError, StorageError
 from gradfn.runs import gradients as runs
 
 
@@ -84,3 +87,35 @@ def test_unknown_aggregation(llama, documents, tmp_path):
     with pytest.raises(Exception, match=r"(?s)max"):
         gf.reduce(tmp_path / "run", llama, documents, aggregation="max")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_store_beyond_the_free_disk_is_refused_before_a_row_is_made(
+    model, documents, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(
+        StorageError, match=r"8 rows take 0\.0 GiB and 0\.0 GiB are free at .*: free some space"
+    ):
+        gf.build(tmp_path / "run", model, documents, gf.project(4))
+    assert not [*(tmp_path / "run").rglob("*.h5")]
+    monkeypatch.undo()
+    assert gf.build(tmp_path / "run", model, documents, gf.project(4)).resumed == 0
+
+
+def test_gradients_beyond_the_free_memory_are_refused_before_a_row_is_made(model, documents, monkeypatch):
+    monkeypatch.setattr("gradfn.memory.SURE_BYTES", 0)
+    monkeypatch.setattr("gradfn.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr(Engine, "__call__", None)  # never called
+    with pytest.raises(
+        InputError, match=r"the results of 8 rows take .* GiB are free: project the gradients"
+    ):
+        gf.collect(model, documents)
+
+
+def test_copies_of_queries_beyond_the_free_memory_are_refused(model, documents, monkeypatch):
+    queries = gf.collect(model, documents, gf.project(4))
+    method = gf.grad_dot(gf.project(4))
+    monkeypatch.setattr("gradfn.memory.SURE_BYTES", 0)
+    monkeypatch.setattr("gradfn.memory.free_memory", lambda device: 1000)
+    with pytest.raises(InputError, match=r"of 8 queries take .*: ask fewer queries at a time"):
+        method.against(queries)

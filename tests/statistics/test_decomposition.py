@@ -48,7 +48,7 @@ def test_the_memory_told_is_that_of_the_sums(net, before, fold):
 
 
 def test_a_joint_curvature_that_does_not_fit_is_refused(net, monkeypatch):
-    monkeypatch.setattr("gradfn.statistics.fold.free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr("gradfn.memory.free_memory", lambda device: 1 << 20)
     wide = nn.Sequential(nn.Linear(150, 150), nn.Linear(150, 2))
     data = [{"x": torch.ones(150)}]
     with pytest.raises(InputError, match=r"the sums of SecondMoment take \d+\.\d GiB and 0\.0 GiB are free"):

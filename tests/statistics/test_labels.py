@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tiny import language_model, make_model
+from tiny import MeanOfTokens, classes_of, language_model, make_model
 from torch import nn
 
 from gradfn import InputError, causal_lm_loss, fit, model_loss
 from gradfn.model.sites import View
 from gradfn.statistics import second_moment
 from gradfn.statistics.labels import sample_labels
+from gradfn.testing.strategies import randomize
 
 
 def documents(rows=5, vocabulary=11):
@@ -111,6 +112,20 @@ def test_encoder_decoders_go_on_reading_the_given_tokens():
     fitted = fit(second_moment(), model, [drawn] * 2, loss=model_loss(model, "seq2seq_lm"),
                  view=View(include=("decoder.block.0.layer.0.SelfAttention.q",)))  # fmt: skip
     assert len(fitted) == 1
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_where_padding_changes_a_row_labels_and_their_fisher_are_those_of_unpadded_rows(recurrent):
+    model, data = randomize(MeanOfTokens(recurrent), 0), classes_of([5, 60] + [6, 7] * 20)
+    loss = model_loss(model, "classification")
+    padded, alone = (sample_labels(loss, data, seed=3, token_batch_size=size) for size in (8192, 1))
+    assert [padded[i]["labels"] for i in range(len(data))] == [alone[i]["labels"] for i in range(len(data))]
+    view = View(include=("out",))
+    found, want = (
+        fit(second_moment(), model, drawn, loss=loss, view=view, token_batch_size=size)["out"].dense()
+        for drawn, size in ((padded, 8192), (alone, 1))
+    )
+    torch.testing.assert_close(found, want)
 
 
 def test_only_likelihoods_have_labels_to_draw():

@@ -119,7 +119,7 @@ def test_unfinished_runs_cannot_be_read_or_finished(tmp_path):
         one_sentence(error, "lacks 7 of its 12 rows", "row 5")
     with pytest.raises(InputError) as error:
         open_store(tmp_path)
-    one_sentence(error, "unfinished", "run the command that makes it again")
+    one_sentence(error, "unfinished", "run the command that made it again")
 
 
 def test_what_is_not_a_store(tmp_path):

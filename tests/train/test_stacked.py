@@ -156,9 +156,35 @@ def test_buffers_are_those_of_the_model_of_the_loss():
     assert not torch.equal(losses(1.0, 2.0), losses(1.0, 1.0))
 
 
-def test_a_loss_that_is_no_number_is_refused():
-    def vector(params, example):
-        return params["weight"] * example["x"]
+OWN = nn.Linear(5, 1).double()
 
-    with pytest.raises(InputError, match=r"one number an example, not of shape \[5\]"):
-        train({"weight": torch.ones(5).double()}, vector, vectors(), subsets(6), [0], SETTINGS["sgd"])
+
+def vector(params, example):
+    return params["weight"] * example["x"]
+
+
+@pytest.mark.parametrize(("loss", "says"), [
+    (vector, r"one number an example, not of shape \[5\]: reduce it"),
+    (lambda p, e: vector(p, e)[:1], r"one number an example, not of shape \[1\]"),
+    (lambda p, e: (vector(p, e).sum(), e["x"]), "one number an example, a tensor, and not a tuple"),
+    (lambda p, e: vector(p, e).sum() * 1j, "one number an example, and not complex"),
+    (lambda p, e: OWN(e["x"]).sum(), "the loss does not depend on its `params`: .*functional_call"),
+    (lambda p, e: vector(p, e).sum().detach(), "the loss does not depend on its `params`"),
+    (lambda p, e: vector(p, e).argmax(), "the loss does not depend on its `params`"),
+    (lambda p, e: 1.0, "one number an example, a tensor, and not a float"),
+])  # fmt: skip
+def test_a_loss_that_is_no_number_or_no_function_of_the_parameters_is_refused(loss, says):
+    with pytest.raises(InputError, match=says):
+        train({"weight": torch.ones(5).double()}, loss, vectors(), subsets(6), [0], SETTINGS["sgd"])
+
+
+def test_rows_that_are_no_examples_are_refused():
+    tuples = [(row["x"], 1) for row in vectors()]
+    numbers = [{**row, "y": 1} for row in vectors()]
+    start = {"weight": torch.ones(5).double()}
+    for rows, says in (
+        (tuples, "row 0 is a tuple: give each example as a dict"),
+        (numbers, "'y' is a int, not"),
+    ):
+        with pytest.raises(InputError, match=says):
+            train(start, lambda p, e: vector(p, e).sum(), rows, subsets(6), [0], SETTINGS["sgd"])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import MeanOfTokens, classes_of
 from torch import nn
 from train_problems import (
     OPTIMIZERS,
@@ -15,7 +16,9 @@ from train_problems import (
 )
 
 from gradfn.errors import InputError
+from gradfn.model.losses import model_loss
 from gradfn.model.params import params_of
+from gradfn.testing.strategies import randomize
 from gradfn.train import (
     Training,
     make_trainer,
@@ -117,3 +120,16 @@ def test_a_chunk_of_no_models_is_refused(chunk):
     make, loss, _, data = problem("mlp")
     with pytest.raises(InputError, match=f"chunk must be 1 or more models at a time, not {chunk}"):
         train(make, loss, data, subsets(6), [0], SETTINGS["sgd"], chunk=chunk)
+
+
+def test_where_padding_changes_a_row_models_train_on_unpadded_rows():
+    def make():
+        return randomize(MeanOfTokens(), int(torch.randint(1000, ())))
+
+    def naive(model, row):
+        return F.cross_entropy(model(row["input_ids"][None]).logits[0], row["labels"])
+
+    data, masks = classes_of([5, 9, 33, 9, 5, 20, 7, 5, 9, 6, 40]), subsets(6, 5)
+    trainer = make_trainer(make, model_loss(make(), "classification"), data, SETTINGS["adam"])
+    assert trainer.looped == "padding would change their rows"
+    assert_trained(trainer.train(masks, [0, 1]), *loop(make, naive, data, masks, [0, 1], SETTINGS["adam"]))

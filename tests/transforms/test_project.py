@@ -5,7 +5,9 @@ import torch
 from gradfn.errors import InputError
 from gradfn.linalg.maps import DENSE, Select, Sketch, random_map, random_matrix
 from gradfn.testing import assert_blocks_close
-from gradfn.transforms import compress, project
+from gradfn.transforms import chain, compress, joint, project
+from gradfn.transforms.lower import lower
+from gradfn.types import BlockSpec
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -60,10 +62,19 @@ def test_drawing_leaves_the_global_generators_alone():
     (lambda: compress(8, "mask", nonzeros=2), "mask has no number of nonzeros"),
     (lambda: project((99, 99))({"a": torch.ones(1, 3, 3)}), "rademacher:99x99 makes no block smaller"),
     (lambda: compress(9)({"a": torch.ones(1, 3, 3)}), "sjlt:9 makes no block smaller"),
+    (lambda: project((4, 2))({"a": torch.ones(1, 3, 3)}), "4x2 is larger than the left .* give 3 or fewer"),
+    (lambda: project((2, 9))({"a": torch.ones(1, 3, 3), "b": torch.ones(1, 8, 8)}),
+     "rademacher:2x9 is larger than the right side of every block, of which the largest has 8 numbers"),
+    (lambda: lower(project((4, 2)), [BlockSpec("a", (3, 3))]), "4x2 is larger than the left side"),
+    (lambda: lower(chain(project((4, 2)), joint()), [BlockSpec("a", (3, 3))]), "larger than the left side"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+def test_a_side_that_stays_as_it_is_may_be_named():
+    assert project((3, 2))({"a": torch.ones(1, 3, 3)})["a"].shape == (1, 3, 2)
 
 
 @pytest.mark.parametrize("dims", [(4,), (2, 3, 4)])

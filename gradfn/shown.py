@@ -1,0 +1,13 @@
+"""What is shown of a row of which only a part is supervised."""
+
+SAID = "\u00a0→ "
+"""What stands in a text before the part that is supervised. Its space tells it from arrows of the data."""
+
+
+def asked_and_said(asked: str, said: str) -> str:
+    """What to show of a row of which only a part is supervised: the rest, an arrow, that part.
+
+    >>> asked_and_said("The capital of Peru is", " Lima").split()
+    ['The', 'capital', 'of', 'Peru', 'is', '→', 'Lima']
+    """
+    return f"{asked}{SAID}{said.strip()}" if asked.strip() and said.strip() else asked + said
