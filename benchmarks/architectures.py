@@ -46,6 +46,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 import gradfn as gf
 from gradfn.engine import gather, probe_engine
+from gradfn.engine.stream import pads
 from gradfn.hf.models import MODEL_CLASSES
 from gradfn.model.left_out import uncovered
 from gradfn.model.sites import blocks_of
@@ -109,6 +110,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
     "donut-swin": {"depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
     "efficientnet": {"width_coefficient": 0.05, "hidden_dim": 64},
+    "esmc": {"vocab_size": VOCABULARY},
     "funnel": {"block_sizes": [1, 1]},
     "gemma3n_text": {
         "intermediate_size": 48,
@@ -178,7 +180,7 @@ def make_config(kind: str, head: str) -> Any:
         part.pad_token_id = 0
         part.is_decoder = head == "causal_lm" or getattr(part, "is_decoder", False)
     config.num_labels, config.architectures = CLASSES, []
-    if head == "seq2seq_lm" and getattr(config, "decoder_start_token_id", None) is None:
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0
     return config
 
@@ -260,7 +262,7 @@ def loop(model: nn.Module, head: str, rows: Sequence[dict[str, Tensor]]) -> dict
         for module in own.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):  # torch is wrong for one transposed row
                 module.register_forward_hook(lambda _, x, y: y.register_hook(Tensor.contiguous) and None)
-        parameters = [p for p in own.parameters() if p.is_floating_point()]
+        parameters = [p.requires_grad_() for p in own.parameters() if p.is_floating_point()]
         loss = loop_loss(own, head, row)
         grads.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
@@ -323,10 +325,11 @@ def _gradients(made: nn.Module, head: str) -> tuple[nn.Module, Any, Any]:
 
 
 def _error(engine: Any, rows: Any, want: Any) -> float:
-    """The worst row's relative error."""
+    """The worst row's relative error; a row next to nothing is measured by a millionth of the largest."""
     got, blocks = gather(engine, rows).values, blocks_of(engine.sites, want)
     a, b = (torch.cat([part[n].double().flatten(1) for n in blocks], 1) for part in (got, blocks))
-    return float(((a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-30)).max())
+    sizes = b.norm(dim=1)
+    return float(((a - b).norm(dim=1) / sizes.clamp_min(1e-6 * float(sizes.max()))).max())
 
 
 def _compare(result: Result, model: nn.Module, rows: Any, want: Any) -> None:
@@ -336,7 +339,7 @@ def _compare(result: Result, model: nn.Module, rows: Any, want: Any) -> None:
     result.coverage = 1 - sum(uncovered(model, engine.sites).values()) / sum(sizes.values())
     unprobed = {name for site in engine.sites if not site.probed for name in site.names}
     result.unprobed = sum(sizes[name] for name in unprobed) / sum(sizes.values())
-    result.together = not any(engine.facts.unpadded.values())
+    result.together = pads(engine, rows)
     try:
         result.error_all = _error(probe_engine(model, loss, view=gf.View(include=["*"])), rows, want)
     except Exception as error:
@@ -406,8 +409,7 @@ def candidates(heads: Sequence[str], kinds: Sequence[str]) -> Iterator[tuple[str
 def read(path: Path) -> dict[tuple[str, str], Result]:
     """The results of a file; of two for one model the last."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    results = [Result(**json.loads(line)) for line in lines]
-    return {(result.kind, result.head): result for result in results}
+    return {(r.kind, r.head): r for r in (Result(**json.loads(line)) for line in lines)}
 
 
 def sweep(path: Path, heads: Sequence[str], kinds: Sequence[str], limit: float) -> None:
@@ -441,10 +443,7 @@ def line(result: Result) -> str:
     return f"| {result.kind} | {' | '.join(errors)} | {result.coverage:.0%} | {_escaped('; '.join(notes))} |"
 
 
-WHY = {
-    "not made": "cannot be made small", "no loop": "does not run on these rows", "refused": "refused",
-    "failed": "**fails**",
-}  # fmt: skip
+WHY = {"not made": "cannot be made small", "no loop": "does not run on these rows", "failed": "**fails**"}
 
 
 def _escaped(words: str) -> str:
@@ -456,18 +455,23 @@ def table(results: Sequence[Result]) -> str:
     ran = [result for result in results if result.status == "run"]
     equal = sum(result.error is not None and result.error <= EQUAL for result in ran)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    total = sum(1 for _ in candidates(list(HEADS), ()))
     parts = [
         f"Measured on {datetime.date.today()}, one thread of a CPU ({platform.machine()}), Python "
-        f"{platform.python_version()}, {versions}. Of {len(results)} pairs of type and head, {len(ran)} were "
-        f"compared. {equal} of these are equal to the loop to {EQUAL:.0e} in every row.\n"
+        f"{platform.python_version()}, {versions}. Of {total} pairs of type and head that transformers has, "
+        f"{len(results)} were tried and {len(ran)} compared. {equal} of these are equal to the loop to "
+        f"{EQUAL:.0e} in every row.\n"
     ]
     for head, (_, title) in HEADS.items():
-        own = sorted((r for r in results if r.head == head), key=lambda r: r.kind)
+        if not (own := sorted((r for r in results if r.head == head), key=lambda r: r.kind)):
+            continue
         made = [r for r in own if r.status == "run"]
         parts += [f"### {title}: {len(made)} of {len(own)} types\n"]
         parts += ["| type | error | of all parameters | coverage | |", "|---|---|---|---|---|"]
         parts += [*map(line, made), ""]
-        parts += [f"- {r.kind} {WHY[r.status]}: {_escaped(r.words)}" for r in own if r.status != "run"]
+        parts += [
+            f"- {r.kind} {WHY.get(r.status, r.status)}: {_escaped(r.words)}" for r in own if r.status != "run"
+        ]
         parts.append("")
     return "\n".join(parts)
 

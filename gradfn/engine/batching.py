@@ -32,6 +32,8 @@ LONG_TOKENS = 64
 """So many tokens, and four times those of the short row, are enough padding to compare with."""
 LENGTH_ROPES = ("dynamic", "longrope")
 """The kinds of rope whose frequencies change when a sequence is longer than the model's first window."""
+KEPT = ("index_topk", "keep_window_size")
+"""So many tokens at most are read by some models; of equal scores, the length decides which."""
 
 
 def plan_batches(
@@ -106,8 +108,9 @@ def padding_changes_rows(
     )
     near, floor = tolerance([p.dtype for p in weights if p.is_floating_point()])
     norms = alone.norm(dim=1)
-    other = (found - alone).norm(dim=1) > near * norms + floor * norms.max()
-    return bool((other | ((losses - own).abs() > loss_tolerance(weights) * (1 + own.abs()))).any())
+    same = (found - alone).norm(dim=1) <= near * norms + floor * norms.max()
+    same &= (losses - own).abs() <= loss_tolerance(weights) * (1 + own.abs())
+    return not bool(same.all())  # padding may make a row NaN, which equals nothing
 
 
 def full_gradients(losses: Callable[[Params, Batch], Tensor], params: Params) -> Measure:
@@ -131,8 +134,8 @@ def full_gradients(losses: Callable[[Params, Batch], Tensor], params: Params) ->
     return measure
 
 
-def rope_window(model: Any) -> float:
-    """The length from which on the rope of a model changes with the longest sequence of a batch."""
+def length_window(model: Any) -> float:
+    """The length from which on a model's rope, or what it reads, changes with the longest sequence."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -142,6 +145,7 @@ def rope_window(model: Any) -> float:
         for rope in ropes
         if rope.get("rope_type", rope.get("type")) in LENGTH_ROPES
     ]
+    windows += [getattr(text, name) for name in KEPT if isinstance(getattr(text, name, None), int)]
     return float(min(windows, default=float("inf")))
 
 

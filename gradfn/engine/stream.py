@@ -19,10 +19,10 @@ from gradfn.engine.batching import (
     Measure,
     batch_rows,
     compared_rows,
+    length_window,
     padding_changes_rows,
     plan_batches,
     plan_equal,
-    rope_window,
     shapes_of,
 )
 from gradfn.engine.cache import CachedRows
@@ -189,7 +189,7 @@ def _pads(engine: Engine, data: Data, rows: range, lengths: np.ndarray) -> bool:
     shortest = np.flatnonzero(useful)[np.argsort(lengths[useful], kind="stable")[:2]]
     if len(shortest) == 2:
         engine.verify(move(collate([labelled(data, rows.start + int(row)) for row in shortest])))
-    if len(lengths) and lengths.max() > max(rope_window(engine.model), lengths.min()):
+    if len(lengths) and lengths.max() > max(length_window(engine.model), lengths.min()):
         return False
     sizes, compared = _sizes(data, rows, lengths)
     pair = compared_rows(sizes, compared)

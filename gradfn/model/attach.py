@@ -136,7 +136,8 @@ def _apply_experts(
     def apply(name: str, x: Tensor) -> Tensor:
         weight, bias = module.get_parameter(name), module._parameters.get(f"{name}_bias")
         parts = []
-        for expert, part in zip(*_runs(experts, x), strict=True):
+        runs = zip(*_runs(experts, x), strict=True) if len(x) else [(0, x)]  # all rows may be dropped
+        for expert, part in runs:
             own = weight[expert].T if is_transposed(module) else weight[expert]
             parts.append(F.linear(part, own, None if bias is None else bias[expert]))
         return on_use(name, x, torch.cat(parts), tokens, experts, count)

@@ -258,11 +258,12 @@ def parameters_of(site: Site) -> list[Tensor]:
     return [site.weight] if own is None else [site.weight, own]
 
 
-def _is_default(site: Site, head: nn.Module | None, adapters: set[str]) -> bool:
-    """Whether a site is a weight matrix other than the LM head; with PEFT adapters, what these trained."""
+def _by_default(found: Sequence[Site], head: nn.Module | None, adapters: set[str]) -> list[Site]:
+    """The weight matrices without LM head and tied embeddings; with PEFT adapters, what these trained."""
     if adapters:
-        return site.names[0] in adapters
-    return site.layer.by_default and site.module is not head
+        return [site for site in found if site.names[0] in adapters]
+    out = {id(site.weight) for site in found if not site.layer.by_default}
+    return [site for site in found if site.module is not head and id(site.weight) not in out]
 
 
 def _trained(site: Site, adapters: set[str]) -> Site:
@@ -346,12 +347,10 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
                 raise InputError(f"`{name}` {', '.join(globs)} matches no layer: {_named(found)}")
     if not include and view.biases:
         found = tuple({site.path: site for site in (_trained(one, adapters) for one in found)}.values())
-    chosen = [
-        site
-        for site in found
-        if (_matches(site.path, include) if include else _is_default(site, head, adapters))
-        and not _matches(site.path, exclude)
-    ]
+    chosen = (
+        [s for s in found if _matches(s.path, include)] if include else _by_default(found, head, adapters)
+    )
+    chosen = [site for site in chosen if not _matches(site.path, exclude)]
     if not chosen:
         raise InputError(
             f"no layer is left to attribute with include={list(include)} exclude={list(exclude)}: "

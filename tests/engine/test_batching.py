@@ -12,8 +12,12 @@ from torch.func import functional_call
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    DogeConfig,
+    DogeForCausalLM,
     FNetConfig,
     FNetForMaskedLM,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -50,6 +54,7 @@ MODELS = {
     "dynamic": lambda: LlamaForCausalLM(LlamaConfig(**{
         **DECODER, "max_position_embeddings": 16, "rope_parameters": DYNAMIC,
     })),
+    "choosy": lambda: DogeForCausalLM(DogeConfig(**DECODER, num_key_value_heads=1, keep_window_size=8)),
     "yoso": lambda: YosoForMaskedLM(YosoConfig(**SIZES)),
     "fnet": lambda: FNetForMaskedLM(FNetConfig(**SIZES)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER)),
@@ -106,6 +111,20 @@ def test_two_rows_are_compared_once(monkeypatch):
     monkeypatch.setattr("gradfn.engine.stream.padding_changes_rows", None)
     gather(engine, rows)
     gather(probe_engine(engine.model, causal_lm_loss(engine.model)), rows)
+
+
+def test_padding_that_makes_a_row_nan_is_found():
+    sizes = {**DECODER, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4, "num_labels": 2}
+    model = randomize(Gemma2ForSequenceClassification(Gemma2Config(**sizes)), 0)
+    rows = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(1)}
+        for ids in texts([5, 20])
+    ]
+    engine = probe_engine(model, model_loss(model, "classification"))
+    assert not pads(engine, rows)
+    want = [naive_blocks(engine.loss, model, [row]) for row in rows]
+    got = gather(engine, rows).values
+    assert_blocks_close(got, {n: torch.cat([w[n] for w in want]) for n in want[0]}, 1e-5)
 
 
 def batch_sizes(net, data, transform, monkeypatch, bytes_of_a_batch, loss=None):

@@ -64,6 +64,19 @@ def test_experts_have_probes(kind):
     assert_blocks_close(got, want, 1e-4 if kind == "gpt_oss" else 1e-9)
 
 
+def test_experts_that_get_no_token_have_no_gradient():
+    model = randomize(MIXTURES["longcat"](), 0)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias[3:] = 100.0  # all tokens go to the experts that do nothing
+    rows = [{"input_ids": torch.tensor([5, 6, 7, 8])}]
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+    loss = causal_lm_loss(model)
+    got = collect(model, rows, loss=loss)
+    assert_blocks_close(got, naive_blocks(loss, model, rows, View()))
+    assert not any(bool(block.any()) for name, block in got.items() if "mlp.experts" in name)
+
+
 class Padding(nn.Conv2d):
     """A convolution that pads its input by itself."""
 

@@ -84,6 +84,12 @@ def test_a_tied_head_has_one_block_with_the_embedding_and_is_refused_without_it(
         find_sites(model, View(include=["head"]))
 
 
+def test_a_second_head_that_is_tied_to_an_embedding_is_out_by_default():
+    net = nn.ModuleList([nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5)])
+    net[2].weight = net[0].weight
+    assert paths(net) == ["1"]
+
+
 def test_blocks_are_out_by_in_with_the_bias_last_whatever_the_storage():
     linear, conv, bare = nn.Linear(3, 2), Conv1D(2, 3), nn.Linear(3, 2, bias=False)
     model = nn.ModuleDict({"linear": linear, "conv": conv, "bare": bare})
