@@ -196,11 +196,15 @@ def torch_threads(number: int) -> None:
     torch.set_num_threads(number)
 
 
+LOADING_AFTER_S = 1.0
+"""Of loading that takes no longer nothing is said."""
+
+
 @contextmanager
 def _loading(quiet: bool) -> Iterator[None]:
     """Say after a second that libraries are being loaded, which may take many more."""
     said = "gradfn: loading PyTorch and what goes with it"
-    timer = threading.Timer(1.0, print, [said], {"file": sys.stderr, "flush": True})
+    timer = threading.Timer(LOADING_AFTER_S, print, [said], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     if not quiet:
         timer.start()

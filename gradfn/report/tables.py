@@ -114,7 +114,7 @@ def excerpt(text: str, cells: int | None) -> str:
     Of a text that is supervised in part it is the end of the rest, and the beginning of that part.
 
     >>> excerpt(f"You are helpful. Who wrote it?{SAID}Dr. Who, long ago", 24)
-    '…o wrote it? → Dr. Who, …'
+    '…wrote it? → Dr. Who, l…'
     """
     if cells is None:
         return whole(text)

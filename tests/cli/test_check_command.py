@@ -68,7 +68,7 @@ def test_it_fits_in_eighty_columns(ok, model, monkeypatch):
 
 
 def test_a_precision_that_is_too_noisy_gets_a_remedy_that_was_measured(ok, model, monkeypatch):
-    def measured(subject, documents, reference=None, **_):
+    def measured(subject, documents, transform, *, reference=None, **_):
         if reference is None:  # fp32
             return Noise(Difference(1.0, 1.0, 0.0, 0.0, 0), None)
         model = subject.model
@@ -83,7 +83,7 @@ def test_a_precision_that_is_too_noisy_gets_a_remedy_that_was_measured(ok, model
 
 
 def test_an_attention_that_helps_is_advised_by_its_option(ok, model, monkeypatch):
-    def measured(subject, documents, reference=None, **_):
+    def measured(subject, documents, transform, *, reference=None, **_):
         worst = 0.995 if subject.model.config._attn_implementation == "eager" else 0.9
         return Noise(Difference(1.0, worst, 0.0, 0.0, 0), None)
 

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import re
+import time
 
 import pytest
 from rich.cells import cell_len
@@ -195,6 +196,7 @@ def clock(monkeypatch):
     """Sets the time that progress sees; lines come at once, and then a hundred times a second."""
     now = [0.0]
     monkeypatch.setattr("gradfn.report.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gradfn.report.progress._SHOWN", [])
     monkeypatch.setattr("gradfn.report.progress.FIRST_AFTER_S", 0.01)
     monkeypatch.setattr("gradfn.report.progress.PLAIN_EVERY_S", 0.01)
     monkeypatch.setattr("gradfn.report.progress.QUIET_BELOW_S", 2.0)
@@ -207,8 +209,9 @@ def line(capsys, clock):
 
     def read():
         capsys.readouterr()
-        seen = ""
+        seen, end = "", time.perf_counter() + 20
         while seen.count("\n") < 2:  # the first may have been made before
+            assert time.perf_counter() < end, "no line of progress came"
             seen += capsys.readouterr().err
         return seen.splitlines()[1]
 
