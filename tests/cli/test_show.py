@@ -200,7 +200,7 @@ def clock(monkeypatch):
     monkeypatch.setattr("gradfn.report.progress.FIRST_AFTER_S", 0.01)
     monkeypatch.setattr("gradfn.report.progress.PLAIN_EVERY_S", 0.01)
     monkeypatch.setattr("gradfn.report.progress.QUIET_BELOW_S", 2.0)
-    return lambda seconds: now.__setitem__(0, seconds)
+    return lambda seconds: now.__setitem__(0, float(seconds))
 
 
 @pytest.fixture
