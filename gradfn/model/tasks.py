@@ -12,10 +12,10 @@ from gradfn.types import LossFn
 
 _HEADS = (
     (r"With(LMHeadModel|LMHead)$", None),  # of next tokens or of masked ones: the name does not say
-    (r"(ForCausalLM|LMHeadModel)$", "causal_lm"),
+    (r"(ForCausalLM|LMHeadModel|GenerationDecoder)$", "causal_lm"),
     (r"ForMaskedLM$", "masked_lm"),
     (r"ForSequenceClassification$", "classification"),
-    (r"ForImageClassification(WithTeacher)?$", "image_classification"),
+    (r"ForImageClassification", "image_classification"),
     (r"ForConditionalGeneration$", "causal_lm"),  # without an encoder: such as a Gemma 3 that sees images
 )
 _ENCODED = r"(ForConditionalGeneration|ForTextToText|LMHeadModel|MTModel|EncoderDecoderModel)$"
