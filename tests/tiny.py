@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -125,3 +126,9 @@ def classes_of(lengths):
         {"input_ids": torch.randint(3, 40, (length,), generator=generator), "labels": torch.tensor(row % 2)}
         for row, length in enumerate(lengths)
     ]
+
+
+def mostly_slow(values, *quick):
+    """Parameters of a test: only the quick ones run with every change, the others with the slow tests."""
+    assert set(quick) <= set(values)
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from tiny import DOCUMENTS, write_jsonl
+from tiny import DOCUMENTS, mostly_slow, write_jsonl
 
 import gradfn as gf
 
@@ -46,7 +46,7 @@ def shown_scores(ok, path, *arguments):
 
 @pytest.mark.parametrize("method", ["grad-dot", "grad-cosine"])
 @pytest.mark.parametrize("dim", [0, 16])
-@pytest.mark.parametrize("which", ["model", "neox"])
+@pytest.mark.parametrize("which", mostly_slow(["model", "neox"], "neox"))
 def test_a_store_queried_is_the_score_on_the_fly(ok, request, corpus, tmp_path, which, dim, method):
     base = ("--model", request.getfixturevalue(which), "--dataset", corpus, "--projection-dim", dim)
     ok("build", tmp_path / "store", *base)

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from tiny import mostly_slow
 
 import gradfn as gf
 
@@ -78,7 +79,7 @@ def test_by_changes_no_score(ok, base, tmp_path, by):
 
 
 @pytest.mark.parametrize("unit", [(), ("--unit-normalize",)])
-@pytest.mark.parametrize("by", ["module", "head", "token"])
+@pytest.mark.parametrize("by", mostly_slow(["module", "head", "token"], "head"))
 def test_a_store_queried_is_the_score_on_the_fly(ok, base, tmp_path, by, unit):
     stored = "example" if by == "module" else by
     table = ("--top", 300, "--jsonl")

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 from stored import flip
+from tiny import mostly_slow
 
 import gradfn as gf
 
@@ -37,7 +38,7 @@ def same(a, b, kind, **tolerance):
             np.testing.assert_array_equal(values, theirs[name])
 
 
-@pytest.mark.parametrize("by", ["example", "head", "token"])
+@pytest.mark.parametrize("by", mostly_slow(["example", "head", "token"], "token"))
 def test_build_in_shards(ok, base, tmp_path, by):
     ok("build", tmp_path / "whole", *base, "--by", by)
     said = in_shards(ok, 5, "build", tmp_path / "run", *base, "--by", by)
@@ -185,7 +186,7 @@ def test_merge_replaces_only_when_told(command, ok, base, tmp_path):
         assert all(store.shape(name) == (12, 3, 3) for name in store.names("gradients"))
 
 
-@pytest.mark.parametrize("kind", ["build", "score", "hessian"])
+@pytest.mark.parametrize("kind", mostly_slow(["build", "score", "hessian"], "hessian"))
 def test_a_damaged_shard_is_named_before_it_is_taken_and_made_again(command, ok, base, tmp_path, kind):
     run, more = tmp_path / "run", ASK if kind == "score" else ()
     store = {"build": "store", "score": "scores", "hessian": "hessian"}[kind]

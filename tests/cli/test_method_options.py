@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from tiny import QUERIES, make_model, make_tokenizer, save, write_jsonl
+from tiny import QUERIES, make_model, make_tokenizer, mostly_slow, save, write_jsonl
 
 import gradfn as gf
 from gradfn.cli.options import Kind
@@ -119,7 +119,7 @@ def fitted(ok, folder, base):
 # --- methods by name
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", mostly_slow(RECIPES, "trackstar", "ekfac", "tracin", "datainf"))
 def test_every_method_gives_the_scores_of_its_recipe(ok, base, neox, queries, problem, tmp_path, name):
     # One joint matrix is large, and its eigenvectors take long.
     dim = 4 if name == "trak" else None
@@ -288,7 +288,7 @@ def test_labels_are_drawn_from_the_model_with_the_seed(ok, base, neox, sides, pr
     assert_same(scores_of(tmp_path / "run"), rows_of(asked, "kfac").values)
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", mostly_slow(get_args(Kind), "kfac"))
 def test_curvatures_of_every_kind_are_those_of_the_library(ok, base, neox, sides, tmp_path, kind):
     dim = 0 if kind != "second_moment" else 16
     out = ok("hessian", tmp_path / "H", *base, "--method", kind.replace("_", "-"))

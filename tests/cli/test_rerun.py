@@ -6,6 +6,7 @@ import shutil
 import h5py
 import numpy as np
 import pytest
+from tiny import mostly_slow
 
 import gradfn as gf
 from gradfn.cli.commands import BuildRequest, ScoreRequest
@@ -44,7 +45,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", mostly_slow(COMMANDS, "build", "checkpoints", "retrain"))
 def test_a_run_is_made_again_from_its_record(ok, base, model, queries, tmp_path, monkeypatch, name):
     kind, words = COMMANDS[name]
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import language_model
+from tiny import language_model, mostly_slow
 
 import gradfn as gf
 from gradfn.errors import InputError
@@ -529,7 +529,7 @@ def fit_in_shards(run, model, documents, one, transform, count, **how):
     return joined
 
 
-@pytest.mark.parametrize("count", range(1, 6))
+@pytest.mark.parametrize("count", mostly_slow(range(1, 6), 3))
 @pytest.mark.parametrize("kind", FOLDS)
 def test_a_curvature_fitted_in_shards_is_the_curvature(model, documents, tmp_path, kind, count):
     how = {"partitions": 1 + count % 2, "token_batch_size": 8}

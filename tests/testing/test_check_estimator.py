@@ -91,7 +91,7 @@ MISTAKES = [
     (steps_in_place, "mlp", "it changes the model's 0.weight: leave the model and the rows as they are"),
     (masks_in_place, "mlp", "it changes x of query 0: leave"),
     (first_batch_again, "mlp", "the score of train"),
-    (last_batch_dropped, "mlp", "the score of train"),
+    pytest.param(last_batch_dropped, "mlp", "the score of train", marks=pytest.mark.slow),
     (as_numbers, "mlp", r"scores are a list: give a tensor \[rows, queries\]"),
     (fails, "mlp", "ValueError: no such thing"),
 ]
