@@ -8,7 +8,7 @@ process of its own, one thread, random weights, and the two alternate. Jobs:
 * `conv`: `gf.score` of 100 images of 3 x 224 x 224, 4 of them the queries, by a net of four convolutions;
 * `mbconv`: the same of 40 images by a net like EfficientNet: ten inverted bottlenecks with squeeze and
   excitation, of 16 to 192 channels;
-* `chat-24`: 24 rows whose lengths have a heavy tail, by GPT-NeoX (6 layers x width 128, vocabulary 256):
+* `chat-24`: 24 rows whose lengths have a heavy tail, by GPT-NeoX (6 layers x width 128, vocabulary 4,096):
   `gf.score` against 4 queries, and `gf.build` with a projection to 16 x 16;
 * `chats`: the same with 5,000 rows and 1 layer x width 32.
 
@@ -77,8 +77,8 @@ class Bottleneck(nn.Module):
 
 def image_net(job: str) -> nn.Module:
     if job == "conv":
-        shapes = ((3, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 2))
-        stages = [layer for given, width, stride in shapes for layer in convolved(given, width, 3, stride)]
+        widths = ((3, 16), (16, 32), (32, 64), (64, 64))
+        stages = [layer for given, width in widths for layer in convolved(given, width, 3, 2)]
     else:
         widths = [16, 24, 24, 40, 40, 80, 80, 112, 112, 192, 192]
         strides = (2, 1, 2, 1, 2, 1, 1, 1, 2, 1)
@@ -114,12 +114,12 @@ def chats(job: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
 
     layers, width = (6, 128) if job == "chat-24" else (1, 32)
     config = hf.GPTNeoXConfig(
-        vocab_size=256, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=4096, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=4 * width, max_position_embeddings=1024,
     )  # fmt: skip
     lengths = np.random.default_rng(0).lognormal(4.0, 1.0, JOBS[job]).clip(8, 1024).astype(int)
     generator = torch.Generator().manual_seed(1)
-    ids = [torch.randint(0, 256, (length,), generator=generator) for length in lengths.tolist()]
+    ids = [torch.randint(0, 4096, (length,), generator=generator) for length in lengths.tolist()]
     return hf.GPTNeoXForCausalLM(config).eval(), [{"input_ids": i, "labels": i} for i in ids]
 
 
