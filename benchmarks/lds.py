@@ -269,6 +269,8 @@ class Entry:
     stack: str = "whole"
     group: str = "methods"
     x: float = 0.0
+    own_seeds: bool = True
+    """Whether each of the models has a projection of its own."""
 
 
 def entries(setting: Setting) -> Iterable[Entry]:
@@ -351,7 +353,7 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
         loss = log_odds if recipe.criterion == "log_odds" else plain
         spelled = isinstance(entry.projection, str)
         projection = lenient(projection_named(entry.projection)) if spelled else entry.projection
-        projection = reseeded(projection, number)
+        projection = reseeded(projection, number if entry.own_seeds else 0)
         normalize = gf.chain()
         if entry.recipe == "less":
             assert stack.moments is not None
