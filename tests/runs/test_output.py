@@ -34,7 +34,7 @@ def test_an_output_writes_its_shard_and_says_what_differs(tmp_path):
     beside = {"rows/id": ["a", "b", "d"]}
     with (
         pytest.raises(
-            InputError, match="1 of the 2 rows there differ, first row 2, whose id is c there and d"
+            InputError, match="1 of the 2 rows there differ, first row 2, whose id is 'c' there and 'd'"
         ),
         output.open("store", other, 3, part=(1, 3), beside=beside),
     ):
