@@ -79,7 +79,8 @@ def _help(command: Any, ctx: Any, commands: dict[str, list[tuple[str, str]]]) ->
 
     panels = dict(commands)
     for one in command.get_params(ctx):
-        panels.setdefault(_panel_of(one), []).append((_spelled(one), one.help or ""))
+        panel = ARGUMENTS if one.param_type_name == "argument" else one.rich_help_panel or OPTIONS
+        panels.setdefault(panel, []).append((_spelled(one), one.help or ""))
     out = _console()
     with out.capture() as capture:
         out.print(Text("\n\n".join([command.get_usage(ctx), *_paragraphs(command.help or "")]) + "\n"))
@@ -98,10 +99,6 @@ def _help(command: Any, ctx: Any, commands: dict[str, list[tuple[str, str]]]) ->
 def _paragraphs(text: str) -> list[str]:
     """The paragraphs of a description."""
     return [" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n")]
-
-
-def _panel_of(one: Any) -> str:
-    return ARGUMENTS if one.param_type_name == "argument" else one.rich_help_panel or OPTIONS
 
 
 def _spelled(one: Any) -> str:

@@ -39,22 +39,20 @@ def run_hessian(request: HessianRequest) -> None:
     loaded.introduce(documents, *part, ("gradients", gradients_line(stages.base)))
     how: dict[str, Any] = {
         "labels": fit.labels, "seed": request.seed, "partitions": fit.partitions,
-        "overwrite": request.output.overwrite,
+        "overwrite": request.output.overwrite, "shard": shard,
         "settings": {**loaded.settings(), **stages.settings, **recorded(request)},
-       
     }  # fmt: skip
     whole = shard is None
     times, then = fit.partitions * (passes(fold) if whole else 1), "decompositions" if whole else ""
     bar = rows_bar("curvature", documents, shard, passes=times, then=then)
     given = request.run, loaded.subject, documents, fold, stages.base
-    if shard is not None:
-        with loaded.multiplying(), bar as progress:
-            done = hessian_shard(*given, shard=shard, progress=progress, **how)
-        console().print(facts(_sums_facts(request.run, shard, done, passes(fold))))
-        return
     with loaded.multiplying(), bar as progress:
-        fitted = hessian(*given, progress=progress, **how)
-    console().print(facts(curvature_facts(request.run, fitted)))
+        if shard is None:
+            lines = curvature_facts(request.run, hessian(*given, progress=progress, **how))
+        else:
+            done = hessian_shard(*given, progress=progress, **how)
+            lines = _sums_facts(request.run, shard, done, passes(fold))
+    console().print(facts(lines))
 
 
 def _sums_facts(run: str, shard: Shard, done: int, passes: int) -> Facts:

@@ -22,6 +22,7 @@ from gradfn.cli.values import (
 from gradfn.errors import InputError
 
 if TYPE_CHECKING:
+    from gradfn.hf.texts import Columns
     from gradfn.linalg.spectrum import Damping
     from gradfn.runs.shards import Shard
     from gradfn.train.spec import Training
@@ -161,18 +162,18 @@ class DataOptions:
     reward_column: str | None = option(None, _REWARDS)
     advantage_column: str | None = option(None, "Column with numbers that multiply the rows' losses.")
 
-    def columns(self, names: list[str], *, query: bool) -> dict[str, str | None]:
+    def columns(self, names: list[str], *, query: bool) -> "Columns":
         """The columns to read: those given, else text, else prompt and completion (queries: these first).
 
         >>> DataOptions().columns(["prompt", "completion"], query=True)["prompt_column"]
         'prompt'
         """
-        given = {
+        given: Columns = {
             "text_column": self.text_column,
             "prompt_column": self.prompt_column,
             "completion_column": self.completion_column,
         }
-        pair = {"prompt_column": "prompt", "completion_column": "completion"}
+        pair: Columns = {"prompt_column": "prompt", "completion_column": "completion"}
         if self.messages_column is not None:
             return {**given, "messages_column": self.messages_column}
         if self.text_column != "text" and not query:  # what was asked for is read, or not there

@@ -45,19 +45,15 @@ def _refused(why: str, values: int = 1) -> There:
 
 
 _MEMORY = _nothing("--token-batch-size alone bounds memory, and changes no result", 1)
-_HEADS = _nothing("heads are found from the model's config: --by head", 1)
-_ALL_ROWS = _refused("gradfn's methods fit on all rows: fit on some with gradfn hessian --split 'train[:N]'")
-_EXACT = _refused("the search is exact and streams from disk: leave it out")
 _FIRST = "load and change the rows first, save_to_disk, and give that folder as --dataset"
 DAMPINGS = {
     "damped_inverse": "", "absolute_damped_inverse": "absolute:", "factored_tikhonov": "factored:",
     "pseudoinverse": "truncated:", "tikhonov_filtered": "tikhonov:",
 }  # fmt: skip
 """What `--inversion` is called in front of a damping."""
-OPTIONS: dict[tuple[str, str], There] = {
+_OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "filter-modules"): There("--exclude *{}", each=True),
-    (ANY, "modules"): There("--include *{}", values=99),
-    (ANY, "score-cfg.modules"): There("--include *{}", values=99),
+    (ANY, "modules score-cfg.modules"): There("--include *{}", values=99),
     (ANY, "index-cfg.precision"): There("--precision {}"),
     (ANY, "loss-fn"): There("--loss {}", names={"ce": "cross_entropy", "margin": "log_odds"}),
     (ANY, "projection-type"): There("--projection {}", names={"normal": "gaussian"}),
@@ -79,9 +75,7 @@ OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "path"): There("--query-path {}"),
     ("hessian", "method"): There("--method {}", names={"autocorrelation": "second_moment"}),
     ("hessian", "ev-correction"): There("--method ekfac", values=0),
-    (ANY, "num-heads"): _HEADS,
-    (ANY, "head-size"): _HEADS,
-    (ANY, "head-dim"): _HEADS,
+    (ANY, "num-heads head-size head-dim"): _nothing("heads are found from the model's config: --by head", 1),
     (ANY, "nounit-norm"): _nothing("scores are inner products unless --unit-normalize is given"),
     (ANY, "ev-correction"): _nothing("a curvature knows whether it was fitted as ekfac"),
     (ANY, "skip-hessians"): _nothing("no curvature is fitted unless it is asked for"),
@@ -91,12 +85,9 @@ OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "moe-experts"): _nothing("experts are attributed unless --exclude says otherwise"),
     (ANY, "drop-columns"): _nothing("a store holds ids, losses and excerpts, and no columns of the dataset"),
     (ANY, "auto-batch-size"): _nothing("batches are of 4,096 tokens unless told otherwise"),
-    (ANY, "max-batch-size"): _MEMORY,
+    (ANY, "max-batch-size query-batch-size apply-batch-size loss-batch-size"): _MEMORY,
     ("score", "batch-size"): _MEMORY,
     ("query", "batch-size"): _MEMORY,
-    (ANY, "query-batch-size"): _MEMORY,
-    (ANY, "apply-batch-size"): _MEMORY,
-    (ANY, "loss-batch-size"): _MEMORY,
     (ANY, "higher-is-better"): _nothing("a positive score is always a proponent"),
     (ANY, "text-field"): _nothing("a store holds an excerpt of every row", 1),
     (ANY, "resume"): _nothing("the same command resumes"),
@@ -109,26 +100,28 @@ OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "subset"): _refused("a subset stands behind the name of its dataset: --dataset DATASET:SUBSET"),
     (ANY, "max-tokens"): _refused("take the first rows with --split 'train[:1000]'"),
     (ANY, "fsdp"): _refused("a process runs one whole model: split rows with --shard I/N", 0),
-    (ANY, "nproc-per-node"): _refused("split the rows with --shard I/N, and join them with gradfn merge"),
-    (ANY, "nnode"): _refused("split the rows with --shard I/N, and join them with gradfn merge"),
+    (ANY, "nproc-per-node nnode"): _refused(
+        "split the rows with --shard I/N, and join them with gradfn merge"
+    ),
     (ANY, "peft-init-kwargs"): _refused(
         "make the adapter with peft, save it, and give its folder as --model"
     ),
     (ANY, "model-kwargs"): _refused("load the model in Python, and call gf.score"),
     (ANY, "skip-nan-rewards"): _refused(_FIRST, 0),
-    (ANY, "format-template"): _refused(_FIRST),
-    (ANY, "data-kwargs"): _refused(_FIRST),
-    (ANY, "stats-sample-size"): _ALL_ROWS,
+    (ANY, "format-template data-kwargs"): _refused(_FIRST),
+    (ANY, "stats-sample-size"): _refused(
+        "gradfn's methods fit on all rows: fit on some with gradfn hessian --split 'train[:N]'"
+    ),
     ("score", "aggregation"): _refused(
         "make one query of them with gradfn reduce, and give it as --query-path"
     ),
     ("score", "score"): There("", "every query has a column of scores", names={"individual": ""}),
     (ANY, "token-influence"): There("", "scores by token are of gradients", names={"gradient": ""}),
-    ("query", "faiss"): _EXACT,
-    ("query", "index-factory"): _EXACT,
-    ("query", "nprobe"): _EXACT,
-    ("query", "num-shards"): _EXACT,
+    ("query", "faiss index-factory nprobe num-shards"): _refused(
+        "the search is exact and streams from disk: leave it out"
+    ),
 }
+OPTIONS = {(command, name): there for (command, names), there in _OPTIONS.items() for name in names.split()}
 """Options of Bergson by the command here and their name there."""
 PREFIXES = ("data.", "index-cfg.", "hessian-cfg.", "preprocess-cfg.", "inversion-cfg.")
 COMMANDS_THERE = {

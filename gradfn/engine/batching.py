@@ -28,7 +28,7 @@ SMALL_SHARE = 16
 """A batch of less than this part of its budget costs more than the padding that it saves."""
 BATCH_BYTES = 512 << 20
 """The results of a batch, and the activations of one whose rows have no tokens, take so much at most."""
-LONG_TOKENS = 64
+LONG_TOKENS = 64.0
 """So many tokens, and four times those of the short row, are enough padding to compare with."""
 LENGTH_ROPES = ("dynamic", "longrope")
 """The kinds of rope whose frequencies change when a sequence is longer than the model's first window."""
@@ -78,7 +78,7 @@ def plan_batches(
     return batches
 
 
-def compared_rows(sizes: np.ndarray, useful: np.ndarray, enough: float = float(LONG_TOKENS)) -> list[int]:
+def compared_rows(sizes: np.ndarray, useful: np.ndarray, enough: float = LONG_TOKENS) -> list[int]:
     """The shortest useful row, and one that is much longer and has `enough` tokens, or the longest.
 
     >>> compared_rows(np.array([9, 100, 4, 70]), np.ones(4, bool))

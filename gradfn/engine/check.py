@@ -21,6 +21,7 @@ from gradfn.engine.reference import naive_blocks
 from gradfn.engine.stream import Progress, collect, gather, labelled, lengths_of
 from gradfn.errors import InputError
 from gradfn.model.layers import KINDS
+from gradfn.model.left_out import uncovered
 from gradfn.model.sites import Site, View, all_sites, find_sites, output_head
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform, project
@@ -83,17 +84,17 @@ def coverage(
     for site in all_sites(model):
         for name in site.names:
             owners.setdefault(name, []).append(site)
-    chosen = {name: site.probed for site in sites for name in site.names}
+    left = uncovered(model, sites)
+    probed = {name for site in sites if site.probed for name in site.names}
     head, adapters = output_head(model), hasattr(model, "peft_config")
     groups: dict[tuple[str, str, EngineName | None, str], list[tuple[str, int]]] = {}
     for name, parameter in model.named_parameters():
-        engine: EngineName | None = None
-        if name in chosen:
-            engine = "probe" if chosen[name] else "vmap(grad)"
-        kind = ", ".join(dict.fromkeys(_kind(site, head) for site in owners[name]))
+        engine: EngineName | None = "probe" if name in probed else "vmap(grad)"
+        engine = None if name in left else engine
+        kinds = ("LM head" if site.module is head else site.layer.kind for site in owners[name])
         reason = "" if engine else _reason(owners[name], view, adapters)
         path = name.removesuffix("weight").removesuffix("bias").removesuffix(".") or "root"
-        key = (_pattern(path), kind, engine, reason)
+        key = (_pattern(path), ", ".join(dict.fromkeys(kinds)), engine, reason)
         groups.setdefault(key, []).append((path, parameter.numel()))
     rows = [
         Covered(pattern, kind, len({path for path, _ in found}), sum(size for _, size in found), engine, why)
@@ -108,10 +109,6 @@ _ORDER = (*(kind for kind in KINDS if kind != "other"), "LM head", "other")
 def _place(row: Covered) -> tuple[bool, int, str, str]:
     """Sort attributed parameters first, then by kind, then by engine or reason."""
     return row.engine is None, _ORDER.index(row.kind.split(", ")[0]), row.kind, row.engine or row.reason
-
-
-def _kind(site: Site, head: nn.Module | None) -> str:
-    return "LM head" if site.module is head else site.layer.kind
 
 
 def _pattern(path: str) -> str:

@@ -40,7 +40,7 @@ from gradfn.errors import InputError
 from gradfn.memory import CountBytes
 from gradfn.model.layers import Layer
 from gradfn.model.left_out import dropped_matrices
-from gradfn.model.params import params_of
+from gradfn.model.params import evaluating, params_of
 from gradfn.model.sites import Site, View, blocks_of, find_sites, output_head
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import Lowered
@@ -82,29 +82,24 @@ def _probe_error(path: str) -> Iterator[None]:
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Freeze the parameters, and switch to eval mode and to activations out of place; then switch back."""
-    modules = list(model.modules())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in modules if m.training]
-    in_place = [m for m in modules if getattr(m, "inplace", False) is True]
+    in_place = [m for m in model.modules() if getattr(m, "inplace", False) is True]
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # vmap has no rule for its kernels
         for parameter in trainable:
             parameter.requires_grad_(False)
-        for module in training:
-            module.training = False
         for module in in_place:
             # A probe returns a view, which must not be overwritten.
             module.inplace = False  # pyright: ignore[reportArgumentType]
-        yield
+        with evaluating(model):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module in in_place:
             module.inplace = True  # pyright: ignore[reportArgumentType]
         for parameter in trainable:
             parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 @dataclass(eq=False)

@@ -66,12 +66,6 @@ def products_of(precision: str, device: torch.device, features: Collection[str] 
     )
 
 
-def _backends(device: torch.device) -> tuple[Any, ...]:
-    if device.type == "cuda":
-        return torch.backends.cuda.matmul, torch.backends.cudnn.conv  # pyright: ignore
-    return torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv  # pyright: ignore
-
-
 @contextmanager
 def multiplying(products: Products, device: torch.device) -> Iterator[None]:
     """Multiply and convolve float32 matrices in this way inside the context.
@@ -82,7 +76,9 @@ def multiplying(products: Products, device: torch.device) -> Iterator[None]:
     ...     torch.backends.mkldnn.matmul.fp32_precision
     'bf16'
     """
-    backends = _backends(device)
+    backends: Any = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv  # pyright: ignore
+    if device.type == "cuda":
+        backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # pyright: ignore
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

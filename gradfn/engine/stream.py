@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradfn.data import IGNORED, check_rows, collate, offsets_of
 from gradfn.engine.batching import (
+    LONG_TOKENS,
     Measure,
     batch_rows,
     compared_rows,
@@ -73,6 +74,7 @@ def stream(
     rows: range | None = None,
     token_batch_size: int = TOKEN_BATCH_SIZE,
     progress: Progress | None = None,
+    to_host: bool = False,
 ) -> Iterator[tuple[np.ndarray, Rows]]:
     """Yield `(row numbers, results)` batch by batch, longest rows first.
 
@@ -84,33 +86,11 @@ def stream(
         rows: which rows; None means all.
         token_batch_size: tokens a batch, padding included. It changes no result.
         progress: called after every batch with its tokens.
+        to_host: give results on the CPU; those of a batch come off a GPU while it computes the next.
 
     Raises:
         InputError: a loss or gradient is NaN or infinite; the row is named.
     """
-    return _stream(engine, data, rows, token_batch_size, progress, to_host=False)
-
-
-def stream_to_host(
-    engine: Engine,
-    data: Data,
-    *,
-    rows: range | None = None,
-    token_batch_size: int = TOKEN_BATCH_SIZE,
-    progress: Progress | None = None,
-) -> Iterator[tuple[np.ndarray, Rows]]:
-    """`stream` with results on the CPU; those of a batch come off a GPU while it computes the next."""
-    return _stream(engine, data, rows, token_batch_size, progress, to_host=True)
-
-
-def _stream(
-    engine: Engine,
-    data: Data,
-    rows: range | None,
-    token_batch_size: int,
-    progress: Progress | None,
-    to_host: bool,
-) -> Iterator[tuple[np.ndarray, Rows]]:
     check_rows(data)
     rows = range(len(data)) if rows is None else rows
     if rows.step != 1:
@@ -164,12 +144,9 @@ def keeps_rows(measure: Measure, weights: Iterable[Tensor], data: Data, rows: ra
         data, rows: see `stream`.
     """
     rows, weights = range(len(data)) if rows is None else rows, [*weights]
-    order = compared_rows(*_sizes(data, rows, lengths_of(data)[rows.start : rows.stop]), enough=np.inf)
-    examples = [labelled(data, rows.start + row) for row in order]
+    examples, _ = _compared(data, rows, lengths_of(data)[rows.start : rows.stop], enough=np.inf)
     move = _mover(weights[0].device)
-    return len({shapes_of(one) for one in examples}) < 2 or not padding_changes_rows(
-        measure, weights, examples, move
-    )
+    return not examples or not padding_changes_rows(measure, weights, examples, move)
 
 
 def pads(engine: Engine, data: Data) -> bool:
@@ -191,16 +168,25 @@ def _pads(engine: Engine, data: Data, rows: range, lengths: np.ndarray) -> bool:
         engine.verify(move(collate([labelled(data, rows.start + int(row)) for row in shortest])))
     if len(lengths) and lengths.max() > max(length_window(engine.model), lengths.min()):
         return False
-    sizes, compared = _sizes(data, rows, lengths)
-    pair = compared_rows(sizes, compared)
-    examples = [labelled(data, rows.start + row) for row in pair]
-    if len({shapes_of(example) for example in examples}) < 2:
+    examples, far = _compared(data, rows, lengths)
+    if not examples:
         return True
-    enough = bool(sizes[pair[1]] >= 4 * sizes[pair[0]])
-    keys, known = (frozenset(examples[0]), enough), engine.facts.unpadded
+    keys, known = (frozenset(examples[0]), far), engine.facts.unpadded
     if keys not in known:
         known[keys] = padding_changes_rows(engine.sketch, [*engine.model.parameters()], examples, move)
     return not known[keys]
+
+
+def _compared(
+    data: Data, rows: range, lengths: np.ndarray, enough: float = LONG_TOKENS
+) -> tuple[list[Example], bool]:
+    """Two rows to see what padding changes, none of rows of one shape; and whether one is much longer."""
+    sizes, useful = _sizes(data, rows, lengths)
+    pair = compared_rows(sizes, useful, enough)
+    examples = [labelled(data, rows.start + row) for row in pair]
+    if len({shapes_of(example) for example in examples}) < 2:
+        return [], False
+    return examples, bool(sizes[pair[1]] >= 4 * sizes[pair[0]])
 
 
 def _sizes(data: Data, rows: range, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -238,9 +224,8 @@ def _compute(
     to_host: bool,
 ) -> Generator[_Computed]:
     """Run the engine over the batches, made ahead of it where that overlaps with its work."""
-    done = _copied if to_host else _left
     if isinstance(data, CachedRows) and (read := data.reader(engine)):
-        yield from (done(numbers, read(numbers)) for numbers in plan)
+        yield from (_computed(numbers, read(numbers), to_host) for numbers in plan)
         return
 
     def make(numbers: np.ndarray) -> Batch:
@@ -254,16 +239,13 @@ def _compute(
     run = data.writer(engine) if isinstance(data, CachedRows) else lambda numbers, batch: engine(batch)
     with closing(ahead(make, plan) if overlaps else (make(numbers) for numbers in plan)) as batches:
         for numbers, batch in zip(plan, batches, strict=True):
-            yield done(numbers, run(numbers, batch))
+            yield _computed(numbers, run(numbers, batch), to_host)
 
 
-def _left(numbers: np.ndarray, result: Rows) -> _Computed:
-    """Results that stay where they are."""
-    return _Computed(numbers, result, _all_finite(result))
-
-
-def _copied(numbers: np.ndarray, result: Rows) -> _Computed:
-    """The same on the CPU; from a GPU without waiting, into pinned memory."""
+def _computed(numbers: np.ndarray, result: Rows, to_host: bool) -> _Computed:
+    """Results where they are, or on the CPU; these come from a GPU without waiting, into pinned memory."""
+    if not to_host:
+        return _Computed(numbers, result, _all_finite(result))
     values = list(result.values.values()) if isinstance(result.values, dict) else [result.values]
     devices = {value.device for value in (*values, result.losses) if value.is_cuda}
     host = partial(Tensor.to, device="cpu", non_blocking=bool(devices))
@@ -436,8 +418,8 @@ def gather(
         "project the gradients (`gf.project(16)`), or take fewer rows at a time",
     )  # fmt: skip
     out: Rows | None = None
-    for numbers, result in stream_to_host(
-        engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress
+    for numbers, result in stream(
+        engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress, to_host=True
     ):
         batch = numbers - rows.start
         if out is None:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 import gradfn
 from gradfn.errors import InputError
 from gradfn.evaluate.subsets import FEWEST, check_subsets
+from gradfn.methods.scoring import names_of
 from gradfn.model.losses import ModelLoss
 from gradfn.random import words
-from gradfn.runs.provenance import DataSource, Provenance, Settings, loss_source
-from gradfn.runs.shards import Shard, shard_rows, shard_run
-from gradfn.store import Store, open_part, open_store, open_writer, storable
+from gradfn.runs.output import Output, WriteOptions
+from gradfn.runs.provenance import DataSource, Provenance, loss_source
+from gradfn.runs.shards import Shard, shard_rows
+from gradfn.store import Store, open_part, open_store, storable
 from gradfn.train import (
     Losses,
     Progress,
@@ -272,11 +274,7 @@ def retrain(
     retraining: Retraining,
     train: Data,
     query: Data,
-    *,
-    settings: Settings | Provenance | None = None,
-    shard: Shard | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    **options: Unpack[WriteOptions],
 ) -> Truth:
     """Retrain models on subsets of the rows and write what they lose on the queries to `RUN/truth.h5`.
 
@@ -287,10 +285,9 @@ def retrain(
         run: the directory to write.
         retraining: the models.
         train, query: the rows, and the queries.
-        settings: what to record besides, such as how the subsets were made.
-        shard: the part of the models to do.
-        overwrite: replace what was made otherwise.
-        progress: called with the examples done.
+        options: `settings` to record besides, such as how the subsets were made; `overwrite`; `shard`, the
+            part of the models to do; `progress`, called with the examples done; see
+            `gradfn.runs.output.Output`.
 
     Returns:
         The ground truth; of a shard, its models.
@@ -299,22 +296,20 @@ def retrain(
         InputError: subsets that do not fit the rows, or leave a class (whole-number `labels`) out; no
             queries; a chunk below 1; a run that was made otherwise; see `make_trainer`.
     """
-    models, training = retraining.models(), retraining.training
+    output, models, training = Output(run, **options), retraining.models(), retraining.training
     trainer = make_trainer(retraining.start, retraining.loss, train, training)
     trainer.check(retraining.subsets, models.seeds[:: retraining.seeds].tolist())
     check_subsets(retraining.subsets, _classes(trainer.table))
     size = trainer.at_once(retraining.chunk)
     asked = _query_losses(retraining)
     queries = _queries(trainer, asked, query)
-    made = _describe(retraining, asked, trainer, train, query).merged(settings)
-    own = shard_of_models(len(models.seeds), shard)
-    part = None if shard is None else (own.start, own.stop)
+    made = _describe(retraining, asked, trainer, train, query).merged(output.settings)
+    rows, progress = len(models.seeds), output.progress
+    own = shard_of_models(rows, output.shard)
     slices = [(at, min(at + size, own.stop)) for at in range(own.start, own.stop, size)]
-    target, rows = shard_run(run, shard), len(models.seeds)
-    names = {"rows/id": storable(_names(train)), "queries/id": storable(_names(query))}
-    with open_writer(
-        target, KIND, made.settings(), rows, overwrite, part=part, names=names, request=made.request
-    ) as writer:
+    part = None if output.shard is None else (own.start, own.stop)
+    names = {"rows/id": storable(names_of(train)), "queries/id": storable(names_of(query))}
+    with output.open(KIND, made, rows, part=part, names=names) as writer:
         missing = writer.missing(slices)
         if progress is not None:
             done = {*own} - {model for span in missing for model in range(*span)}
@@ -324,7 +319,7 @@ def retrain(
             results = {**chosen._asdict(), **_losses(trainer, queries, chosen, progress)}
             writer.write(begin, end, {name: value.cpu().numpy() for name, value in results.items()})
         writer.finish({**names, "looped": [trainer.looped or ""]})
-    with open_part(target, KIND) as store:
+    with open_part(output.folder, KIND) as store:
         return _read(store)
 
 
@@ -344,11 +339,6 @@ def _classes(table: Table) -> Tensor | None:
     """The class of every row, where a row's label is one whole number."""
     labels = table.columns.get("labels")
     return labels if labels is not None and labels.ndim == 1 and not labels.is_floating_point() else None
-
-
-def _names(data: Data) -> list[str]:
-    ids = getattr(data, "ids", None)
-    return [str(row) for row in range(len(data))] if ids is None else list(ids)
 
 
 def _query_losses(retraining: Retraining) -> dict[str, LossFn]:

@@ -209,7 +209,8 @@ def _check_saved_for(model: Any, path: str | Path, task: str, unexpected: Iterab
 
     A head that is tied to the embedding is never missing, whatever the weights are of.
     """
-    saved, here = model.config.architectures or [], _HEAD.search(_head_name(type(model).__name__))
+    saved = model.config.architectures or []
+    here = _HEAD.search(re.sub(r"LMHeadModel$", "ForCausalLM", type(model).__name__))
     heads = [found[1] for found in map(_HEAD.search, saved) if found]
     if here is not None and heads and here[1] not in heads:
         raise InputError(
@@ -231,10 +232,6 @@ def _saved_task(model: Any, task: str) -> str:
     """What to give instead, where the config of a model says what it was saved for."""
     saved = task_of(model.config.architectures or [], model.config.to_dict())
     return "" if saved in (None, task) else f", or `task={saved}`"
-
-
-def _head_name(name: str) -> str:
-    return re.sub(r"LMHeadModel$", "ForCausalLM", name)
 
 
 def context_length(model: nn.Module) -> int | None:

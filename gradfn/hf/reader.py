@@ -15,10 +15,8 @@ from gradfn.hf.hub import local
 from gradfn.hf.images import load_images, processor_fingerprint
 from gradfn.hf.masking import mask_tokens
 from gradfn.hf.models import context_length
-from gradfn.hf.texts import check_vocabulary, text_pair, text_query, tokenize, tokenize_pairs
+from gradfn.hf.texts import Columns, check_vocabulary, text_pair, text_query, tokenize, tokenize_pairs
 from gradfn.hf.tokenizers import tokenizer_fingerprint, writes_numbers
-
-Columns = Mapping[str, str | None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 from jaxtyping import Int64
@@ -22,17 +22,23 @@ _EXCERPT = 128
 """Tokens decoded to show a row that came without its text."""
 
 
+class Columns(TypedDict, total=False):
+    """Where the texts of rows stand; see `tokenize`."""
+
+    text_column: str
+    prompt_column: str | None
+    completion_column: str | None
+    messages_column: str | None
+
+
 def tokenize(
     rows: "datasets.Dataset",
     tokenizer: Any,
     *,
-    text_column: str = "text",
-    prompt_column: str | None = None,
-    completion_column: str | None = None,
-    messages_column: str | None = None,
     max_length: int | None = None,
     truncation: bool = False,
     special_tokens: bool = True,
+    **columns: Unpack[Columns],
 ) -> Documents:
     """Documents from rows of text, of prompts and completions, of chats, or of token ids.
 
@@ -49,25 +55,19 @@ def tokenize(
     Args:
         rows: what `load_rows` returns; a column `id` names the rows.
         tokenizer: may be None for rows that have `input_ids`.
-        text_column: the column of texts.
-        prompt_column: the column of prompts; needs `completion_column`.
-        completion_column: the column of completions, each with a leading space if it needs one.
-        messages_column: the column of chats, lists of messages with `role` and `content`.
         max_length: tokens of a row, at most.
         truncation: cut longer rows instead of refusing them.
         special_tokens: add those of the tokenizer to texts, and to prompts with their completions.
+        columns: `text_column`, that of texts, "text" unless told; `prompt_column` and `completion_column`,
+            given together, with completions that have a leading space if they need one; `messages_column`,
+            that of chats, lists of messages with `role` and `content`.
 
     Raises:
         InputError: a column is missing or holds something else, or a row is too long.
     """
     if max_length is not None and max_length < 1:
         raise InputError(f"the length limit must be at least 1 token, got {max_length}")
-    if messages_column is None:
-        pair = prompt_column, completion_column
-        encode = _choose_encoder(rows, tokenizer, text_column, *pair, special_tokens)
-    else:
-        encode = chat_encoder(rows, tokenizer, messages_column)
-    parts = []
+    encode, parts = _choose_encoder(rows, tokenizer, special_tokens, **columns), []
     for start, table in tables(rows, "tokenizing"):
         part = encode(table, row_ids(rows, table, start))
         parts.append(_fit(part, start, max_length, truncation))
@@ -200,12 +200,15 @@ def check_vocabulary(docs: Documents, size: int) -> None:
 def _choose_encoder(
     rows: "datasets.Dataset",
     tokenizer: Any,
-    text_column: str,
-    prompt_column: str | None,
-    completion_column: str | None,
     special: bool,
+    text_column: str = "text",
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    messages_column: str | None = None,
 ) -> Encoder:
     """The function that makes documents of a table of rows; columns that do not fit are refused."""
+    if messages_column is not None:
+        return chat_encoder(rows, tokenizer, messages_column)
     paired = [column for column in (prompt_column, completion_column) if column is not None]
     if len(paired) == 1:
         raise InputError(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradfn.data import check_rows, offsets_of
-from gradfn.engine.stream import Progress, lengths_of, result_numbers, results_per_row, stream_to_host
+from gradfn.engine.stream import Progress, lengths_of, result_numbers, results_per_row, stream
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Attribution, Queries, Scorer
 from gradfn.methods.inner_product import EngineScorer, damping_names
@@ -118,7 +118,8 @@ def _parts(
         yield torch.arange(len(values if isinstance(values, Tensor) else next(iter(values.values())))), values
         return
     offsets, size = offsets_of(results_per_row(scorer.engine, train)), scorer.token_batch_size
-    for rows, result in stream_to_host(scorer.engine, train, token_batch_size=size, progress=progress):
+    batches = stream(scorer.engine, train, token_batch_size=size, progress=progress, to_host=True)
+    for rows, result in batches:
         yield torch.from_numpy(result_numbers(rows, offsets)), result.values
 
 

@@ -1,6 +1,6 @@
 """How to observe a module where it uses a weight: its input and output there, and a new output in return."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from inspect import signature
@@ -135,9 +135,9 @@ def _apply_experts(
 
     def apply(name: str, x: Tensor) -> Tensor:
         weight, bias = module.get_parameter(name), module._parameters.get(f"{name}_bias")
-        parts = []
-        runs = zip(*_runs(experts, x), strict=True) if len(x) else [(0, x)]  # all rows may be dropped
-        for expert, part in runs:
+        parts, (present, counts) = [], experts.unique_consecutive(return_counts=True)
+        runs = zip(present.tolist(), x.split(counts.tolist()), strict=True)
+        for expert, part in runs if len(x) else [(0, x)]:  # all rows may be dropped
             own = weight[expert].T if is_transposed(module) else weight[expert]
             parts.append(F.linear(part, own, None if bias is None else bias[expert]))
         return on_use(name, x, torch.cat(parts), tokens, experts, count)
@@ -176,9 +176,3 @@ def attach_sorted_experts(module: Any, on_use: OnUse) -> Callable[[], None]:
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weights of experts are stored as `[experts, in, out]`."""
     return getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
-
-
-def _runs(experts: Tensor, x: Tensor) -> tuple[list[int], Sequence[Tensor]]:
-    """Split the rows of `x` by expert; `experts` is sorted."""
-    present, counts = experts.unique_consecutive(return_counts=True)
-    return present.tolist(), x.split(counts.tolist())

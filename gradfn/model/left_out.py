@@ -30,12 +30,12 @@ def dropped_matrices(model: nn.Module, sites: Sequence[Site]) -> dict[str, int]:
     >>> dropped_matrices(net, find_sites(net))
     {'1.weight_ih_l0': 24, '1.weight_hh_l0': 12}
     """
-    chosen = {site.path for site in sites}
+    left = uncovered(model, sites).keys()
     return {
         site.path: site.weight.numel()
         for site in all_sites(model)
         if isinstance(site.layer, BareParameter)
-        and site.path not in chosen
+        and {*site.names} <= left
         and site.weight.ndim > 1
         and len(site.weight) > 1
     }

@@ -1,5 +1,7 @@
 """A model's parameters as values, and the model as a function of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -15,6 +17,27 @@ def params_of(model: nn.Module) -> Params:
     ['bias', 'weight']
     """
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in eval mode, and put those of its modules back that were not.
+
+    >>> net = nn.Linear(2, 1)
+    >>> with evaluating(net):
+    ...     net.training
+    False
+    >>> net.training
+    True
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def call(model: nn.Module, params: Params, *inputs: Any, **named: Any) -> Any:

@@ -222,7 +222,9 @@ def all_sites(model: nn.Module) -> tuple[Site, ...]:
     >>> [(site.path, site.layer.kind) for site in all_sites(net)]
     [('0', 'linear'), ('1', 'norm')]
     """
-    sites = [site for path, module in model.named_modules() for site in _adapt(path, module)]
+    sites: list[Site] = []
+    for path, module in model.named_modules():
+        sites += next((found for adapter in ADAPTERS if (found := adapter(path, module))), [])
     known = {id(p) for site in sites for p in parameters_of(site)}
     bare = []
     for path, module in model.named_modules():
@@ -246,10 +248,6 @@ def _bare(path: str, module: nn.Module, name: str) -> Site:
     layer = BareParameter(first, parameter.numel() // max(first, 1), False)
     where = f"{path}.{name}".lstrip(".")
     return Site(where, where, module, layer, name, probed=False)
-
-
-def _adapt(path: str, module: nn.Module) -> list[Site]:
-    return next((sites for adapter in ADAPTERS if (sites := adapter(path, module))), [])
 
 
 def parameters_of(site: Site) -> list[Tensor]:

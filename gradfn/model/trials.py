@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
+from gradfn.model.params import evaluating
 from gradfn.model.sites import output_head
 from gradfn.types import Batch
 
@@ -30,15 +31,8 @@ def _trial_ids(model: nn.Module) -> Int[Tensor, "one eight"]:
 
 def _trial_logits(model: nn.Module, *trials: Batch) -> list[Tensor]:
     """The logits of several batches, in eval mode."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            return [model(**trial, use_cache=False).logits for trial in trials]
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad():
+        return [model(**trial, use_cache=False).logits for trial in trials]
 
 
 def refuse_unread_labels(model: nn.Module) -> None:

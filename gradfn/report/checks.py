@@ -27,7 +27,9 @@ def coverage_table(rows: Sequence[Covered]) -> Table:
     table = numbers_table("layers", "parameters", "share")
 
     def add(name: str, part: int) -> None:
-        table.add_row(Text(name), f"{part:,}", _share(part, whole))
+        share = part / whole
+        shown = f"{share:.1%}" if share >= 0.001 or part == 0 else "<0.1%"
+        table.add_row(Text(name), f"{part:,}", shown)
 
     for (kind, how), group in groupby(rows, key=lambda row: (row.kind, row.engine or row.reason)):
         table.add_row(Text(f"{kind}: {how}", style="bold"))
@@ -38,11 +40,6 @@ def coverage_table(rows: Sequence[Covered]) -> Table:
             add(name, part)
     add("all parameters", whole)
     return table
-
-
-def _share(part: int, whole: int) -> str:
-    share = part / whole
-    return f"{share:.1%}" if share >= 0.001 or part == 0 else "<0.1%"
 
 
 def sample_line(documents: Corpus, random: bool, limits: tuple[int, int]) -> str:

@@ -58,18 +58,15 @@ def comparison_facts(
     else:
         lines.append(("queries", f"{whole:,}"))
     if ceiling is None:
-        lines.append(("noise ceiling", _why_unknown(truth)))
+        why = "unknown, with one seed left of each subset: retrain with a lower --learning-rate"
+        if truth.replicates == 1:
+            why = "unknown, with one seed a subset: gradfn retrain --seeds 2 tells it"
+        lines.append(("noise ceiling", why))
     for one in told.runs:
         if one.constant:
             queries = count(one.constant, "query")
             lines.append(("note", f"{one.name} has one score for all rows of {queries}, which count as 0"))
     return lines
-
-
-def _why_unknown(truth: Truth) -> str:
-    if truth.replicates == 1:
-        return "unknown, with one seed a subset: gradfn retrain --seeds 2 tells it"
-    return "unknown, with one seed left of each subset: retrain with a lower --learning-rate"
 
 
 def _diverged(truth: Truth, kept: Truth) -> Facts:

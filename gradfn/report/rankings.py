@@ -1,6 +1,6 @@
 """What is shown of queries: the rows that made the model do this, and how often known sources were found."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,14 +166,11 @@ def _recall(
     lines = []
     for label, damping, found, number in parts if asked else []:
         mine = {query: source for query, source in asked.items() if query // queries.each == number}
-        first, five = (_hits(mine, found, k) for k in (1, KNOWN_RANKS))
+        first, five = (
+            sum(source in found[query][:k] for query, source in mine.items()) for k in (1, KNOWN_RANKS)
+        )
         of = f"{first} of {count(len(mine), 'query')}, in the top {KNOWN_RANKS} for {five}"
         lines.append((label, f"{damping}ranks the known source first for {of}"))
     if lost := (len(named) - len(asked)) // len(queries.dampings):
         lines.append(("note", f"{count(lost, 'query')} with a source that is not among the rows"))
     return lines
-
-
-def _hits(asked: Mapping[int, str], found: Sequence[Sequence[str]], k: int) -> int:
-    """How many queries have their source among the first `k` found."""
-    return sum(source in found[number][:k] for number, source in asked.items())

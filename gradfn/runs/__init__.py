@@ -4,6 +4,7 @@ from gradfn.runs.curvatures import hessian, load_curvature, mix_runs
 from gradfn.runs.gradients import build, reduce
 from gradfn.runs.masks import load_mask, mask_run, projection_named
 from gradfn.runs.merge import hessian_shard, merge_run
+from gradfn.runs.output import RunOptions
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.scores import score_run
 from gradfn.runs.search import query
@@ -12,6 +13,7 @@ from gradfn.store import Store, open_store, open_writer
 
 __all__ = [
     "Provenance",
+    "RunOptions",
     "Shard",
     "Store",
     "build",

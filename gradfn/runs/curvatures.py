@@ -1,7 +1,7 @@
 """Curvatures on disk: fitted, mixed, read."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping, Spectrum
-from gradfn.runs.changes import explaining
+from gradfn.runs.output import Output, RunOptions, output_of
 from gradfn.runs.provenance import DataSource, Provenance, Settings, describe, refuse_mismatch
 from gradfn.statistics import Curvature, mix, mixing_coefficient
 from gradfn.statistics.fold import check_fit, fit
 from gradfn.statistics.labels import check_drawn, sample_labels
-from gradfn.store import Overwrite, Store, Writer, open_store, open_writer
-from gradfn.subject import Subject, SubjectOptions, subject_of
+from gradfn.store import Store, Writer, open_store
+from gradfn.subject import Subject
 from gradfn.transforms import Transform
 from gradfn.types import Data
 
@@ -38,10 +37,7 @@ def hessian(
     labels: Labels = "data",
     seed: int = 0,
     partitions: int = 1,
-    settings: Settings | Provenance | None = None,
-    overwrite: Overwrite = False,
-    progress: Progress | None = None,
-    **options: Unpack[SubjectOptions],
+    **options: Unpack[RunOptions],
 ) -> Curvature:
     """Fit a curvature and write it to `RUN/hessian.h5`; what is there is taken if it was made alike.
 
@@ -49,34 +45,56 @@ def hessian(
         run: the run directory.
         fold: `second_moment()`, `kfac()`, `ekfac()`, `shampoo()` or `tkfac()`.
         labels: "data", or "model" for labels drawn from the model with `seed`; see `sample_labels`.
-        model, data, transform, partitions, progress, options: see `fit`.
-        settings, overwrite: see `build`.
+        model, data, transform, partitions: see `fit`.
+        options: see `build`; of a shard there are sums, which `hessian_shard` writes.
 
     Raises:
-        InputError: see `fit`; the directory holds a curvature made otherwise.
+        InputError: see `fit`; the directory holds a curvature made otherwise; a shard.
     """
-    subject = subject_of(model, **options)
-    made = describe_fit(subject, data, fold, transform, labels, seed, settings)
-    check_fit(fold, subject, transform, partitions=partitions)
-    if labels == "model":
-        check_drawn(subject.loss)
-    with _curvature_writer(run, made, overwrite) as writer:
+    output, subject = output_of(run, model, options)
+    if output.shard is not None:
+        raise InputError("a shard has sums and no curvature: write them with `hessian_shard`, then merge")
+    asked = Asked(subject, data, fold, transform, labels, seed, partitions)
+    with output.open("hessian", asked.made.merged(output.settings), 1) as writer:
         if writer.complete:
             return load_curvature(run)
-        if labels == "model":
-            data = sample_labels(subject.loss, data, seed, token_batch_size=subject.token_batch_size)
-        curvature: Curvature = fit(fold, subject, data, transform, partitions=partitions, progress=progress)
+        curvature: Curvature = fit(
+            fold, subject, asked.labelled(), transform, partitions=partitions, progress=output.progress
+        )
         write_curvature(writer, curvature)
     return curvature
 
 
-def describe_fit(
-    subject: Subject, data: Data, fold: Any, transform: Transform | None, labels: Labels, seed: int,
-    settings: Settings | Provenance | None,
-) -> Provenance:  # fmt: skip
-    """What a fitted curvature depends on."""
-    how = {"kind": str(fold), "labels": labels, "seed": seed if labels == "model" else None}
-    return describe(subject, data, transform).merged({"hessian": how}).merged(settings)
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A curvature that is asked for, whole or in shards. What cannot be fitted is refused; see `hessian`."""
+
+    subject: Subject
+    data: Data
+    fold: Any
+    transform: Transform | None
+    labels: Labels
+    seed: int
+    partitions: int
+
+    def __post_init__(self) -> None:
+        check_fit(self.fold, self.subject, self.transform, partitions=self.partitions)
+        if self.labels == "model":
+            check_drawn(self.subject.loss)
+
+    @property
+    def made(self) -> Provenance:
+        """What the curvature depends on."""
+        seed = self.seed if self.labels == "model" else None
+        how = {"kind": str(self.fold), "labels": self.labels, "seed": seed}
+        return describe(self.subject, self.data, self.transform).merged({"hessian": how})
+
+    def labelled(self, rows: range | None = None) -> Data:
+        """The data; where labels are the model's, with these on some rows, or on all."""
+        if self.labels == "data":
+            return self.data
+        loss, size = self.subject.loss, self.subject.token_batch_size
+        return sample_labels(loss, self.data, self.seed, rows=rows, token_batch_size=size)
 
 
 def mix_runs(
@@ -112,17 +130,10 @@ def mix_runs(
         hessian={"kind": f"mix of {H_query.kind}", **parts},
         data=DataSource(fingerprint=prints),
     )
-    with _curvature_writer(run, made.merged(settings), overwrite) as writer:
+    with Output(run, overwrite=overwrite).open("hessian", made.merged(settings), 1) as writer:
         if not writer.complete:
             write_curvature(writer, mixed)
     return mixed, weight
-
-
-@contextmanager
-def _curvature_writer(run: str | Path, made: Provenance, overwrite: Overwrite) -> Iterator[Writer]:
-    writer = open_writer(run, "hessian", made.settings(), 1, overwrite, request=made.request)
-    with explaining(Path(run), "hessian", {}), writer as opened:
-        yield opened
 
 
 def write_curvature(writer: Writer, curvature: Curvature, beside: Mapping[str, Any] | None = None) -> None:

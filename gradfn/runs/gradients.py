@@ -12,12 +12,12 @@ from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import Progress, lengths_of
 from gradfn.errors import InputError
 from gradfn.methods.inner_product import EngineScorer
+from gradfn.runs.output import Output, RunOptions, output_of
 from gradfn.runs.provenance import Provenance, Settings, describe
 from gradfn.runs.rows import RunRows, Summary, unprobed, unsupervised, write_rows
-from gradfn.runs.shards import Shard
 from gradfn.statistics.fold import sums_of
 from gradfn.statistics.moments import mean, total
-from gradfn.store import Overwrite, Store, open_store, open_writer
+from gradfn.store import Store, open_store
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform, UnitNormalize, chain
 from gradfn.types import Blocks, Data
@@ -31,12 +31,7 @@ def build(
     model: nn.Module | Subject,
     data: Data,
     transform: Transform | None = None,
-    *,
-    settings: Settings | Provenance | None = None,
-    overwrite: Overwrite = False,
-    shard: Shard | None = None,
-    progress: Progress | None = None,
-    **options: Unpack[SubjectOptions],
+    **options: Unpack[RunOptions],
 ) -> Summary:
     """Write the transformed gradient of every row to `RUN/store.h5`; a killed run resumes where it was.
 
@@ -45,24 +40,24 @@ def build(
 
     Args:
         run: the run directory.
-        model, data, transform, progress, options: see `collect`.
-        settings: recorded beside what is known of the model, data and transform (paths, say).
-        overwrite: replace what is there; "unlike": only where it was made otherwise.
-        shard: do this part of the rows only, for `merge_run` to join.
+        model, data, transform: see `collect`.
+        options: `settings`, `overwrite`, `shard` and `progress`, see `gradfn.runs.output.Output`; of a bare
+            model `loss`, `view` and `token_batch_size` too, see `Subject`.
 
     Raises:
         InputError: the directory holds a store made otherwise; a loss is not finite; more shards than rows.
         StorageError: the disk is full; what is complete is kept.
     """
-    subject, transform = subject_of(model, **options), transform or chain()
-    made = describe(subject, data, transform).merged(settings)
-    rows = RunRows(run, "store", made, data, subject.view.tokens, shard, overwrite)
+    output, subject = output_of(run, model, options)
+    transform = transform or chain()
+    made = describe(subject, data, transform).merged(output.settings)
+    rows = RunRows(output, "store", made, data, subject.view.tokens)
 
     def scorer() -> EngineScorer:
         engine = probe_engine(subject.model, subject.loss, transform, view=subject.view)
         return EngineScorer(engine, subject.token_batch_size)
 
-    return write_rows(rows, scorer, _gradient_arrays, subject.token_batch_size, progress)
+    return write_rows(rows, scorer, _gradient_arrays, subject.token_batch_size)
 
 
 def reduce(
@@ -81,7 +76,7 @@ def reduce(
 
     Args:
         aggregation: "mean" or "sum" over rows, of the transformed gradients.
-        run, model, data, transform, settings, overwrite, progress, options: see `build`.
+        run, model, data, transform, settings, overwrite, progress, options: see `build`; there are no shards.
 
     Raises:
         InputError: the directory holds a store made otherwise; no rows; a view by token; a loss not finite.
@@ -95,7 +90,7 @@ def reduce(
     made = describe(subject, data, transform).merged({"aggregation": aggregation}).merged(settings)
     fold = mean() if aggregation == "mean" else total()
     engine = probe_engine(subject.model, subject.loss, chain(transform, fold.stage()), view=subject.view)
-    with open_writer(run, "store", made.settings(), 1, overwrite, request=made.request) as writer:
+    with Output(run, overwrite=overwrite).open("store", made, 1) as writer:
         if writer.missing([(0, 1)]):
             sums, losses = sums_of(fold, engine, data, token_batch_size=size, progress=progress)
             blocks = fold.finalize(sums)

@@ -13,9 +13,10 @@ from torch import Tensor
 from gradfn.errors import InputError
 from gradfn.runs.curvatures import load_curvature, open_curvature
 from gradfn.runs.gradients import GRADIENTS
+from gradfn.runs.output import Output
 from gradfn.runs.provenance import LossSource, Provenance, Settings, refuse_mismatch
 from gradfn.statistics.mask import Dims, MaskReport, Watch, drawn_rows, fit_by_parts
-from gradfn.store import Store, differing, in_words, open_store, open_writer
+from gradfn.store import Store, differing, in_words, open_store
 from gradfn.transforms import Chain, Transform, chain
 from gradfn.transforms.fitted import Principal, SelectedFlat, SelectedSides, principal, selected
 from gradfn.transforms.projection import Loaders, is_number, parse_projection
@@ -133,7 +134,7 @@ def mask_run(
         InputError: the directory holds a mask made otherwise.
     """
     made = Provenance.of(settings)
-    with open_writer(run, "mask", made.settings(), blocks, overwrite, request=made.request) as writer:
+    with Output(run, overwrite=overwrite).open("mask", made, blocks) as writer:
         if not writer.complete:
             mask, reports = fit()
             if writer.missing([(0, blocks)]):  # a run may have ended between its segment and its index

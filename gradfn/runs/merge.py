@@ -10,28 +10,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradfn.engine.stream import Progress, lengths_of
+from gradfn.engine.stream import lengths_of
 from gradfn.errors import InputError
-from gradfn.runs.curvatures import Labels, describe_fit, load_curvature, write_curvature
-from gradfn.runs.provenance import Provenance, Settings
+from gradfn.runs.curvatures import Asked, Labels, load_curvature, write_curvature
+from gradfn.runs.output import Output, RunOptions, output_of
+from gradfn.runs.provenance import Provenance
 from gradfn.runs.shards import (
-    Shard,
     complete_shards,
     join_shards,
     joinable_shards,
     refuse_gaps,
     shard_rows,
-    shard_run,
     shards_of,
     whole_request,
 )
 from gradfn.statistics import Curvature, ekfac, kfac, second_moment, shampoo, tkfac
-from gradfn.statistics.fold import Additive, FoldState, TwoPass, check_fit, fit_sums
-from gradfn.statistics.labels import check_drawn, sample_labels
+from gradfn.statistics.fold import Additive, FoldState, TwoPass, fit_sums
 from gradfn.store import Store, Writer, differing, in_words, open_store, open_writer, remove_kind
 from gradfn.store.guard import refuse_links
 from gradfn.store.verify import check_file
-from gradfn.subject import Subject, SubjectOptions, subject_of
+from gradfn.subject import Subject
 from gradfn.transforms import Transform
 from gradfn.types import Data
 
@@ -51,14 +49,10 @@ def hessian_shard(
     fold: Any,
     transform: Transform | None = None,
     *,
-    shard: Shard,
     labels: Labels = "data",
     seed: int = 0,
     partitions: int = 1,
-    settings: Settings | Provenance | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    **options: Unpack[SubjectOptions],
+    **options: Unpack[RunOptions],
 ) -> int:
     """Write one part's sums of a curvature, for `merge_run` to add up and decompose.
 
@@ -67,58 +61,52 @@ def hessian_shard(
 
     Args:
         run: the run directory, common to all parts.
-        shard: which part of the rows.
-        fold, model, data, transform, labels, seed, partitions, settings, overwrite, progress, options: see
-            `hessian`.
+        fold, model, data, transform, labels, seed, partitions, options: see `hessian`; `shard`, the part of
+            the rows, must be given.
 
     Returns:
         Which pass the sums are of, 1 or 2.
 
     Raises:
-        InputError: see `fit`; more shards than rows; the directory holds sums made otherwise.
+        InputError: see `fit`; no shard, more than rows; the directory holds sums made otherwise.
     """
-    subject = subject_of(model, **options)
-    made = describe_fit(subject, data, fold, transform, labels, seed, settings)
+    output, subject = output_of(run, model, options)
+    if (shard := output.shard) is None:
+        raise InputError("sums are of a shard: give `shard=Shard(I, N)`, or call hessian for all rows")
     _fold_named(str(fold))
-    check_fit(fold, subject, transform, partitions=partitions)
-    if labels == "model":
-        check_drawn(subject.loss)
-    rows, number = shard_rows(lengths_of(data), shard), shard.number
-    basis = _basis(run, made, overwrite) if isinstance(fold, TwoPass) else None
+    asked = Asked(subject, data, fold, transform, labels, seed, partitions)
+    made, number = asked.made.merged(output.settings), shard.number
+    rows = shard_rows(lengths_of(data), shard)
+    basis = _basis(output, made) if isinstance(fold, TwoPass) else None
     if basis is not None:
         fold, made = fold.then(basis), replace(made, basis=basis.digest)
     one = fold.first if isinstance(fold, TwoPass) else fold
     kind = SUMS[basis is not None]
-    with open_writer(
-        shard_run(run, shard), kind, made.settings(), shard.count, overwrite, part=(number - 1, number),
-        request=made.request,
-    ) as writer:  # fmt: skip
+    with output.open(kind, made, shard.count, part=(number - 1, number)) as writer:
         if writer.missing([(number - 1, number)]):
             if basis is None:  # second sums would be of another first pass
-                remove_kind(shard_run(run, shard), SUMS[1])
-            if labels == "model":
-                size = subject.token_batch_size
-                data = sample_labels(subject.loss, data, seed, rows=rows, token_batch_size=size)
+                remove_kind(output.folder, SUMS[1])
             sums = fit_sums(
-                one, subject, data, transform, rows=rows, partitions=partitions, progress=progress
-            )
+                one, subject, asked.labelled(rows), transform, rows=rows, partitions=partitions,
+                progress=output.progress,
+            )  # fmt: skip
             writer.write(number - 1, number, _sum_arrays(sums, rows))
         writer.finish()
     return 1 + (basis is not None)
 
 
-def _basis(run: str | Path, made: Provenance, overwrite: bool) -> Curvature | None:
+def _basis(output: Output, made: Provenance) -> Curvature | None:
     """What a merged first pass gave; None before that, and where another one is to be replaced."""
-    if not (Path(run) / f"{BASIS}.h5").exists():
+    if not (Path(output.run) / f"{BASIS}.h5").exists():
         return None
-    with open_store(run, BASIS) as store:
+    with open_store(output.run, BASIS) as store:
         unlike = differing(store.settings, made.settings())
-    if unlike and not overwrite:
+    if unlike and not output.overwrite:
         raise InputError(
-            f"the first pass in {run} was made with other settings ({in_words(unlike)}): give "
+            f"the first pass in {output.run} was made with other settings ({in_words(unlike)}): give "
             "`overwrite=True` to begin again, or write to another directory"
         )
-    return None if unlike else load_curvature(run, BASIS)
+    return None if unlike else load_curvature(output.run, BASIS)
 
 
 def _sum_arrays(sums: FoldState, rows: range) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,12 @@ from gradfn.methods.attribution import Scorer
 from gradfn.methods.inner_product import EngineScorer
 from gradfn.model.left_out import uncovered
 from gradfn.model.sites import View, find_sites
-from gradfn.runs.changes import explaining
+from gradfn.runs.output import Output
 from gradfn.runs.provenance import Provenance
-from gradfn.runs.shards import Shard, shard_rows, shard_run
-from gradfn.store import Overwrite, Span, Values, Writer, check_disk, open_part, open_writer, storable
+from gradfn.runs.shards import shard_rows
+from gradfn.store import Span, Values, Writer, check_disk, open_part, storable
 from gradfn.types import Blocks, Data, Rows
-from gradfn.watch import Progress, Resumed
+from gradfn.watch import Resumed
 
 SEGMENT_BATCHES = 64
 SEGMENT_BYTES = 256 << 20
@@ -61,23 +62,19 @@ class RunRows:
     """The rows of one kind in a run directory: examples of data, or their tokens, all or those of a shard.
 
     Args:
-        run: the run directory, common to all shards.
+        output: where and how they are written.
         kind: "store" or "scores".
         made: what the rows are made of.
         data: the examples.
         tokens: whether a row of the file is a token.
-        shard: the part of the rows to write; None means all.
-        overwrite: see `open_writer`.
         index_arrays: arrays of the index, without a row dimension; those called `.../id` are compared.
     """
 
-    run: str | Path
+    output: Output
     kind: str
     made: Provenance
     data: Data
     tokens: bool
-    shard: Shard | None
-    overwrite: Overwrite
     index_arrays: Mapping[str, Values] = field(default_factory=dict)
 
     @cached_property
@@ -97,11 +94,12 @@ class RunRows:
         Raises:
             InputError: more shards than examples, or a shard without tokens.
         """
-        if self.shard is None:
+        shard = self.output.shard
+        if shard is None:
             return range(len(self.data))
-        own = shard_rows(self.lengths, self.shard)
+        own = shard_rows(self.lengths, shard)
         if self.bounds[own.start] == self.bounds[own.stop]:
-            raise InputError(f"the rows of shard {self.shard} have no tokens: choose fewer shards")
+            raise InputError(f"the rows of shard {shard} have no tokens: choose fewer shards")
         return own
 
     def span(self, examples: range) -> Span:
@@ -138,16 +136,15 @@ class RunRows:
         names = {name: list(values) for name, values in every.items() if name.endswith("/id")}
         if not self.tokens:
             names["rows/id"] = self.ids(range(len(self.data)))
-        run, beside = shard_run(self.run, self.shard), {}
+        beside: dict[str, Any] = {}
         if not self.tokens:
             texts: Sequence[str] = storable(getattr(self.data, "texts", ()))
             beside = {"rows/id": names["rows/id"], "rows/text": texts, "rows/length": self.lengths}
-        writer = open_writer(
-            run, self.kind, self.made.settings(), int(self.bounds[-1]), self.overwrite, names=names,
-            part=None if self.shard is None else self.span(self.examples), request=self.made.request,
-        )  # fmt: skip
-        with explaining(run, self.kind, beside), writer as opened:
-            yield opened
+        part = None if self.output.shard is None else self.span(self.examples)
+        with self.output.open(
+            self.kind, self.made, int(self.bounds[-1]), part=part, names=names, beside=beside
+        ) as writer:
+            yield writer
 
     def finish(self, writer: Writer) -> Path:
         """Write the index, with the names of documents where rows are tokens."""
@@ -201,7 +198,6 @@ def write_rows(
     scorer_of: Callable[[], Scorer],
     arrays: Callable[[Blocks | Tensor], Mapping[str, Values]],
     token_batch_size: int,
-    progress: Progress | None = None,
 ) -> Summary:
     """Make the rows that are missing, a segment at a time, and join the segments.
 
@@ -210,11 +206,11 @@ def write_rows(
         scorer_of: gives what makes gradients or scores of examples; not called where a run has all its rows.
         arrays: these as a store holds them.
         token_batch_size: a segment holds at most 64 batches of so many tokens, and what takes a minute.
-        progress: called with the tokens done, those first that were there already.
     """
+    progress = rows.output.progress
     first, last = rows.span(rows.examples)
     # What a scorer refuses is refused before anything is written.
-    scorer = None if (shard_run(rows.run, rows.shard) / f"{rows.kind}.h5").exists() else scorer_of()
+    scorer = None if (rows.output.folder / f"{rows.kind}.h5").exists() else scorer_of()
     with rows.open() as writer:
         if writer.complete:
             if progress:
@@ -229,14 +225,14 @@ def write_rows(
         if progress:
             todo = sum(int(rows.lengths[part.start : part.stop].sum()) for part in missing)
             progress(Resumed(rows.lengths[rows.examples.start : rows.examples.stop].sum() - todo))
-        for examples, result in _timed(rows, scorer, missing, token_batch_size, progress):
+        for examples, result in _timed(rows, scorer, missing, token_batch_size):
             writer.write(*rows.span(examples), {**arrays(result.values), **rows.arrays(examples, result)})
         path = rows.finish(writer)
     return rows.summary(path, last - first - made, unprobed(scorer))
 
 
 def _timed(
-    rows: RunRows, scorer: Scorer, missing: Sequence[range], token_batch_size: int, progress: Progress | None
+    rows: RunRows, scorer: Scorer, missing: Sequence[range], token_batch_size: int
 ) -> Iterator[tuple[range, Rows]]:
     """Results of the missing examples: of an engine, as many at a time as take a minute."""
     todo, tokens = list(missing), max(token_batch_size, FIRST_TOKENS)
@@ -250,7 +246,7 @@ def _timed(
         if start == stop:  # documents without a token, by token
             continue
         begun = time.monotonic()
-        yield examples, scorer(rows.data, examples, progress=progress)
+        yield examples, scorer(rows.data, examples, progress=rows.output.progress)
         seconds = max(time.monotonic() - begun, 1e-9)
         done = int(rows.lengths[examples.start : examples.stop].sum())
         tokens = max(token_batch_size, int(SEGMENT_SECONDS * done / seconds))

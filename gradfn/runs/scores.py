@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
 from gradfn.methods.attribution import Attribution, Queries
 from gradfn.methods.inner_product import InnerProduct, damping_names
 from gradfn.methods.recipes import method_of
 from gradfn.methods.scoring import names_of
 from gradfn.runs.gradients import GRADIENTS, blocks_of, read_gradients
+from gradfn.runs.output import Output, RunOptions, output_of
 from gradfn.runs.provenance import Provenance, Settings, describe
 from gradfn.runs.rows import RunRows, Summary, write_rows
 from gradfn.runs.shards import Shard, shard_run
 from gradfn.scores import KIND, SHARES, Columns
 from gradfn.store import Overwrite, Store, open_part, open_store
-from gradfn.subject import Subject, SubjectOptions, subject_of
+from gradfn.subject import Subject
 from gradfn.transforms import Transform
 from gradfn.types import Blocks, Data, Rows
 
@@ -38,13 +38,9 @@ def score_run(
     method: Attribution | str,
     *,
     by_block: bool = False,
-    settings: Settings | Provenance | None = None,
     query_ids: Sequence[str] | None = None,
     query_texts: Sequence[str] = (),
-    overwrite: Overwrite = False,
-    shard: Shard | None = None,
-    progress: Progress | None = None,
-    **options: Unpack[SubjectOptions],
+    **options: Unpack[RunOptions],
 ) -> Summary:
     """Write the scores of every row against queries to `RUN/scores.h5`, which `Scores.load` reads.
 
@@ -58,24 +54,24 @@ def score_run(
         by_block: write each block's share of the scores too, `/scores_by/<block>`.
         query_ids: the names of the queries; None means those of the examples, or their numbers.
         query_texts: their texts, to be recognised by.
-        run, model, train, settings, overwrite, shard, progress, options: see `build`.
+        run, model, train, options: see `build`.
 
     Raises:
         InputError: the directory holds scores made otherwise; a loss is not finite; more shards than rows;
             `query_ids` that are not as many as the queries.
     """
-    subject = subject_of(model, **options)
+    output, subject = output_of(run, model, options)
     asked = queries if callable(queries) else lambda: queries
     method = method_of(method, subject, train, asked() if isinstance(method, str) else None)
     transform = method.row_transform if isinstance(method, InnerProduct) else None
     how: dict[str, Any] = {"by_block": by_block, "method": method.settings()}
-    made = describe(subject, train, transform).merged(how).merged(settings)
+    made = describe(subject, train, transform).merged(how).merged(output.settings)
     names = names_of(asked()) if query_ids is None else list(query_ids)
     columns = Columns(names, list(query_texts), damping_names(method))
-    rows = RunRows(run, KIND, made, train, subject.view.tokens, shard, overwrite, columns.arrays())
+    rows = RunRows(output, KIND, made, train, subject.view.tokens, columns.arrays())
     return write_rows(
         rows, lambda: method.scorer(subject, asked(), by_block=by_block),
-        lambda values: _score_arrays(values, columns), subject.token_batch_size, progress,
+        lambda values: _score_arrays(values, columns), subject.token_batch_size,
     )  # fmt: skip
 
 
@@ -97,10 +93,10 @@ def write_scores(
         columns: the queries and dampings that these are of.
         settings: all that the scores depend on.
         tokens: whether a row of the scores is a token.
-        run, train, overwrite, shard: see `score_run`.
+        run, train, overwrite, shard: see `build`.
     """
-    made = Provenance.of(settings)
-    rows = RunRows(run, KIND, made, train, tokens, shard, overwrite, columns.arrays())
+    output, made = Output(run, overwrite=overwrite, shard=shard), Provenance.of(settings)
+    rows = RunRows(output, KIND, made, train, tokens, columns.arrays())
     first, last = rows.span(rows.examples)
     with rows.open() as writer:
         arrays = {**_score_arrays(result.values, columns), **rows.arrays(rows.examples, result)}

@@ -236,7 +236,8 @@ def _refuse_other_rows(writer: Writer, kind: str, stores: Sequence[Store]) -> No
                 f"{writer.run} has rows {start} to {stop} of a run without shards: give `overwrite=True` to "
                 "take those of the shards, or make the run again without `shard`"
             )
-        if not _same_file(there, ours[named[there.name]]):
+        part = ours[named[there.name]]
+        if not (there.samefile(part) or filecmp.cmp(there, part, shallow=False)):
             _refuse_remade(writer.run, kind, named[there.name])
     if writer.complete and not segments:
         with open_store(writer.run, kind) as joined:
@@ -250,10 +251,6 @@ def _refuse_remade(run: Path, kind: str, rows: Span) -> None:
         f"rows {rows[0]} to {rows[1]} of the {kind_name(kind)} of {run} are not those of its shards, which "
         "were made again: give `overwrite=True` to take these"
     )
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    return a.samefile(b) or filecmp.cmp(a, b, shallow=False)
 
 
 def _same_rows(joined: Store, part: Store) -> bool:

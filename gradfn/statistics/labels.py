@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradfn.data import IGNORED, collate
 from gradfn.engine.stream import Progress, keeps_rows, labelled, lengths_of, plan_rows
 from gradfn.errors import InputError
 from gradfn.model.losses import CausalLMLoss, ModelLoss, hidden_states, output_head, shifted_labels
+from gradfn.model.params import evaluating
 from gradfn.random import uniforms
 from gradfn.subject import TOKEN_BATCH_SIZE
 from gradfn.types import Batch, Data, Example, LossFn
@@ -147,7 +148,7 @@ def sample_labels(
         losses = loss.batched(batch)
         return losses.new_zeros(len(losses), 1), losses
 
-    with _evaluating(loss.model), torch.no_grad(), WATCH.get()("labels", total, "tokens") as shown:
+    with evaluating(loss.model), torch.no_grad(), WATCH.get()("labels", total, "tokens") as shown:
         pads = keeps_rows(measure, weights, data, rows)
         for places in plan_rows(data, rows, token_batch_size, pads=pads):
             numbers = places + rows.start
@@ -161,18 +162,3 @@ def sample_labels(
                 made[int(row)] = {k: v[place].cpu()[tuple(map(slice, size))] for k, v in new.items()}
             (progress or shown)(int(lengths[numbers].sum()))
     return Relabelled(data, made)
-
-
-class _evaluating:
-    """The model in eval mode, and back."""
-
-    def __init__(self, model: nn.Module):
-        self.training = [module for module in model.modules() if module.training]
-
-    def __enter__(self) -> None:
-        for module in self.training:
-            module.training = False
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.training:
-            module.training = True

@@ -1,7 +1,6 @@
 """What keeps a damaged file, or a run directory from somebody else, from doing harm."""
 
 import mmap
-from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -76,7 +75,8 @@ def linked_hard(file: h5py.File, name: str) -> h5py.Dataset:
     Raises:
         ValueError: one does, or it is no array.
     """
-    if any(not isinstance(file.get(path, getlink=True), h5py.HardLink) for path in _prefixes(name)):
+    way = accumulate(name.strip("/").split("/"), "{}/{}".format)  # every group, and the array
+    if any(not isinstance(file.get(path, getlink=True), h5py.HardLink) for path in way):
         raise ValueError(f"{name} lies elsewhere")
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):
@@ -99,8 +99,3 @@ def own_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dt
     if (dataset.shape, dataset.dtype) != (shape, dtype):
         raise ValueError(f"{name} is not what the header says")
     return dataset
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    """Every group on the way to an array, and the array."""
-    yield from accumulate(name.strip("/").split("/"), "{}/{}".format)

@@ -16,7 +16,6 @@ from gradfn.engine.stream import (
     lengths_of,
     row_name,
     stream,
-    stream_to_host,
 )
 from gradfn.errors import InputError
 from gradfn.testing import assert_blocks_close, naive_blocks
@@ -165,10 +164,10 @@ def test_on_a_cpu_batches_are_made_where_they_are_used():
     assert set(data.readers) == {threading.current_thread().name}
 
 
-@pytest.mark.parametrize("run", [stream, stream_to_host])
-def test_batches_come_in_the_same_order_whether_or_not_they_overlap(run, monkeypatch):
+@pytest.mark.parametrize("to_host", [False, True])
+def test_batches_come_in_the_same_order_whether_or_not_they_overlap(to_host, monkeypatch):
     def batches():
-        found = run(probe_engine(MODEL, LOSS), Named(ROWS), token_batch_size=9)
+        found = stream(probe_engine(MODEL, LOSS), Named(ROWS), token_batch_size=9, to_host=to_host)
         return [(numbers.tolist(), result.losses.tolist()) for numbers, result in found]
 
     plain = batches()
@@ -177,9 +176,9 @@ def test_batches_come_in_the_same_order_whether_or_not_they_overlap(run, monkeyp
     assert len(plain) > 3
 
 
-@pytest.mark.parametrize("run", [stream, stream_to_host])
-def test_a_stream_that_is_left_early_ends_its_thread(overlapping, run):
-    results = run(probe_engine(MODEL, LOSS), Named(ROWS), token_batch_size=1)
+@pytest.mark.parametrize("to_host", [False, True])
+def test_a_stream_that_is_left_early_ends_its_thread(overlapping, to_host):
+    results = stream(probe_engine(MODEL, LOSS), Named(ROWS), token_batch_size=1, to_host=to_host)
     next(results)
     assert len(batch_threads()) == 1
     results.close()

@@ -33,6 +33,8 @@ def test_texts(tokenizer):
     assert docs.labels.tolist() == docs.input_ids.tolist()
     assert docs.texts == TEXTS
     assert docs.ids == ["0", "1", "2", "3"]
+    with pytest.raises(TypeError, match="text_colum"):
+        tokenize(rows_of(text=TEXTS), tokenizer, text_colum="text")
 
 
 def test_an_empty_text_is_a_row(tokenizers):

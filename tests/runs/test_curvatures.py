@@ -84,3 +84,16 @@ def test_mixed_runs(llama, documents, tmp_path):
     gf.hessian(tmp_path / "other", llama, documents, second_moment(), gf.project(2))
     with pytest.raises(InputError, match="made differently"):
         gf.runs.mix_runs(tmp_path / "no", tmp_path / "q", tmp_path / "other")
+
+
+def test_a_shard_has_sums_and_the_whole_a_curvature(llama, documents, tmp_path):
+    asked = tmp_path / "run", llama, documents, second_moment(), gf.project(3)
+    with pytest.raises(
+        InputError, match="a shard has sums and no curvature: write them with `hessian_shard`"
+    ):
+        gf.hessian(*asked, shard=gf.runs.Shard(1, 2))
+    with pytest.raises(InputError, match=r"sums are of a shard: give `shard=Shard\(I, N\)`"):
+        gf.runs.hessian_shard(*asked)
+    with pytest.raises(TypeError, match="overwrites"):
+        gf.hessian(*asked, overwrites=True)
+    assert not (tmp_path / "run").exists()
