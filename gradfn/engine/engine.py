@@ -181,7 +181,7 @@ class Engine:
 
     def activation_bytes(self, example: Example) -> int:
         """Bytes that the operations of a forward pass of one example return."""
-        with self._ready(), torch.no_grad(), CountBytes() as made:
+        with self._ready(), torch.no_grad(), as_function(self.model), CountBytes() as made:
             self.loss(params_of(self.model), dict(example))
         return made.count
 
@@ -189,7 +189,7 @@ class Engine:
     def _ready(self) -> Iterator[None]:
         refuse_attached(self.sites)
         self._leave_unprobed()  # another engine may have found more of these
-        with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model), as_function(self.model):
+        with torch.inference_mode(False), torch.enable_grad(), _quiet(self.model):
             yield
 
     def _retry(self, run: Callable[[Batch], Result], batch: Batch) -> Result:
@@ -305,8 +305,7 @@ class Engine:
         """The same, one row of the batch at a time."""
         parts = []
         for row in range(_size(batch)):
-            with as_function(self.model):
-                parts.append(self._probed_blocks({k: v[row : row + 1] for k, v in batch.items()}))
+            parts.append(self._probed_blocks({k: v[row : row + 1] for k, v in batch.items()}))
         plans, (blocks, losses) = self.lowered().plans, zip(*parts, strict=True)
 
         def join(name: str) -> Tensor:
@@ -332,7 +331,7 @@ class Engine:
                 return one_number(batched(batch), size)
         params = params_of(self.model)
         if self.facts.singly:
-            with probes(slots):
+            with as_function(self.model), probes(slots):
                 return self.loss(params, _example(batch, 0))[None]
 
         def one(slots: Blocks, example: Batch) -> Tensor:

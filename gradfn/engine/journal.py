@@ -112,12 +112,13 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
     >>> counts.calls
     0
     """
-    journal, parameters = Journal(), [(m, dict(m._parameters)) for m in model.modules() if m._parameters]
+    journal, modules = Journal(), list(model.modules())
+    parameters = [(module, dict(module._parameters)) for module in modules if module._parameters]
     held = [
         (value, copy(value))
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, dict | list) and name not in _STOCK
+        for module in modules
+        for name in vars(module).keys() - _STOCK
+        if isinstance(value := vars(module)[name], (dict, list))  # a union would be made for every name
     ]
     stock = {name: getattr(nn.Module, name) for name in ("__setattr__", "register_buffer", "_apply")}
 

@@ -398,6 +398,18 @@ def results_per_row(engine: Engine, data: Data) -> np.ndarray:
     return lengths_of(data) if engine.view.tokens else np.ones(len(data), np.int64)
 
 
+def check_results(engine: Engine, count: int, what: str = "rows") -> None:
+    """Refuse results that have no room in memory: of `count` rows, or of what `what` calls them.
+
+    Raises:
+        InputError: they take more than is free.
+    """
+    check_memory(
+        count * engine.result_bytes, f"the results of {count:,} {what}",
+        f"project the gradients (`gf.project(16)`), or take fewer {what} at a time",
+    )  # fmt: skip
+
+
 def gather(
     engine: Engine,
     data: Data,
@@ -413,10 +425,7 @@ def gather(
         raise InputError("the data has no rows: give at least one example")
     offsets = offsets_of(results_per_row(engine, data)[rows.start : rows.stop])
     count = int(offsets[-1])
-    check_memory(
-        count * engine.result_bytes, f"the results of {count:,} rows",
-        "project the gradients (`gf.project(16)`), or take fewer rows at a time",
-    )  # fmt: skip
+    check_results(engine, count)
     out: Rows | None = None
     for numbers, result in stream(
         engine, data, rows=rows, token_batch_size=token_batch_size, progress=progress, to_host=True

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from gradfn.engine.stream import lengths_of
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.stream import check_results, lengths_of
 from gradfn.errors import InputError, StorageError
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods.attribution import (
@@ -118,6 +119,10 @@ class Problem:
         data = self.query if queries else self.train
         if queries and not len(data):
             raise InputError("this method fits a curvature over the queries: give --query, or --hessian-path")
+        if is_curvature and len(self.query):  # before a long fit, not after it
+            asked = self.subject.for_queries()
+            engine = probe_engine(asked.model, asked.loss, self.stage, view=asked.view)
+            check_results(engine, len(self.query), "queries")
         lengths = lengths_of(data)
         watch = partial(
             WATCH.get(), "curvature of the queries" if queries else "curvature",

@@ -119,3 +119,14 @@ def test_copies_of_queries_beyond_the_free_memory_are_refused(model, documents, 
     monkeypatch.setattr("gradfn.memory.free_memory", lambda device: 1000)
     with pytest.raises(InputError, match=r"of 8 queries take .*: ask fewer queries at a time"):
         method.against(queries)
+
+
+def test_queries_beyond_the_free_memory_are_refused_before_a_curvature_is_fitted(
+    model, documents, monkeypatch
+):
+    monkeypatch.setattr("gradfn.memory.SURE_BYTES", 0)
+    monkeypatch.setattr("gradfn.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr(Engine, "__call__", None)  # never called
+    words = "the results of 8 queries take .* or take fewer queries at a time"
+    with pytest.raises(InputError, match=words):
+        gf.score(model, documents, documents, method="ekfac")
