@@ -1,6 +1,7 @@
 """The pages name what exists: links and anchors, names of the library, files. The index has every page."""
 
 import ast
+import html
 import json
 import math
 import os
@@ -229,6 +230,19 @@ def test_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
         if shown and not same_lines(shown, lines):
             stale.append("\n".join([block.code, "prints", *lines]))
     assert not stale, f"{page.name} shows other outputs: " + "\n\n".join(stale)
+
+
+@pytest.mark.slow
+def test_the_picture_shows_what_its_command_prints(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    command = re.search(r"terminal\.py '(.*)' docs/score\.svg", text_of(ROOT / "CONTRIBUTING.md"))
+    assert command
+    runpy.run_path(str(DOCS / "terminal.py"))["draw"](command[1], str(tmp_path / "score.svg"), 100)
+    shown, printed = (
+        [html.unescape(line) for line in re.findall(r"<text[^>]*>([^<]*)</text>", text_of(path))]
+        for path in (DOCS / "score.svg", tmp_path / "score.svg")
+    )
+    assert same_lines(shown, printed), "\n".join(printed)
 
 
 def test_a_stale_output_is_found(tmp_path):
