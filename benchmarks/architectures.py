@@ -14,8 +14,7 @@ in it, else in float32: of the default view, and of all parameters (`include=["*
 of the small model's parameters that the default view attributes.
 
 Each model has a process of its own, with a limit of time and memory, so a crash is a line of the table.
-Results are lines of JSON. What is there already is not run again, except for types that are named. At the
-end the table in docs/coverage.md is written anew.
+Results are lines of JSON. Types that have one are run again only if named. docs/coverage.md gets the table.
 """
 
 import argparse
@@ -29,6 +28,7 @@ import re
 import resource
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -67,6 +67,8 @@ MEMORY = 12 << 30
 PARAMETERS = 5_000_000
 EQUAL = 1e-5
 """Up to here a row is the loop's. (Models that compute in float32 inside differ by 1e-7.)"""
+COVERAGE = 0.6
+"""A type of which less is attributed by default has a line of its own in the table."""
 BEGIN, END = "<!-- architectures -->", "<!-- architectures end -->"
 
 SIZES = (
@@ -113,9 +115,9 @@ TYPES: dict[str, dict[str, Any]] = {
     "esmc": {"vocab_size": VOCABULARY},
     "funnel": {"block_sizes": [1, 1]},
     "gemma3n_text": {
-        "intermediate_size": 48,
         "num_kv_shared_layers": 1,
         "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": 48,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
@@ -425,22 +427,20 @@ def sweep(path: Path, heads: Sequence[str], kinds: Sequence[str], limit: float) 
             result = isolated(kind, head, limit)
             file.write(json.dumps(asdict(result)) + "\n")
             file.flush()
-            print(
-                f"{number}/{len(todo)} {head} {kind}: {result.status} {line(result)} {result.words}",
-                flush=True,
-            )
+            said = f"{result.status} {line(result)} {result.words}"
+            print(f"{number}/{len(todo)} {head} {kind}: {said}", flush=True)
 
 
-# The table.
+def notes(result: Result) -> str:
+    """What is special in how a type was compared."""
+    found = [result.dtype] * (result.dtype != "float64") + ["batches of one length"] * (not result.together)
+    return _escaped("; ".join(found + [result.all_words] * bool(result.all_words)))
 
 
 def line(result: Result) -> str:
     """A line of the table."""
-    notes = [result.dtype] * (result.dtype != "float64")
-    notes += ["batches of one length"] * (not result.together)
-    notes += [result.all_words] * bool(result.all_words)
     errors = ("" if error is None else f"{error:.0e}" for error in (result.error, result.error_all))
-    return f"| {result.kind} | {' | '.join(errors)} | {result.coverage:.0%} | {_escaped('; '.join(notes))} |"
+    return f"| {result.kind} | {' | '.join(errors)} | {result.coverage:.0%} | {notes(result)} |"
 
 
 WHY = {"not made": "cannot be made small", "no loop": "does not run on these rows", "failed": "**fails**"}
@@ -452,34 +452,33 @@ def _escaped(words: str) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """The part of docs/coverage.md that is written by this script."""
-    ran = [result for result in results if result.status == "run"]
-    equal = sum(result.error is not None and result.error <= EQUAL for result in ran)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    total = sum(1 for _ in candidates(list(HEADS), ()))
+    errors = [result.error or 0.0 for result in results if result.status == "run"]
     parts = [
         f"Measured on {datetime.date.today()}, one thread of a CPU ({platform.machine()}), Python "
-        f"{platform.python_version()}, {versions}. Of {total} pairs of type and head that transformers has, "
-        f"{len(results)} were tried and {len(ran)} compared. {equal} of these are equal to the loop to "
-        f"{EQUAL:.0e} in every row.\n"
+        f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.\n"
+        f"Of {sum(1 for _ in candidates(list(HEADS), ()))} pairs of type and head that transformers has, "
+        f"{len(results)} were tried and {len(errors)} compared.\n{sum(e <= EQUAL for e in errors)} of these "
+        f"are equal to the loop to {EQUAL:.0e} in every row; the largest error is {max(errors):.0e}.\n"
     ]
     for head, (_, title) in HEADS.items():
         if not (own := sorted((r for r in results if r.head == head), key=lambda r: r.kind)):
             continue
         made = [r for r in own if r.status == "run"]
+        special = [r for r in made if notes(r) or r.coverage < COVERAGE or (r.error or 0.0) > EQUAL]
+        names = ", ".join(r.kind for r in made if r not in special)
         parts += [f"### {title}: {len(made)} of {len(own)} types\n"]
-        parts += ["| type | error | of all parameters | coverage | |", "|---|---|---|---|---|"]
-        parts += [*map(line, made), ""]
-        parts += [
-            f"- {r.kind} {WHY.get(r.status, r.status)}: {_escaped(r.words)}" for r in own if r.status != "run"
-        ]
-        parts.append("")
+        parts += [textwrap.fill(f"{names}.", 118, break_on_hyphens=False), ""]
+        if special:
+            parts += ["| type | error | of all parameters | coverage | |", "|---|---|---|---|---|"]
+            parts += [*map(line, special), ""]
+        others = (r for r in own if r.status != "run")
+        parts += [*(f"- {r.kind} {WHY.get(r.status, r.status)}: {_escaped(r.words)}" for r in others), ""]
     return "\n".join(parts)
 
 
 def write(page: Path, results: Sequence[Result]) -> None:
     """Write the table between its two marks on the page."""
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
+    before, _, after = re.split(f"{BEGIN}|{END}", page.read_text(encoding="utf-8"))
     page.write_text(f"{before}{BEGIN}\n\n{table(results)}\n{END}{after}", encoding="utf-8")
 
 

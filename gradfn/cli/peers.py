@@ -81,7 +81,7 @@ _OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "skip-hessians"): _nothing("no curvature is fitted unless it is asked for"),
     (ANY, "processor-path"): _nothing("a curvature is given as --hessian-path", 1),
     (ANY, "hessian-dtype"): _nothing("sums of a curvature are float64, or float32 of factors", 1),
-    (ANY, "include-bias"): _nothing("a bias is always a column of its block"),
+    (ANY, "include-bias"): _nothing("a bias is a column of its block unless --no-biases is given"),
     (ANY, "moe-experts"): _nothing("experts are attributed unless --exclude says otherwise"),
     (ANY, "drop-columns"): _nothing("a store holds ids, losses and excerpts, and no columns of the dataset"),
     (ANY, "auto-batch-size"): _nothing("batches are of 4,096 tokens unless told otherwise"),
