@@ -2,7 +2,8 @@
 
 from gradfn.train.hf_trainer import record_trainer
 from gradfn.train.optimizers import State, first_state, learning_rate, update
-from gradfn.train.record import Recorder, RecordOptions, recording
+from gradfn.train.parts import RecordOptions
+from gradfn.train.record import Recorder, recording
 from gradfn.train.spec import Training
 from gradfn.train.stacked import Start, alone_if_needed, initial_params, losses_at, stacked_losses
 from gradfn.train.step import Losses, losses_of, make_step

@@ -19,7 +19,8 @@ from gradfn.engine.contract import Segments
 from gradfn.errors import InputError
 from gradfn.model.losses import ModelLoss, shifted_labels, token_losses
 from gradfn.model.tasks import task_of
-from gradfn.train.record import SMALL, Recorder, RecordOptions, recording, trained_model
+from gradfn.train.parts import SMALL, RecordOptions
+from gradfn.train.record import Recorder, recording, trained_model
 from gradfn.types import Data
 
 __all__ = ["record_trainer"]
@@ -61,8 +62,7 @@ def record_trainer(
     _refuse(trainer)
     dataset = trainer.train_dataset
     model = trained_model(trainer.model)
-    settings = {"seed": trainer.args.seed, "rows": _digest(dataset), **(options.get("settings") or {})}
-    wanted: Any = {**options, "settings": {"trainer": settings}}
+    wanted: Any = {**options, "settings": {**_settings(trainer, model), **(options.get("settings") or {})}}
     watch = _Watch(trainer, model, _task(model), partial(recording, model, run, data, **wanted))
     trainer.train_dataset = _numbered(dataset)
     trainer._set_signature_columns_if_needed()
@@ -134,6 +134,27 @@ def _numbered(dataset: Any) -> Any:
             "or an IterableDataset of the datasets library"
         )
     return _Rows(dataset)
+
+
+def _settings(trainer: Any, model: nn.Module) -> dict[str, Any]:
+    """What a trainer knows of the rows: which they are, the seed, the loss, where model and tokenizer are."""
+    config, smoothing = getattr(model, "config", None), trainer.args.label_smoothing_factor
+    paths = {
+        "model": getattr(config, "_name_or_path", None),
+        "tokenizer": getattr(trainer.processing_class, "name_or_path", None),
+    }
+    loss = {
+        "name": _task(model),
+        "reduction": "mean",
+        "criterion": "cross_entropy",
+        "label_smoothing": smoothing,
+    }
+    trained = {"seed": trainer.args.seed, "rows": _digest(trainer.train_dataset)}
+    return {
+        "trainer": trained,
+        "loss": loss,
+        **{name: {"path": path} for name, path in paths.items() if path},
+    }
 
 
 def _digest(dataset: Any) -> str:

@@ -6,11 +6,11 @@ A backward pass gives the part that a row has in the gradient of the loss of a s
     kappa_i = dL / dl_i        L: what backward is called on;  l_i: the row's own loss
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradfn.engine.stream import lengths_of
 from gradfn.engine.tap import Tapped, tap
 from gradfn.errors import InputError, StorageError
-from gradfn.hf.optimizer_state import second_moments
-from gradfn.model.sites import View, blocks_of
+from gradfn.model.sites import View
 from gradfn.runs.gradients import GRADIENTS
 from gradfn.runs.provenance import RECORDED, Provenance, describe_model
 from gradfn.runs.shards import Shard, shard_run
@@ -30,43 +29,11 @@ from gradfn.store import Values, storable
 from gradfn.store.directory import segments_of
 from gradfn.store.file import read_header
 from gradfn.store.growing import open_growing
+from gradfn.train.parts import RecordOptions, SelfCheck, Stages, stages_of
 from gradfn.transforms import Transform, chain
-from gradfn.transforms.chain import Blockwise, Chain, Kronecker
-from gradfn.transforms.projection import lenient
 from gradfn.types import Blocks, Data
 
-__all__ = ["OptimizerScale", "RecordOptions", "Recorder", "recording", "trained_model"]
-
-Normalize = Literal["none", "before", "after"]
-TOLERANCE = {False: 1e-3, True: 5e-2}
-"""How far the rows' parts may be from the gradient that they add up to: in float32, and in 16 bits."""
-SMALL = (torch.bfloat16, torch.float16)
-
-
-class RecordOptions(TypedDict, total=False):
-    """What may be said of a recording.
-
-    Keys:
-        transform: what the gradient of a row goes through, such as `project(16)`; None: nothing.
-        view: which weights; None: all weight matrices, and of a model with adapters the adapters.
-        normalize: "before" divides by `sqrt(v) + eps` of the optimizer before the step, which has none at
-            the first step (see `visits/scaled`); "after" by that after it, for which the full gradients of a
-            step's rows are held until its end.
-        optimizer: whose `v` that is.
-        dtype: of the gradients on disk, float32 or float16.
-        start: the first step, where training resumes: rows of this step and later ones are removed.
-        overwrite: replace what is in the run.
-        settings: recorded beside what is known of the model and the data, such as a seed.
-    """
-
-    transform: Transform | None
-    view: View | None
-    normalize: Normalize
-    optimizer: torch.optim.Optimizer | None
-    dtype: torch.dtype
-    start: int
-    overwrite: bool
-    settings: Mapping[str, Any] | None
+__all__ = ["Recorder", "recording", "trained_model"]
 
 
 @contextmanager
@@ -103,7 +70,7 @@ def recording(
     (['7', '8'], [[1.0, 0.0], [0.0, 2.0]])
     """
     inner = trained_model(model)
-    stages = _stages(inner, options)
+    stages = stages_of(inner, options)
     scaled = [stages.scale] if stages.scale else []
     made = _describe(inner, data, chain(*scaled, options.get("transform") or chain()), options)
     start, overwrite, folder = options.get("start", 0), options.get("overwrite", False), _own_run(run)
@@ -118,7 +85,7 @@ def recording(
         log.resume(start)
         names = _Names(data)
         recorder = Recorder(tapped, log, names, stages, options.get("dtype", torch.float32), start)
-        recorder._check = _SelfCheck.begin(tapped, stages.inside)
+        recorder._check = SelfCheck.begin(tapped, stages.inside)
         try:
             yield recorder
         except BaseException:
@@ -169,7 +136,7 @@ class Recorder:
     tapped: Tapped
     log: VisitLog
     names: "_Names"
-    stages: "_Stages"
+    stages: Stages
     dtype: torch.dtype
     number: int = 0
     end: str | None = None
@@ -177,7 +144,7 @@ class Recorder:
     _made: list[tuple[Blocks, dict[str, Values]]] = field(default_factory=list)
     _microstep: int = 0
     _scaled: bool = False
-    _check: "_SelfCheck | None" = None
+    _check: SelfCheck | None = None
 
     def loss(
         self,
@@ -218,9 +185,9 @@ class Recorder:
         weights, own = None, loss.detach()
         if loss.ndim == 0:
             counts = torch.ones(len(numbers)) if counts is None else counts.detach()
-            weights = counts / torch.as_tensor(counts.sum() if total is None else total).clamp_min(1).to(
-                counts
-            )
+            counts = counts.double()  # a total need not be whole: several processes share it
+            whole = counts.sum() if total is None else torch.as_tensor(total).to(counts)
+            weights = counts / torch.where(whole == 0, 1.0, whole)
             own = own.new_full((len(numbers),), torch.nan) if losses is None else losses.detach()
         if self.stages.scale is not None and not self.stages.late and not (self._opened or self._made):
             self._scaled = self.stages.scale.read()
@@ -244,7 +211,7 @@ class Recorder:
             )
         if self._check is not None:
             passed = self._check.passed(blocks)
-            self._check = None if passed else _SelfCheck.begin(self.tapped, self.stages.inside)
+            self._check = None if passed else SelfCheck.begin(self.tapped, self.stages.inside)
         inverse = torch.where(factors != 0, 1 / factors, 0)
         blocks = {name: G * inverse.to(G).view(-1, *[1] * (G.ndim - 1)) for name, G in blocks.items()}
         finite = torch.stack([G.flatten(1).isfinite().all(1) for G in blocks.values()]).all(0)
@@ -355,135 +322,6 @@ class _Names:
         """The texts of rows, where the data has them."""
         texts = getattr(self.data, "texts", None)
         return storable(texts[row] if texts else "" for row in rows)
-
-
-# --- the stages
-
-
-@dataclass(frozen=True, eq=False)
-class OptimizerScale(Blockwise):
-    """`G -> G / (sqrt(v) + eps)` with the second moment that a running optimizer has at each step.
-
-    Args:
-        when: "before" the step whose rows are recorded, or "after" it.
-        optimizer, model, view: see `second_moments`.
-    """
-
-    when: Normalize
-    optimizer: Any = field(repr=False)
-    model: nn.Module = field(repr=False)
-    view: View | None = field(default=None, repr=False)
-    divisors: Blocks = field(default_factory=dict, repr=False)
-
-    linear = True
-
-    def settings(self) -> dict[str, object]:
-        """When; the optimizer changes step by step."""
-        return {"transform": "OptimizerScale", "when": self.when}
-
-    def read(self) -> bool:
-        """Read the optimizer's state; whether there is one yet."""
-        self.divisors.clear()
-        self.divisors.update(second_moments(self.optimizer, self.model, self.view))
-        return bool(self.divisors)
-
-    def block(self, name: str, G: Tensor) -> Tensor:
-        """Divide one block, if there is a state yet."""
-        return G / self.divisors[name].to(G) if name in self.divisors else G
-
-
-@dataclass(frozen=True)
-class _Stages:
-    """What runs in the backward pass, what waits until `kappa` is undone, and the optimizer's scaling.
-
-    Args:
-        late: whether the scaling, and so everything, waits for the end of the step.
-    """
-
-    inside: Chain
-    after: Chain
-    scale: OptimizerScale | None = None
-    late: bool = False
-
-
-def _stages(model: nn.Module, options: RecordOptions) -> _Stages:
-    """Divide a transform into what is linear in a row, and the rest."""
-    normalize, optimizer = options.get("normalize", "none"), options.get("optimizer")
-    if normalize not in get_args(Normalize):
-        raise InputError(f"no normalize {normalize!r}: choose {', '.join(get_args(Normalize))}")
-    if (normalize != "none") != (optimizer is not None):
-        raise InputError('give `optimizer` with normalize="before" or "after", and with no other')
-    if options.get("dtype", torch.float32) not in (torch.float32, torch.float16):
-        raise InputError(f"a store has float32 or float16, not {options.get('dtype')}: choose one of them")
-    stages = chain(options.get("transform") or chain()).stages
-    if normalize == "after":
-        scale = OptimizerScale(normalize, optimizer, model, options.get("view"))
-        return _Stages(chain(), chain(*stages), scale, late=True)
-    scale = None if optimizer is None else OptimizerScale("before", optimizer, model, options.get("view"))
-    linear = [isinstance(s, Kronecker) or (isinstance(s, Blockwise) and s.linear) for s in stages]
-    count = linear.index(False) if False in linear else len(stages)
-    return _Stages(chain(*([scale] if scale else []), *stages[:count]), chain(*stages[count:]), scale)
-
-
-@dataclass(eq=False)
-class _SelfCheck:
-    """Compares the rows' parts of one small weight with its gradient: that of the same backward passes."""
-
-    tapped: Tapped
-    transform: Chain
-    block: str
-    grads: dict[str, list[Tensor]]
-    handles: list[Any] = field(default_factory=list)
-    low: bool = False
-
-    @classmethod
-    def begin(cls, tapped: Tapped, transform: Chain) -> "_SelfCheck | None":
-        """Listen to the gradient of the smallest weight that is trained, if there is one."""
-        parameters = dict(tapped.model.named_parameters())
-        trained = [s for s in tapped.sites if s.names and all(parameters[n].requires_grad for n in s.names)]
-        if not trained:
-            return None
-        site = min(trained, key=lambda one: one.weight.numel())
-        names = {name for other in tapped.sites if other.block == site.block for name in other.names}
-        grads: dict[str, list[Tensor]] = {name: [] for name in names}
-        check = cls(tapped, transform, site.block, grads)
-        check.handles = [parameters[name].register_hook(_append(grads[name])) for name in names]
-        check.handles.append(site.module.register_forward_hook(check._notice))
-        return check
-
-    def _notice(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.low |= getattr(output, "dtype", None) in SMALL  # autocast may be inside the model alone
-
-    def passed(self, blocks: Blocks) -> bool:
-        """Whether they agree; False where the gradient says nothing, being zero or not finite.
-
-        Raises:
-            InputError: they differ.
-        """
-        for handle in self.handles:
-            handle.remove()
-        if not all(self.grads.values()):
-            return False
-        dtype = blocks[self.block].dtype
-        summed = {name: torch.stack(grads).sum(0, dtype=dtype)[None] for name, grads in self.grads.items()}
-        sites = [site for site in self.tapped.sites if site.block == self.block]
-        whole: Any = lenient(self.transform)(blocks_of(sites, summed))
-        expected, found = whole[self.block][0], blocks[self.block].sum(0)
-        size = float(expected.norm())
-        if not 0 < size < float("inf") or not bool(found.isfinite().all()):
-            return False
-        error = float((found - expected).norm()) / size
-        if error > TOLERANCE[self.low]:
-            raise InputError(
-                f"the rows' parts of {self.block} differ by {error:.1%} from the gradient that they should "
-                "add up to: leave what is no loss of rows out of the loss, such as a penalty on the weights, "
-                "or exclude the weight from the view"
-            )
-        return True
-
-
-def _append(grads: list[Tensor]) -> Callable[[Tensor], None]:
-    return lambda grad: grads.append(grad.detach().clone())
 
 
 # --- the run

@@ -288,6 +288,37 @@ def test_a_stream_of_the_datasets_library_numbers_its_rows(tmp_path):
     assert found["visits/row"][:10].tolist() == [*range(10)]
 
 
+@pytest.mark.slow
+def test_commands_read_what_a_trainer_recorded(tmp_path, monkeypatch, capsys):
+    from tiny import DOCUMENTS, QUERIES, make_model, make_tokenizer, save, write_jsonl
+
+    from gradfn.cli import main
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["gradfn", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (None, 0), capsys.readouterr()
+        return capsys.readouterr().out
+
+    folder = save(tmp_path / "model", make_model(), make_tokenizer())
+    model, tokenizer = gf.load_model(folder).requires_grad_(True), gf.load_tokenizer(folder)
+    data = gf.tokenize(gf.load_rows(str(write_jsonl(tmp_path / "rows.jsonl", DOCUMENTS)), "train"), tokenizer)
+    trainer = make_trainer(tmp_path / "out", model, list(data), gf.data.collate, max_steps=3)
+    record_trainer(trainer, tmp_path / "run", data, transform=gf.project(4))
+    trainer.train()
+    queries = write_jsonl(tmp_path / "queries.jsonl", QUERIES)
+    assert "rows                9," in run("info", tmp_path / "run")
+    asked = run(
+        "query", tmp_path / "run", "--query", queries, "--tokenizer", folder
+    )  # the model that it began with
+    assert "doc-" in asked
+    scored = run("score", tmp_path / "scores", "--model", folder, "--dataset", tmp_path / "rows.jsonl",
+                 "--query-path", tmp_path / "run", "--projection", "rademacher:4x4")  # fmt: skip
+    assert "9 queries" in scored
+    run("verify", tmp_path / "run")
+
+
 def sft_trainer(folder, model, rows, **settings):
     trl = pytest.importorskip("trl", reason="needs TRL")
     from tiny import make_tokenizer

@@ -219,10 +219,13 @@ def test_a_mean_over_tokens_is_undone(tmp_path):
         loss = net(input_ids=batch["input_ids"], labels=batch["labels"]).loss
         (rec.loss(loss, range(4), counts=counts) * 64).backward()
         rec.step()
+        loss = net(input_ids=batch["input_ids"], labels=batch["labels"]).loss * counts.sum() / 9.5
+        rec.loss(loss, range(4), counts=counts, total=9.5).backward()
+        rec.step()
     found = read(tmp_path / "run")
-    assert_rows(found, expected, [0, 1, 2, 3], 1e-4)
-    assert found["rows/id"].tolist() == ["a", "b", "c", "d"]
-    assert found["rows/length"].tolist() == [8, 3, 5, 6]
+    assert_rows(found, expected, [0, 1, 2, 3] * 2, 1e-4)
+    assert found["rows/id"].tolist() == ["a", "b", "c", "d"] * 2
+    assert found["rows/length"].tolist() == [8, 3, 5, 6] * 2
 
 
 def test_products_are_in_float32_under_autocast_and_checkpointing_changes_nothing(tmp_path):
