@@ -296,9 +296,7 @@ def test_commands_read_what_a_trainer_recorded(tmp_path, monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setattr("sys.argv", ["gradfn", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code in (None, 0), capsys.readouterr()
+        main()
         return capsys.readouterr().out
 
     folder = save(tmp_path / "model", make_model(), make_tokenizer())
@@ -308,7 +306,7 @@ def test_commands_read_what_a_trainer_recorded(tmp_path, monkeypatch, capsys):
     record_trainer(trainer, tmp_path / "run", data, transform=gf.project(4))
     trainer.train()
     queries = write_jsonl(tmp_path / "queries.jsonl", QUERIES)
-    assert "rows                9," in run("info", tmp_path / "run")
+    assert "9, 188 tokens" in run("info", tmp_path / "run")
     asked = run(
         "query", tmp_path / "run", "--query", queries, "--tokenizer", folder
     )  # the model that it began with
