@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 ROOMS = (
     "types", "errors", "random", "memory", "data", "store", "linalg", "model", "subject", "scores",
-    "transforms", "engine", "statistics", "exact", "methods", "train", "runs", "evaluate", "hf", "report",
+    "transforms", "engine", "statistics", "exact", "methods", "runs", "hf", "train", "evaluate", "report",
     "testing", "example", "cli",
 )  # fmt: skip
 """The rooms of gradfn in order: each imports only from those before it."""

@@ -13,7 +13,7 @@ PACKAGE = Path(gradfn.__file__).parent
 TESTS = Path(__file__).parent
 ROOMS = (
     "types", "errors", "random", "memory", "watch", "shown", "data", "store", "linalg", "model", "subject",
-    "scores", "transforms", "engine", "statistics", "exact", "methods", "train", "runs", "evaluate", "hf",
+    "scores", "transforms", "engine", "statistics", "exact", "methods", "runs", "hf", "train", "evaluate",
     "report", "testing", "example", "cli",
 )  # fmt: skip
 """A file imports only from its own room and from those before it."""
@@ -68,6 +68,10 @@ TESTED_ELSEWHERE = {
     "statistics/moments": "tests/statistics/test_fold.py",
     "statistics/second_moment": "tests/statistics/test_curvature.py",
     "statistics/shampoo": "tests/statistics/test_curvature.py",
+    "train/parts": "tests/train/test_record.py",
+    "train/hf_trainer": "tests/hf/test_trainer.py",
+    "runs/visits": "tests/train/test_record.py",
+    "store/growing": "tests/train/test_record.py",
     "transforms/fitted": "tests/statistics/test_fold.py",
     "transforms/joint": "tests/transforms/test_chain.py",
     "transforms/lower": "tests/transforms/test_chain.py",

@@ -202,7 +202,12 @@ def load_subject(request: ModelRequest) -> Loaded:
 
 def load_stored_subject(request: QueryRequest, path: str, settings: Settings) -> Loaded:
     """Load the model at a path as a store of its gradients records it, with the loss that queries have."""
-    made, how = settings["model"], settings["loss"]
+    made, how = settings["model"], settings.get("loss")
+    if how is None:
+        raise InputError(
+            "the store does not say which loss its rows have, because a loop of Python recorded it: ask it "
+            "in Python, with gf.query"
+        )
     if how["name"] == "masked_lm" and "masking" not in settings:
         raise InputError(
             f"the store of {path} does not say how its tokens were masked: make it again with gradfn build"

@@ -32,6 +32,50 @@ def lower_for(sites: Sequence[Site], transform: Transform, shared: Collection[st
 
 
 @dataclass(frozen=True, eq=False)
+class Segments:
+    """Examples that lie one after the other in one row of tokens, without padding.
+
+    Args:
+        index: the positions of each, `[examples, longest]`, among all tokens of the batch.
+        real: which of these are tokens of the example and no padding.
+        tokens: how many tokens the batch has.
+
+    >>> packed = Segments.of([2, 1], 3)
+    >>> packed.cut(torch.tensor([[[5.0], [6.0], [7.0]]]), "layer").squeeze(-1)
+    tensor([[5., 6.],
+            [7., 0.]])
+    """
+
+    index: Tensor
+    real: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], tokens: int, device: torch.device | None = None) -> "Segments":
+        """Those of these lengths, from the first of a batch's tokens on."""
+        sizes = torch.tensor(lengths, device=device)
+        at = torch.arange(int(sizes.max()), device=device)
+        real = at < sizes[:, None]
+        return cls(torch.where(real, (sizes.cumsum(0) - sizes)[:, None] + at, 0), real, tokens)
+
+    def cut(self, v: Tensor, path: str) -> Tensor:
+        """`[examples, longest, ...]` of `[batch, tokens, ...]`, zeros for padding.
+
+        Raises:
+            InputError: the rows of `v` are not those tokens.
+        """
+        if v.ndim > 1 and v.shape[0] * v.shape[1] == self.tokens:
+            v = v.flatten(0, 1)
+        if len(v) != self.tokens:
+            raise InputError(
+                f"{path} has no row for each of the {self.tokens} tokens of a packed batch: exclude it, or "
+                "train without packing"
+            )
+        real = self.real.reshape(*self.real.shape, *[1] * (v.ndim - 1))
+        return torch.where(real, v[self.index], torch.zeros((), dtype=v.dtype, device=v.device))
+
+
+@dataclass(frozen=True, eq=False)
 class Contract:
     """How the input and output gradient of one call of a layer become the cotangent of the block's slot.
 
@@ -43,6 +87,7 @@ class Contract:
         tokens: how many tokens an example has, if every token has a row of its own.
         counts: 1 at the positions that the loss supervises, `[batch, positions]`, for a statistic of factors.
         padded: whether positions without a gradient are padding, for a statistic of factors without `counts`.
+        segments: of examples that are packed into one row of tokens.
 
     Raises:
         InputError: the layer has no gradient of each token, or no factors, and the plan needs them.
@@ -55,6 +100,7 @@ class Contract:
     tokens: int | None = None
     counts: Tensor | None = None
     padded: bool = False
+    segments: Segments | None = None
 
     def __post_init__(self):
         if self.tokens is not None and not self.layer.by_token:
@@ -77,7 +123,9 @@ class Contract:
         """The cotangent `inside(L (sum_t g_t x_tᵀ) Rᵀ)` of every example, or of every token."""
         plan, g = self.plan, g.to(self.plan.dtype)
         saved = saved.to(plan.dtype) if saved.is_floating_point() else saved
-        if self.size is not None and not self.layer.ragged:
+        if self.segments is not None:
+            saved, g = self.segments.cut(saved, self.path), self.segments.cut(g, self.path)
+        elif self.size is not None and not self.layer.ragged:
             saved, g = _by_example(saved, self.size), _by_example(g, self.size)
         if plan.reduces_first and self.tokens is None and self.layer.sums_rows_first:
             saved, g = saved[None], g[None]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gradfn.engine.contract import Contract, lower_for, no_factors
+from gradfn.engine.contract import Contract, Segments, lower_for, no_factors
 from gradfn.errors import InputError
 from gradfn.model.layers import Layer, in_full_precision
 from gradfn.model.sites import Site, View, find_sites
@@ -95,6 +95,7 @@ class Forward:
         size: how many examples the batch has; None: the pass is of one example, without a batch axis.
         mark: under vmap, where one example stands for all, any tensor that differs by example.
         copy: whether a probe gives the model a copy, because the model writes to what its modules return.
+        packed: whether examples lie one after the other in the rows of a call; the contract takes them apart.
         on_repeat: called at every use of a block but the first; it may raise.
         on_rows: called with a site and how many rows of its call belong to an example (0: all share one row);
             it may raise.
@@ -105,6 +106,7 @@ class Forward:
     size: int | None = None
     mark: Tensor | None = None
     copy: bool = False
+    packed: bool = False
     on_repeat: Callable[[Site], None] = _once
     on_rows: Callable[[Site, int], None] = lambda site, rows: None
     uses: Counter[str] = field(default_factory=Counter)
@@ -131,7 +133,10 @@ class Forward:
         if self.size is None and self.mark is None:
             probed: Any = Probe.apply(y[None], slot, saved[None], contract.pullback, self.copy, None)
             return probed[0]
-        if self.size is not None and not layer.ragged and not self._rows_of_each(site, self.size, saved, y):
+        if self.packed and layer.ragged:
+            raise ProbeError(site.path, "has experts, whose rows do not say which packed example they are of")
+        batched = not layer.ragged and not self.packed
+        if self.size is not None and batched and not self._rows_of_each(site, self.size, saved, y):
             y = y.expand(self.size, *y.shape[1:])
         return Probe.apply(y, slot, saved, contract.pullback, self.copy, self.mark)  # pyright: ignore
 
@@ -207,6 +212,7 @@ class Tapped:
     copy: bool
     _forwards: list[Forward] = field(default_factory=list)
     _open: Forward | None = None
+    _held: bool = False
 
     @property
     def blocks(self) -> Blocks | Tensor:
@@ -244,34 +250,43 @@ class Tapped:
         return blocks
 
     @contextmanager
-    def forward(self, rows: int) -> Iterator[None]:
+    def forward(self, rows: int, segments: Segments | None = None) -> Iterator[None]:
         """Take what runs inside for one forward pass, where the loss calls parts of the model by itself.
 
         Args:
             rows: how many examples the batch has.
+            segments: where they are, if they are packed into one row of tokens.
         """
-        self._begin(rows)
-        yield
-        self._open = None
+        self._begin(rows, segments)
+        self._held = True
+        try:
+            yield
+        finally:
+            self._open, self._held = None, False
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        with attached(self.sites, self._use), ExitStack() as undo:
-            before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-            undo.callback(before.remove)
-            undo.callback(self.model.register_forward_hook(self._after).remove)
+        with attached(self.sites, self._use), self.called_by(self.model):
+            yield
+
+    @contextmanager
+    def called_by(self, module: nn.Module) -> Iterator[None]:
+        """Take a call of `module` for a forward pass: of the model, or of a wrapper that calls its parts."""
+        with ExitStack() as undo:
+            undo.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(self._after).remove)
             yield
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not _recomputing():
+        if torch.is_grad_enabled() and not _recomputing() and not self._held:
             rows = (len(v) for v in tree_leaves((args, named)) if isinstance(v, Tensor) and v.ndim)
             self._begin(self.rows or next(rows, 0))
 
     def _after(self, *_: Any) -> None:
-        if not _recomputing():
+        if not _recomputing() and not self._held:
             self._open = None
 
-    def _begin(self, rows: int) -> None:
+    def _begin(self, rows: int, segments: Segments | None = None) -> None:
         if not rows:
             raise InputError("no argument of the forward pass is a tensor of examples: give rows=")
         self._forwards = [forward for forward in self._forwards if forward is not self._open]  # it raised
@@ -279,11 +294,13 @@ class Tapped:
         for name, slot in slots.items():
             if not self.lowered.plans[name].linear:
                 slot.register_post_accumulate_grad_hook(partial(_refuse_a_second, name, set()))
-        self._open = Forward(slots, self._contract, rows, copy=self.copy, on_repeat=self._on_repeat)
+        contract = partial(self._contract, segments)
+        packed = segments is not None
+        self._open = Forward(slots, contract, rows, copy=self.copy, packed=packed, on_repeat=self._on_repeat)
         self._forwards.append(self._open)
 
-    def _contract(self, site: Site, layer: Layer, size: int | None) -> Contract:
-        return Contract(self.lowered.plans[site.block], layer, site.path, size)
+    def _contract(self, segments: Segments | None, site: Site, layer: Layer, size: int | None) -> Contract:
+        return Contract(self.lowered.plans[site.block], layer, site.path, size, segments=segments)
 
     def _on_repeat(self, site: Site) -> None:
         if not self.lowered.plans[site.block].linear:

@@ -27,7 +27,7 @@ from gradfn.model.sites import Site, View, blocks_of, find_sites
 from gradfn.transforms import Transform, adafactor, adam
 from gradfn.types import Blocks
 
-__all__ = ["load_optimizer_state"]
+__all__ = ["load_optimizer_state", "second_moments"]
 
 _TRAINER_FILES = ("optimizer.pt", "optimizer.bin")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -132,6 +132,44 @@ def load_optimizer_state(path: str | Path, model: nn.Module, view: View | None =
         return adafactor(found, eps=0.0)
     eps = next(iter(moments.values())).eps
     return adam(_dense_blocks(sites, moments, eps), eps)
+
+
+def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module, view: View | None = None) -> Blocks:
+    """What a running optimizer divides the next step by, `sqrt(v) + eps` of every block, bias-corrected.
+
+    Args:
+        optimizer: torch's, or one that has its `state` and `param_groups`.
+        model: the model that it trains.
+        view: which weights get a block.
+
+    Returns:
+        `{block: [out, in]}`, with a bias column; empty before the first step.
+
+    Raises:
+        InputError: it keeps no second moments, or none of a parameter of these weights.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> optimizer = torch.optim.AdamW(net.parameters(), eps=0.5)
+    >>> second_moments(optimizer, net)
+    {}
+    >>> net(torch.tensor([3.0, 1.0])).backward()
+    >>> optimizer.step()
+    >>> second_moments(optimizer, net)["root"]
+    tensor([[3.5000, 1.5000]])
+    """
+    sites, known = find_sites(model, view), {id(p): name for name, p in model.named_parameters()}
+    groups = tuple(
+        tuple(
+            _Entry(known[id(p)], optimizer.state.get(p, {}), group) for p in group["params"] if id(p) in known
+        )
+        for group in optimizer.param_groups
+    )
+    saved = _Saved(Path(type(optimizer).__name__), groups)
+    if not any(entry.state for entry in saved.entries):
+        return {}
+    moments = _moments(saved, model, sites)
+    eps = next(iter(moments.values())).eps
+    return {name: v.sqrt() + eps for name, v in _dense_blocks(sites, moments, eps).items()}
 
 
 def _moments(saved: _Saved, model: nn.Module, sites: Sequence[Site]) -> dict[str, _Moment]:

@@ -24,6 +24,7 @@ from gradfn.runs.shards import (
     shards_of,
     whole_request,
 )
+from gradfn.runs.visits import join_recorded, recorded_shards
 from gradfn.statistics import Curvature, ekfac, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import Additive, FoldState, TwoPass, fit_sums
 from gradfn.store import Store, Writer, differing, in_words, open_store, open_writer, remove_kind
@@ -208,11 +209,13 @@ class _Fit:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What there is to join in one run directory: how many parts of each kind, and a curvature to fit."""
+    """What there is to join in one run directory: how many parts of each kind, a curvature to fit, and what
+    the processes of a training recorded."""
 
     run: Path
     counts: dict[str, int]
     fit: _Fit | None
+    recorded: Sequence[Store] = ()
 
 
 def _planned(run: Path, overwrite: bool) -> _Plan | None:
@@ -220,10 +223,13 @@ def _planned(run: Path, overwrite: bool) -> _Plan | None:
     kinds = shards_of(run)
     if not kinds:
         return None
+    recorded = recorded_shards(run) if "store" in kinds else []
     # The first sums come first: where they are unlike, second ones lack for that reason.
     sums = {kind: complete_shards(run, kind) for kind in SUMS if kind in kinds}
     counts = {
-        kind: len(joinable_shards(run, kind, overwrite=overwrite)) for kind in kinds if kind not in SUMS
+        kind: len(joinable_shards(run, kind, overwrite=overwrite))
+        for kind in kinds
+        if kind not in SUMS and not (recorded and kind == "store")
     }
     for kind, stores in sums.items():
         for path in [path for store in stores for path in store.files()]:
@@ -233,7 +239,7 @@ def _planned(run: Path, overwrite: bool) -> _Plan | None:
     fit = _fit_of(run, sums.get(SUMS[0], []), sums.get(SUMS[1], [])) if sums else None
     if fit is not None and not overwrite:
         _refuse_other_fit(run, fit)
-    return _Plan(run, counts, fit)
+    return _Plan(run, counts, fit, recorded)
 
 
 def _rows_of(store: Store) -> int:
@@ -313,6 +319,9 @@ def _refuse_other_fit(run: Path, fit: _Fit) -> None:
 def _carried_out(plan: _Plan, overwrite: bool) -> Iterator[Joined]:
     for kind, count in plan.counts.items():
         yield Joined(kind, join_shards(plan.run, kind, overwrite=overwrite), count)
+    if plan.recorded:
+        path = join_recorded(plan.run, plan.recorded, overwrite=overwrite)
+        yield Joined("store", path, len(plan.recorded))
     if (fit := plan.fit) is not None:
         with open_writer(
             plan.run, fit.kind, fit.made.settings(), 1, overwrite, request=whole_request(fit.stores[0])

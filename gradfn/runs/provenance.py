@@ -13,6 +13,7 @@ from gradfn.data import check_rows
 from gradfn.errors import InputError
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import CausalLMLoss, ModelLoss
+from gradfn.model.sites import View
 from gradfn.runs.changes import changed_model
 from gradfn.store import Store, differing, in_words
 from gradfn.subject import Subject
@@ -23,6 +24,8 @@ from gradfn.types import Data, LossFn
 AnyRecord = TypeVar("AnyRecord", bound="Record")
 Settings = Mapping[str, Any]
 """Plain JSON values, as a store holds them."""
+RECORDED = "recorded"
+"""What the settings have of rows of a training run, each at the parameters before its step."""
 TAIL = ("Precondition", "UnitNormalize")
 """The stages that may end a chain, in this order, and that can be added to stored rows later."""
 PATHS = {"Principal": 2, "Selected": 1}
@@ -253,16 +256,25 @@ def _merged(settings: Settings, more: Settings) -> dict[str, Any]:
 
 def describe(subject: Subject, data: Data, transform: Transform | None) -> Provenance:
     """What the rows of a run depend on: model, data, loss, layers and transform."""
-    check_rows(data)
+    made = describe_model(subject.model, data, subject.view, transform)
+    return replace(made, loss=loss_source(subject.loss))
+
+
+def describe_model(
+    model: nn.Module, data: Data | None, view: View, transform: Transform | None
+) -> Provenance:
+    """The same without a loss, and where the data is not known without data."""
+    if data is not None:
+        check_rows(data)
     fingerprint: Callable[[], str] | None = getattr(data, "fingerprint", None)
+    source = None if data is None else DataSource(rows=len(data), ids=ids_digest(data))
+    if source is not None and fingerprint is not None:
+        source = replace(source, fingerprint=fingerprint())
     return Provenance(
         version=gradfn.__version__,
-        model=ModelSource(fingerprint=model_fingerprint(subject.model)),
-        data=DataSource(
-            fingerprint=None if fingerprint is None else fingerprint(), rows=len(data), ids=ids_digest(data)
-        ),
-        loss=loss_source(subject.loss),
-        layers=subject.view.settings(),
+        model=ModelSource(fingerprint=model_fingerprint(model)),
+        data=source,
+        layers=view.settings(),
         transform=chain(transform or chain()).settings(),
     )
 
@@ -303,7 +315,8 @@ def compare(there: Provenance, here: Provenance) -> dict[str, tuple[Any, Any]]:
     """The leaves in which two provenances differ, of those that must agree for gradients to be compared.
 
     These are the model, the layers and the transform, but for its tail; and, where both record one, the
-    tokenizer, the image processor and what tokens are masked by.
+    tokenizer, the image processor and what tokens are masked by. The rows of a training run are at the
+    parameters of many steps, so any model goes with them.
 
     Returns:
         `{dotted key: (value there, value here)}`, see `differing`.
@@ -319,6 +332,8 @@ def compare(there: Provenance, here: Provenance) -> dict[str, tuple[Any, Any]]:
          "transform": {"chain": [_without_path(stage) for stage in made.without_tail().stages]}}
         for made, model in zip((there, here), models, strict=True)
     ]  # fmt: skip
+    if RECORDED in there.further or RECORDED in here.further:
+        sides = [{**side, "model": None} for side in sides]
     for key in ("tokenizer", "processor"):
         prints = [source and source.fingerprint for source in (getattr(there, key), getattr(here, key))]
         if None not in prints:

@@ -21,7 +21,7 @@ from gradfn.store.guard import refuse_links
 
 __all__ = [
     "Shard", "complete_shards", "is_complete", "join_shards", "joinable_shards", "kind_name", "listed",
-    "parse_shard", "refuse_gaps", "shard_rows", "shard_run", "shards_of",
+    "parse_shard", "present_shards", "refuse_gaps", "refuse_unlike", "shard_rows", "shard_run", "shards_of",
 ]  # fmt: skip
 
 FOLDER = "shards"
@@ -139,6 +139,18 @@ def complete_shards(run: str | Path, kind: str) -> list[Store]:
     Raises:
         InputError: parts are missing, incomplete, overlap, or were made with different settings.
     """
+    stores = present_shards(run, kind)
+    refuse_unlike(run, kind, stores)
+    refuse_gaps(run, kind, [store.span for store in stores], stores[0].rows)
+    return stores
+
+
+def present_shards(run: str | Path, kind: str) -> list[Store]:
+    """Open the parts of one kind, in order, after checking that all are there and complete.
+
+    Raises:
+        InputError: parts are missing or incomplete, or there are those of several counts.
+    """
     found = shards_of(run).get(kind, [])
     if not found:
         raise InputError(f"{run} has no shards of its {kind_name(kind)}: write them with `shard=Shard(I, N)`")
@@ -150,10 +162,7 @@ def complete_shards(run: str | Path, kind: str) -> list[Store]:
     lacking = f"of {count} of the {kind_name(kind)} of {run}", there / f"{kind}.h5", count
     _refuse_lacking(*lacking, missing, "missing", "")
     _refuse_lacking(*lacking, unfinished, "incomplete", " again, which resumes")
-    stores = [open_part(shard_run(run, shard), kind) for shard in found]
-    _refuse_unlike(run, kind, stores)
-    refuse_gaps(run, kind, [store.span for store in stores], stores[0].rows)
-    return stores
+    return [open_part(shard_run(run, shard), kind) for shard in found]
 
 
 def joinable_shards(run: str | Path, kind: str, *, overwrite: bool = False) -> list[Store]:
@@ -287,10 +296,19 @@ def _refuse_lacking(
         )
 
 
-def _refuse_unlike(run: str | Path, kind: str, stores: Sequence[Store]) -> None:
-    first, count = _made_with(stores[0]), len(stores)
-    for number, store in enumerate(stores, 1):
-        if differences := differing(first, _made_with(store)):
+def refuse_unlike(run: str | Path, kind: str, stores: Sequence[Store], *, rows: bool = True) -> None:
+    """Refuse parts that were made differently.
+
+    Args:
+        rows: whether all must know the same number of rows, that of all parts together.
+
+    Raises:
+        InputError: naming the values that differ.
+    """
+    unknown, count = {} if rows else {"rows": None}, len(stores)
+    sides = [{**_made_with(store), **unknown} for store in stores]
+    for number, side in enumerate(sides, 1):
+        if differences := differing(sides[0], side):
             raise InputError(
                 f"shards 1/{count} and {number}/{count} of the {kind_name(kind)} of {run} were made "
                 f"differently ({in_words(differences, str)}): make one of them again with `overwrite=True`"

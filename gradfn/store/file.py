@@ -27,6 +27,8 @@ length, and arrays no digests."""
 READABLE = (1, 2, 3)
 RESUMED = (2, 3)
 """Formats of which segments may lie beside each other."""
+OPEN = 1 << 62
+"""The number of rows in a segment that was written before it was known how many there would be."""
 CHUNK_BYTES = 1 << 20
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Version 1.10 of the format is the first with virtual datasets, and checksums its own metadata.

@@ -13,7 +13,7 @@ from gradfn.errors import InputError, LostFileError, StorageError
 from gradfn.store.arrays import ArraySpec, decoded
 from gradfn.store.compare import differing
 from gradfn.store.directory import files_of, index_path, segment_name, segments_of
-from gradfn.store.file import Header, Span, get_header, place_of, read_header, reading
+from gradfn.store.file import OPEN, Header, Span, get_header, place_of, read_header, reading
 from gradfn.store.guard import own_dataset, refuse_links
 
 
@@ -135,8 +135,9 @@ class Store:
             refuse_links(path.parent, path)
         with reading(path) as file:
             there = get_header(file)
-            span = (there.kind, there.rows, there.start, there.stop)
-            if span != (self.header.kind, self.rows, start, stop) or differing(there.settings, self.settings):
+            span = (there.kind, there.start, there.stop)
+            known = there.rows in (self.rows, OPEN) and span == (self.header.kind, start, stop)
+            if not known or differing(there.settings, self.settings):
                 raise LostFileError(
                     f"{path} is not the file that {self.path} joins: run the command that made it again", path
                 )

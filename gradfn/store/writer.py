@@ -305,6 +305,7 @@ def _linked_index(file: h5py.File, joined: "Store", index_arrays: Mapping[str, n
             new_dataset(file, name, shape, dtype)
             continue
         layout = h5py.VirtualLayout(shape, dtype)
+        layout.dcpl.set_obj_track_times(False)  # the same rows are the same bytes
         for start, stop in header.segments:
             source = segment_name(header.kind, start, stop)
             layout[start:stop] = h5py.VirtualSource(source, name, (stop - start, *spec.shape), dtype)

@@ -1,6 +1,9 @@
 """Training as a pure, twice differentiable function, of many models at once."""
 
+from gradfn.train.hf_trainer import record_trainer
 from gradfn.train.optimizers import State, first_state, learning_rate, update
+from gradfn.train.parts import RecordOptions
+from gradfn.train.record import Recorder, recording
 from gradfn.train.spec import Training
 from gradfn.train.stacked import Start, alone_if_needed, initial_params, losses_at, stacked_losses
 from gradfn.train.step import Losses, losses_of, make_step
@@ -10,6 +13,8 @@ from gradfn.train.trainer import Progress, Step, Trained, Trainer, make_trainer,
 __all__ = [
     "Losses",
     "Progress",
+    "RecordOptions",
+    "Recorder",
     "Start",
     "State",
     "Step",
@@ -25,6 +30,8 @@ __all__ = [
     "losses_of",
     "make_step",
     "make_trainer",
+    "record_trainer",
+    "recording",
     "stacked_losses",
     "table_of",
     "train",
