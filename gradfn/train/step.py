@@ -1,6 +1,7 @@
 """One training step as a pure, twice differentiable function, and the losses of a batch that it needs."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -56,10 +57,14 @@ def make_step(
     return step
 
 
-def losses_of(loss: LossFn) -> Losses:
+def losses_of(loss: LossFn, *, fused: bool = False) -> Losses:
     """The losses of a batch as a function of parameters: `loss.batched` where there is one, else `vmap`.
 
     Attention runs by its formula: fused kernels can be neither mapped over nor differentiated twice.
+
+    Args:
+        loss: of an example.
+        fused: let attention run in the model's own kernel, for one gradient and no second one.
 
     >>> import torch
     >>> losses_of(lambda p, e: p["w"] * e["x"])({"w": torch.tensor(2.0)}, {"x": torch.arange(3.0)})
@@ -76,7 +81,7 @@ def losses_of(loss: LossFn) -> Losses:
         module = _LossModule(loss if whole is None else whole())
 
     def losses(params: Params, batch: Batch) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
+        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
             if module is None:
                 return each(params, dict(batch))
             made = call(module, {f"model.{name}": p for name, p in params.items()}, dict(batch))
