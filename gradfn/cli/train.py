@@ -130,7 +130,7 @@ def _first_facts(loaded: Loaded, course: Course, request: TrainRequest) -> Facts
         *loaded.notes,
         *device_facts(loaded.model, loaded.products),
         ("model", f"{loaded.name} ({count(numbers, 'parameter')}, all trained, from {init} weights, "
-                  "without dropout)"),
+                  "dropout off)"),
         ("train", f"{count(len(rows), 'row')}, {count(int(rows.lengths.sum()), 'token')}"),
         ("training", f"{count(training.epochs, 'epoch')} of {training.optimizer}, batches of "
                      f"{training.batch_size}, learning rate {training.learning_rate:g}{schedule}{warmup}"),

@@ -406,7 +406,7 @@ def new_model(
     how: dict[str, Any] = {"dtype": PRECISIONS[precision], "trust_remote_code": trust_remote_code}
     how |= {} if attention is None else {"attn_implementation": attention}
     make = getattr(transformers, MODEL_CLASSES[task]).from_config
-    model = seeded_model(lambda: load_pretrained("model", path, make, config, **how), seed)
+    model = seeded_model(lambda: load_pretrained("model", path, lambda _: make(config, **how), source), seed)
     _leave_padding_to_masks(model, task)
     return model.to(device).eval().requires_grad_(False)
 
