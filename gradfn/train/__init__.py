@@ -1,5 +1,6 @@
 """Training as a pure, twice differentiable function, of many models at once."""
 
+from gradfn.train.in_run import InRun, InRunTotals, Totals, in_run, step_direction
 from gradfn.train.optimizers import State, first_state, learning_rate, update
 from gradfn.train.spec import Training
 from gradfn.train.stacked import Start, alone_if_needed, initial_params, losses_at, stacked_losses
@@ -8,17 +9,21 @@ from gradfn.train.table import Table, table_of
 from gradfn.train.trainer import Progress, Step, Trained, Trainer, make_trainer, train
 
 __all__ = [
+    "InRun",
+    "InRunTotals",
     "Losses",
     "Progress",
     "Start",
     "State",
     "Step",
     "Table",
+    "Totals",
     "Trained",
     "Trainer",
     "Training",
     "alone_if_needed",
     "first_state",
+    "in_run",
     "initial_params",
     "learning_rate",
     "losses_at",
@@ -26,6 +31,7 @@ __all__ = [
     "make_step",
     "make_trainer",
     "stacked_losses",
+    "step_direction",
     "table_of",
     "train",
     "update",
