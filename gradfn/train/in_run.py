@@ -158,7 +158,7 @@ def _slope(training: Training, state: State, name: str, g: Tensor) -> Tensor:
     """The derivative of each number of a new parameter in its own gradient, which clipping has passed."""
     own = State({name: state.params[name]}, tuple({name: m[name]} for m in state.moments), *state[2:])
     plain = replace(training, max_grad_norm=None)
-    _, pull = vjp(lambda g: update(plain, own, {name: g}).params[name], g)
+    pull = vjp(lambda g: update(plain, own, {name: g}).params[name], g)[1]
     return pull(torch.ones_like(g))[0]
 
 
@@ -257,7 +257,7 @@ def in_run(
         empty = update(training, state, {name: torch.zeros_like(g) for name, g in grads.items()}).params
         middle = {name: (p + after.params[name]) / 2 - state.params[name] for name, p in empty.items()}
         with forward_mode():
-            made, bent = jvp(slope, (state.params,), (middle,))
+            made, bent = jvp(slope, (state.params,), (middle,))[:2]
         query_grads = {name: q + bent[name] for name, q in made.items()}
     else:
         query_grads = slope(state.params)

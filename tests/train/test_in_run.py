@@ -284,7 +284,7 @@ def test_the_first_step_of_adam_is_cold():
 ])  # fmt: skip
 def test_values_that_do_not_exist_are_refused(call):
     state = first_state(params_of(NET), Training(1, 6, 0.1), torch.tensor(1))
-    with pytest.raises(gf.InputError, match="needs `grads`|no values of order 2"):
+    with pytest.raises(gf.InputError, match=r"needs `grads`|no values of order 2"):
         call(state, batch_grads(state.params))
 
 
