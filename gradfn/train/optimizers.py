@@ -129,10 +129,21 @@ def clipped(training: Training, grads: Params, *, stacked: bool = False) -> Para
     """
     if training.max_grad_norm is None:
         return grads
+    scale, _ = clip_scale(training, grads, stacked=stacked)
+    return {name: g * _align(scale, g) for name, g in grads.items()}
+
+
+def clip_scale(training: Training, grads: Params, *, stacked: bool = False) -> tuple[Tensor, Tensor]:
+    """The factor by which `clipped` scales a gradient, and the gradient's norm.
+
+    >>> clip_scale(Training(1, 1, 0.1, max_grad_norm=1.0), {"a": torch.tensor([3.0, 4.0])})
+    (tensor(0.2000), tensor(5.))
+    """
     squares = [g.square().reshape(*g.shape[:stacked], -1).sum(-1) for g in grads.values()]
     norm = _root(torch.stack(squares).sum(0))
-    scale = (training.max_grad_norm / (norm + 1e-6)).clamp_max(1)
-    return {name: g * _align(scale, g) for name, g in grads.items()}
+    if training.max_grad_norm is None:
+        return torch.ones_like(norm), norm
+    return (training.max_grad_norm / (norm + 1e-6)).clamp_max(1), norm
 
 
 def _align(number: Tensor, like: Tensor) -> Tensor:
