@@ -29,12 +29,12 @@ from gradfn.hf.checkpoints import Checkpoints, take_params
 from gradfn.hf.datasets import load_split
 from gradfn.model.params import params_of
 from gradfn.report.progress import progress_bar
-from gradfn.report.summaries import Facts, batches_facts, device_facts, resumed_facts
+from gradfn.report.summaries import Facts, batches_facts, device_facts, resumed_facts, scores_facts
 from gradfn.report.tables import facts
 from gradfn.report.words import count
-from gradfn.runs.training import Trained, Validation, spans_of, train_run
+from gradfn.runs.training import Trained, Validation, spans_of, train_run, write_values
 from gradfn.train.optimizers import State
-from gradfn.train.run import Course
+from gradfn.train.run import Course, Valuing
 from gradfn.train.stacked import check_start
 
 NAMED = 5
@@ -47,7 +47,8 @@ def run_train(request: TrainRequest) -> None:
     check_trained(request)
     request = checked(request, "training needs a model and a dataset")
     options, training = request.training, request.training.training()
-    others = _validation_rows(request)
+    others = _validation_rows(options.validation, options.validation_split, "validation")
+    queries = _validation_rows(options.values, options.values_split, "values")
     loaded, rows = load_model_and_rows(request)
     if hasattr(loaded.model, "peft_config"):
         raise InputError(f"{loaded.name} has adapters, and whole models are trained: merge them into it")
@@ -58,6 +59,7 @@ def run_train(request: TrainRequest) -> None:
     course = Course(
         loaded.subject.loss, rows, training, seed=request.seed, normalize=options.normalize,
         token_batch_size=request.model.token_batch_size, pads=padded,
+        valuing=None if queries is None else _valuing(loaded, queries, request),
     )  # fmt: skip
     console().print(facts([*_first_facts(loaded, course, request), *batches_facts(padded)]))
     known = {key: value for key, value in loaded.settings().items() if key != "layers"}
@@ -70,7 +72,10 @@ def run_train(request: TrainRequest) -> None:
             settings={**known, **recorded(request), **init}, overwrite=request.output.overwrite,
             progress=progress,
         )  # fmt: skip
+        scores = course.valuing and write_values(request.run, course, overwrite=request.output.overwrite)
     console().print(facts(_last_facts(trained, course, request)))
+    if scores and course.valuing is not None:
+        console().print(facts(scores_facts(scores, len(rows), len(course.valuing.data))))
 
 
 def _start(course: Course, model: nn.Module) -> State:
@@ -89,15 +94,12 @@ def _keeper(loaded: Loaded, course: Course, request: TrainRequest) -> Checkpoint
     )
 
 
-def _validation_rows(request: TrainRequest) -> Any | None:
-    """The dataset of --validation, loaded before the model so that a wrong path fails at once."""
-    path, split = request.training.validation, request.training.validation_split
+def _validation_rows(path: str | None, split: str | None, option: str) -> Any | None:
+    """The dataset of an option, loaded before the model so that a wrong path fails at once."""
     if path is not None:
-        return load_split(path, split, argument="validation_split")[0]
+        return load_split(path, split, argument=f"{option}_split")[0]
     if split is not None:
-        raise InputError(
-            "--validation-split is of the rows of --validation, and none are given: leave it out"
-        )
+        raise InputError(f"--{option}-split is of the rows of --{option}, and none are given: leave it out")
     return None
 
 
@@ -113,6 +115,18 @@ def _validation(loaded: Loaded, rows: Any, request: TrainRequest) -> Validation:
         raise InputError(f"no row of {path} has anything to predict: give --validation other rows")
     known = {"path": anchored(path), "fingerprint": data.fingerprint(), "rows": len(data)}
     return Validation(data, known)
+
+
+def _valuing(loaded: Loaded, rows: Any, request: TrainRequest) -> Valuing:
+    """What the rows of each step are valued by: queries, as `gradfn score` reads them."""
+    options = request.training
+    try:
+        data = load_documents(loaded, rows, request.data, str(options.values), query=True)
+    except InputError as error:
+        raise InputError(f"in --values: {error}") from error
+    if not data.supervised.all():
+        raise InputError("a row of --values has nothing to predict: leave it out")
+    return Valuing(data, loaded.subject.query_loss, options.values_kind, options.values_every)
 
 
 # --- what is said

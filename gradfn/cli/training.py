@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from gradfn.train.spec import Training
 
 Normalize = Literal["rows", "tokens"]
+ValueKind = Literal["influence", "shapley", "frozen", "before"]
 
 _BETAS = "Of adam and adamw: the decays of the mean of gradients and of their squares."
 _SAVE = "Steps between checkpoints, or epoch: one after each. The last step always has one."
+_VALUES = "Queries: what each row does to their losses is summed over the steps, to scores.h5 in RUN."
 _NORMALIZE = "What a step takes the mean over: its rows' losses, or all of their supervised tokens."
 
 
@@ -57,6 +59,13 @@ class TrainOptions(TrainingOptions):
     validation_split: str | None = option(
         None, QUERY_SPLIT.replace("--query", "--validation"), shown="the only one"
     )
+
+    values: str | None = option(None, _VALUES, file=found)
+    values_split: str | None = option(None, QUERY_SPLIT.replace("--query", "--values"), shown="the only one")
+    values_kind: ValueKind = option(
+        "shapley", "How the optimizer's part in a step is shared out over its rows."
+    )
+    values_every: int = option(1, "Steps from one that is valued to the next.")
 
     def training(self) -> "Training":
         """The training, refused before anything is loaded where it makes no sense."""

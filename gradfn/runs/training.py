@@ -19,21 +19,27 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 import gradfn
 from gradfn.errors import InputError
 from gradfn.runs.provenance import DataSource, Provenance, Settings, ids_digest, loss_source
+from gradfn.runs.scores import write_scores
+from gradfn.scores import Columns
 from gradfn.store import Span, check_disk, open_store, open_writer, storable
 from gradfn.store.directory import check_place
 from gradfn.store.file import create_folder, disk_errors
 from gradfn.store.guard import refuse_links
 from gradfn.store.writer import Writer
+from gradfn.train.in_run import InRunTotals
 from gradfn.train.optimizers import State
 from gradfn.train.run import Course, Diverged, Taken
-from gradfn.types import Data
+from gradfn.types import Data, Rows
 from gradfn.watch import Resumed
 
 KIND, LOG, MARK = "training", "log.csv", "gradfn.json"
+VALUES = "steps/values"
+"""What each row of a step did to each validation loss; 0 for steps that were not valued."""
 COLUMNS = {
     "epoch": np.int64, "learning_rate": np.float64, "loss": np.float64, "gradient_norm": np.float64,
     "clip": np.float64, "tokens": np.int64, "seconds": np.float64, "validation_loss": np.float64,
@@ -189,6 +195,37 @@ def checkpoints_of(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def write_values(run: str | Path, course: Course, *, overwrite: bool = False) -> Path:
+    """Write the sums of the rows' values over all steps of a training to `RUN/scores.h5`, as scores.
+
+    Args:
+        run: of `train_run`, complete, with a course that has `valuing`.
+        course: the training.
+        overwrite: replace scores that are there.
+
+    Raises:
+        InputError: the training is unfinished, or valued no rows.
+    """
+    valuing = course.valuing
+    if valuing is None:
+        raise InputError(f"the training of {run} valued no rows: give it `valuing`")
+    names = _names(valuing.data)
+    fold, rows = InRunTotals(_names(course.data), names), len(course.data)
+    state, losses = fold.init(), np.zeros(rows)
+    with open_store(run, KIND) as store:
+        for _, _, part in store.chunks(["steps/rows", "steps/losses", VALUES], course.per_epoch):
+            real = part["steps/rows"] >= 0
+            numbers = part["steps/rows"][real]
+            state = fold.update(state, torch.from_numpy(numbers), torch.from_numpy(part[VALUES][real]))
+            np.add.at(losses, numbers, part["steps/losses"][real])
+        made = Provenance.of(store)
+    how = {"recipe": "inrun", "method": made.further["values"], "query": made.further["values"]["query"]}
+    means = torch.from_numpy(losses) / course.training.epochs
+    columns = Columns(names, list(getattr(valuing.data, "texts", ())))
+    return write_scores(run, course.data, Rows(state.values.float(), means), columns,
+                        settings=made.merged(how), overwrite=overwrite)  # fmt: skip
+
+
 # --- the steps
 
 
@@ -245,6 +282,9 @@ def _span(
     batch = course.training.batch_size
     arrays: dict[str, Any] = {f"steps/{name}": np.zeros(stop - begin, kind) for name, kind in COLUMNS.items()}
     arrays["steps/rows"] = np.full((stop - begin, batch), FILLER, np.int64)
+    arrays["steps/losses"] = np.full((stop - begin, batch), np.nan)
+    if course.valuing is not None:
+        arrays[VALUES] = np.zeros((stop - begin, batch, len(course.valuing.data)), np.float32)
     steps = course.steps(state, stop)
     del state
     try:
@@ -255,6 +295,9 @@ def _span(
             for name in COLUMNS:
                 arrays[f"steps/{name}"][place] = known[name]
             arrays["steps/rows"][place, : len(taken.rows)] = taken.rows
+            arrays["steps/losses"][place, : len(taken.rows)] = taken.losses
+            if taken.values is not None:
+                arrays[VALUES][place, : len(taken.rows)] = taken.values
             line(begin + place + 1, known)
             if job.progress is not None:
                 job.progress(len(taken.rows), f"loss {taken.loss:.4g}")
@@ -347,7 +390,15 @@ def _describe(course: Course, save_every: SaveEvery, validation: Validation | No
         "save_every": save_every,
         "token_batch_size": course.token_batch_size,
     }
-    more = {} if validation is None else {"validation": dict(validation.settings)}
+    more: dict[str, Any] = {} if validation is None else {"validation": dict(validation.settings)}
+    if (valuing := course.valuing) is not None:
+        digest = getattr(valuing.data, "fingerprint", lambda: None)()
+        asked = {
+            "fingerprint": digest,
+            "rows": len(valuing.data),
+            "loss": loss_source(valuing.loss).to_json(),
+        }
+        more["values"] = {"kind": valuing.kind, "every": valuing.every, "query": asked}
     return Provenance(
         version=gradfn.__version__,
         data=DataSource(fingerprint=None if fingerprint is None else fingerprint(), rows=len(course.data),

@@ -19,8 +19,10 @@ from gradfn.data import check_rows, collate
 from gradfn.engine.batching import plan_batches, plan_equal, shapes_of
 from gradfn.engine.stream import labelled, lengths_of
 from gradfn.errors import InputError
+from gradfn.exact.products import forward_mode
 from gradfn.subject import TOKEN_BATCH_SIZE
-from gradfn.train.optimizers import State, first_state, learning_rate, update
+from gradfn.train.in_run import Kind, step_direction
+from gradfn.train.optimizers import State, clip_scale, first_state, learning_rate, update
 from gradfn.train.spec import Training
 from gradfn.train.stacked import check_start
 from gradfn.train.step import Losses, losses_of
@@ -47,6 +49,8 @@ class Taken(NamedTuple):
         norm: of its gradient, over all parameters, before it was clipped.
         clip: the factor by which clipping scaled the gradient.
         tokens: of the rows.
+        losses: of the rows, before the step.
+        values: what each row did to each validation loss, `[batch, queries]`, see `in_run`; None: not asked.
     """
 
     state: State
@@ -57,6 +61,34 @@ class Taken(NamedTuple):
     norm: float
     clip: float
     tokens: int
+    losses: Float64[np.ndarray, " batch"]
+    values: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Valuing:
+    """Which validation losses the rows of a step are valued by, and how; see `in_run`.
+
+    Args:
+        data: the validation rows, each a query.
+        loss: of such a row.
+        kind: see `step_direction`.
+        every: steps from one that is valued to the next; the first one of all is.
+
+    Raises:
+        InputError: no rows, or fewer than one step.
+    """
+
+    data: Data
+    loss: LossFn
+    kind: Kind = "shapley"
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not len(self.data):
+            raise InputError(
+                f"{len(self.data)} validation rows every {self.every} steps: give 1 or more of both"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +104,7 @@ class Course:
             supervised tokens, so that long rows count more.
         token_batch_size: padded tokens whose gradient is made at a time; their gradients are added up.
         pads: whether rows of unequal length may share a batch, see `gradfn.engine.stream.pads`.
+        valuing: what the rows of each step are valued by.
 
     Raises:
         InputError: a batch that is larger than the rows; a warmup longer than the training; tokens to
@@ -93,6 +126,7 @@ class Course:
     normalize: Normalize = "rows"
     token_batch_size: int = TOKEN_BATCH_SIZE
     pads: bool = True
+    valuing: Valuing | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.data)
@@ -154,15 +188,22 @@ class Course:
         """
         losses, first = losses_of(self.loss, fused=True), int(state.taken)
         for number, (epoch, rows) in enumerate(self.batches(first, stop), first):
-            grads, loss = self._gradient(losses, state.params, rows)
-            norm = _norm(grads)
+            weights = row_weights(self.loss, self.data, rows, self.normalize)
+            grads, made = self._gradient(losses, state.params, rows, weights)
+            loss, (scale, norm) = float(weights @ made), clip_scale(self.training, grads)
             if not (isfinite(loss) and bool(norm.isfinite())):
                 what = f"the loss of step {number + 1} is {loss:g} and the norm of its gradient {norm:g}"
                 raise Diverged(f"{what}: give a lower `learning_rate`, or a longer `warmup`")
-            clip = self._clip(grads, norm)
+            asked = self.valuing is not None and number % self.valuing.every == 0
+            values = self._values(state, grads, rows, weights) if asked else None
+            for grad in grads.values() if self.training.max_grad_norm is not None else ():
+                grad.mul_(scale)
             rate = float(learning_rate(self.training, torch.tensor(number), torch.tensor(self.total)))
             state = self._moved(state, grads)
-            yield Taken(state, rows, epoch, rate, loss, float(norm), clip, int(self._lengths[rows].sum()))
+            tokens = int(self._lengths[rows].sum())
+            yield Taken(
+                state, rows, epoch, rate, loss, float(norm), float(scale), tokens, made.numpy(), values
+            )
 
     def mean_loss(self, params: Params, data: Data) -> float:
         """The loss of all rows of other data, normalized like that of a step.
@@ -178,15 +219,6 @@ class Course:
                 found[places] = losses(params, _batch(data, rows[places], device)).double().cpu()
         return float(row_weights(self.loss, data, rows, self.normalize) @ found)
 
-    def _clip(self, grads: Params, norm: Tensor) -> float:
-        """Scale the gradient as `clipped` does, but in place; the factor."""
-        if self.training.max_grad_norm is None:
-            return 1.0
-        scale = (self.training.max_grad_norm / (norm + 1e-6)).clamp_max(1)
-        for grad in grads.values():
-            grad.mul_(scale)
-        return float(scale)
-
     def _moved(self, state: State, grads: Params) -> State:
         """The state after a step: `update`, one parameter at a time, which empties the old state."""
         training, parts = replace(self.training, max_grad_norm=None), (state.params, *state.moments)
@@ -200,19 +232,41 @@ class Course:
                 part.update(own)
         return State(made[0], tuple(made[1:]), new.taken, new.total)
 
-    def _gradient(self, losses: Losses, params: Params, rows: np.ndarray) -> tuple[Params, float]:
-        """The gradient of a step's loss, summed over micro-batches, and the loss."""
-        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        device, weights = _device(params), row_weights(self.loss, self.data, rows, self.normalize)
-        total = torch.zeros((), dtype=torch.float64, device=device)
+    def _gradient(
+        self, losses: Losses, params: Params, rows: np.ndarray, weights: Tensor
+    ) -> tuple[Params, Tensor]:
+        """The gradient of a step's loss, summed over micro-batches, and the losses of its rows."""
+        leaves, device = {n: p.detach().requires_grad_() for n, p in params.items()}, _device(params)
+        found = torch.zeros(len(rows), dtype=torch.float64, device=device)
         for places in self._plan(self.data, rows):
             batch, own = _batch(self.data, rows[places], device), weights[places].to(device)
             with torch.enable_grad():
                 made = losses(leaves, batch)
                 (made * own.to(made.dtype)).sum().backward()
-            total += own @ made.detach().double()
+            found[torch.from_numpy(places).to(device)] = made.detach().double()
         grads = {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves.items()}
-        return grads, float(total)
+        return grads, found.cpu()
+
+    def _values(self, state: State, grads: Params, rows: np.ndarray, weights: Tensor) -> np.ndarray:
+        """What each row does to each validation loss, one loss after another: `-w_i <u, g_i>`."""
+        assert self.valuing is not None
+        data, kind, device = self.valuing.data, self.valuing.kind, _device(state.params)
+        asked, losses = losses_of(self.valuing.loss), losses_of(self.loss)
+        values = torch.zeros(len(rows), len(data), dtype=torch.float64)
+        for query in range(len(data)):
+            example = _batch(data, np.array([query]), device)
+            slope = torch.func.grad(lambda params, example=example: asked(params, example).sum())(
+                state.params
+            )
+            u = step_direction(self.training, state, grads, slope, kind=kind)
+            for places in self._plan(self.data, rows):
+                batch = _batch(self.data, rows[places], device)
+                with forward_mode():
+                    _, along = torch.func.jvp(
+                        lambda params, batch=batch: losses(params, batch), (state.params,), (u,)
+                    )
+                values[places, query] = -along.double().cpu()
+        return (values * weights[:, None]).numpy()
 
     def _plan(self, data: Data, rows: np.ndarray) -> list[np.ndarray]:
         """The micro-batches of some rows, as places among them."""
@@ -251,8 +305,3 @@ def _batch(data: Data, rows: np.ndarray, device: torch.device) -> dict[str, Tens
     """Rows, padded to one length, on the device."""
     made = collate([labelled(data, int(row)) for row in rows])
     return {key: value.to(device) for key, value in made.items()}
-
-
-def _norm(grads: Params) -> Tensor:
-    """The norm over all parameters, as `clipped` takes it."""
-    return torch.stack([g.square().flatten().sum(-1) for g in grads.values()]).sum(0).sqrt()

@@ -24,6 +24,7 @@ from gradfn.cli.options import TrainingOptions
 from gradfn.cli.request import slots_of
 from gradfn.cli.training import TrainOptions
 from gradfn.runs.training import open_training
+from gradfn.scores import Scores
 from gradfn.train import Training
 from gradfn.train.run import Course
 
@@ -159,11 +160,11 @@ def test_killed_before_a_checkpoint_it_goes_on_from_the_one_before(ok, base, run
 @pytest.mark.slow
 def test_killed_for_real_it_ends_with_the_same_bits(model, corpus, tmp_path):
     words = [sys.executable, "-m", "gradfn", "train", "RUN", "--model", model, "--dataset", corpus,
-             "--epochs", "40", "--batch-size", "1", "--save-every", "7"]  # fmt: skip
+             "--epochs", "12", "--batch-size", "1", "--save-every", "7"]  # fmt: skip
 
     def start(name):
         here = [str(tmp_path / name) if word == "RUN" else str(word) for word in words]
-        return subprocess.Popen(here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(here, stdout=subprocess.DEVNULL, stderr=(tmp_path / "err").open("w"))
 
     assert start("whole").wait() == 0
     killed, seen = 0, -1
@@ -175,7 +176,7 @@ def test_killed_for_real_it_ends_with_the_same_bits(model, corpus, tmp_path):
                 break
             time.sleep(0.01)
         if process.poll() is not None:
-            assert process.returncode == 0
+            assert process.returncode == 0, (tmp_path / "err").read_text()
             break
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -226,6 +227,20 @@ def test_a_classifier_is_trained(ok, folder, tmp_path):
     assert losses[-3:].mean() < 0.7 * losses[:3].mean()
     (line,) = (line for line in told.splitlines() if line.startswith("next"))
     assert "self-influence" in ok(*shlex.split(line)[2:])
+
+
+def test_values_of_rows_are_scores_that_evaluations_take(ok, model, corpus, queries, tmp_path):
+    base = ("--model", model, "--dataset", corpus)
+    told = ok("train", tmp_path / "run", *base, "--values", queries, "--epochs", 1, "--batch-size", 6,
+              "--values-kind", "influence")  # fmt: skip
+    assert f"{tmp_path}/run/scores.h5 [12 rows, 3 queries]" in told
+    scores = Scores.load(tmp_path / "run")
+    assert list(scores.query_ids) == ["q-france", "q-peru", "q-kenya"]
+    assert (scores.values != 0).all()
+    ok("retrain", tmp_path / "truth", *base, "--query", queries, "--subsets", 3, "--seeds", 1, "--epochs", 1,
+       "--batch-size", 3)  # fmt: skip
+    assert "Pearson" in ok("evaluate", "lds", tmp_path / "truth", tmp_path / "run")
+    assert shlex.split(ok("info", tmp_path / "run", "--command"))[:2] == ["gradfn", "train"]
 
 
 REFUSED = [

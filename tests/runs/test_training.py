@@ -1,9 +1,9 @@
 """A training on disk: killed anywhere it ends with the same bits, and other settings are refused."""
 
 import csv
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import rmtree
 
 import numpy as np
 import pytest
@@ -13,9 +13,18 @@ from train_problems import ROWS, SETTINGS, problem
 from gradfn.errors import InputError
 from gradfn.model.params import params_of
 from gradfn.runs import training as module
-from gradfn.runs.training import COLUMNS, Validation, checkpoint_path, open_training, spans_of, train_run
+from gradfn.runs.training import (
+    COLUMNS,
+    Validation,
+    checkpoint_path,
+    open_training,
+    spans_of,
+    train_run,
+    write_values,
+)
+from gradfn.scores import Scores
 from gradfn.store.file import create_folder
-from gradfn.train.run import Course, Diverged
+from gradfn.train.run import Course, Diverged, Valuing
 
 MAKE, LOSS, _, DATA = problem("mlp")
 PARAMS = params_of(MAKE())
@@ -160,7 +169,7 @@ def test_a_damaged_segment_that_was_deleted_is_made_again(tmp_path):
     assert_same(before, content(tmp_path))
     (tmp_path / "training.h5").unlink()
     (tmp_path / "segments/training-0000000002-0000000004.h5").unlink()
-    rmtree(checkpoint_path(tmp_path, 2))
+    shutil.rmtree(checkpoint_path(tmp_path, 2))
     with pytest.raises(InputError, match="checkpoint-2 is gone, from which the training would go on"):
         trained(tmp_path, save_every=2)
 
@@ -243,3 +252,20 @@ def test_progress_counts_rows_and_says_the_loss(tmp_path):
     assert type(told[0][0]).__name__ == "Resumed"
     assert all(said.startswith("loss ") for _, said in told[1:])
     assert Path(tmp_path / "training.h5").exists()
+
+
+def test_values_are_summed_over_the_steps_whatever_was_killed(tmp_path):
+    course = replace(COURSE, valuing=Valuing(DATA[:2], LOSS, "influence"))
+    expected = np.zeros((ROWS, 2))
+    for taken in course.steps(course.start(dict(PARAMS))):
+        np.add.at(expected, taken.rows, taken.values)
+    trained(tmp_path, course, Keeper())
+    with pytest.raises(InputError, match="valued no rows"):
+        write_values(tmp_path, COURSE)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "training.h5").unlink()
+    (tmp_path / "segments/training-0000000003-0000000006.h5").unlink()
+    trained(tmp_path, course, Keeper())
+    write_values(tmp_path, course)
+    np.testing.assert_allclose(Scores.load(tmp_path).values[0], expected, rtol=1e-5, atol=1e-9)
+    write_values(tmp_path, course)  # and again, which changes nothing

@@ -9,13 +9,14 @@ from tiny import language_model
 from torch import nn
 from train_problems import OPTIMIZERS, ROWS, SETTINGS, classification, make_mlp, problem, torch_optimizer
 
-from gradfn.data import make_documents
+from gradfn.data import collate, make_documents
+from gradfn.engine.stream import labelled
 from gradfn.errors import InputError
 from gradfn.model.losses import causal_lm_loss
 from gradfn.model.params import params_of
 from gradfn.testing.strategies import randomize
-from gradfn.train import Training, first_state, make_trainer, update
-from gradfn.train.run import Course, Diverged, row_weights
+from gradfn.train import Training, first_state, in_run, make_trainer, update
+from gradfn.train.run import Course, Diverged, Valuing, row_weights
 
 CLIPPED = replace(SETTINGS["adamw"], max_grad_norm=0.1)
 
@@ -26,7 +27,8 @@ def documents(lengths=(3, 6, 4, 5, 3, 7, 4, 5, 6, 3, 4)):
 
 
 def copy(taken):
-    return taken._replace(state=taken.state._replace(params=dict(taken.state.params)))
+    moments = tuple(dict(part) for part in taken.state.moments)
+    return taken._replace(state=taken.state._replace(params=dict(taken.state.params), moments=moments))
 
 
 def run(course, params):
@@ -211,3 +213,26 @@ def test_the_loss_of_other_rows_is_that_of_a_step():
         course = Course(causal_lm_loss(model), data, Training(1, ROWS, 0.1, "sgd"), normalize=normalize)
         taken = next(course.steps(course.start(params_of(model))))
         assert course.mean_loss(params_of(model), data) == pytest.approx(taken.loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["shapley", "before"])
+def test_values_are_those_of_in_run_and_change_no_bit(kind):
+    model, data = randomize(language_model("llama"), 0), documents()
+    loss, queries = causal_lm_loss(model), documents((5, 7))
+    plain = Course(loss, data, CLIPPED, token_batch_size=8)
+    valued = replace(plain, valuing=Valuing(queries, loss, kind, every=2))
+    state = first_state(params_of(model), CLIPPED, torch.tensor(plain.total))
+    for number, (one, other) in enumerate(zip(run(plain, params_of(model)), run(valued, params_of(model)),
+                                              strict=True)):  # fmt: skip
+        assert all(torch.equal(value, other.state.params[name]) for name, value in one.state.params.items())
+        assert (other.values is None) == (number % 2 == 1)
+        if number == 2:
+            batch = collate([labelled(data, int(row)) for row in one.rows])
+            weights = torch.full((len(one.rows),), 1 / len(one.rows), dtype=torch.float64)
+            asked = collate([labelled(queries, row) for row in range(2)])
+            found = in_run(loss, CLIPPED, state, batch, weights, asked, kind=kind)
+            np.testing.assert_allclose(other.values, found.values, rtol=1e-8, atol=1e-14)
+            np.testing.assert_allclose(other.losses, found.losses, rtol=1e-12)
+        state = one.state
+    with pytest.raises(InputError, match="2 validation rows every 0 steps"):
+        Valuing(queries, loss, every=0)
