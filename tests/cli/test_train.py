@@ -164,7 +164,8 @@ def test_killed_for_real_it_ends_with_the_same_bits(model, corpus, tmp_path):
 
     def start(name):
         here = [str(tmp_path / name) if word == "RUN" else str(word) for word in words]
-        return subprocess.Popen(here, stdout=subprocess.DEVNULL, stderr=(tmp_path / "err").open("w"))
+        with (tmp_path / "err").open("w") as err:
+            return subprocess.Popen(here, stdout=subprocess.DEVNULL, stderr=err)
 
     assert start("whole").wait() == 0
     killed, seen = 0, -1
