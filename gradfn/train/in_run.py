@@ -95,7 +95,7 @@ def step_direction(
         return pulled
     shares = [_inner(grads[name] * bends[name], q) for name, q in query_grads.items()]
     along = torch.stack(shares).sum(0)
-    return {name: u - along.reshape(*along.shape, *[1] * grads[name].ndim) * grads[name]
+    return {name: u - along.reshape((*along.shape, *[1] * grads[name].ndim)) * grads[name]
             for name, u in pulled.items()}  # fmt: skip
 
 
