@@ -80,10 +80,8 @@ class Values(Tapped):
                 was scaled; or see `dots`.
         """
         if grads is None:
-            owned = self.model.named_parameters()
-            grads = {
-                n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in owned if n in query_grads
-            }
+            owned = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+            grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in owned}
         u = step_direction(training, state, grads, query_grads, kind=kind, nodes=nodes)
         dots = self.dots(u)
         self._refuse_missing(dots.sum(0), u, grads)

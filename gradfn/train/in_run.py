@@ -57,8 +57,9 @@ def step_direction(
     Args:
         training: the optimizer.
         state: of one model, before the step; `vmap` over stacked ones.
-        grads: G, before clipping; "before" does not need it.
-        query_grads: of the validation losses, `{name: [*parameter]}`, or of many, `[queries, *parameter]`.
+        grads: G of all parameters, before clipping; "before" does not need it.
+        query_grads: of the validation losses, `{name: [*parameter]}`, or of many, `[queries, *parameter]`;
+            they may be of fewer parameters.
         kind: see above. At Adam's first step no second moment is known yet: "before" gives 0 there, and
             the step is one of signs, which no value describes well (`InRun.cold`).
         nodes: of the Gauss-Legendre quadrature; as many again on the part of the way that is clipped.
@@ -87,13 +88,14 @@ def step_direction(
         slopes, bends = _frozen_slopes(training, state, grads if kind == "frozen" else None), None
     else:
         assert grads is not None
-        slopes, bends = _mean_slopes(training, state, grads, _way(training, grads, kind, nodes))
+        way = _way(training, grads, kind, nodes)
+        slopes, bends = _mean_slopes(training, state, {name: grads[name] for name in query_grads}, way)
     pulled = {name: slopes[name].to(q) * q for name, q in query_grads.items()}
     if bends is None or grads is None:
         return pulled
     shares = [_inner(grads[name] * bends[name], q) for name, q in query_grads.items()]
     along = torch.stack(shares).sum(0)
-    return {name: u - along.reshape(*along.shape, *[1] * grads[name].ndim) * grads[name]
+    return {name: u - along.reshape((*along.shape, *[1] * grads[name].ndim)) * grads[name]
             for name, u in pulled.items()}  # fmt: skip
 
 
