@@ -25,6 +25,8 @@ SETTINGS = {
     "nesterov": Training(2, 4, 0.05, "sgd", momentum=0.9, nesterov=True, schedule="linear", warmup=2),
     "adam": Training(2, 4, 0.01, "adam", weight_decay=0.1, betas=(0.8, 0.95), eps=1e-4),
     "adamw": Training(2, 4, 0.01, "adamw", weight_decay=0.1, schedule="cosine", warmup=1),
+    "clipped": Training(2, 4, 0.1, "sgd", momentum=0.5, weight_decay=0.1, max_grad_norm=0.7),
+    "rooted": Training(2, 4, 0.01, "adamw", weight_decay=0.1, eps_root=1e-3, eps=1e-4, max_grad_norm=0.7),
 }
 
 
@@ -89,11 +91,35 @@ def problem(kind):
     return make, causal_lm_loss(language_model(kind)), naive, sequences()
 
 
+class RootedAdamW(torch.optim.Optimizer):
+    """AdamW with a number inside the root, which `torch.optim` does not have."""
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        (b1, b2), rate = group["betas"], group["lr"]
+        for p in group["params"]:
+            state = self.state[p] or {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+            t, m, v = (
+                state["t"] + 1,
+                b1 * state["m"] + (1 - b1) * p.grad,
+                b2 * state["v"] + (1 - b2) * p.grad**2,
+            )
+            self.state[p] = {"t": t, "m": m, "v": v}
+            root = (v / (1 - b2**t) + group["eps_root"]).sqrt()
+            p.mul_(1 - rate * group["decay"]).sub_(rate * m / (1 - b1**t) / (root + group["eps"]))
+
+
 def torch_optimizer(model, training, steps):
     """What a person would write."""
     if training.optimizer == "sgd":
         made = torch.optim.SGD(model.parameters(), training.learning_rate, training.momentum,
                                weight_decay=training.weight_decay, nesterov=training.nesterov)  # fmt: skip
+    elif training.eps_root:
+        made = RootedAdamW(model.parameters(), {
+            "lr": training.learning_rate, "betas": training.betas, "eps": training.eps,
+            "decay": training.weight_decay, "eps_root": training.eps_root,
+        })  # fmt: skip
     else:
         kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
         made = kind(model.parameters(), training.learning_rate, training.betas, training.eps,
@@ -121,6 +147,8 @@ def loop(make, naive, data, masks, seeds, training):
                 batch = [naive(model, data[row]) for row in order[start : start + training.batch_size]]
                 optimizer.zero_grad()
                 torch.stack(batch).mean().backward()
+                if training.max_grad_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
                 optimizer.step()
                 schedule.step()
                 losses += [loss.item() for loss in batch]

@@ -32,6 +32,7 @@ from gradfn.cli.options import (
     TrainingOptions,
 )
 from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
+from gradfn.cli.training import TrainOptions
 from gradfn.cli.values import dims, found_projection
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
@@ -61,6 +62,11 @@ class ModelRequest(Request):
         """The loss of queries, where it is another than the rows'."""
         query = getattr(self, "query", None)
         return query.query_loss if isinstance(query, QueryOptions) else None
+
+    @property
+    def new_weights(self) -> int | None:
+        """The seed of the weights that a model gets instead of its own; None: it keeps them."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +258,32 @@ class RetrainRequest(ModelRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainRequest(ModelRequest):
+    """Train a model so that its data can be attributed.
+
+    Checkpoints are models for every other command, with the optimizer's state beside them. Of every step the
+    rows, the learning rate, the loss and the gradient's norm are recorded. All parameters are trained, with
+    dropout off. A run that is killed goes on with the same command, and ends with the same bits.
+    """
+
+    COMMAND: ClassVar[str] = "train"
+    WRITES: ClassVar[str] = "training"
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "model", "dataset", "epochs", "batch_size", "learning_rate", "optimizer", "save_every", "validation"
+    )  # fmt: skip
+    run: str = run("The run directory to write checkpoints to; resumed if the same command made it.")
+    layers: LayerOptions = group(LayerOptions, include=None, exclude=None, no_biases=None, by=None)
+    training: TrainOptions = group(TrainOptions, init=None)
+    seed: int = option(0, "Of the order of rows, new weights, and what masked-lm masks.", panel="Training")
+    output: RunOptions = group(RunOptions, **ALONE)
+
+    @property
+    def new_weights(self) -> int | None:
+        """The seed, where training starts from scratch."""
+        return self.seed if self.training.from_scratch else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateRequest(Request):
     """What every evaluation is asked."""
 
@@ -415,6 +447,7 @@ class CheckRequest(ModelRequest):
 
 
 ATTRIBUTION, CURVATURE, RUNS, TRUTH = "Attribution", "Curvatures and masks", "Runs", "Ground truth"
+TRAINING = "Training"
 COMMANDS: dict[type[Request], tuple[str, str]] = {
     ScoreRequest: (ATTRIBUTION, "score:run_score"),
     BuildRequest: (ATTRIBUTION, "build:run_build"),
@@ -423,6 +456,7 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     HessianRequest: (CURVATURE, "hessian:run_hessian"),
     MixRequest: (CURVATURE, "hessian:run_mix"),
     MaskFitRequest: (CURVATURE, "mask:run_mask_fit"),
+    TrainRequest: (TRAINING, "train:run_train"),
     RetrainRequest: (TRUTH, "retrain:run_retrain"),
     LdsRequest: (OUTPUT, "evaluate:run_lds"),
     LooRequest: (OUTPUT, "evaluate:run_loo"),

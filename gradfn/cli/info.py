@@ -15,7 +15,7 @@ from gradfn.report.tables import facts
 from gradfn.store.directory import index_path
 from gradfn.store.reader import Store, open_store
 
-KINDS = ("store", "scores", "hessian", "basis", "mask", "truth")
+KINDS = ("store", "scores", "hessian", "basis", "mask", "truth", "training")
 
 
 def run_info(request: InfoRequest) -> None:

@@ -24,7 +24,7 @@ from gradfn.hf.datasets import load_split
 from gradfn.hf.images import load_processor
 from gradfn.hf.locate import has_no_tokenizer
 from gradfn.hf.masking import masking_of
-from gradfn.hf.models import check_device, infer_task, load_model, say_once
+from gradfn.hf.models import check_device, infer_task, load_model, new_model, say_once
 from gradfn.hf.reader import Reader
 from gradfn.hf.texts import begins_twice
 from gradfn.hf.tokenizers import load_tokenizer
@@ -163,11 +163,21 @@ def checked(request: Asking, why: str) -> Asking:
     return request
 
 
+def check_trained(request: ModelRequest) -> None:
+    """Refuse a precision in which models cannot be trained."""
+    if (precision := request.model.precision) in ("bf16", "fp16"):
+        raise InputError(
+            f"--precision {precision} rounds most steps of training to nothing: give fp32, or tf32, whose "
+            "weights are float32 too"
+        )
+
+
 def with_task(request: Asking) -> Asking:
     """The request with the task that the model was saved for, if none is given."""
     if request.model.task is not None:
         return request
-    task: Any = infer_task(str(request.model.path), request.model.revision)
+    weights = request.new_weights is None
+    task: Any = infer_task(str(request.model.path), request.model.revision, weights=weights)
     return replace(request, model=replace(request.model, task=task))
 
 
@@ -186,7 +196,9 @@ def load_subject(request: ModelRequest) -> Loaded:
         biases=not layers.no_biases,
     )  # fmt: skip
     kl = loss.criterion == "kl"
-    loaded = _loaded(request.model, how, view, loss.reference if kl else None, request.seed)
+    loaded = _loaded(
+        request.model, how, view, loss.reference if kl else None, request.seed, request.new_weights
+    )
     if not request.gave("task") and anchored(loaded.path) != anchored(example.MODEL):
         kind = type(loaded.model).__name__
         loaded = loaded.noting(("task", f"{flag_of(loaded.reads.task)}, which a {kind} is for"))
@@ -228,7 +240,14 @@ def load_stored_subject(request: QueryRequest, path: str, settings: Settings) ->
     return _loaded(model, asked, View(**settings["layers"]), reference, seed)
 
 
-def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | None, seed: int) -> Loaded:
+def _loaded(
+    options: ModelOptions,
+    how: Settings,
+    view: View,
+    reference: str | None,
+    seed: int,
+    new_weights: int | None = None,
+) -> Loaded:
     """A model with one loss, compared with a reference where one is given."""
     path, task, precision = options.path, str(options.task), options.precision or "fp32"
     if options.token_batch_size < 1:
@@ -242,7 +261,7 @@ def _loaded(options: ModelOptions, how: Settings, view: View, reference: str | N
     trusted = options.trust_remote_code
     hub: dict[str, Any] = {"revision": options.revision, "trust_remote_code": trusted}
     processor = load_processor(path, **hub) if task == IMAGES else None
-    model = _load(path, options, task, options.revision)
+    model = load_as_asked(path, options, task, options.revision, new_weights)
     tokenizer = None
     if options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trusted)
@@ -264,7 +283,7 @@ def at_checkpoint(loaded: Loaded, path: str, options: ModelOptions) -> Loaded:
     Raises:
         InputError: it is of another architecture, or has a tokenizer with another vocabulary.
     """
-    model = _load(path, options, loaded.reads.task)
+    model = load_as_asked(path, options, loaded.reads.task)
     shapes, others = _own_shapes(loaded.model), _own_shapes(model)
     differ = sorted(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
     if type(model) is not type(loaded.model) or differ:
@@ -312,13 +331,20 @@ def _products(precision: str, device: str) -> Products:
     return products_of(precision, torch.device(device))
 
 
-def _load(path: str, options: ModelOptions, task: str, revision: str | None = None) -> nn.Module:
-    """A model that can do the task, as the options say; tf32 is of products, not of weights."""
-    dtype = "fp32" if options.precision in ("tf32", None) else options.precision
-    model = load_model(
-        path, task=task, revision=revision, precision=dtype, device=options.device,
-        attention=options.attention, trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
+def load_as_asked(
+    path: str, options: ModelOptions, task: str, revision: str | None = None, new_weights: int | None = None
+) -> nn.Module:
+    """A model that can do the task, as the options say; tf32 is of products, not of weights.
+
+    Args:
+        new_weights: the seed of new ones; None: those of the model.
+    """
+    how: dict[str, Any] = {
+        "precision": "fp32" if options.precision in ("tf32", None) else options.precision,
+        "task": task, "revision": revision, "device": options.device,
+        "attention": options.attention, "trust_remote_code": options.trust_remote_code,
+    }  # fmt: skip
+    model = load_model(path, **how) if new_weights is None else new_model(path, **how, seed=new_weights)
     config: Any = model.config
     if task == "regression" and config.num_labels != 1:
         raise InputError(
@@ -340,7 +366,7 @@ def _make_loss(model: nn.Module, how: Settings, reference: nn.Module | None) -> 
 
 def _load_reference(options: ModelOptions, path: str, recorded: Settings | None, reads: Reader) -> nn.Module:
     """The model that kl compares with; refused if its vocabulary is another, or it is not a store's."""
-    reference = _load(path, options, "causal_lm")
+    reference = load_as_asked(path, options, "causal_lm")
     heads: Any = output_head(reference), output_head(reads.model)
     theirs, ours = (len(one.weight) for one in heads)
     how: dict[str, Any] = {"vocabulary": ours, "trust_remote_code": options.trust_remote_code}

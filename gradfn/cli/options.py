@@ -470,6 +470,8 @@ class TrainingOptions:
     weight_decay: float = option(0.0, "In the convention of the optimizer.")
     schedule: Schedule = option("constant", "Of the learning rate after the warmup; down to 0.")
     warmup: int = option(0, "Steps over which the learning rate rises from 0.")
+    eps_root: float = option(0.0, "Of adam and adamw: added to the second moment inside its root.")
+    max_grad_norm: float | None = option(None, "Scale gradients down to this norm over all parameters.")
     init: Init = option("given", "Start from the weights of --model, or from new ones of its architecture.")
 
     def training(self) -> "Training":
@@ -479,4 +481,5 @@ class TrainingOptions:
         return Training(
             self.epochs, self.batch_size, self.learning_rate, self.optimizer, momentum=self.momentum,
             weight_decay=self.weight_decay, schedule=self.schedule, warmup=self.warmup,
+            eps_root=self.eps_root, max_grad_norm=self.max_grad_norm,
         )  # fmt: skip

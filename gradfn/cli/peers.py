@@ -138,7 +138,6 @@ COMMANDS_THERE = {
     "lds": "gradfn retrain TRUTH, then gradfn evaluate lds TRUTH SCORES",
     "loo": "gradfn retrain TRUTH --leave-out 1, then gradfn evaluate loo TRUTH SCORES",
     "validate": "gradfn retrain TRUTH, then gradfn evaluate lds TRUTH SCORES",
-    "train": "gradfn retrain, which trains models on subsets and keeps their losses",
     "test-model-configuration": "gradfn check MODEL",
     "collect": "gradfn build RUN",
     "lissa": "gradfn score RUN --method lissa --query QUERIES",

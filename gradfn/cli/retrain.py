@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gradfn.cli.commands import RetrainRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import Loaded, anchored, check_run, checked, recorded
+from gradfn.cli.inputs import Loaded, anchored, check_run, check_trained, checked, recorded
 from gradfn.cli.options import SubsetOptions
 from gradfn.cli.queries import load_all
 from gradfn.data import Corpus
@@ -36,11 +36,7 @@ def run_retrain(request: RetrainRequest) -> None:
     _check_subsets(request)
     if request.query.query is None:
         raise InputError(f"no --query: {NEEDS}")
-    if (precision := request.model.precision) in ("bf16", "fp16"):
-        raise InputError(
-            f"--precision {precision} rounds most steps of training to nothing: give fp32, or tf32, whose "
-            "weights are float32 too"
-        )
+    check_trained(request)
     request = checked(request, NEEDS)
     shard, training = request.output.shard, request.training.training()
     loaded, train, asked = load_all(request)

@@ -385,6 +385,22 @@ def tap(
     >>> torch.allclose(tapped.blocks["2"].sum(0)[:, :-1], net[2].weight.grad)
     True
     """
+    with tapping(Tapped, model, transform, view=view, rows=rows, shared=shared, copy=copy) as tapped:
+        yield tapped
+
+
+@contextmanager
+def tapping(
+    kind: type[Tapped],
+    model: nn.Module,
+    transform: Transform | None = None,
+    *,
+    view: View | None = None,
+    rows: int | None = None,
+    shared: Collection[str] = (),
+    copy: bool = False,
+) -> Iterator[Tapped]:
+    """What `tap` does, for any kind of `Tapped`."""
     view = view or View()
     if view.tokens:
         raise InputError("a tap gives a row for each example, not for each token: give a view without tokens")
@@ -397,7 +413,7 @@ def tap(
         if statistic := lowered.plans[site.block].of_factors:
             raise no_factors(site.path, statistic)
     copy = copy or any(getattr(module, "inplace", False) is True for module in model.modules())
-    tapped = Tapped(model, sites, lowered, sums_rows(transform), rows, copy)
+    tapped = kind(model, sites, lowered, sums_rows(transform), rows, copy)
     with tapped._attached():
         try:
             yield tapped

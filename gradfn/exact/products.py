@@ -227,7 +227,7 @@ def _streamed(
     @cache
     def pads() -> bool:
         measure = full_gradients(lambda p, batch: _losses(loss, batch)(p), params)
-        with _forward_mode():
+        with forward_mode():
             return keeps_rows(measure, params.values(), data)
 
     @cache
@@ -249,7 +249,7 @@ def _streamed(
         for batch_rows in plan(max(1, token_batch_size // count)):
             examples = collate([labelled(data, int(row)) for row in batch_rows])
             batch = {name: value.to(device) for name, value in examples.items()}
-            with _forward_mode():
+            with forward_mode():
                 share = vmap(of_batch, in_dims=(None, 0))(batch, tangents)
             total = {name: total[name] + share[name] for name in total}
         return {name: value / len(data) for name, value in total.items()}
@@ -287,7 +287,7 @@ REMEDIES = (
 
 
 @contextmanager
-def _forward_mode() -> Iterator[None]:
+def forward_mode() -> Iterator[None]:
     """Run attention by its formula, which has a forward mode, and refuse operations that have none."""
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         # PyTorch itself causes this warning when it loads its table of forward derivatives.

@@ -33,8 +33,11 @@ _TOKENIZER = (
 )
 
 
-def locate_model(path: str | Path, revision: str | None = None) -> Place:
+def locate_model(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Place:
     """Where a model is: a folder, a GGUF file, or a name on the hub, at a revision of it.
+
+    Args:
+        weights: whether a folder needs weights, or its config is enough.
 
     Raises:
         InputError: nothing is there, or a folder holds no model or more than one; a revision of a folder.
@@ -55,7 +58,8 @@ def locate_model(path: str | Path, revision: str | None = None) -> Place:
         locate_base(place / ADAPTER)
         return str(place), {}
     ggufs = sorted(place.glob("*.gguf"))
-    if any(next(place.glob(pattern), None) for pattern in _WEIGHTS):
+    enough = _WEIGHTS if weights else ("config.json", *_WEIGHTS)
+    if any(next(place.glob(pattern), None) for pattern in enough):
         return str(place), {}
     if len(ggufs) == 1:
         return _gguf(ggufs[0])

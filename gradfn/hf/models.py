@@ -16,6 +16,7 @@ from gradfn.hf.hub import summary
 from gradfn.hf.locate import Place, load_pretrained, locate_base, locate_model
 from gradfn.model.fingerprint import ORIGINAL, is_replaced
 from gradfn.model.tasks import task_of
+from gradfn.train.stacked import seeded_model
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -131,6 +132,12 @@ def _load_base(
         if "Padding_idx must be within" not in str(error):
             raise
         model, info = _load_with_head(path, task, revision, base, {**options, "pad_token_id": None})
+    _leave_padding_to_masks(model, task)
+    return model, info
+
+
+def _leave_padding_to_masks(model: Any, task: str) -> None:
+    """Give a model whose padding token is none of its tokens -1 for it."""
     for config in (model.config, model.config.get_text_config()) if task in _PADDED else ():
         size, pad = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
         if size and (pad is None or not 0 <= pad < size):
@@ -138,21 +145,21 @@ def _load_base(
     for module in model.modules():
         if getattr(module, "padding_idx", 0) is None and not isinstance(module, nn.Embedding):
             module.padding_idx = -1  # by which RoBERTa numbers positions
-    return model, info
 
 
-def infer_task(path: str | Path, revision: str | None = None) -> str:
+def infer_task(path: str | Path, revision: str | None = None, *, weights: bool = True) -> str:
     """The task that a model was saved for, by the names of its architectures; of an adapter by its own task.
 
     Args:
         path, revision: see `load_model`.
+        weights: see `locate_model`.
 
     Raises:
         InputError: there is no such model, or its config does not say.
     """
     from transformers import PreTrainedConfig
 
-    source, options = locate_model(path, revision)
+    source, options = locate_model(path, revision, weights=weights)
     if "gguf_file" in options:
         return "causal_lm"
     own = []
@@ -363,6 +370,42 @@ def _cast_unquantised(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def new_model(
+    path: str | Path,
+    task: str,
+    *,
+    seed: int = 0,
+    revision: str | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A model with random weights, a function of the seed, in evaluation mode with all parameters frozen.
+
+    Args:
+        path: a folder with a config.json, or whatever `load_model` takes.
+        seed: of the weights.
+        task, revision, precision, device, attention, trust_remote_code: see `load_model`.
+
+    Raises:
+        InputError: there is no such config, or no model can be made of it like this.
+    """
+    import transformers
+
+    check_device(device)
+    _check_attention(attention, precision, torch.device(device))
+    source, hub = locate_model(path, revision, weights=False)
+    hub["trust_remote_code"] = trust_remote_code
+    config = load_pretrained("model", path, transformers.AutoConfig.from_pretrained, source, **hub)
+    how: dict[str, Any] = {"dtype": PRECISIONS[precision], "trust_remote_code": trust_remote_code}
+    how |= {} if attention is None else {"attn_implementation": attention}
+    make = getattr(transformers, MODEL_CLASSES[task]).from_config
+    model = seeded_model(lambda: load_pretrained("model", path, lambda _: make(config, **how), source), seed)
+    _leave_padding_to_masks(model, task)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def fresh(model: nn.Module) -> nn.Module:

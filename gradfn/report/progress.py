@@ -4,7 +4,7 @@ import datetime
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -35,10 +35,12 @@ CROWDED_AFTER_S, CROWDED_EVERY_S = 5.0, 30.0
 def progress_bar(
     label: str, total: int | None = None, unit: str = "tokens", *, then: str = "", longest: int = 0,
     timed: bool = True,
-) -> Iterator[Callback]:  # fmt: skip
+) -> Iterator[Callable[..., None]]:  # fmt: skip
     """A bar with the time left on a terminal; elsewhere a plain line after a second, and every ten seconds.
 
     Work inside other work has a bar, or lines, of its own, and counts for nothing in the speed of the other.
+
+    Gives `progress(done, said)`: units done since the last call and, if that is told, how the work stands.
 
     Args:
         total: how many units there are; None: of work of which nothing is known but that it is under way.
@@ -47,7 +49,7 @@ def progress_bar(
         timed: whether units take about as long as each other, so that there is a time left to tell.
     """
     if QUIET.get():
-        yield lambda done: None
+        yield lambda done, said="": None
         return
     work = _Work(label, total, unit, then, longest, timed)
     outer = _SHOWN[-1] if _SHOWN else None
@@ -119,6 +121,7 @@ class _Work:
     Args:
         done: units, those of an earlier process among them.
         made: units of this process, in `spent` seconds up to `mark`.
+        said: how it stands, such as a loss.
     """
 
     label: str
@@ -130,15 +133,16 @@ class _Work:
     done: int = 0
     made: int = 0
     spent: float = 0.0
+    said: str = ""
     start: float = field(default_factory=lambda: time.monotonic())
     mark: float = 0.0
 
     def __post_init__(self) -> None:
         self.mark = self.start
 
-    def add(self, done: int, now: float) -> None:
-        """Count units that are done by now."""
-        self.done += done
+    def add(self, done: int, now: float, said: str = "") -> None:
+        """Count units that are done by now, and how it stands."""
+        self.done, self.said = self.done + done, said
         if not isinstance(done, Resumed):
             self.made, self.spent = self.made + done, self.spent + now - self.mark
         self.mark = now
@@ -151,8 +155,8 @@ class _Work:
 
     @property
     def next(self) -> str:
-        """What the time left says nothing of."""
-        return f", then {self.then}" if self.then else ""
+        """What the time left says nothing of: what comes then, and how it stands."""
+        return "".join([f", then {self.then}" if self.then else "", f", {self.said}" if self.said else ""])
 
     def line(self, now: float) -> str:
         """How far it is, in words."""
@@ -209,12 +213,12 @@ class _Bar:
         yield
         bar.remove_task(self.task)
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: int, said: str = "") -> None:
         assert self.bar is not None
-        self.work.add(done, now := time.monotonic())
+        self.work.add(done, now := time.monotonic(), said)
         self.bar.advance(self.task, done)
-        if said := self.crowd.look(now):
-            self.bar.console.print(f"note: {said}")
+        if slow := self.crowd.look(now):
+            self.bar.console.print(f"note: {slow}")
 
 
 class _Number(ProgressColumn):
@@ -268,10 +272,10 @@ class _Lines:
             if _SHOWN[-1:] == [self]:  # else what is done inside is told of
                 self._line(self.work.line(time.monotonic()))
 
-    def __call__(self, done: int) -> None:
-        self.work.add(done, now := time.monotonic())
-        if said := self.crowd.look(now):
-            self._line(f"note: {said}")
+    def __call__(self, done: int, said: str = "") -> None:
+        self.work.add(done, now := time.monotonic(), said)
+        if slow := self.crowd.look(now):
+            self._line(f"note: {slow}")
 
     def _line(self, text: str) -> None:
         print(f"{self.work.label}: {text}", file=sys.stderr, flush=True)

@@ -41,6 +41,9 @@ def contents(store: Store) -> Iterator[tuple[str, str]]:
         yield "mask", f"{count(len(kept), 'block')}, correlation {kept.mean():.3f} kept on average"
     elif store.header.kind == "truth":
         yield "models", f"{store.rows:,}"
+    elif store.header.kind == "training":
+        losses = store.read("steps/loss")
+        yield "steps", f"{store.rows:,}, loss {losses[0]:.4g} at the first and {losses[-1]:.4g} at the last"
     else:
         yield "rows", ", ".join(_row_facts(store, arrays))
     for key, value in _flat(store.settings):

@@ -44,7 +44,7 @@ from gradfn.store.verify import check_file
 
 COPIED_KINDS = frozenset({"scores", "basis"})
 COPY_BYTES = 1 << 26
-NOUNS = {"truth": "models", "mask": "blocks"}
+NOUNS = {"truth": "models", "mask": "blocks", "training": "steps"}
 """What the rows of a kind are, where they are no rows of a dataset."""
 
 Overwrite = bool | Literal["unlike"]
@@ -188,6 +188,11 @@ class Writer:
                     f"{shown(b)} here): give `overwrite=True` to replace it, or write to another "
                     "directory"
                 )
+
+    @property
+    def stored(self) -> Store:
+        """What is there so far, of which the rows that are `done` can be read."""
+        return Store(self.index, replace(self._header, segments=tuple(self.done)))
 
     @property
     def kept(self) -> str:

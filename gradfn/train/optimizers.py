@@ -79,12 +79,14 @@ def learning_rate(training: Training, taken: Tensor, total: Tensor) -> Float64[T
 
 
 def update(training: Training, state: State, grads: Params, active: Tensor | None = None) -> State:
-    """The state after one step of the optimizer. All is elementwise, so stacked states are updated alike.
+    """The state after one step of the optimizer, twice differentiable; stacked models each take their own.
 
     * sgd: `b' = mu b + g`, `p' = p - lr b'` (nesterov: `p - lr (g + mu b')`), with `g` for `g + decay p`
     * adam: `m' = b1 m + (1 - b1) g`, `v' = b2 v + (1 - b2) g²`,
-      `p' = p - lr m' / (1 - b1^t) / (sqrt(v' / (1 - b2^t)) + eps)`, with `g` for `g + decay p`
+      `p' = p - lr m' / (1 - b1^t) / (sqrt(v' / (1 - b2^t) + eps_root) + eps)`, with `g` for `g + decay p`
     * adamw: the same, with `(1 - lr decay) p` for `p`, and without decay in `g`
+
+    With `max_grad_norm`, `g` is what `clipped` gives.
 
     Args:
         training: the optimizer and its settings.
@@ -100,6 +102,7 @@ def update(training: Training, state: State, grads: Params, active: Tensor | Non
     def chosen(new: Tensor, old: Tensor) -> Tensor:
         return new if active is None else torch.where(_align(active, new), new, old)
 
+    grads = clipped(training, grads, stacked=state.taken.ndim > 0)
     lr, taken = learning_rate(training, state.taken, state.total), state.taken + 1
     step = _sgd if training.optimizer == "sgd" else _adam
     parts = [state.params, *state.moments]
@@ -109,6 +112,38 @@ def update(training: Training, state: State, grads: Params, active: Tensor | Non
         for part, new, before in zip(made, step(training, grads[name], old, lr, taken), old, strict=True):
             part[name] = chosen(new, before)
     return State(made[0], tuple(made[1:]), chosen(taken, state.taken), state.total)
+
+
+def clipped(training: Training, grads: Params, *, stacked: bool = False) -> Params:
+    """The gradient that a step takes: `min(1, C / (n + 1e-6)) g`, `n = |g|` over all parameters.
+
+    The derivative of n at 0 counts as 0.
+
+    Args:
+        training: C is its `max_grad_norm`; None leaves the gradient as it is.
+        grads: by parameter.
+        stacked: whether they are of many models, each of which has a norm of its own.
+
+    >>> clipped(Training(1, 1, 0.1, max_grad_norm=1.0), {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    {'a': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+    if training.max_grad_norm is None:
+        return grads
+    scale, _ = clip_scale(training, grads, stacked=stacked)
+    return {name: g * _align(scale, g) for name, g in grads.items()}
+
+
+def clip_scale(training: Training, grads: Params, *, stacked: bool = False) -> tuple[Tensor, Tensor]:
+    """The factor by which `clipped` scales a gradient, and the gradient's norm.
+
+    >>> clip_scale(Training(1, 1, 0.1, max_grad_norm=1.0), {"a": torch.tensor([3.0, 4.0])})
+    (tensor(0.2000), tensor(5.))
+    """
+    squares = [g.square().reshape(*g.shape[:stacked], -1).sum(-1) for g in grads.values()]
+    norm = _root(torch.stack(squares).sum(0))
+    if training.max_grad_norm is None:
+        return torch.ones_like(norm), norm
+    return (training.max_grad_norm / (norm + 1e-6)).clamp_max(1), norm
 
 
 def _align(number: Tensor, like: Tensor) -> Tensor:
@@ -136,7 +171,8 @@ def _adam(training: Training, g: Tensor, old: list[Tensor], lr: Tensor, t: Tenso
     m = torch.lerp(m, g, 1 - b1)
     v = torch.addcmul(b2 * v, g, g, value=1 - b2)
     size, scale = lr / (1 - b1 ** t.double()), (1 - b2 ** t.double()).rsqrt()
-    direction = m / (_root(v) * _align(scale.to(p.dtype), p) + training.eps)
+    seen = v + _align(training.eps_root * (1 - b2 ** t.double()), v).to(v.dtype) if training.eps_root else v
+    direction = m / (_root(seen) * _align(scale.to(p.dtype), p) + training.eps)
     return [torch.addcmul(p, direction, _align(-size.to(p.dtype), p)), m, v]
 
 
@@ -150,7 +186,8 @@ def _root(v: Tensor) -> Tensor:
 def update_in_place(training: Training, state: State, grads: Params, active: Tensor | None = None) -> State:
     """The step of `update` for stacked models that all take it at the same count, written into the state.
 
-    PyTorch's fused optimizers do it in one pass over the memory of parameters and moments.
+    PyTorch's fused optimizers do it in one pass over the memory of parameters and moments. They have no
+    `eps_root`: with one, this is `update`.
 
     Args:
         training, state, grads: see `update`.
@@ -161,6 +198,9 @@ def update_in_place(training: Training, state: State, grads: Params, active: Ten
     tensor([[0.5000]])
     """
     assert active is None
+    if training.eps_root:
+        return update(training, state, grads)
+    grads = clipped(training, grads, stacked=True)
     lr = float(learning_rate(training, state.taken[0].cpu(), state.total[0].cpu()))
     # Fused kernels walk through memory and ignore strides, so gradients must be dense.
     along = [g if torch.empty_like(g).stride() == g.stride() else g.contiguous() for g in grads.values()]

@@ -24,9 +24,11 @@ class Training:
         weight_decay: in the convention of the optimizer.
         schedule: of the learning rate after the warmup: "constant", or "linear" or "cosine" down to zero.
         warmup: steps over which the learning rate rises from zero.
+        eps_root: of adam and adamw: added to the second moment before its root, after the bias correction.
+        max_grad_norm: the gradient is scaled down to this norm, taken over all parameters; None: never.
 
     Raises:
-        InputError: a number out of its range, an unknown name, momentum without sgd.
+        InputError: a number out of its range, an unknown name, momentum without sgd, eps_root with it.
 
     >>> Training(epochs=3, batch_size=8, learning_rate=0.1, optimizer="sgd").momentum
     0.0
@@ -43,6 +45,8 @@ class Training:
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
     warmup: int = 0
+    eps_root: float = 0.0
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule))):
@@ -57,7 +61,10 @@ class Training:
             ("eps", 0 < self.eps < inf, "above 0, and finite"),
             ("weight_decay", 0 <= self.weight_decay < inf, "0 or more, and finite"),
             ("warmup", self.warmup >= 0, "0 or more"),
-        ):
+            ("eps_root", 0 <= self.eps_root < inf, "0 or more, and finite"),
+            ("max_grad_norm", self.max_grad_norm is None or 0 < self.max_grad_norm < inf,
+             "above 0, and finite, or None"),
+        ):  # fmt: skip
             if not valid:
                 raise InputError(f"{name} must be {wanted}, not {getattr(self, name)}")
         if self.optimizer != "sgd" and (self.momentum or self.nesterov):
@@ -65,9 +72,14 @@ class Training:
                 f"momentum and nesterov are settings of sgd, but the optimizer is {self.optimizer}: leave "
                 "them out, or use sgd"
             )
+        if self.optimizer == "sgd" and self.eps_root:
+            raise InputError(
+                "eps_root is a setting of adam and adamw, but the optimizer is sgd: leave it out"
+            )
         if self.nesterov and not self.momentum:
             raise InputError("nesterov needs a momentum above 0: give one, or leave nesterov out")
 
     def settings(self) -> dict[str, Any]:
         """What a run records of the training."""
-        return asdict(self)
+        later = {"eps_root": 0.0, "max_grad_norm": None}  # fields that earlier runs did not record
+        return {name: value for name, value in asdict(self).items() if (name, value) not in later.items()}

@@ -33,7 +33,7 @@ def initial_params(start: Start, seed: int) -> Params:
     """
     if isinstance(start, dict):
         return {name: value.detach() for name, value in start.items()}
-    model = _new_model(start, seed)
+    model = seeded_model(start, seed)
     _check_layers(model)
     return params_of(model)
 
@@ -48,8 +48,13 @@ def stacked_params(start: Start, seeds: Sequence[int]) -> Params:
     return {name: torch.stack([made[seed][name] for seed in seeds]) for name in made[seeds[0]]}
 
 
-def _new_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A new model, a function of the seed."""
+def seeded_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A new model, a function of the seed.
+
+    >>> a, b = (seeded_model(lambda: nn.Linear(2, 1), 3).weight for _ in range(2))
+    >>> torch.equal(a, b)
+    True
+    """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         # torch.manual_seed keeps a traceback at every call for devices that are not there yet.
         torch.default_generator.manual_seed(seed)
@@ -248,7 +253,7 @@ def _check_names(start: Start, params: Params, model: nn.Module) -> None:
 
 def _check_buffers(start: Callable[[], nn.Module]) -> None:
     """Refuse models that differ in more than their parameters: the loss has one set of buffers for all."""
-    first, second = (dict(_new_model(start, seed).named_buffers()) for seed in (0, 1))
+    first, second = (dict(seeded_model(start, seed).named_buffers()) for seed in (0, 1))
     for name, buffer in first.items():
         if not torch.equal(buffer, second[name]):
             raise InputError(

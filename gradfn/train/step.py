@@ -1,7 +1,8 @@
 """One training step as a pure, twice differentiable function, and the losses of a batch that it needs."""
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.func import grad, vmap
@@ -16,16 +17,23 @@ from gradfn.types import Batch, Example, LossFn, Params
 Losses = Callable[[Params, Batch], Tensor]
 """The losses of a batch at given parameters, `[batch]`; or of stacked ones, `[models, batch]`."""
 
+Removal = Literal["drop", "mask"]
+"""What the removal of rows does to a step that loses all of its rows; see `make_step`."""
 
-def make_step(loss: LossFn, training: Training) -> Callable[[State, Batch, Tensor], State]:
+
+def make_step(
+    loss: LossFn, training: Training, *, removal: Removal = "drop"
+) -> Callable[[State, Batch, Tensor], State]:
     """The training step, a pure function of state, batch and example weights, twice differentiable in all.
 
-    The gradient is that of `sum_b weights_b loss_b`, with no division by the batch size. Where all weights
-    are 0, the state stays as it is.
+    The gradient is that of `sum_b weights_b loss_b`, with no division by the batch size.
 
     Args:
         loss: `loss(params, example) -> scalar`; its `batched`, where it has one, is used instead.
         training: optimizer and schedule.
+        removal: what a step does where all weights are 0. "drop": there is no such step, so the state stays
+            as it is. "mask": the step is taken with a gradient of 0, so momentum and decay still move the
+            parameters, and the step is continuous in the weights.
 
     Returns:
         `step(state, batch, weights [batch]) -> state`, of one model; `vmap(step)` steps many.
@@ -44,15 +52,19 @@ def make_step(loss: LossFn, training: Training) -> Callable[[State, Batch, Tenso
 
     def step(state: State, batch: Batch, weights: Tensor) -> State:
         grads = grad(lambda params: (losses(params, batch) * weights).sum())(state.params)
-        return update(training, state, grads, (weights != 0).any())
+        return update(training, state, grads, (weights != 0).any() if removal == "drop" else None)
 
     return step
 
 
-def losses_of(loss: LossFn) -> Losses:
+def losses_of(loss: LossFn, *, fused: bool = False) -> Losses:
     """The losses of a batch as a function of parameters: `loss.batched` where there is one, else `vmap`.
 
     Attention runs by its formula: fused kernels can be neither mapped over nor differentiated twice.
+
+    Args:
+        loss: of an example.
+        fused: let attention run in the model's own kernel, for one gradient and no second one.
 
     >>> import torch
     >>> losses_of(lambda p, e: p["w"] * e["x"])({"w": torch.tensor(2.0)}, {"x": torch.arange(3.0)})
@@ -69,7 +81,7 @@ def losses_of(loss: LossFn) -> Losses:
         module = _LossModule(loss if whole is None else whole())
 
     def losses(params: Params, batch: Batch) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
+        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
             if module is None:
                 return each(params, dict(batch))
             made = call(module, {f"model.{name}": p for name, p in params.items()}, dict(batch))

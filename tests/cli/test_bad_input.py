@@ -107,7 +107,7 @@ def test_model_or_dataset_is_lacking(refused, model, corpus, name):
     refused("no --model", name, "run", "--dataset", corpus, *query)
 
 
-COMMANDS = ("score", "build", "reduce", "hessian", "mask fit", "retrain")
+COMMANDS = ("score", "build", "reduce", "hessian", "mask fit", "retrain", "train")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

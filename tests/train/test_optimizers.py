@@ -5,7 +5,7 @@ import torch
 from train_problems import OPTIMIZERS
 
 from gradfn.train import State, Training, first_state, learning_rate, make_step, update
-from gradfn.train.optimizers import update_in_place
+from gradfn.train.optimizers import clipped, update_in_place
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
@@ -62,3 +62,34 @@ def test_the_learning_rate_rises_over_the_warmup_and_then_follows_the_schedule(s
     left = [(5 - step) / max(1, 5 - warmup) for step in range(warmup, 6)]
     shapes = {"constant": lambda x: 1, "linear": lambda x: x, "cosine": lambda x: (1 - cos(pi * x)) / 2}
     assert rates[warmup:].tolist() == pytest.approx([0.1 * shapes[schedule](x) for x in left])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_stacked_models_are_clipped_each_by_its_own_norm(scale):
+    training = Training(1, 1, 0.1, "sgd", max_grad_norm=0.5)
+    generator = torch.Generator().manual_seed(0)
+    grads = {"w": torch.randn(2, 4, 3, generator=generator).double(), "b": torch.randn(2, 4).double()}
+    grads = {name: g * torch.tensor([1.0, scale]).view(2, *[1] * (g.ndim - 1)) for name, g in grads.items()}
+    got = clipped(training, grads, stacked=True)
+    for model in range(2):
+        leaves = [torch.nn.Parameter(torch.zeros(4, 3)), torch.nn.Parameter(torch.zeros(4))]
+        leaves = [leaf.double().detach().requires_grad_() for leaf in leaves]
+        for leaf, g in zip(leaves, grads.values(), strict=True):
+            leaf.grad = g[model].clone()
+        torch.nn.utils.clip_grad_norm_(leaves, 0.5)
+        for leaf, g in zip(leaves, got.values(), strict=True):
+            torch.testing.assert_close(g[model], leaf.grad)
+
+
+@pytest.mark.parametrize("training", [
+    Training(1, 1, 0.1, "adam", max_grad_norm=1.0), Training(1, 1, 0.1, "sgd", max_grad_norm=1e-7),
+    Training(1, 1, 0.1, "adamw", eps_root=1e-8, max_grad_norm=1.0),
+])  # fmt: skip
+def test_a_gradient_of_0_has_finite_derivatives(training):
+    def moved(g):
+        state = first_state({"w": torch.ones(2).double()}, training, torch.tensor(2))
+        return update(training, update(training, state, {"w": g}), {"w": g}).params["w"].sum()
+
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert torch.autograd.functional.jacobian(moved, zero).isfinite().all()
+    assert torch.autograd.functional.hessian(moved, zero).isfinite().all()

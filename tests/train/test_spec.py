@@ -19,7 +19,17 @@ from gradfn.train import (
     ({"momentum": 0.9}, "momentum and nesterov are settings of sgd"),
     ({"optimizer": "sgd", "nesterov": True}, "nesterov"),
     ({"optimizer": "sgd", "momentum": 1.0}, "momentum must be"),
+    ({"eps_root": -1e-9}, "eps_root must be 0 or more"), ({"eps_root": float("nan")}, "eps_root must be"),
+    ({"optimizer": "sgd", "eps_root": 1e-8}, "eps_root is a setting of adam and adamw"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, and finite, or None, not 0.0"),
+    ({"max_grad_norm": float("inf")}, "max_grad_norm must be"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(changes, says):
     with pytest.raises(InputError, match=says):
         replace(Training(1, 1, 0.1), **changes)
+
+
+def test_settings_of_later_fields_are_recorded_where_they_are_used():
+    assert {"eps_root", "max_grad_norm"}.isdisjoint(Training(1, 1, 0.1).settings())
+    used = Training(1, 1, 0.1, eps_root=1e-8, max_grad_norm=1.0).settings()
+    assert (used["eps_root"], used["max_grad_norm"]) == (1e-8, 1.0)

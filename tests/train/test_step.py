@@ -15,6 +15,7 @@ from gradfn.train import (
     make_step,
     make_trainer,
     table_of,
+    update,
 )
 from gradfn.train.stacked import stacked_params
 
@@ -48,6 +49,21 @@ def test_a_step_without_weights_leaves_the_state():
     assert again.taken == moved.taken == 1
     assert all(torch.equal(again.params[name], value) for name, value in moved.params.items())
     assert all(torch.equal(again.moments[1][name], value) for name, value in moved.moments[1].items())
+
+
+@OPTIMIZERS
+def test_a_masked_step_without_weights_is_a_step_with_a_gradient_of_0(training):
+    make, loss, _, data = problem("mlp")
+    state = first_state(params_of(make()), training, torch.tensor(5))
+    batch = table_of(data).take(torch.arange(4))
+    step = make_step(loss, training, removal="mask")
+    moved = step(state, batch, torch.full((4,), 0.25).double())
+    none = {name: torch.zeros_like(p) for name, p in moved.params.items()}
+    leaves = torch.utils._pytree.tree_leaves
+    masked = step(moved, batch, torch.zeros(4).double())
+    torch.testing.assert_close(leaves(masked), leaves(update(training, moved, none)), rtol=0, atol=0)
+    nearly = step(moved, batch, torch.full((4,), 1e-13).double())
+    torch.testing.assert_close(leaves(masked), leaves(nearly), rtol=0, atol=1e-9)
 
 
 @OPTIMIZERS

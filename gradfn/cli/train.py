@@ -1,0 +1,203 @@
+"""`gradfn train`: a model whose training is known from end to end."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gradfn.cli.commands import ScoreRequest, TrainRequest
+from gradfn.cli.console import console
+from gradfn.cli.inputs import (
+    Loaded,
+    anchored,
+    check_run,
+    check_trained,
+    checked,
+    load_as_asked,
+    load_documents,
+    load_model_and_rows,
+    recorded,
+)
+from gradfn.cli.request import command_line, slots_of
+from gradfn.data import Corpus
+from gradfn.engine.engine import probe_engine
+from gradfn.engine.stream import pads
+from gradfn.errors import InputError
+from gradfn.hf.checkpoints import Checkpoints, take_params
+from gradfn.hf.datasets import load_split
+from gradfn.model.params import params_of
+from gradfn.report.progress import progress_bar
+from gradfn.report.summaries import Facts, batches_facts, device_facts, resumed_facts, scores_facts
+from gradfn.report.tables import facts
+from gradfn.report.words import count
+from gradfn.runs.training import Trained, Validation, spans_of, train_run, write_values
+from gradfn.train.optimizers import State
+from gradfn.train.run import Course, Valuing
+from gradfn.train.stacked import check_start
+
+NAMED = 5
+"""Checkpoints that the command to score with names at most, evenly chosen."""
+
+
+def run_train(request: TrainRequest) -> None:
+    """Load, train, report."""
+    check_run(request.run)
+    check_trained(request)
+    request = checked(request, "training needs a model and a dataset")
+    options, training = request.training, request.training.training()
+    others = _validation_rows(options.validation, options.validation_split, "validation")
+    queries = _validation_rows(options.values, options.values_split, "values")
+    loaded, rows = load_model_and_rows(request)
+    if hasattr(loaded.model, "peft_config"):
+        raise InputError(f"{loaded.name} has adapters, and whole models are trained: merge them into it")
+    check_start(params_of(loaded.model), loaded.subject.loss)
+    validation = None if others is None else _validation(loaded, others, request)
+    with loaded.multiplying():
+        padded = pads(probe_engine(loaded.model, loaded.subject.loss), rows)
+    course = Course(
+        loaded.subject.loss, rows, training, seed=request.seed, normalize=options.normalize,
+        token_batch_size=request.model.token_batch_size, pads=padded,
+        valuing=None if queries is None else _valuing(loaded, queries, request),
+    )  # fmt: skip
+    console().print(facts([*_first_facts(loaded, course, request), *batches_facts(padded)]))
+    known = {key: value for key, value in loaded.settings().items() if key != "layers"}
+    init = {"init": {"kind": "random" if options.from_scratch else "given"}}
+    total = training.epochs * len(rows)
+    with loaded.multiplying(), progress_bar("training", total, "rows") as progress:
+        trained = train_run(
+            request.run, course, lambda: _start(course, loaded.model), _keeper(loaded, course, request),
+            save_every=options.save_every, validation=validation,
+            settings={**known, **recorded(request), **init}, overwrite=request.output.overwrite,
+            progress=progress,
+        )  # fmt: skip
+        scores = course.valuing and write_values(request.run, course, overwrite=request.output.overwrite)
+    console().print(facts(_last_facts(trained, course, request)))
+    if scores and course.valuing is not None:
+        console().print(facts(scores_facts(scores, len(rows), len(course.valuing.data))))
+
+
+def _start(course: Course, model: nn.Module) -> State:
+    """The state before the first step, which has the model's parameters."""
+    state = course.start(params_of(model))
+    take_params(model)
+    return state
+
+
+def _keeper(loaded: Loaded, course: Course, request: TrainRequest) -> Checkpoints:
+    """What writes and reads checkpoints."""
+    reads, options = loaded.reads, replace(request.model, revision=None)
+    files = reads.processor if reads.tokenizer is None or reads.numbers else reads.tokenizer
+    return Checkpoints(
+        loaded.model, course.training, files, lambda path: load_as_asked(path, options, reads.task)
+    )
+
+
+def _validation_rows(path: str | None, split: str | None, option: str) -> Any | None:
+    """The dataset of an option, loaded before the model so that a wrong path fails at once."""
+    if path is not None:
+        return load_split(path, split, argument=f"{option}_split")[0]
+    if split is not None:
+        raise InputError(f"--{option}-split is of the rows of --{option}, and none are given: leave it out")
+    return None
+
+
+def _validation(loaded: Loaded, rows: Any, request: TrainRequest) -> Validation:
+    """The rows whose loss is logged, without the weights that training rows have."""
+    path = str(request.training.validation)
+    columns = replace(request.data, reward_column=None, advantage_column=None)
+    try:
+        data = load_documents(loaded, rows, columns, path)
+    except InputError as error:
+        raise InputError(f"in --validation: {error}") from error
+    if not data.supervised.any():
+        raise InputError(f"no row of {path} has anything to predict: give --validation other rows")
+    known = {"path": anchored(path), "fingerprint": data.fingerprint(), "rows": len(data)}
+    return Validation(data, known)
+
+
+def _valuing(loaded: Loaded, rows: Any, request: TrainRequest) -> Valuing:
+    """What the rows of each step are valued by: queries, as `gradfn score` reads them."""
+    options = request.training
+    try:
+        data = load_documents(loaded, rows, request.data, str(options.values), query=True)
+    except InputError as error:
+        raise InputError(f"in --values: {error}") from error
+    if not data.supervised.all():
+        raise InputError("a row of --values has nothing to predict: leave it out")
+    return Valuing(data, loaded.subject.query_loss, options.values_kind, options.values_every)
+
+
+# --- what is said
+
+
+def _first_facts(loaded: Loaded, course: Course, request: TrainRequest) -> Facts:
+    options, training, rows = request.training, course.training, course.data
+    assert isinstance(rows, Corpus)
+    numbers = sum(p.numel() for p in loaded.model.parameters())
+    init = "new" if options.from_scratch else "its own"
+    schedule = "" if training.schedule == "constant" else f", {training.schedule} schedule"
+    warmup = f", {count(training.warmup, 'step')} of warmup" if training.warmup else ""
+    saved = len(spans_of(course, options.save_every))
+    return [
+        *loaded.notes,
+        *device_facts(loaded.model, loaded.products),
+        ("model", f"{loaded.name} ({count(numbers, 'parameter')}, all trained, from {init} weights, "
+                  "dropout off)"),
+        ("train", f"{count(len(rows), 'row')}, {count(int(rows.lengths.sum()), 'token')}"),
+        ("training", f"{count(training.epochs, 'epoch')} of {training.optimizer}, batches of "
+                     f"{training.batch_size}, learning rate {training.learning_rate:g}{schedule}{warmup}"),
+        ("steps", f"{course.total:,}, with {count(saved, 'checkpoint')}"),
+    ]  # fmt: skip
+
+
+def _last_facts(trained: Trained, course: Course, request: TrainRequest) -> Facts:
+    steps, last = trained.steps, course.per_epoch
+    losses, seconds, tokens = steps["loss"], steps["seconds"].sum(), int(steps["tokens"].sum())
+    told = [("training", f"{trained.path} [{count(len(losses), 'step')}]")]
+    if trained.resumed == len(losses):
+        told.append(("complete", "all steps were there already, and none was taken again"))
+    else:
+        told += resumed_facts(trained.resumed, "step")
+    told.append(
+        ("loss", f"{losses[0]:.4g} at the first step, {losses[-last:].mean():.4g} over the last epoch")
+    )
+    found = steps["validation_loss"][np.isfinite(steps["validation_loss"])]
+    if len(found):
+        told.append((
+            "validation", f"{found[0]:.4g} at the first checkpoint, {found[-1]:.4g} at the last, "
+                          f"{found.min():.4g} at the best",
+        ))  # fmt: skip
+    told.append(("time", f"{seconds:.1f} s of steps, {tokens / seconds:,.0f} tokens/s"))
+    names = [path.name for path in trained.checkpoints]
+    shown = names if len(names) <= NAMED else [*names[:2], "...", names[-1]]
+    told.append(("checkpoints", f"{request.run}/: {', '.join(shown)} [{len(names)}]"))
+    return [*told, *_next_facts(trained, request)]
+
+
+def _next_facts(trained: Trained, request: TrainRequest) -> Facts:
+    """A command that scores the training rows at the checkpoints, with their learning rates as weights."""
+    if not trained.checkpoints:
+        return []
+    places = sorted({*np.linspace(0, len(trained.checkpoints) - 1, NAMED).round().astype(int).tolist()})
+    chosen = [trained.checkpoints[place].name for place in places]
+    rates = [trained.steps["learning_rate"][int(name.split("-")[1]) - 1] for name in chosen]
+    paths = [f"{request.run}/{name}" for name in chosen]
+    validation = request.training.validation
+    query: Mapping[str, Any] = {"self": True} if validation is None else {"query": validation}
+    given = {
+        "model": paths[-1], "dataset": request.data.dataset, **query, "method": "tracin",
+        "checkpoints": ",".join(paths), "checkpoint_weights": ",".join(f"{rate:.6g}" for rate in rates),
+        **_same_reading(request),
+    }  # fmt: skip
+    return [("next", command_line(ScoreRequest, given))]
+
+
+def _same_reading(request: TrainRequest) -> dict[str, Any]:
+    """The options that say how rows are read, and what their loss is."""
+    slots, own = slots_of(ScoreRequest), ("model", "revision", "tokenizer", "dataset", "threads")
+    return {
+        name: value for name, value in request.given.items()
+        if name not in own and name in slots and slots[name].owner in ("model", "data", "loss")
+    }  # fmt: skip

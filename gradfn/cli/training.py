@@ -1,0 +1,72 @@
+"""The options of `gradfn train`: those of `gradfn retrain`, and what only a single model has."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from gradfn.cli.options import QUERY_SPLIT, TrainingOptions
+from gradfn.cli.request import found, option
+from gradfn.errors import InputError
+
+if TYPE_CHECKING:
+    from gradfn.train.spec import Training
+
+Normalize = Literal["rows", "tokens"]
+ValueKind = Literal["influence", "shapley", "frozen", "before"]
+
+_BETAS = "Of adam and adamw: the decays of the mean of gradients and of their squares."
+_SAVE = "Steps between checkpoints, or epoch: one after each. The last step always has one."
+_VALUES = "Queries: what each row does to their losses is summed over the steps, to scores.h5 in RUN."
+_NORMALIZE = "What a step takes the mean over: its rows' losses, or all of their supervised tokens."
+
+
+def betas(text: str) -> tuple[float, float]:
+    """Two numbers with a comma between.
+
+    >>> betas("0.9,0.95")
+    (0.9, 0.95)
+    """
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--betas {text} are not two numbers: give 0.9,0.999, say") from None
+    return first, second
+
+
+def save_every(text: str) -> int | Literal["epoch"]:
+    """A number of steps, or "epoch".
+
+    >>> save_every("100"), save_every("epoch")
+    (100, 'epoch')
+    """
+    if text == "epoch":
+        return "epoch"
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise InputError(f"--save-every {text}: give a number of steps, 1 or more, or epoch")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class TrainOptions(TrainingOptions):
+    """How one model is trained, and when it is saved."""
+
+    nesterov: bool = option(False, "Of sgd, with a momentum.")
+    betas: tuple[float, float] = option("0.9,0.999", _BETAS, parse=betas, commas=True)
+    eps: float = option(1e-8, "Of adam and adamw: added to the root of the second moment.")
+    normalize: Normalize = option("rows", _NORMALIZE)
+    from_scratch: bool = option(False, "Start from new weights, of --seed: --model needs but a config.json.")
+    save_every: int | Literal["epoch"] = option("epoch", _SAVE, parse=save_every)
+    validation: str | None = option(None, "Rows whose loss is logged at every checkpoint.", file=found)
+    validation_split: str | None = option(
+        None, QUERY_SPLIT.replace("--query", "--validation"), shown="the only one"
+    )
+
+    values: str | None = option(None, _VALUES, file=found)
+    values_split: str | None = option(None, QUERY_SPLIT.replace("--query", "--values"), shown="the only one")
+    values_kind: ValueKind = option(
+        "shapley", "How the optimizer's part in a step is shared out over its rows."
+    )
+    values_every: int = option(1, "Steps from one that is valued to the next.")
+
+    def training(self) -> "Training":
+        """The training, refused before anything is loaded where it makes no sense."""
+        return replace(super().training(), nesterov=self.nesterov, betas=self.betas, eps=self.eps)

@@ -1,0 +1,128 @@
+"""Checkpoints of a training: a model's folder, with the optimizer's state beside the weights."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import PickleError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gradfn
+from gradfn.errors import InputError
+from gradfn.hf.hub import quiet, summary
+from gradfn.model.params import params_of
+from gradfn.train import State, Training, first_state
+from gradfn.types import Params
+
+OPTIMIZER, MARK = "optimizer.pt", "gradfn.json"
+KEYS = {0: (), 1: ("momentum_buffer",), 2: ("exp_avg", "exp_avg_sq")}
+"""What `torch.optim` calls the moments of sgd, and of adam and adamw."""
+
+
+def take_params(model: nn.Module) -> Params:
+    """The parameters of a model, which are empty in it afterwards, so that there is one copy in memory.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> take_params(layer)["weight"].shape, layer.weight.shape
+    (torch.Size([1, 2]), torch.Size([0]))
+    """
+    params = params_of(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.new_empty(0)
+    return params
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoints:
+    """Writes and reads states of the training of one model, as folders that `load_model` reads.
+
+    Args:
+        model: of transformers; its parameters are not used.
+        training: its optimizer.
+        reads: what reads its rows, the tokenizer or the image processor; None: nothing.
+        load: loads the model of a folder.
+    """
+
+    model: nn.Module
+    training: Training
+    reads: Any
+    load: Callable[[str], nn.Module]
+
+    def write(self, folder: Path, state: State) -> None:
+        """Write weights, config, tokenizer and optimizer into a folder that is there."""
+        model: Any = self.model
+        for name, parameter in self.model.named_parameters():
+            parameter.data = state.params[name]
+        with quiet():
+            model.save_pretrained(folder)
+            if self.reads is not None:
+                self.reads.save_pretrained(folder)
+        take_params(self.model)
+        torch.save(optimizer_state(self.training, state), folder / OPTIMIZER)
+        mark = {"gradfn": gradfn.__version__, "step": int(state.taken), "of": int(state.total)}
+        (folder / MARK).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+        for weights in folder.glob("*.safetensors"):  # else they are written for their owner alone
+            weights.chmod((folder / MARK).stat().st_mode)
+
+    def read(self, folder: Path) -> State:
+        """The state that was written to a folder, to the bit.
+
+        Raises:
+            InputError: it cannot be read, or is another's.
+        """
+        take_params(self.model)
+        # Tensors of their own, since products may round otherwise where weights lie unaligned in a file.
+        params = {name: value.clone() for name, value in params_of(self.load(str(folder))).items()}
+        device = next(iter(params.values())).device
+        try:
+            mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+            saved = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
+            state = first_state(params, self.training, torch.tensor(int(mark["of"]), device=device))
+            names = saved["param_groups"][0]["param_names"]
+            held = {name: saved["state"].get(number, {}) for number, name in enumerate(names)}
+            moments = tuple({name: _like(value, held[name][key]) for name, value in params.items()}
+                            for key in KEYS[len(state.moments)])  # fmt: skip
+            return state._replace(moments=moments, taken=torch.tensor(int(mark["step"]), device=device))
+        except (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError, PickleError) as error:
+            raise InputError(
+                f"{folder} is no checkpoint that this training wrote ({summary(error)}): delete the run and "
+                "begin again"
+            ) from error
+
+
+def optimizer_state(training: Training, state: State) -> dict[str, Any]:
+    """The `state_dict` of the optimizer of `torch.optim` that would have taken the same steps, with names.
+
+    >>> training = Training(1, 1, 0.1, "adam")
+    >>> made = optimizer_state(training, first_state({"w": torch.ones(2)}, training, torch.tensor(1)))
+    >>> made["param_groups"][0]["param_names"], sorted(made["state"][0])
+    (['w'], ['exp_avg', 'exp_avg_sq', 'step'])
+    """
+    named = [(name, torch.empty(0)) for name in state.params]
+    if training.optimizer == "sgd":
+        made = torch.optim.SGD(named, training.learning_rate, training.momentum, nesterov=training.nesterov,
+                               weight_decay=training.weight_decay)  # fmt: skip
+    else:
+        kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+        made = kind(named, training.learning_rate, training.betas, training.eps, training.weight_decay)
+    keys, counts = KEYS[len(state.moments)], {} if training.optimizer == "sgd" else {"step": _count(state)}
+    held = {
+        number: {**counts, **{k: m[name].cpu() for k, m in zip(keys, state.moments, strict=True)}}
+        for number, name in enumerate(state.params) if keys
+    }  # fmt: skip
+    return {"state": held, "param_groups": made.state_dict()["param_groups"]}
+
+
+def _count(state: State) -> Tensor:
+    """The steps taken, as Adam holds them."""
+    return state.taken.float().cpu()
+
+
+def _like(value: Tensor, saved: Tensor) -> Tensor:
+    """A moment, which must have the shape and the type of its parameter."""
+    if saved.shape != value.shape or saved.dtype != value.dtype:
+        raise ValueError("a moment is not of its parameter")
+    return saved
