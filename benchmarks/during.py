@@ -3,18 +3,18 @@
     python benchmarks/during.py --models neox-4k neox-50k gpt2 --repeats 5
 
 Models have random weights: `neox-4k` and `neox-50k` (GPT-NeoX, 6 layers x width 128, vocabularies of 4,096
-and 50,304) and `gpt2` (GPT-2 small). A step is forward, backward and AdamW on 16 rows of 256 random tokens, the
-mean of their losses; 4 other rows of 256 tokens are the validation. Sides, each a whole step:
+and 50,304) and `gpt2` (GPT-2 small). A step is forward, backward and AdamW on 16 rows of 256 random tokens,
+the mean of their losses; 4 other rows of 256 tokens are the validation. Sides, each a whole step:
 
 * `plain`: the step.
-* `queries`: the step, and the gradients of the 4 validation losses one after the other, which any method pays.
+* `queries`: the step, and the gradients of the 4 validation losses one by one, which any method pays.
 * `dots`: `queries`, and the inner products of every row with the 4 gradients, inside the backward pass.
 * `before`: `dots` with the directions of kind "before", the first-order values that a single pass can have.
 * `shapley`: `queries`, and Aumann-Shapley values from the factors that the backward pass leaves.
 
 Values are of all parameters, LM head and embedding too (`--view default`: of the weight matrices alone). The
-sides take turns inside each repeat, in one process. The table gives medians; "over plain" is of processor time,
-which a busy machine disturbs less. Peak memory is that of a process of its own for each side, over what is
+sides take turns inside each repeat, in one process. The table gives medians; "over plain" is of processor
+time, which a busy machine disturbs less. Peak memory is that of a process of its own for each side, over what is
 resident after a plain step.
 """
 
