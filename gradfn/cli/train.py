@@ -25,16 +25,16 @@ from gradfn.data import Corpus
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import pads
 from gradfn.errors import InputError
-from gradfn.hf.checkpoints import Checkpoints, take_params
 from gradfn.hf.datasets import load_split
 from gradfn.model.params import params_of
 from gradfn.report.progress import progress_bar
 from gradfn.report.summaries import Facts, batches_facts, device_facts, resumed_facts, scores_facts
 from gradfn.report.tables import facts
 from gradfn.report.words import count
-from gradfn.runs.training import Trained, Validation, spans_of, train_run, write_values
+from gradfn.train.checkpoints import Checkpoints, take_params
+from gradfn.train.course import Course, Valuing
 from gradfn.train.optimizers import State
-from gradfn.train.run import Course, Valuing
+from gradfn.train.run import Trained, Validation, spans_of, train_run, write_values
 from gradfn.train.stacked import check_start
 
 NAMED = 5

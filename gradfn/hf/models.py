@@ -15,8 +15,8 @@ from gradfn.errors import InputError
 from gradfn.hf.hub import summary
 from gradfn.hf.locate import Place, load_pretrained, locate_base, locate_model
 from gradfn.model.fingerprint import ORIGINAL, is_replaced
+from gradfn.model.params import seeded_model
 from gradfn.model.tasks import task_of
-from gradfn.train.stacked import seeded_model
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 

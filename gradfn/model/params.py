@@ -1,9 +1,10 @@
 """A model's parameters as values, and the model as a function of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.func import functional_call
 
@@ -17,6 +18,21 @@ def params_of(model: nn.Module) -> Params:
     ['bias', 'weight']
     """
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def seeded_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A new model, a function of the seed.
+
+    >>> a, b = (seeded_model(lambda: nn.Linear(2, 1), 3).weight for _ in range(2))
+    >>> torch.equal(a, b)
+    True
+    """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        # torch.manual_seed keeps a traceback at every call for devices that are not there yet.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
+        return make()
 
 
 @contextmanager
@@ -46,7 +62,6 @@ def call(model: nn.Module, params: Params, *inputs: Any, **named: Any) -> Any:
     `functional_call` alone would replace the parameters of a module that occurs twice two times, and put its
     own replacement back afterwards.
 
-    >>> import torch
     >>> call(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)}, torch.ones(1))
     tensor([1.])
     """

@@ -20,6 +20,7 @@ from gradfn.engine.tap import Tapped, tapping
 from gradfn.errors import InputError
 from gradfn.model.adapters import adapter_parameters
 from gradfn.model.layers import Layer, in_full_precision
+from gradfn.model.params import evaluating
 from gradfn.model.sites import Site, View, blocks_of, find_sites
 from gradfn.train.in_run import Kind, step_direction
 from gradfn.train.optimizers import State
@@ -149,18 +150,14 @@ class Values(Tapped):
             `{name: [losses, *parameter]}` of the parameters that are trained.
         """
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        modes = {module: module.training for module in self.model.modules()}
         self._off = True
         try:
-            self.model.eval()
-            with torch.enable_grad():
+            with evaluating(self.model), torch.enable_grad():
                 made = [
                     torch.autograd.grad(loss(), [*named.values()], materialize_grads=True) for loss in losses
                 ]
         finally:
             self._off = False
-            for module, mode in modes.items():
-                module.training = mode
         return {name: torch.stack(parts) for name, parts in zip(named, zip(*made, strict=True), strict=True)}
 
     def clear(self) -> None:

@@ -1,307 +1,410 @@
-"""Training one model, step by step, so that all of it is known afterwards: order, batches, weights, schedule.
+"""A training on disk: checkpoints, and of every step the rows, the learning rate, the loss and the gradient.
 
-A step is a pure function of the state before it, the rows and the seed. A state that was saved and read again
-therefore goes on to the same bits. The memory is that of one model, its moments and its gradient.
+    RUN/training.h5      the steps, joined from segments that end at checkpoints
+    RUN/checkpoint-100   a model's folder, with the optimizer's state in it
+    RUN/log.csv          the steps again, as text, a line as soon as one is taken
+
+A checkpoint appears complete or not at all, and before the segment of its steps. A run that is killed goes on
+behind its last segment, and ends with the same bits.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from math import isfinite
-from typing import Literal, NamedTuple, get_args
+import csv
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
-from torch import Tensor
 
-from gradfn.data import check_rows, collate
-from gradfn.engine.batching import plan_batches, plan_equal, shapes_of
-from gradfn.engine.stream import labelled, lengths_of
+import gradfn
 from gradfn.errors import InputError
-from gradfn.exact.products import forward_mode
-from gradfn.subject import TOKEN_BATCH_SIZE
-from gradfn.train.in_run import Kind, step_direction
-from gradfn.train.optimizers import State, clip_scale, first_state, learning_rate, update
-from gradfn.train.spec import Training
-from gradfn.train.stacked import check_start
-from gradfn.train.step import Losses, losses_of
-from gradfn.train.table import orders
-from gradfn.types import Data, LossFn, Params
+from gradfn.runs.provenance import DataSource, Provenance, Settings, ids_digest, loss_source
+from gradfn.runs.scores import write_scores
+from gradfn.scores import Columns
+from gradfn.store import Span, check_disk, open_store, open_writer, storable
+from gradfn.store.directory import check_place
+from gradfn.store.file import create_folder, disk_errors
+from gradfn.store.guard import refuse_links
+from gradfn.store.writer import Writer
+from gradfn.train.course import Course, Diverged, Taken
+from gradfn.train.in_run import InRunTotals
+from gradfn.train.optimizers import State
+from gradfn.types import Data, Rows
+from gradfn.watch import Resumed
 
-Normalize = Literal["rows", "tokens"]
-"""What a step takes the mean over: the losses of its rows, or all of their supervised tokens."""
+KIND, LOG, MARK = "training", "log.csv", "gradfn.json"
+VALUES = "steps/values"
+"""What each row of a step did to each validation loss; 0 for steps that were not valued."""
+COLUMNS = {
+    "epoch": np.int64, "learning_rate": np.float64, "loss": np.float64, "gradient_norm": np.float64,
+    "clip": np.float64, "tokens": np.int64, "seconds": np.float64, "validation_loss": np.float64,
+}  # fmt: skip
+"""What is known of every step, beside its rows; the validation only at checkpoints, and NaN elsewhere."""
+FILLER = -1
+"""What follows the rows of a batch that is smaller than others."""
+SaveEvery = int | Literal["epoch"]
+Progress = Callable[[int, str], None]
+"""Called with the rows that were done, and the loss in words."""
 
 
-class Diverged(InputError):
-    """A loss or a gradient that is not finite."""
+@runtime_checkable
+class Keeper(Protocol):
+    """What writes a state into a folder, and reads it back to the bit; see `gradfn.train.checkpoints`."""
 
+    def write(self, folder: Path, state: State) -> None:
+        """Write the state into the folder, which is there and empty."""
+        ...
 
-class Taken(NamedTuple):
-    """One step that was taken.
-
-    Args:
-        state: after it. The next step empties it; its tensors never change, so keep a copy of its dicts.
-        rows: the rows of the batch, in their order.
-        epoch: from 0.
-        learning_rate: of this step.
-        loss: what was minimised, at the parameters before the step.
-        norm: of its gradient, over all parameters, before it was clipped.
-        clip: the factor by which clipping scaled the gradient.
-        tokens: of the rows.
-        losses: of the rows, before the step.
-        values: what each row did to each validation loss, `[batch, queries]`, see `in_run`; None: not asked.
-    """
-
-    state: State
-    rows: Int64[np.ndarray, " batch"]
-    epoch: int
-    learning_rate: float
-    loss: float
-    norm: float
-    clip: float
-    tokens: int
-    losses: Float64[np.ndarray, " batch"]
-    values: np.ndarray | None = None
+    def read(self, folder: Path) -> State:
+        """The state that was written."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
-class Valuing:
-    """Which validation losses the rows of a step are valued by, and how; see `in_run`.
+class Validation:
+    """Rows whose loss is logged at every checkpoint.
 
     Args:
-        data: the validation rows, each a query.
-        loss: of such a row.
-        kind: see `step_direction`.
-        every: steps from one that is valued to the next; the first one of all is.
-
-    Raises:
-        InputError: no rows, or fewer than one step.
-    """
-
-    data: Data
-    loss: LossFn
-    kind: Kind = "shapley"
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or not len(self.data):
-            raise InputError(
-                f"{len(self.data)} validation rows every {self.every} steps: give 1 or more of both"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Course:
-    """The training of one model, from which all steps follow.
-
-    Args:
-        loss: of a row.
         data: the rows.
-        training: optimizer, schedule, batches.
-        seed: of the order of the rows in each epoch.
-        normalize: "rows": a step minimises the mean of its rows' losses. "tokens": the mean over their
-            supervised tokens, so that long rows count more.
-        token_batch_size: padded tokens whose gradient is made at a time; their gradients are added up.
-        pads: whether rows of unequal length may share a batch, see `gradfn.engine.stream.pads`.
-        valuing: what the rows of each step are valued by.
+        settings: what is recorded of them.
+    """
+
+    data: Data
+    settings: Settings
+
+
+class Trained(NamedTuple):
+    """A training that is complete.
+
+    Args:
+        path: its index.
+        steps: `{column: [steps]}`, see `COLUMNS`.
+        rows: the rows of every step, `[steps, batch]`, filled with -1.
+        checkpoints: their folders that are there, in the order of their steps.
+        resumed: steps that an earlier process had taken.
+    """
+
+    path: Path
+    steps: dict[str, np.ndarray]
+    rows: np.ndarray
+    checkpoints: list[Path]
+    resumed: int
+
+
+def train_run(
+    run: str | Path,
+    course: Course,
+    start: Callable[[], State],
+    keeper: Keeper,
+    *,
+    save_every: SaveEvery = "epoch",
+    validation: Validation | None = None,
+    settings: Settings | Provenance | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a model and write its checkpoints, and what is known of its steps, to a run directory.
+
+    Args:
+        run: the directory; resumed if it was made otherwise in nothing.
+        course: the training.
+        start: gives the state before the first step, see `Course.start`; not called where a run goes on.
+        keeper: writes and reads checkpoints.
+        save_every: steps between checkpoints, or "epoch"; the last step always has one.
+        validation: rows whose loss is logged at every checkpoint.
+        settings: what to record besides, such as the model's fingerprint.
+        overwrite: replace a training that is there.
+        progress: called after every step.
 
     Raises:
-        InputError: a batch that is larger than the rows; a warmup longer than the training; tokens to
-            normalize by, in data that has none.
-
-    >>> def loss(p, e):
-    ...     return (p["w"] * e["x"] - e["y"]).square()
-    >>> data = [{"x": torch.tensor(1.0), "y": torch.tensor(float(i))} for i in range(4)]
-    >>> course = Course(loss, data, Training(50, 2, 0.1, "sgd"))
-    >>> *_, last = course.steps(course.start({"w": torch.zeros(())}))
-    >>> last.state.params["w"].round(decimals=1), int(last.state.taken)
-    (tensor(1.5000), 100)
+        InputError: the run was made with other settings, has checkpoints of another program, or lacks the one
+            to go on from; a loss is not finite, with the checkpoint that is kept.
+        StorageError: the disk is full or failed; what is complete is kept.
     """
-
-    loss: LossFn
-    data: Data
-    training: Training
-    seed: int = 0
-    normalize: Normalize = "rows"
-    token_batch_size: int = TOKEN_BATCH_SIZE
-    pads: bool = True
-    valuing: Valuing | None = None
-
-    def __post_init__(self) -> None:
-        check_rows(self.data)
-        rows, training = len(self.data), self.training
-        if training.batch_size > rows:
-            raise InputError(
-                f"a batch of {training.batch_size} is larger than the data, of {rows} rows: give a "
-                f"`batch_size` of at most {rows}"
-            )
-        if training.warmup > self.total:
-            raise InputError(
-                f"the warmup of {training.warmup} steps is longer than the training, of {self.total}: give "
-                "fewer steps, or more epochs"
-            )
-        if self.normalize not in get_args(Normalize):
-            raise InputError(f"no `normalize` {self.normalize!r}: choose {' or '.join(get_args(Normalize))}")
-        if self.normalize == "tokens" and not hasattr(self.data, "supervised"):
-            raise InputError("the data does not say which tokens are supervised: normalize by rows")
-
-    @property
-    def per_epoch(self) -> int:
-        """Steps of an epoch; the last one takes the rows that are left."""
-        return -(-len(self.data) // self.training.batch_size)
-
-    @property
-    def total(self) -> int:
-        """Steps of the whole training."""
-        return self.training.epochs * self.per_epoch
-
-    def start(self, params: Params) -> State:
-        """The state before the first step.
-
-        Raises:
-            InputError: parameters that cannot be trained, see `check_start`.
-        """
-        params = check_start(params, self.loss)
-        device = next(iter(params.values())).device
-        return first_state(params, self.training, torch.tensor(self.total, device=device))
-
-    def batches(self, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """The epoch and the rows of every step from `first` on: a function of the seed alone."""
-        order, size = (-1, np.zeros(0, np.int64)), self.training.batch_size
-        for step in range(first, self.total if stop is None else stop):
-            epoch, place = divmod(step, self.per_epoch)
-            if order[0] != epoch:
-                order = epoch, orders(np.ones((1, len(self.data)), bool), [self.seed], epoch)[0]
-            yield epoch, order[1][place * size : (place + 1) * size]
-
-    def steps(self, state: State, stop: int | None = None) -> Iterator[Taken]:
-        """Take the steps that follow on a state, up to the `stop`-th of all.
-
-        Args:
-            state: what `start` gave, or that of a step that was taken. It is emptied, so that no two states
-                are in memory.
-            stop: the number of steps after which to end; None: all.
-
-        Raises:
-            Diverged: a loss or a gradient is not finite; the step is named, and is not taken.
-        """
-        losses, first = losses_of(self.loss, fused=True), int(state.taken)
-        for number, (epoch, rows) in enumerate(self.batches(first, stop), first):
-            weights = row_weights(self.loss, self.data, rows, self.normalize)
-            grads, made = self._gradient(losses, state.params, rows, weights)
-            loss, (scale, norm) = float(weights @ made), clip_scale(self.training, grads)
-            if not (isfinite(loss) and bool(norm.isfinite())):
-                what = f"the loss of step {number + 1} is {loss:g} and the norm of its gradient {norm:g}"
-                raise Diverged(f"{what}: give a lower `learning_rate`, or a longer `warmup`")
-            asked = self.valuing is not None and number % self.valuing.every == 0
-            values = self._values(state, grads, rows, weights) if asked else None
-            for grad in grads.values() if self.training.max_grad_norm is not None else ():
-                grad.mul_(scale)
-            rate = float(learning_rate(self.training, torch.tensor(number), torch.tensor(self.total)))
-            state = self._moved(state, grads)
-            tokens = int(self._lengths[rows].sum())
-            yield Taken(
-                state, rows, epoch, rate, loss, float(norm), float(scale), tokens, made.numpy(), values
-            )
-
-    def mean_loss(self, params: Params, data: Data) -> float:
-        """The loss of all rows of other data, normalized like that of a step.
-
-        >>> course = Course(lambda p, e: p["w"] * e["x"], [{"x": torch.ones(())}], Training(1, 1, 0.1))
-        >>> course.mean_loss({"w": torch.tensor(2.0)}, [{"x": torch.tensor(3.0)}, {"x": torch.tensor(4.0)}])
-        7.0
-        """
-        losses, device, rows = losses_of(self.loss, fused=True), _device(params), np.arange(len(data))
-        found = torch.zeros(len(data), dtype=torch.float64)
-        with torch.no_grad():
-            for places in self._plan(data, rows):
-                found[places] = losses(params, _batch(data, rows[places], device)).double().cpu()
-        return float(row_weights(self.loss, data, rows, self.normalize) @ found)
-
-    def _moved(self, state: State, grads: Params) -> State:
-        """The state after a step: `update`, one parameter at a time, which empties the old state."""
-        training, parts = replace(self.training, max_grad_norm=None), (state.params, *state.moments)
-        made: list[Params] = [{} for _ in parts]
-        new = state
-        for name in [*state.params]:
-            params, *moments = ({name: part.pop(name)} for part in parts)
-            new = update(training, State(params, tuple(moments), state.taken, state.total),
-                         {name: grads.pop(name)})  # fmt: skip
-            for part, own in zip(made, (new.params, *new.moments), strict=True):
-                part.update(own)
-        return State(made[0], tuple(made[1:]), new.taken, new.total)
-
-    def _gradient(
-        self, losses: Losses, params: Params, rows: np.ndarray, weights: Tensor
-    ) -> tuple[Params, Tensor]:
-        """The gradient of a step's loss, summed over micro-batches, and the losses of its rows."""
-        leaves, device = {n: p.detach().requires_grad_() for n, p in params.items()}, _device(params)
-        found = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        for places in self._plan(self.data, rows):
-            batch, own = _batch(self.data, rows[places], device), weights[places].to(device)
-            with torch.enable_grad():
-                made = losses(leaves, batch)
-                (made * own.to(made.dtype)).sum().backward()
-            found[torch.from_numpy(places).to(device)] = made.detach().double()
-        grads = {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves.items()}
-        return grads, found.cpu()
-
-    def _values(self, state: State, grads: Params, rows: np.ndarray, weights: Tensor) -> np.ndarray:
-        """What each row does to each validation loss, one loss after another: `-w_i <u, g_i>`."""
-        assert self.valuing is not None
-        data, kind, device = self.valuing.data, self.valuing.kind, _device(state.params)
-        asked, losses = losses_of(self.valuing.loss), losses_of(self.loss)
-        values = torch.zeros(len(rows), len(data), dtype=torch.float64)
-        for query in range(len(data)):
-            example = _batch(data, np.array([query]), device)
-            slope = torch.func.grad(lambda params, example=example: asked(params, example).sum())(
-                state.params
-            )
-            u = step_direction(self.training, state, grads, slope, kind=kind)
-            for places in self._plan(self.data, rows):
-                batch = _batch(self.data, rows[places], device)
-                with forward_mode():
-                    _, along = torch.func.jvp(
-                        lambda params, batch=batch: losses(params, batch), (state.params,), (u,)
-                    )
-                values[places, query] = -along.double().cpu()
-        return (values * weights[:, None]).numpy()
-
-    def _plan(self, data: Data, rows: np.ndarray) -> list[np.ndarray]:
-        """The micro-batches of some rows, as places among them."""
-        lengths = lengths_of(data)[rows] if data is not self.data else self._lengths[rows]
-        if self.pads:
-            return plan_batches(lengths, self.token_batch_size)
-        shapes = [shapes_of(labelled(data, int(row))) for row in rows]
-        return plan_equal(shapes, lengths, self.token_batch_size)
-
-    @cached_property
-    def _lengths(self) -> np.ndarray:
-        return lengths_of(self.data)
+    run, spans = Path(run), spans_of(course, save_every)
+    made = _describe(course, save_every, validation).merged(settings)
+    names = {"rows/id": storable(_names(course.data))}
+    check_place(run)
+    _refuse_foreign(run)
+    with open_writer(
+        run, KIND, made.settings(), course.total, overwrite, names=names, request=made.request
+    ) as writer:
+        missing = writer.missing(spans)
+        if not writer.done:
+            _remove(run)
+        done = course.total - sum(stop - begin for begin, stop in missing)
+        if progress is not None and done:
+            progress(Resumed(sum(len(rows) for _, rows in course.batches(0, done))), "")
+        job = _Job(run, course, keeper, validation, progress)
+        if not writer.complete:
+            with _log(run, writer) as line:
+                _take(job, writer, missing, start, line)
+            writer.finish(names)
+            _write_log(run, writer)
+    return open_training(run)._replace(resumed=done)
 
 
-def row_weights(
-    loss: LossFn, data: Data, rows: Int64[np.ndarray, " batch"], normalize: Normalize = "rows"
-) -> Float64[Tensor, " batch"]:
-    """What the losses of a step's rows are multiplied by: `1 / rows`, or their share of supervised tokens.
+def spans_of(course: Course, save_every: SaveEvery) -> list[Span]:
+    """The steps between checkpoints, `(first, behind the last)`.
 
-    >>> row_weights(lambda p, e: p["w"], [], np.array([3, 1]))
-    tensor([0.5000, 0.5000], dtype=torch.float64)
+    >>> from gradfn.train import Training
+    >>> course = Course(lambda p, e: p["w"], [{}] * 5, Training(2, 2, 0.1))
+    >>> spans_of(course, "epoch"), spans_of(course, 4)
+    ([(0, 3), (3, 6)], [(0, 4), (4, 6)])
     """
-    if normalize == "rows":
-        return torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-    tokens = torch.from_numpy(np.asarray(data.supervised)[rows]).double()  # pyright: ignore
-    whole = tokens.sum().clamp_min(1)
-    # The loss of a row is the sum over its tokens, or their mean.
-    return (torch.ones_like(tokens) if getattr(loss, "reduction", "mean") == "sum" else tokens) / whole
+    size = course.per_epoch if save_every == "epoch" else save_every
+    if size < 1:
+        raise InputError(f"`save_every` must be 1 step or more, not {size}")
+    return [(first, min(first + size, course.total)) for first in range(0, course.total, size)]
 
 
-def _device(params: Params) -> torch.device:
-    return next(iter(params.values())).device
+def checkpoint_path(run: str | Path, step: int) -> Path:
+    """Where the checkpoint after so many steps is.
+
+    >>> checkpoint_path("run", 100).as_posix()
+    'run/checkpoint-100'
+    """
+    return Path(run) / f"checkpoint-{step}"
 
 
-def _batch(data: Data, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    """Rows, padded to one length, on the device."""
-    made = collate([labelled(data, int(row)) for row in rows])
-    return {key: value.to(device) for key, value in made.items()}
+def open_training(run: str | Path) -> Trained:
+    """Read what `train_run` wrote.
+
+    Raises:
+        InputError: the run is absent, unfinished or damaged.
+    """
+    with open_store(run, KIND) as store:
+        if store.header.kind != KIND:
+            raise InputError(
+                f"{store.path} holds {store.header.kind}, and no training: give a training's run"
+            )
+        steps = {name: store.read(f"steps/{name}") for name in COLUMNS}
+        rows = store.read("steps/rows")
+        return Trained(store.path, steps, rows, checkpoints_of(store.path.parent), 0)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The folders of checkpoints in a directory, in the order of their steps."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*")
+             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]  # fmt: skip
+    return [path for _, path in sorted(found)]
+
+
+def write_values(run: str | Path, course: Course, *, overwrite: bool = False) -> Path:
+    """Write the sums of the rows' values over all steps of a training to `RUN/scores.h5`, as scores.
+
+    Args:
+        run: of `train_run`, complete, with a course that has `valuing`.
+        course: the training.
+        overwrite: replace scores that are there.
+
+    Raises:
+        InputError: the training is unfinished, or valued no rows.
+    """
+    valuing = course.valuing
+    if valuing is None:
+        raise InputError(f"the training of {run} valued no rows: give it `valuing`")
+    names = _names(valuing.data)
+    fold, rows = InRunTotals(_names(course.data), names), len(course.data)
+    state, losses = fold.init(), np.zeros(rows)
+    with open_store(run, KIND) as store:
+        for _, _, part in store.chunks(["steps/rows", "steps/losses", VALUES], course.per_epoch):
+            real = part["steps/rows"] >= 0
+            numbers = part["steps/rows"][real]
+            state = fold.update(state, torch.from_numpy(numbers), torch.from_numpy(part[VALUES][real]))
+            np.add.at(losses, numbers, part["steps/losses"][real])
+        made = Provenance.of(store)
+    how = {"recipe": "inrun", "method": made.further["values"], "query": made.further["values"]["query"]}
+    means = torch.from_numpy(losses) / course.training.epochs
+    columns = Columns(names, list(getattr(valuing.data, "texts", ())))
+    return write_scores(run, course.data, Rows(state.values.float(), means), columns,
+                        settings=made.merged(how), overwrite=overwrite)  # fmt: skip
+
+
+# --- the steps
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What taking steps needs."""
+
+    run: Path
+    course: Course
+    keeper: Keeper
+    validation: Validation | None
+    progress: Progress | None
+
+
+def _take(
+    job: _Job, writer: Writer, missing: list[Span], start: Callable[[], State], line: Callable[..., None]
+) -> None:
+    """Take the steps that are missing, and write each span with its checkpoint."""
+    state = None
+    for begin, stop in missing:
+        if state is None or int(state.taken) != begin:
+            state = start() if begin == 0 else _resume(job, begin)
+        state, arrays = _span(job, state, stop, line)
+        path = checkpoint_path(job.run, stop)
+        size = sum(
+            v.numel() * v.element_size() for part in (state.params, *state.moments) for v in part.values()
+        )
+        check_disk(job.run, size, f"the weights and moments of {path.name}")
+        create_folder(path, lambda folder, state=state: job.keeper.write(folder, state))
+        writer.write(begin, stop, arrays)
+
+
+def _resume(job: _Job, step: int) -> State:
+    """The state of the checkpoint after so many steps."""
+    path = checkpoint_path(job.run, step)
+    if not path.exists():
+        raise InputError(
+            f"{path} is gone, from which the training would go on: put it back, or give `overwrite=True` to "
+            "begin again"
+        )
+    state = job.keeper.read(path)
+    if int(state.taken) != step or int(state.total) != job.course.total:
+        raise InputError(
+            f"{path} is not of step {step} of this training: give `overwrite=True` to begin again"
+        )
+    return state
+
+
+def _span(
+    job: _Job, state: State, stop: int, line: Callable[..., None]
+) -> tuple[State, dict[str, np.ndarray]]:
+    """The state after some steps, and what is known of each of them."""
+    course, begin, mark = job.course, int(state.taken), time.perf_counter()
+    batch = course.training.batch_size
+    arrays: dict[str, Any] = {f"steps/{name}": np.zeros(stop - begin, kind) for name, kind in COLUMNS.items()}
+    arrays["steps/rows"] = np.full((stop - begin, batch), FILLER, np.int64)
+    arrays["steps/losses"] = np.full((stop - begin, batch), np.nan)
+    if course.valuing is not None:
+        arrays[VALUES] = np.zeros((stop - begin, batch, len(course.valuing.data)), np.float32)
+    steps = course.steps(state, stop)
+    del state
+    try:
+        for place, taken in enumerate(steps):
+            seconds, mark = time.perf_counter() - mark, time.perf_counter()
+            last = place == stop - begin - 1
+            known = _known(job, taken, seconds, last, begin + place + 1)
+            for name in COLUMNS:
+                arrays[f"steps/{name}"][place] = known[name]
+            arrays["steps/rows"][place, : len(taken.rows)] = taken.rows
+            arrays["steps/losses"][place, : len(taken.rows)] = taken.losses
+            if taken.values is not None:
+                arrays[VALUES][place, : len(taken.rows)] = taken.values
+            line(begin + place + 1, known)
+            if job.progress is not None:
+                job.progress(len(taken.rows), f"loss {taken.loss:.4g}")
+            if last:
+                return taken.state, arrays
+            del taken  # the next step is to empty its state
+    except Diverged as error:
+        kept = f"{checkpoint_path(job.run, begin)} is kept" if begin else "there is no checkpoint yet"
+        raise Diverged(f"{error} ({kept})") from error
+    raise AssertionError("a span has at least one step")
+
+
+def _known(job: _Job, taken: Taken, seconds: float, last: bool, step: int) -> dict[str, Any]:
+    """What is known of a step, by column; behind the last of a span, weights are finite or refused."""
+    validation = float("nan")
+    if last:
+        if not all(bool(value.isfinite().all()) for value in taken.state.params.values()):
+            raise Diverged(f"a weight is not finite after step {step}: give a lower `learning_rate`")
+        if job.validation is not None:
+            validation = job.course.mean_loss(taken.state.params, job.validation.data)
+    return {
+        "epoch": taken.epoch, "learning_rate": taken.learning_rate, "loss": taken.loss,
+        "gradient_norm": taken.norm, "clip": taken.clip, "tokens": taken.tokens, "seconds": seconds,
+        "validation_loss": validation,
+    }  # fmt: skip
+
+
+# --- files
+
+
+def _line(step: int, known: Mapping[str, Any]) -> list[Any]:
+    """A line of the log; there is no text where there is no number."""
+    return [step, *("" if value != value else value for value in (known[name] for name in COLUMNS))]
+
+
+def _write_log(run: Path, writer: Writer) -> None:
+    """Write the log of the steps that are complete."""
+    path = run / LOG
+    refuse_links(path)
+    partial = path.with_name(f".{LOG}.tmp")
+    with disk_errors(path):
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow(["step", *COLUMNS])
+            for begin, stop in writer.done:
+                read = writer.stored.read_all([f"steps/{name}" for name in COLUMNS], begin, stop)
+                for place in range(stop - begin):
+                    known = {name: read[f"steps/{name}"][place].item() for name in COLUMNS}
+                    lines.writerow(_line(begin + place + 1, known))
+        partial.replace(path)
+
+
+@contextmanager
+def _log(run: Path, writer: Writer) -> Iterator[Callable[..., None]]:
+    """The log of the steps that are complete, to which further lines are added."""
+    _write_log(run, writer)
+    with disk_errors(run / LOG), (run / LOG).open("a", newline="", encoding="utf-8", buffering=1) as file:
+        lines = csv.writer(file, lineterminator="\n")
+        yield lambda step, known: lines.writerow(_line(step, known))
+
+
+def _refuse_foreign(run: Path) -> None:
+    """Refuse a directory with checkpoints that no training of gradfn wrote: a new one would replace them."""
+    for path in checkpoints_of(run):
+        refuse_links(path)
+        if not (path / MARK).is_file():
+            raise InputError(
+                f"{path} is no checkpoint of a training by gradfn, which would be replaced: give another "
+                "directory"
+            )
+
+
+def _remove(run: Path) -> None:
+    """Remove the checkpoints of an earlier training, or of one that was killed before its first segment."""
+    with disk_errors(run):
+        for path in checkpoints_of(run):
+            shutil.rmtree(path)
+
+
+def _names(data: Data) -> list[str]:
+    ids = getattr(data, "ids", None)
+    return [str(row) for row in range(len(data))] if ids is None else list(ids)
+
+
+def _describe(course: Course, save_every: SaveEvery, validation: Validation | None) -> Provenance:
+    """What the training depends on."""
+    fingerprint = getattr(course.data, "fingerprint", None)
+    how = {
+        "normalize": course.normalize,
+        "save_every": save_every,
+        "token_batch_size": course.token_batch_size,
+    }
+    more: dict[str, Any] = {} if validation is None else {"validation": dict(validation.settings)}
+    if (valuing := course.valuing) is not None:
+        digest = getattr(valuing.data, "fingerprint", lambda: None)()
+        asked = {
+            "fingerprint": digest,
+            "rows": len(valuing.data),
+            "loss": loss_source(valuing.loss).to_json(),
+        }
+        more["values"] = {"kind": valuing.kind, "every": valuing.every, "query": asked}
+    return Provenance(
+        version=gradfn.__version__,
+        data=DataSource(fingerprint=None if fingerprint is None else fingerprint(), rows=len(course.data),
+                        ids=ids_digest(course.data)),
+        loss=loss_source(course.loss),
+        training={**course.training.settings(), **how},
+        seed=course.seed,
+        further=more,
+    )  # fmt: skip

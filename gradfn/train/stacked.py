@@ -13,7 +13,7 @@ from gradfn.engine.batching import full_gradients
 from gradfn.engine.reference import refuse_constant
 from gradfn.engine.stream import keeps_rows, labelled
 from gradfn.errors import InputError
-from gradfn.model.params import params_of
+from gradfn.model.params import params_of, seeded_model
 from gradfn.train.step import Losses, losses_of
 from gradfn.train.table import Table
 from gradfn.types import Batch, Data, LossFn, Params
@@ -46,21 +46,6 @@ def stacked_params(start: Start, seeds: Sequence[int]) -> Params:
     """
     made = {seed: initial_params(start, seed) for seed in {*seeds}}
     return {name: torch.stack([made[seed][name] for seed in seeds]) for name in made[seeds[0]]}
-
-
-def seeded_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A new model, a function of the seed.
-
-    >>> a, b = (seeded_model(lambda: nn.Linear(2, 1), 3).weight for _ in range(2))
-    >>> torch.equal(a, b)
-    True
-    """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        # torch.manual_seed keeps a traceback at every call for devices that are not there yet.
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(seed)
-        return make()
 
 
 def stacked_losses(

@@ -23,10 +23,10 @@ from gradfn.cli.commands import RetrainRequest, TrainRequest
 from gradfn.cli.options import TrainingOptions
 from gradfn.cli.request import slots_of
 from gradfn.cli.training import TrainOptions
-from gradfn.runs.training import open_training
 from gradfn.scores import Scores
 from gradfn.train import Training
-from gradfn.train.run import Course
+from gradfn.train.course import Course
+from gradfn.train.run import open_training
 
 SMALL = ("--epochs", 2, "--batch-size", 5, "--save-every", 4, "--learning-rate", 0.01, "--schedule", "linear",
          "--max-grad-norm", 2.0)  # fmt: skip

@@ -1,238 +1,271 @@
-"""One model, step by step: a loop of `torch.optim`, whatever the micro-batches, a function of the seed."""
+"""A training on disk: killed anywhere it ends with the same bits, and other settings are refused."""
 
-from dataclasses import replace
+import csv
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import language_model
-from torch import nn
-from train_problems import OPTIMIZERS, ROWS, SETTINGS, classification, make_mlp, problem, torch_optimizer
+from train_problems import ROWS, SETTINGS, problem
 
-from gradfn.data import collate, make_documents
-from gradfn.engine.stream import labelled
 from gradfn.errors import InputError
-from gradfn.model.losses import causal_lm_loss
 from gradfn.model.params import params_of
-from gradfn.testing.strategies import randomize
-from gradfn.train import Training, first_state, in_run, make_trainer, update
-from gradfn.train.run import Course, Diverged, Valuing, row_weights
+from gradfn.scores import Scores
+from gradfn.store.file import create_folder
+from gradfn.train import run as module
+from gradfn.train.course import Course, Diverged, Valuing
+from gradfn.train.run import (
+    COLUMNS,
+    Validation,
+    checkpoint_path,
+    open_training,
+    spans_of,
+    train_run,
+    write_values,
+)
 
-CLIPPED = replace(SETTINGS["adamw"], max_grad_norm=0.1)
-
-
-def documents(lengths=(3, 6, 4, 5, 3, 7, 4, 5, 6, 3, 4)):
-    generator = torch.Generator().manual_seed(0)
-    return make_documents([torch.randint(11, (length,), generator=generator).tolist() for length in lengths])
-
-
-def copy(taken):
-    moments = tuple(dict(part) for part in taken.state.moments)
-    return taken._replace(state=taken.state._replace(params=dict(taken.state.params), moments=moments))
-
-
-def run(course, params):
-    return [copy(taken) for taken in course.steps(course.start(dict(params)))]
+MAKE, LOSS, _, DATA = problem("mlp")
+PARAMS = params_of(MAKE())
+COURSE = Course(LOSS, DATA, replace(SETTINGS["adamw"], max_grad_norm=0.5), seed=5)
 
 
-def loop(course, model, naive):
-    """What a person would write: the losses, and the model after every step."""
-    training, losses, params = course.training, [], []
-    optimizer, schedule = torch_optimizer(model.requires_grad_(), training, course.total)
-    for _, rows in course.batches():
-        optimizer.zero_grad()
-        loss = torch.stack([naive(model, course.data[int(row)]) for row in rows]).mean()
-        loss.backward()
-        if training.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        params.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    return losses, params
+class Killed(BaseException):
+    """What SIGKILL is to a test: nothing that follows is done."""
 
 
-@OPTIMIZERS
-@pytest.mark.parametrize("kind", ["mlp", "llama"])
-def test_training_is_the_loop_of_torch_optim(kind, training):
-    make, loss, naive, data = problem(kind)
-    if (
-        training.optimizer == "adamw"
-    ):  # a small eps makes large numbers of the rounding of gradients that are 0
-        training = replace(training, eps=1e-4)
-    course, model = Course(loss, data, training, seed=3), make()
-    taken = run(course, params_of(model))
-    losses, params = loop(course, model, naive)
-    torch.testing.assert_close([one.loss for one in taken], losses, rtol=1e-12, atol=1e-12)
-    for one, expected in zip(taken, params, strict=True):
-        torch.testing.assert_close(one.state.params, expected, rtol=1e-12, atol=1e-12)
-    assert all((one.clip < 1) == (one.norm > (training.max_grad_norm or 1e9)) for one in taken)
+@dataclass
+class Keeper:
+    """States as torch saves them; dies at its n-th call before or after it has written."""
+
+    die: int = -1
+    late: bool = False
+    calls: int = 0
+
+    def write(self, folder, state):
+        self.calls += 1
+        if self.calls == self.die and not self.late:
+            raise Killed
+        torch.save(tuple(state), folder / "state.pt")
+        (folder / "gradfn.json").write_text("{}")
+        if self.calls == self.die:
+            raise Killed
+
+    def read(self, folder):
+        return module.State(*torch.load(folder / "state.pt"))
 
 
-@pytest.mark.parametrize("size", [1, 8, 16])
-@pytest.mark.parametrize("normalize", ["rows", "tokens"])
-def test_accumulation_changes_nothing(size, normalize):
-    model = randomize(language_model("llama"), 0)
-    how = {"seed": 1, "normalize": normalize}
-    whole = Course(causal_lm_loss(model), documents(), CLIPPED, **how)
-    parts = replace(whole, token_batch_size=size)
-    for a, b in zip(run(whole, params_of(model)), run(parts, params_of(model)), strict=True):
-        assert (a.rows == b.rows).all()
-        assert (a.loss, a.norm) == pytest.approx((b.loss, b.norm), rel=1e-12)
-        torch.testing.assert_close(a.state.params, b.state.params, rtol=1e-10, atol=1e-12)
+def trained(run, course=COURSE, keeper=None, **how):
+    return train_run(run, course, lambda: course.start(dict(PARAMS)), keeper or Keeper(), **how)
 
 
-def test_rows_that_padding_would_change_are_not_padded():
-    model = randomize(language_model("llama"), 0)
-    course = Course(causal_lm_loss(model), documents(), SETTINGS["sgd"], pads=False)
-    shapes = []
-
-    class Loss:
-        reduction = "mean"
-        model = course.loss.model
-
-        def batched(self, batch):
-            shapes.append("attention_mask" in batch)
-            return course.loss.with_whole_logits().batched(batch)
-
-        def __call__(self, params, example):
-            return course.loss(params, example)
-
-    a, b = run(course, params_of(model))[-1], run(replace(course, loss=Loss()), params_of(model))[-1]
-    torch.testing.assert_close(a.state.params, b.state.params, rtol=0, atol=0)
-    assert shapes
-    assert not any(shapes)
+def content(run):
+    """All that is to be the same: every state to the bit, every number of every step but the time."""
+    found = open_training(run)
+    states = {p.name: torch.load(p / "state.pt") for p in found.checkpoints}
+    numbers = {name: value for name, value in found.steps.items() if name != "seconds"}
+    return states, {**numbers, "rows": found.rows}
 
 
-def test_tokens_weigh_alike_whatever_the_reduction():
-    model, data = randomize(language_model("gpt2"), 0), documents()
-    ends = [
-        run(Course(causal_lm_loss(model, reduction), data, SETTINGS["sgd"], normalize="tokens"),
-            params_of(model))[-1]
-        for reduction in ("mean", "sum")
-    ]  # fmt: skip
-    torch.testing.assert_close(ends[0].state.params, ends[1].state.params, rtol=1e-12, atol=1e-12)
-    rows = np.array([0, 1])
-    losses = [causal_lm_loss(model, "sum")(params_of(model), data[row]) for row in (0, 1)]
-    weights = row_weights(causal_lm_loss(model, "sum"), data, rows, "tokens")
-    assert (weights @ torch.stack(losses)).item() == pytest.approx(sum(losses).item() / (2 + 5), rel=1e-12)
-    with pytest.raises(InputError, match="does not say which tokens"):
-        Course(causal_lm_loss(model), list(data), SETTINGS["sgd"], normalize="tokens")
+def assert_same(a, b):
+    torch.testing.assert_close(a[0], b[0], rtol=0, atol=0)
+    for name, value in a[1].items():
+        np.testing.assert_array_equal(value, b[1][name])
 
 
-def test_a_step_is_update_to_the_bit_and_empties_the_state_before():
-    make, loss, _, data = problem("mlp")
-    course = Course(loss, data, CLIPPED)
-    params = params_of(make())
-    state, copies = course.start(dict(params)), dict(params)
-    step = course.steps(state)
-    rows = next(course.batches())[1]
-    leaves = {name: value.clone().requires_grad_() for name, value in copies.items()}
-    mean = torch.stack([loss(leaves, data[int(row)]) for row in rows]).mean()
-    grads = dict(zip(leaves, torch.autograd.grad(mean, [*leaves.values()]), strict=True))
-    taken = next(step)
-    assert not state.params
-    assert not any(state.moments)
-    expected = update(course.training, first_state(copies, course.training, torch.tensor(6)), grads)
-    torch.testing.assert_close(taken.state, expected, rtol=1e-12, atol=1e-14)
-    assert taken.norm == pytest.approx(torch.cat([g.flatten() for g in grads.values()]).norm().item())
-    before = {name: value.clone() for name, value in taken.state.params.items()}
-    kept = dict(taken.state.params)
-    next(step)
-    assert all(torch.equal(kept[name], value) for name, value in before.items())
+def log_of(run):
+    with (run / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-@OPTIMIZERS
-def test_one_model_is_what_it_is_among_stacked_ones(training):
-    make, loss, _, data = problem("mlp")
-    params = params_of(make())
-    steps = make_trainer(params, loss, data, training).trajectory(torch.ones(1, ROWS, dtype=torch.bool), [7])
-    for one, many in zip(run(Course(loss, data, training, seed=7), params), steps, strict=True):
-        assert (torch.from_numpy(one.rows) == many.rows[0]).all()
-        stacked = {name: value[0] for name, value in many.state.params.items()}
-        torch.testing.assert_close(one.state.params, stacked, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("save_every", ["epoch", 1, 4, 100])
+def test_all_of_a_training_is_on_disk(tmp_path, save_every):
+    done = trained(tmp_path, save_every=save_every, validation=Validation(DATA[:3], {"rows": 3}))
+    steps = [taken for taken in COURSE.steps(COURSE.start(dict(PARAMS)))]
+    assert done.resumed == 0
+    assert (done.rows == -1).sum() == 2 * (12 - ROWS)
+    for number, (batch, one) in enumerate(zip(done.rows, steps, strict=True)):
+        assert batch[batch >= 0].tolist() == one.rows.tolist()
+        own = {"learning_rate": one.learning_rate, "loss": one.loss, "gradient_norm": one.norm,
+               "clip": one.clip, "epoch": one.epoch, "tokens": one.tokens}  # fmt: skip
+        assert own == {name: done.steps[name][number] for name in own}
+    stops = [stop for _, stop in spans_of(COURSE, save_every)]
+    assert [path.name for path in done.checkpoints] == [f"checkpoint-{stop}" for stop in stops]
+    assert np.isfinite(done.steps["validation_loss"]).nonzero()[0].tolist() == [stop - 1 for stop in stops]
+    assert all((done.steps["seconds"] > 0).tolist())
+    lines = log_of(tmp_path)
+    assert [*lines[0]] == ["step", *COLUMNS]
+    assert [line["step"] for line in lines] == ["1", "2", "3", "4", "5", "6"]
+    assert [float(line["loss"]) for line in lines] == done.steps["loss"].tolist()
+    assert sum(line["validation_loss"] != "" for line in lines) == len(stops)
 
 
-def test_the_order_is_a_function_of_seed_and_epoch():
-    make, loss, _, data = problem("mlp")
-    course = Course(loss, data, SETTINGS["sgd"], seed=1)
-    order = [rows.tolist() for _, rows in course.batches()]
-    assert order == [rows.tolist() for _, rows in replace(course, loss=classification(make())).batches()]
-    assert order != [rows.tolist() for _, rows in replace(course, seed=2).batches()]
-    assert order[4:] == [rows.tolist() for _, rows in course.batches(4)]
-    assert [epoch for epoch, _ in course.batches()] == [0, 0, 0, 1, 1, 1]
-    for epoch in (order[:3], order[3:]):
-        assert sorted(row for rows in epoch for row in rows) == [*range(ROWS)]
-    assert order[:3] != order[3:]
+def dying(place, run):
+    """Start a training that dies at a place; whether it did."""
+    kind, number = place
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "step":  # the log has lines that no segment has
+            real, count = Course._gradient, iter(range(100))
+
+            def gradient(*args):
+                if next(count) == number:
+                    raise Killed
+                return real(*args)
+
+            patch.setattr(Course, "_gradient", gradient)
+        if kind == "renamed":  # a checkpoint without the segment of its steps
+            count = iter(range(1, 100))
+
+            def create(path, fill):
+                create_folder(path, fill)
+                if next(count) == number:
+                    raise Killed
+
+            patch.setattr(module, "create_folder", create)
+        keeper = Keeper(number, kind == "written") if kind in ("writing", "written") else Keeper()
+        if kind == "unjoined":
+            patch.setattr("gradfn.store.writer.Writer.finish", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            trained(run, keeper=keeper, save_every=2)
 
 
-def test_steps_go_on_from_any_state():
-    make, loss, _, data = problem("mlp")
-    course, params = Course(loss, data, CLIPPED), params_of(make())
-    whole = run(course, params)
-    for stop in (1, 3, 5):
-        *_, half = course.steps(course.start(dict(params)), stop)
-        assert int(half.state.taken) == stop
-        *_, last = course.steps(half.state)
-        assert all(torch.equal(v, whole[-1].state.params[n]) for n, v in last.state.params.items())
+PLACES = [("step", 0), ("step", 3), ("writing", 1), ("written", 2), ("renamed", 3), ("unjoined", 0)]
 
 
-def test_a_loss_that_is_not_finite_stops_before_its_step():
-    data = [{"x": torch.tensor(1.0)}] * 3 + [{"x": torch.tensor(float("inf"))}]
-    course = Course(lambda p, e: p["w"] * e["x"], data, Training(1, 1, 0.1, "sgd"), seed=0)
-    place = next(step for step, (_, rows) in enumerate(course.batches(), 1) if rows[0] == 3)
-    steps = course.steps(course.start({"w": torch.ones(())}))
-    assert [int(next(steps).state.taken) for _ in range(place - 1)] == [*range(1, place)]
-    with pytest.raises(Diverged, match=f"the loss of step {place} is inf .* give a lower `learning_rate`"):
-        next(steps)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole")
+    trained(run, save_every=2)
+    return content(run)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, whole, place):
+    dying(place, tmp_path / "killed")
+    done = trained(tmp_path / "killed", save_every=2)
+    kind, number = place
+    last = {"step": number // 2, "writing": number - 1, "written": number - 1, "renamed": number - 1}
+    assert done.resumed == 2 * last.get(kind, 3)
+    assert_same(whole, content(tmp_path / "killed"))
+    assert [line["step"] for line in log_of(tmp_path / "killed")] == ["1", "2", "3", "4", "5", "6"]
+    assert not [*(tmp_path / "killed").glob(".*.tmp")]
+
+
+def test_a_complete_training_takes_no_step_again(tmp_path, monkeypatch):
+    trained(tmp_path)
+    monkeypatch.setattr(Course, "_gradient", None)
+    told = []
+    assert trained(tmp_path, progress=lambda done, said: told.append(int(done))).resumed == COURSE.total
+    assert told == [2 * ROWS]
+
+
+def test_a_damaged_segment_that_was_deleted_is_made_again(tmp_path):
+    trained(tmp_path, save_every=2)
+    before = content(tmp_path)
+    (tmp_path / "training.h5").unlink()
+    (tmp_path / "segments/training-0000000002-0000000004.h5").unlink()
+    assert trained(tmp_path, save_every=2).resumed == 4
+    assert_same(before, content(tmp_path))
+    (tmp_path / "training.h5").unlink()
+    (tmp_path / "segments/training-0000000002-0000000004.h5").unlink()
+    shutil.rmtree(checkpoint_path(tmp_path, 2))
+    with pytest.raises(InputError, match="checkpoint-2 is gone, from which the training would go on"):
+        trained(tmp_path, save_every=2)
 
 
 @pytest.mark.parametrize(
-    ("training", "words"),
+    ("change", "words"),
     [
-        (Training(1, 12, 0.1), "a batch of 12 is larger than the data, of 11 rows"),
-        (Training(1, 4, 0.1, warmup=4), "warmup of 4 steps is longer than the training, of 3"),
+        ({"seed": 6}, "seed is 5 there and 6 here"),
+        ({"training": replace(COURSE.training, learning_rate=0.02)}, "training.learning_rate is 0.01 there"),
+        ({"token_batch_size": 8}, "training.token_batch_size is 4096 there and 8 here"),
     ],
 )
-def test_refusals(training, words):
-    _, loss, _, data = problem("mlp")
+def test_other_settings_are_refused_with_what_differs(tmp_path, change, words):
+    trained(tmp_path)
+    before, other = content(tmp_path), replace(COURSE, **change)
     with pytest.raises(InputError, match=words):
-        Course(loss, data, training)
+        trained(tmp_path, other)
+    assert_same(before, content(tmp_path))
+    trained(tmp_path, other, overwrite=True, save_every=4)
+    assert [path.name for path in open_training(tmp_path).checkpoints] == ["checkpoint-4", "checkpoint-6"]
+    assert len(log_of(tmp_path)) == 6
 
 
-def test_models_that_cannot_be_trained_are_refused():
-    _, loss, _, data = problem("mlp")
-    half = {name: value.half() for name, value in params_of(make_mlp()).items()}
-    with pytest.raises(InputError, match="in which most steps of training round to nothing"):
-        Course(loss, data, SETTINGS["sgd"]).start(half)
+def test_checkpoints_of_another_program_are_not_touched(tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500/mine").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="checkpoint-500 is no checkpoint of a training by gradfn"):
+            trained(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "checkpoint-500/mine").read_text() == "precious"
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/checkpoint-3").symlink_to(tmp_path / "checkpoint-500")
+    with pytest.raises(InputError, match="is a symbolic link"):
+        trained(tmp_path / "link")
 
 
-def test_the_loss_of_other_rows_is_that_of_a_step():
-    model, data = randomize(language_model("gpt2"), 0), documents()
-    for normalize in ("rows", "tokens"):
-        course = Course(causal_lm_loss(model), data, Training(1, ROWS, 0.1, "sgd"), normalize=normalize)
-        taken = next(course.steps(course.start(params_of(model))))
-        assert course.mean_loss(params_of(model), data) == pytest.approx(taken.loss, rel=1e-12)
+def test_a_training_that_diverges_keeps_its_last_checkpoint(tmp_path):
+    data = [{"x": torch.tensor(1e3)}] * 4
+
+    def loss(params, example):
+        return (params["w"] * example["x"]).square()
+
+    course = Course(loss, data, replace(SETTINGS["sgd"], epochs=400, learning_rate=0.1))
+
+    def run():
+        return train_run(
+            tmp_path, course, lambda: course.start({"w": torch.ones(())}), Keeper(), save_every=2
+        )
+
+    with pytest.raises(Diverged, match=r"the loss of step 4 is .* gradient inf.*\(.*checkpoint-2 is kept\)"):
+        run()
+    assert checkpoint_path(tmp_path, 2).exists()
+    with pytest.raises(Diverged, match=r"the loss of step 4 is"):  # from where it went on
+        run()
+    with pytest.raises(InputError, match="is unfinished"):
+        open_training(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["shapley", "before"])
-def test_values_are_those_of_in_run_and_change_no_bit(kind):
-    model, data = randomize(language_model("llama"), 0), documents()
-    loss, queries = causal_lm_loss(model), documents((5, 7))
-    plain = Course(loss, data, CLIPPED, token_batch_size=8)
-    valued = replace(plain, valuing=Valuing(queries, loss, kind, every=2))
-    state = first_state(params_of(model), CLIPPED, torch.tensor(plain.total))
-    for number, (one, other) in enumerate(zip(run(plain, params_of(model)), run(valued, params_of(model)),
-                                              strict=True)):  # fmt: skip
-        assert all(torch.equal(value, other.state.params[name]) for name, value in one.state.params.items())
-        assert (other.values is None) == (number % 2 == 1)
-        if number == 2:
-            batch = collate([labelled(data, int(row)) for row in one.rows])
-            weights = torch.full((len(one.rows),), 1 / len(one.rows), dtype=torch.float64)
-            asked = collate([labelled(queries, row) for row in range(2)])
-            found = in_run(loss, CLIPPED, state, batch, weights, asked, kind=kind)
-            np.testing.assert_allclose(other.values, found.values, rtol=1e-8, atol=1e-14)
-            np.testing.assert_allclose(other.losses, found.losses, rtol=1e-12)
-        state = one.state
-    with pytest.raises(InputError, match="2 validation rows every 0 steps"):
-        Valuing(queries, loss, every=0)
+def test_stopped_it_says_what_is_kept(tmp_path, monkeypatch):
+    calls = iter(range(100))
+    real = Course._gradient
+
+    def gradient(*args):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Course, "_gradient", gradient)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"3 of 6 steps are kept in .*: the same command does the others"
+    ):
+        trained(tmp_path)
+
+
+def test_progress_counts_rows_and_says_the_loss(tmp_path):
+    told = []
+    dying(("step", 3), tmp_path)
+    trained(tmp_path, save_every=2, progress=lambda done, said: told.append((done, said)))
+    assert [int(done) for done, _ in told] == [8, 3, 4, 4, 3]
+    assert type(told[0][0]).__name__ == "Resumed"
+    assert all(said.startswith("loss ") for _, said in told[1:])
+    assert Path(tmp_path / "training.h5").exists()
+
+
+def test_values_are_summed_over_the_steps_whatever_was_killed(tmp_path):
+    course = replace(COURSE, valuing=Valuing(DATA[:2], LOSS, "influence"))
+    expected = np.zeros((ROWS, 2))
+    for taken in course.steps(course.start(dict(PARAMS))):
+        np.add.at(expected, taken.rows, taken.values)
+    trained(tmp_path, course, Keeper())
+    with pytest.raises(InputError, match="valued no rows"):
+        write_values(tmp_path, COURSE)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "training.h5").unlink()
+    (tmp_path / "segments/training-0000000003-0000000006.h5").unlink()
+    trained(tmp_path, course, Keeper())
+    write_values(tmp_path, course)
+    np.testing.assert_allclose(Scores.load(tmp_path).values[0], expected, rtol=1e-5, atol=1e-9)
+    write_values(tmp_path, course)  # and again, which changes nothing

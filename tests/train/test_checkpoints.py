@@ -9,13 +9,13 @@ from tiny import make_model, make_tokenizer
 from train_problems import SETTINGS
 
 from gradfn.errors import InputError
-from gradfn.hf.checkpoints import Checkpoints, optimizer_state, take_params
 from gradfn.hf.models import load_model
 from gradfn.hf.optimizer_state import load_optimizer_state
 from gradfn.hf.tokenizers import load_tokenizer
 from gradfn.model.params import params_of
 from gradfn.model.sites import find_sites
 from gradfn.train import State, first_state, update
+from gradfn.train.checkpoints import Checkpoints, optimizer_state, take_params
 
 TOTAL = torch.tensor(9)
 

@@ -1,0 +1,307 @@
+"""Training one model, step by step, so that all of it is known afterwards: order, batches, weights, schedule.
+
+A step is a pure function of the state before it, the rows and the seed. A state that was saved and read again
+therefore goes on to the same bits. The memory is that of one model, its moments and its gradient.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isfinite
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from gradfn.data import check_rows, collate
+from gradfn.engine.batching import plan_batches, plan_equal, shapes_of
+from gradfn.engine.stream import labelled, lengths_of
+from gradfn.errors import InputError
+from gradfn.exact.products import forward_mode
+from gradfn.subject import TOKEN_BATCH_SIZE
+from gradfn.train.in_run import Kind, step_direction
+from gradfn.train.optimizers import State, clip_scale, first_state, learning_rate, update
+from gradfn.train.spec import Training
+from gradfn.train.stacked import check_start
+from gradfn.train.step import Losses, losses_of
+from gradfn.train.table import orders
+from gradfn.types import Data, LossFn, Params
+
+Normalize = Literal["rows", "tokens"]
+"""What a step takes the mean over: the losses of its rows, or all of their supervised tokens."""
+
+
+class Diverged(InputError):
+    """A loss or a gradient that is not finite."""
+
+
+class Taken(NamedTuple):
+    """One step that was taken.
+
+    Args:
+        state: after it. The next step empties it; its tensors never change, so keep a copy of its dicts.
+        rows: the rows of the batch, in their order.
+        epoch: from 0.
+        learning_rate: of this step.
+        loss: what was minimised, at the parameters before the step.
+        norm: of its gradient, over all parameters, before it was clipped.
+        clip: the factor by which clipping scaled the gradient.
+        tokens: of the rows.
+        losses: of the rows, before the step.
+        values: what each row did to each validation loss, `[batch, queries]`, see `in_run`; None: not asked.
+    """
+
+    state: State
+    rows: Int64[np.ndarray, " batch"]
+    epoch: int
+    learning_rate: float
+    loss: float
+    norm: float
+    clip: float
+    tokens: int
+    losses: Float64[np.ndarray, " batch"]
+    values: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Valuing:
+    """Which validation losses the rows of a step are valued by, and how; see `in_run`.
+
+    Args:
+        data: the validation rows, each a query.
+        loss: of such a row.
+        kind: see `step_direction`.
+        every: steps from one that is valued to the next; the first one of all is.
+
+    Raises:
+        InputError: no rows, or fewer than one step.
+    """
+
+    data: Data
+    loss: LossFn
+    kind: Kind = "shapley"
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not len(self.data):
+            raise InputError(
+                f"{len(self.data)} validation rows every {self.every} steps: give 1 or more of both"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """The training of one model, from which all steps follow.
+
+    Args:
+        loss: of a row.
+        data: the rows.
+        training: optimizer, schedule, batches.
+        seed: of the order of the rows in each epoch.
+        normalize: "rows": a step minimises the mean of its rows' losses. "tokens": the mean over their
+            supervised tokens, so that long rows count more.
+        token_batch_size: padded tokens whose gradient is made at a time; their gradients are added up.
+        pads: whether rows of unequal length may share a batch, see `gradfn.engine.stream.pads`.
+        valuing: what the rows of each step are valued by.
+
+    Raises:
+        InputError: a batch that is larger than the rows; a warmup longer than the training; tokens to
+            normalize by, in data that has none.
+
+    >>> def loss(p, e):
+    ...     return (p["w"] * e["x"] - e["y"]).square()
+    >>> data = [{"x": torch.tensor(1.0), "y": torch.tensor(float(i))} for i in range(4)]
+    >>> course = Course(loss, data, Training(50, 2, 0.1, "sgd"))
+    >>> *_, last = course.steps(course.start({"w": torch.zeros(())}))
+    >>> last.state.params["w"].round(decimals=1), int(last.state.taken)
+    (tensor(1.5000), 100)
+    """
+
+    loss: LossFn
+    data: Data
+    training: Training
+    seed: int = 0
+    normalize: Normalize = "rows"
+    token_batch_size: int = TOKEN_BATCH_SIZE
+    pads: bool = True
+    valuing: Valuing | None = None
+
+    def __post_init__(self) -> None:
+        check_rows(self.data)
+        rows, training = len(self.data), self.training
+        if training.batch_size > rows:
+            raise InputError(
+                f"a batch of {training.batch_size} is larger than the data, of {rows} rows: give a "
+                f"`batch_size` of at most {rows}"
+            )
+        if training.warmup > self.total:
+            raise InputError(
+                f"the warmup of {training.warmup} steps is longer than the training, of {self.total}: give "
+                "fewer steps, or more epochs"
+            )
+        if self.normalize not in get_args(Normalize):
+            raise InputError(f"no `normalize` {self.normalize!r}: choose {' or '.join(get_args(Normalize))}")
+        if self.normalize == "tokens" and not hasattr(self.data, "supervised"):
+            raise InputError("the data does not say which tokens are supervised: normalize by rows")
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch; the last one takes the rows that are left."""
+        return -(-len(self.data) // self.training.batch_size)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        return self.training.epochs * self.per_epoch
+
+    def start(self, params: Params) -> State:
+        """The state before the first step.
+
+        Raises:
+            InputError: parameters that cannot be trained, see `check_start`.
+        """
+        params = check_start(params, self.loss)
+        device = next(iter(params.values())).device
+        return first_state(params, self.training, torch.tensor(self.total, device=device))
+
+    def batches(self, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """The epoch and the rows of every step from `first` on: a function of the seed alone."""
+        order, size = (-1, np.zeros(0, np.int64)), self.training.batch_size
+        for step in range(first, self.total if stop is None else stop):
+            epoch, place = divmod(step, self.per_epoch)
+            if order[0] != epoch:
+                order = epoch, orders(np.ones((1, len(self.data)), bool), [self.seed], epoch)[0]
+            yield epoch, order[1][place * size : (place + 1) * size]
+
+    def steps(self, state: State, stop: int | None = None) -> Iterator[Taken]:
+        """Take the steps that follow on a state, up to the `stop`-th of all.
+
+        Args:
+            state: what `start` gave, or that of a step that was taken. It is emptied, so that no two states
+                are in memory.
+            stop: the number of steps after which to end; None: all.
+
+        Raises:
+            Diverged: a loss or a gradient is not finite; the step is named, and is not taken.
+        """
+        losses, first = losses_of(self.loss, fused=True), int(state.taken)
+        for number, (epoch, rows) in enumerate(self.batches(first, stop), first):
+            weights = row_weights(self.loss, self.data, rows, self.normalize)
+            grads, made = self._gradient(losses, state.params, rows, weights)
+            loss, (scale, norm) = float(weights @ made), clip_scale(self.training, grads)
+            if not (isfinite(loss) and bool(norm.isfinite())):
+                what = f"the loss of step {number + 1} is {loss:g} and the norm of its gradient {norm:g}"
+                raise Diverged(f"{what}: give a lower `learning_rate`, or a longer `warmup`")
+            asked = self.valuing is not None and number % self.valuing.every == 0
+            values = self._values(state, grads, rows, weights) if asked else None
+            for grad in grads.values() if self.training.max_grad_norm is not None else ():
+                grad.mul_(scale)
+            rate = float(learning_rate(self.training, torch.tensor(number), torch.tensor(self.total)))
+            state = self._moved(state, grads)
+            tokens = int(self._lengths[rows].sum())
+            yield Taken(
+                state, rows, epoch, rate, loss, float(norm), float(scale), tokens, made.numpy(), values
+            )
+
+    def mean_loss(self, params: Params, data: Data) -> float:
+        """The loss of all rows of other data, normalized like that of a step.
+
+        >>> course = Course(lambda p, e: p["w"] * e["x"], [{"x": torch.ones(())}], Training(1, 1, 0.1))
+        >>> course.mean_loss({"w": torch.tensor(2.0)}, [{"x": torch.tensor(3.0)}, {"x": torch.tensor(4.0)}])
+        7.0
+        """
+        losses, device, rows = losses_of(self.loss, fused=True), _device(params), np.arange(len(data))
+        found = torch.zeros(len(data), dtype=torch.float64)
+        with torch.no_grad():
+            for places in self._plan(data, rows):
+                found[places] = losses(params, _batch(data, rows[places], device)).double().cpu()
+        return float(row_weights(self.loss, data, rows, self.normalize) @ found)
+
+    def _moved(self, state: State, grads: Params) -> State:
+        """The state after a step: `update`, one parameter at a time, which empties the old state."""
+        training, parts = replace(self.training, max_grad_norm=None), (state.params, *state.moments)
+        made: list[Params] = [{} for _ in parts]
+        new = state
+        for name in [*state.params]:
+            params, *moments = ({name: part.pop(name)} for part in parts)
+            new = update(training, State(params, tuple(moments), state.taken, state.total),
+                         {name: grads.pop(name)})  # fmt: skip
+            for part, own in zip(made, (new.params, *new.moments), strict=True):
+                part.update(own)
+        return State(made[0], tuple(made[1:]), new.taken, new.total)
+
+    def _gradient(
+        self, losses: Losses, params: Params, rows: np.ndarray, weights: Tensor
+    ) -> tuple[Params, Tensor]:
+        """The gradient of a step's loss, summed over micro-batches, and the losses of its rows."""
+        leaves, device = {n: p.detach().requires_grad_() for n, p in params.items()}, _device(params)
+        found = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        for places in self._plan(self.data, rows):
+            batch, own = _batch(self.data, rows[places], device), weights[places].to(device)
+            with torch.enable_grad():
+                made = losses(leaves, batch)
+                (made * own.to(made.dtype)).sum().backward()
+            found[torch.from_numpy(places).to(device)] = made.detach().double()
+        grads = {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves.items()}
+        return grads, found.cpu()
+
+    def _values(self, state: State, grads: Params, rows: np.ndarray, weights: Tensor) -> np.ndarray:
+        """What each row does to each validation loss, one loss after another: `-w_i <u, g_i>`."""
+        assert self.valuing is not None
+        data, kind, device = self.valuing.data, self.valuing.kind, _device(state.params)
+        asked, losses = losses_of(self.valuing.loss), losses_of(self.loss)
+        values = torch.zeros(len(rows), len(data), dtype=torch.float64)
+        for query in range(len(data)):
+            example = _batch(data, np.array([query]), device)
+            slope = torch.func.grad(lambda params, example=example: asked(params, example).sum())(
+                state.params
+            )
+            u = step_direction(self.training, state, grads, slope, kind=kind)
+            for places in self._plan(self.data, rows):
+                batch = _batch(self.data, rows[places], device)
+                with forward_mode():
+                    _, along = torch.func.jvp(
+                        lambda params, batch=batch: losses(params, batch), (state.params,), (u,)
+                    )
+                values[places, query] = -along.double().cpu()
+        return (values * weights[:, None]).numpy()
+
+    def _plan(self, data: Data, rows: np.ndarray) -> list[np.ndarray]:
+        """The micro-batches of some rows, as places among them."""
+        lengths = lengths_of(data)[rows] if data is not self.data else self._lengths[rows]
+        if self.pads:
+            return plan_batches(lengths, self.token_batch_size)
+        shapes = [shapes_of(labelled(data, int(row))) for row in rows]
+        return plan_equal(shapes, lengths, self.token_batch_size)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return lengths_of(self.data)
+
+
+def row_weights(
+    loss: LossFn, data: Data, rows: Int64[np.ndarray, " batch"], normalize: Normalize = "rows"
+) -> Float64[Tensor, " batch"]:
+    """What the losses of a step's rows are multiplied by: `1 / rows`, or their share of supervised tokens.
+
+    >>> row_weights(lambda p, e: p["w"], [], np.array([3, 1]))
+    tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    if normalize == "rows":
+        return torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    tokens = torch.from_numpy(np.asarray(data.supervised)[rows]).double()  # pyright: ignore
+    whole = tokens.sum().clamp_min(1)
+    # The loss of a row is the sum over its tokens, or their mean.
+    return (torch.ones_like(tokens) if getattr(loss, "reduction", "mean") == "sum" else tokens) / whole
+
+
+def _device(params: Params) -> torch.device:
+    return next(iter(params.values())).device
+
+
+def _batch(data: Data, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    """Rows, padded to one length, on the device."""
+    made = collate([labelled(data, int(row)) for row in rows])
+    return {key: value.to(device) for key, value in made.items()}
