@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradfn.engine.contract import Contract, lower_for
+from gradfn.engine.contract import Contract, Segments, lower_for
 from gradfn.engine.tap import Tapped, tapping
 from gradfn.errors import InputError
 from gradfn.model.adapters import adapter_parameters
@@ -189,7 +189,9 @@ class Values(Tapped):
             size = held[0][0].size or 0
             for one, saved, g in held:
                 if one.block in plans:
-                    contract = Contract(plans[one.block], one.layer, one.path, one.size)
+                    contract = Contract(
+                        plans[one.block], one.layer, one.path, one.size, segments=one.segments
+                    )
                     with in_full_precision(g):
                         share = contract.pullback(saved, g)
                     shares[one.block] = shares[one.block] + share if one.block in shares else share
@@ -218,12 +220,12 @@ class Values(Tapped):
     def _use(self, sites: Any, name: str, x: Any, y: Any, *call: Any) -> Any:
         return y if self._off else super()._use(sites, name, x, y, *call)
 
-    def _contract(self, site: Site, layer: Layer, size: int | None) -> Contract:
-        made = super()._contract(site, layer, size)
+    def _contract(self, segments: Segments | None, site: Site, layer: Layer, size: int | None) -> Contract:
+        made = super()._contract(segments, site, layer, size)
         if self._aimed:
             return made
         held = self._held.setdefault(len(self._forwards), [])
-        return _Holding(made.plan, layer, site.path, size, block=site.block, held=held)
+        return _Holding(made.plan, layer, site.path, size, segments=segments, block=site.block, held=held)
 
 
 def _nothing(sites: Sequence[Site]) -> Blocks:
