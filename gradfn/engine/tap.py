@@ -212,7 +212,7 @@ class Tapped:
     copy: bool
     _forwards: list[Forward] = field(default_factory=list)
     _open: Forward | None = None
-    _held: bool = False
+    _explicit: bool = False
 
     @property
     def blocks(self) -> Blocks | Tensor:
@@ -258,11 +258,11 @@ class Tapped:
             segments: where they are, if they are packed into one row of tokens.
         """
         self._begin(rows, segments)
-        self._held = True
+        self._explicit = True
         try:
             yield
         finally:
-            self._open, self._held = None, False
+            self._open, self._explicit = None, False
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
@@ -278,12 +278,12 @@ class Tapped:
             yield
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not _recomputing() and not self._held:
+        if torch.is_grad_enabled() and not _recomputing() and not self._explicit:
             rows = (len(v) for v in tree_leaves((args, named)) if isinstance(v, Tensor) and v.ndim)
             self._begin(self.rows or next(rows, 0))
 
     def _after(self, *_: Any) -> None:
-        if not _recomputing() and not self._held:
+        if not _recomputing() and not self._explicit:
             self._open = None
 
     def _begin(self, rows: int, segments: Segments | None = None) -> None:
