@@ -8,14 +8,14 @@ the mean of their losses; 4 other rows of 256 tokens are the validation. Sides, 
 
 * `plain`: the step.
 * `queries`: the step, and the gradients of the 4 validation losses one by one, which any method pays.
-* `dots`: `queries`, and the inner products of every row with the 4 gradients, inside the backward pass.
+* `dots`: `queries`, and the inner products of every row with the 4 gradients, in the backward pass.
 * `before`: `dots` with the directions of kind "before", the first-order values that a single pass can have.
 * `shapley`: `queries`, and Aumann-Shapley values from the factors that the backward pass leaves.
 
 Values are of all parameters, LM head and embedding too (`--view default`: of the weight matrices alone). The
 sides take turns inside each repeat, in one process. The table gives medians; "over plain" is of processor
 time, which a busy machine disturbs less. Peak memory is that of a process of its own for each side, over what is
-resident after a plain step.
+processor resident after a plain step.
 """
 
 import argparse
