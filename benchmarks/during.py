@@ -14,8 +14,8 @@ the mean of their losses; 4 other rows of 256 tokens are the validation. Sides, 
 
 Values are of all parameters, LM head and embedding too (`--view default`: of the weight matrices alone). The
 sides take turns inside each repeat, in one process. The table gives medians; "over plain" is of processor
-time, which a busy machine disturbs less. Peak memory is that of a process of its own for each side, over what is
-processor resident after a plain step.
+time, which a busy machine disturbs less. Peak memory is that of a process of its own for each side, over
+what is resident after a plain step.
 """
 
 import argparse
