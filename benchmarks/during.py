@@ -8,7 +8,7 @@ the mean of their losses; 4 other rows of 256 tokens are the validation. Sides, 
 
 * `plain`: the step.
 * `queries`: the step, and the gradients of the 4 validation losses one by one, which any method pays.
-* `dots`: `queries`, and the inner products of every row with the 4 gradients, inside the backward pass.
+* `dots`: `queries`, and the inner products of every row with the 4 gradients, in the backward pass.
 * `before`: `dots` with the directions of kind "before", the first-order values that a single pass can have.
 * `shapley`: `queries`, and Aumann-Shapley values from the factors that the backward pass leaves.
 
