@@ -262,9 +262,9 @@ class Course:
             for places in self._plan(self.data, rows):
                 batch = _batch(self.data, rows[places], device)
                 with forward_mode():
-                    _, along = torch.func.jvp(
+                    along = torch.func.jvp(
                         lambda params, batch=batch: losses(params, batch), (state.params,), (u,)
-                    )
+                    )[1]
                 values[places, query] = -along.double().cpu()
         return (values * weights[:, None]).numpy()
 

@@ -423,9 +423,7 @@ def _refuse_mixing(model: nn.Module, inputs: Mapping[str, Any], visit: _Visit) -
     with torch.random.fork_rng(devices) if was else nullcontext():
         model.eval()
         try:
-            packed = model(**named, **more).logits.reshape(1, -1, model.config.vocab_size)[
-                :, end - size : end
-            ]
+            packed = model(**named, **more).logits.flatten(0, 1)[None, end - size : end]
             own = model(**alone, use_cache=False).logits
         finally:
             model.train(was)
