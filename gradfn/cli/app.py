@@ -158,14 +158,15 @@ def _with_flags(text: str) -> str:
         text = text.replace(argument, option)
     named = (slots_of(request).values() for request in COMMANDS)
     names = "|".join(sorted({slot.name for slots in named for slot in slots if not slot.about.positional}))
-    pattern = rf"(?<![\w'\"/.`-])(`?)({names})(?:=('[^']*'|[\w.:+]+))?`?(?![\w'\"=`])"
+    value = r"[A-Z]\w*\([^()]*\)"  # such as Adam(eps=1e-08), whose eps is no option
+    pattern = rf"{value}|(?<![\w'\"/.`-])(`?)({names})(?:=('[^']*'|[\w.:+]+))?`?(?![\w'\"=`])"
     return re.sub(pattern, _flagged, text)
 
 
 def _flagged(match: re.Match[str]) -> str:
     """An argument that the library names, as an option; a plain word stays, which needs not be one."""
     quote, name, value = match.groups()
-    if value is None and not quote and "_" not in name:
+    if name is None or (value is None and not quote and "_" not in name):
         return match[0]
     return flag(name) if value in (None, "True") else f"{flag(name)} {value.strip(chr(39))}"
 
