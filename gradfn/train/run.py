@@ -111,7 +111,7 @@ def train_run(
     """Train a model and write its checkpoints, and what is known of its steps, to a run directory.
 
     Args:
-        run: the directory; resumed if it was made otherwise in nothing.
+        run: the directory. A training that was begun there with the same settings goes on.
         course: the training.
         start: gives the state before the first step, see `Course.start`; not called where a run goes on.
         keeper: writes and reads checkpoints.
