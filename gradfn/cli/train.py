@@ -34,7 +34,7 @@ from gradfn.report.words import count
 from gradfn.train.checkpoints import Checkpoints, take_params
 from gradfn.train.course import Course, Valuing
 from gradfn.train.optimizers import State
-from gradfn.train.run import Trained, Validation, spans_of, train_run, write_values
+from gradfn.train.run import Saving, Trained, Validation, spans_of, train_run, write_values
 from gradfn.train.stacked import check_start
 
 NAMED = 5
@@ -67,8 +67,8 @@ def run_train(request: TrainRequest) -> None:
     total = training.epochs * len(rows)
     with loaded.multiplying(), progress_bar("training", total, "rows") as progress:
         trained = train_run(
-            request.run, course, lambda: _start(course, loaded.model), _keeper(loaded, course, request),
-            save_every=options.save_every, validation=validation,
+            request.run, course, lambda: _start(course, loaded.model),
+            Saving(_keeper(loaded, course, request), options.save_every, validation),
             settings={**known, **recorded(request), **init}, overwrite=request.output.overwrite,
             progress=progress,
         )  # fmt: skip

@@ -78,6 +78,21 @@ class Validation:
     settings: Settings
 
 
+@dataclass(frozen=True, eq=False)
+class Saving:
+    """When a training makes checkpoints, and what it does there.
+
+    Args:
+        keeper: writes and reads them.
+        every: the steps between them, or "epoch"; the last step always has one.
+        validation: rows whose loss is logged at each.
+    """
+
+    keeper: Keeper
+    every: SaveEvery = "epoch"
+    validation: Validation | None = None
+
+
 class Trained(NamedTuple):
     """A training that is complete.
 
@@ -100,10 +115,8 @@ def train_run(
     run: str | Path,
     course: Course,
     start: Callable[[], State],
-    keeper: Keeper,
+    saving: Saving,
     *,
-    save_every: SaveEvery = "epoch",
-    validation: Validation | None = None,
     settings: Settings | Provenance | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -114,9 +127,7 @@ def train_run(
         run: the directory. A training that was begun there with the same settings goes on.
         course: the training.
         start: gives the state before the first step, see `Course.start`; not called where a run goes on.
-        keeper: writes and reads checkpoints.
-        save_every: steps between checkpoints, or "epoch"; the last step always has one.
-        validation: rows whose loss is logged at every checkpoint.
+        saving: when it makes checkpoints, and how.
         settings: what to record besides, such as the model's fingerprint.
         overwrite: replace a training that is there.
         progress: called after every step.
@@ -126,8 +137,8 @@ def train_run(
             to go on from; a loss is not finite, with the checkpoint that is kept.
         StorageError: the disk is full or failed; what is complete is kept.
     """
-    run, spans = Path(run), spans_of(course, save_every)
-    made = _describe(course, save_every, validation).merged(settings)
+    run, spans = Path(run), spans_of(course, saving.every)
+    made = _describe(course, saving).merged(settings)
     names = {"rows/id": storable(_names(course.data))}
     check_place(run)
     _refuse_foreign(run)
@@ -140,7 +151,7 @@ def train_run(
         done = course.total - sum(stop - begin for begin, stop in missing)
         if progress is not None and done:
             progress(Resumed(sum(len(rows) for _, rows in course.batches(0, done))), "")
-        job = _Job(run, course, keeper, validation, progress)
+        job = _Job(run, course, saving, progress)
         if not writer.complete:
             with _log(run, writer) as line:
                 _take(job, writer, missing, start, line)
@@ -235,8 +246,7 @@ class _Job:
 
     run: Path
     course: Course
-    keeper: Keeper
-    validation: Validation | None
+    saving: Saving
     progress: Progress | None
 
 
@@ -254,7 +264,7 @@ def _take(
             v.numel() * v.element_size() for part in (state.params, *state.moments) for v in part.values()
         )
         check_disk(job.run, size, f"the weights and moments of {path.name}")
-        create_folder(path, lambda folder, state=state: job.keeper.write(folder, state))
+        create_folder(path, lambda folder, state=state: job.saving.keeper.write(folder, state))
         writer.write(begin, stop, arrays)
 
 
@@ -266,7 +276,7 @@ def _resume(job: _Job, step: int) -> State:
             f"{path} is gone, from which the training would go on: put it back, or give `overwrite=True` to "
             "begin again"
         )
-    state = job.keeper.read(path)
+    state = job.saving.keeper.read(path)
     if int(state.taken) != step or int(state.total) != job.course.total:
         raise InputError(
             f"{path} is not of step {step} of this training: give `overwrite=True` to begin again"
@@ -316,8 +326,8 @@ def _known(job: _Job, taken: Taken, seconds: float, last: bool, step: int) -> di
     if last:
         if not all(bool(value.isfinite().all()) for value in taken.state.params.values()):
             raise Diverged(f"a weight is not finite after step {step}: give a lower `learning_rate`")
-        if job.validation is not None:
-            validation = job.course.mean_loss(taken.state.params, job.validation.data)
+        if job.saving.validation is not None:
+            validation = job.course.mean_loss(taken.state.params, job.saving.validation.data)
     return {
         "epoch": taken.epoch, "learning_rate": taken.learning_rate, "loss": taken.loss,
         "gradient_norm": taken.norm, "clip": taken.clip, "tokens": taken.tokens, "seconds": seconds,
@@ -382,14 +392,15 @@ def _names(data: Data) -> list[str]:
     return [str(row) for row in range(len(data))] if ids is None else list(ids)
 
 
-def _describe(course: Course, save_every: SaveEvery, validation: Validation | None) -> Provenance:
+def _describe(course: Course, saving: Saving) -> Provenance:
     """What the training depends on."""
     fingerprint = getattr(course.data, "fingerprint", None)
     how = {
         "normalize": course.normalize,
-        "save_every": save_every,
+        "save_every": saving.every,
         "token_batch_size": course.token_batch_size,
     }
+    validation = saving.validation
     more: dict[str, Any] = {} if validation is None else {"validation": dict(validation.settings)}
     if (valuing := course.valuing) is not None:
         digest = getattr(valuing.data, "fingerprint", lambda: None)()

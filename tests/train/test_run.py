@@ -18,6 +18,7 @@ from gradfn.train import run as module
 from gradfn.train.course import Course, Diverged, Valuing
 from gradfn.train.run import (
     COLUMNS,
+    Saving,
     Validation,
     checkpoint_path,
     open_training,
@@ -56,8 +57,9 @@ class Keeper:
         return module.State(*torch.load(folder / "state.pt"))
 
 
-def trained(run, course=COURSE, keeper=None, **how):
-    return train_run(run, course, lambda: course.start(dict(PARAMS)), keeper or Keeper(), **how)
+def trained(run, course=COURSE, keeper=None, save_every="epoch", validation=None, **how):
+    saving = Saving(keeper or Keeper(), save_every, validation)
+    return train_run(run, course, lambda: course.start(dict(PARAMS)), saving, **how)
 
 
 def content(run):
@@ -215,9 +217,7 @@ def test_a_training_that_diverges_keeps_its_last_checkpoint(tmp_path):
     course = Course(loss, data, replace(SETTINGS["sgd"], epochs=400, learning_rate=0.1))
 
     def run():
-        return train_run(
-            tmp_path, course, lambda: course.start({"w": torch.ones(())}), Keeper(), save_every=2
-        )
+        return train_run(tmp_path, course, lambda: course.start({"w": torch.ones(())}), Saving(Keeper(), 2))
 
     with pytest.raises(Diverged, match=r"the loss of step 4 is .* gradient inf.*\(.*checkpoint-2 is kept\)"):
         run()
