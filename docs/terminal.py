@@ -27,7 +27,7 @@ def draw(command: str, path: str, width: int) -> None:
     printed = output_on_a_terminal(command, width)
     console = Console(record=True, width=width, file=StringIO(), force_terminal=True)
     console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
-    console.print(Text.from_ansi(printed.replace("\r\n", "\n").rstrip()))
+    console.print(Text.from_ansi(printed.rstrip()))
     console.save_svg(path, title="gradfn")
 
 
@@ -45,7 +45,7 @@ def output_on_a_terminal(command: str, width: int) -> str:
     os.close(ours)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return printed.decode()
+    return printed.decode().replace("\r\n", "\n")
 
 
 def main() -> None:
