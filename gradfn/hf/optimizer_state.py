@@ -8,58 +8,28 @@
 | `row_var`, `col_var` (torch's Adafactor) | `max(r cᵀ / max(mean(r), e), e²)` | `sqrt(v)` |
 """
 
-import math
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
-from gradfn.hf.hub import listing, local, quiet, summary
+from gradfn.hf.hub import local
+from gradfn.hf.optimizer_files import SECOND_MOMENT, Entry, SavedState, read_state
 from gradfn.model.sites import Site, View, blocks_of, find_sites
 from gradfn.transforms import Transform, adafactor, adam
 from gradfn.types import Blocks
 
 __all__ = ["load_optimizer_state", "second_moments"]
 
-_TRAINER_FILES = ("optimizer.pt", "optimizer.bin")
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-_MOMENT = "exp_avg_sq"
-_MOMENTS = (_MOMENT, f"max_{_MOMENT}", f"{_MOMENT}_row", f"{_MOMENT}_col", "square_avg", "row_var", "col_var",
-            "variance")  # fmt: skip
-_CORRECTED = {"eps": 1e-8, "betas": (0.9, 0.999), "step": math.inf}
-"""The settings of a file without any: Adam's usual epsilon, and so many steps that no bias is left."""
+_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "square_avg", "row_var",
+            "col_var", "variance")  # fmt: skip
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _NORM_PATTERNS = "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"
-
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """One parameter in a file: its name (if there is one), its state, and the settings of its group."""
-
-    name: str | None
-    state: Mapping[str, Any]
-    group: Mapping[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class _Saved:
-    """A file of optimizer state: entries by group, in the optimizer's order."""
-
-    path: Path
-    groups: tuple[tuple[_Entry, ...], ...]
-    by_trainer: bool = False
-
-    @property
-    def entries(self) -> tuple[_Entry, ...]:
-        return tuple(chain(*self.groups))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +95,7 @@ def load_optimizer_state(path: str | Path, model: nn.Module, view: View | None =
     Source: Adam, arXiv:1412.6980, algorithm 1; Adafactor, arXiv:1804.04235, section 3.
     """
     sites = find_sites(model, view)
-    moments = _moments(_read(local(path)), model, sites)
+    moments = _moments(read_state(local(path)), model, sites)
     sides = {site.block: _sides(site, moments[site.names[0]]) for site in sites}
     found = {block: pair for block, pair in sides.items() if pair is not None}
     if len(found) == len(sides):
@@ -160,11 +130,11 @@ def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module, view: Vie
     sites, known = find_sites(model, view), {id(p): name for name, p in model.named_parameters()}
     groups = tuple(
         tuple(
-            _Entry(known[id(p)], optimizer.state.get(p, {}), group) for p in group["params"] if id(p) in known
+            Entry(known[id(p)], optimizer.state.get(p, {}), group) for p in group["params"] if id(p) in known
         )
         for group in optimizer.param_groups
     )
-    saved = _Saved(Path(type(optimizer).__name__), groups)
+    saved = SavedState(Path(type(optimizer).__name__), groups)
     if not any(entry.state for entry in saved.entries):
         return {}
     moments = _moments(saved, model, sites)
@@ -172,7 +142,7 @@ def second_moments(optimizer: torch.optim.Optimizer, model: nn.Module, view: Vie
     return {name: v.sqrt() + eps for name, v in _dense_blocks(sites, moments, eps).items()}
 
 
-def _moments(saved: _Saved, model: nn.Module, sites: Sequence[Site]) -> dict[str, _Moment]:
+def _moments(saved: SavedState, model: nn.Module, sites: Sequence[Site]) -> dict[str, _Moment]:
     """The second moments of the parameters of the sites, which must have one eps."""
     entries, shapes = _by_name(saved, model), _shapes(model)
     names = dict.fromkeys(name for site in sites for name in site.names)
@@ -190,97 +160,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _read(path: Path) -> _Saved:
-    """Read a file, or the one in a Trainer's folder."""
-    if path.is_dir():
-        file = next((path / name for name in _TRAINER_FILES if (path / name).is_file()), None)
-        if file is None:
-            raise InputError(
-                f"folder {path} holds no optimizer.pt, only {listing(path)}: give a Trainer's checkpoint "
-                "folder, or the file that torch.save(optimizer.state_dict(), file) wrote"
-            )
-        path = file
-    if not path.is_file():
-        raise InputError(f"no optimizer state {str(path)!r}: no file or folder here has this name")
-    if path.suffix == ".safetensors":
-        return _Saved(path, (tuple(_read_safetensors(path)),))
-    if path.suffix not in _TORCH_SUFFIXES:
-        raise InputError(
-            f"optimizer state {path} has no known ending: expected .pt, .pth, .bin or .safetensors"
-        )
-    by_trainer = path.name in _TRAINER_FILES and (path.parent / "trainer_state.json").is_file()
-    return _Saved(path, _groups(_load_torch(path), path), by_trainer)
-
-
-def _read_safetensors(path: Path) -> Iterator[_Entry]:
-    """The second moments in a file of tensors. Other tensors are not read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            marked = [key for key in keys if key.startswith(f"{_MOMENT}.") or key.endswith(f".{_MOMENT}")]
-            for key in marked or keys:
-                name = key.removeprefix(f"{_MOMENT}.").removesuffix(f".{_MOMENT}")
-                yield _Entry(name, {_MOMENT: file.get_tensor(key)}, _CORRECTED)
-    except SafetensorError as error:
-        raise InputError(
-            f"{path} is not a .safetensors file ({summary(error)}): save the state again"
-        ) from error
-
-
-def _load_torch(path: Path) -> Any:
-    """What torch.save wrote, if it is only tensors and plain values. No code is run."""
-    try:
-        with quiet():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors and plain values, which could run code, so it was not loaded: "
-            "save optimizer.state_dict() of an optimizer that is not quantised"
-        ) from error
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever else is raised here is about the file at `path`
-        raise InputError(
-            f"{path} cannot be read ({summary(error)}): save it again with torch.save"
-        ) from error
-
-
-def _groups(content: Any, path: Path) -> tuple[tuple[_Entry, ...], ...]:
-    """The entries of every parameter group of a `state_dict`."""
-    if not isinstance(content, dict) or not {"state", "param_groups"} <= content.keys():
-        found = (
-            ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
-        )
-        raise InputError(
-            f"{path} is not an optimizer's state_dict with state and param_groups, but holds {found}: "
-            "save optimizer.state_dict() alone"
-        )
-    groups = content["param_groups"]
-    if not isinstance(groups, list) or not all(isinstance(g, dict) and "params" in g for g in groups):
-        raise InputError(f"{path} has a group without params: save optimizer.state_dict() as it is")
-    states = content["state"]
-    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
-        raise InputError(
-            f"{path} has a state that is no dict of one a parameter: save optimizer.state_dict() as it is"
-        )
-    return tuple(tuple(_group_entries(group, states, path)) for group in groups)
-
-
-def _group_entries(group: Mapping[str, Any], states: Mapping[Any, Any], path: Path) -> Iterator[_Entry]:
-    keys = group["params"]
-    names = group.get("param_names") or [key if isinstance(key, str) else None for key in keys]
-    if len(names) != len(keys):
-        raise InputError(
-            f"{path} has {len(names)} param_names for {len(keys)} params: save optimizer.state_dict() as it "
-            "is"
-        )
-    for key, name in zip(keys, names, strict=True):
-        yield _Entry(name, states.get(key, {}), group)
-
-
-def _by_name(saved: _Saved, model: nn.Module) -> dict[str, _Entry]:
+def _by_name(saved: SavedState, model: nn.Module) -> dict[str, Entry]:
     """Entries by the model's names of its parameters, from the names in the file or from its order."""
     if any(entry.name is None for entry in saved.entries):
         return dict(zip(_order(saved, model), saved.entries, strict=True))
@@ -297,7 +177,7 @@ def _canonical(name: str, aliases: Mapping[str, str]) -> str:
     return aliases.get(name, name)
 
 
-def _order(saved: _Saved, model: nn.Module) -> tuple[str, ...]:
+def _order(saved: SavedState, model: nn.Module) -> tuple[str, ...]:
     """The names of an optimizer's parameters, from the one known order that agrees with all shapes."""
     trained = [(number, entry.state) for number, entry in enumerate(saved.entries) if entry.state]
     for number, state in trained or [(0, {})]:
@@ -324,7 +204,7 @@ def _order(saved: _Saved, model: nn.Module) -> tuple[str, ...]:
     return fits[0]
 
 
-def _fault(order: Sequence[str], entries: Sequence[_Entry], shapes: Mapping[str, Any]) -> str | None:
+def _fault(order: Sequence[str], entries: Sequence[Entry], shapes: Mapping[str, Any]) -> str | None:
     """The first parameter whose state has another shape, if there is one."""
     for name, entry in zip(order, entries, strict=True):
         found = _shape_of(entry.state)
@@ -339,7 +219,7 @@ def _shape_of(state: Mapping[str, Any]) -> tuple[int, ...] | None:
         if row in state and col in state:
             lead = state[row].shape if row != "row_var" else state[row].shape[:-1]
             return (*lead, state[col].shape[-1])
-    found = next((state[key] for key in (_MOMENT, "square_avg", "variance") if key in state), None)
+    found = next((state[key] for key in (SECOND_MOMENT, "square_avg", "variance") if key in state), None)
     return None if found is None else tuple(found.shape)
 
 
@@ -375,7 +255,7 @@ def _decayed(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     return {n for n, p in model.named_parameters() if id(p) not in norms and not plain.search(n.lower())}
 
 
-def _moment_of(name: str, entries: Mapping[str, _Entry], shape: tuple[int, ...], path: Path) -> _Moment:
+def _moment_of(name: str, entries: Mapping[str, Entry], shape: tuple[int, ...], path: Path) -> _Moment:
     """The second moment of one parameter, corrected for its bias."""
     entry = entries.get(name)
     if entry is None or not entry.state:
@@ -424,12 +304,12 @@ def _parse(name: str, state: Mapping[str, Any], group: Mapping[str, Any], path: 
         row, col = values["exp_avg_sq_row"], values["exp_avg_sq_col"]
         return _Moment(0.0, row=row, col=col / row.mean(-1, keepdim=True))
     if "decay_rate" in group:  # a vector of transformers' Adafactor
-        return _Moment(0.0, values[_MOMENT])
+        return _Moment(0.0, values[SECOND_MOMENT])
     eps = _number(group.get("eps"), "eps", name, path)
     if "square_avg" in state:
         centre = _tensor(state, "grad_avg", name, path).square() if group.get("centered") else 0.0
         return _Moment(eps, (values["square_avg"] - centre).clamp_min(0))
-    v = _tensor(values, "max_exp_avg_sq" if group.get("amsgrad") else _MOMENT, name, path)
+    v = _tensor(values, "max_exp_avg_sq" if group.get("amsgrad") else SECOND_MOMENT, name, path)
     betas = _sequence(group.get("betas"), "betas", name, path)
     beta2 = _number(betas[-1] if len(betas) > 1 else None, "betas", name, path)
     step = _number(state.get("step", group.get("step")), "step", name, path)
