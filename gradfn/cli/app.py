@@ -75,6 +75,8 @@ FLAGS = {
     "build, score_run, hessian_shard or retrain": "build, score, hessian or retrain",
     "`gf.project(16)`": "--projection-dim 16",
     "`gf.project(32)`": "--projection-dim 32",
+    "`normalize=gf.hf.load_optimizer_state(...)`": "--optimizer-state",
+    "leave out `normalize`": "leave out --optimizer-state",
     "`components`": "--target-downweight-components",
     "without `shard`": "without --shard",
     "end the transform in `unit_normalize()`": "add --unit-normalize",

@@ -134,6 +134,11 @@ class ReduceRequest(GradientsRequest):
     output: RunOptions = group(RunOptions, **ALONE)
 
 
+_STATE: Any = option(
+    None, "Of rows that an optimizer scaled: the state to scale queries by.", shown="the store's", file=found
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class QueryRequest(Request):
     """Search a store that `gradfn build` wrote.
@@ -151,7 +156,7 @@ class QueryRequest(Request):
     )
     curvature: CurvatureOptions = group(CurvatureOptions)
     gradients: GradientOptions = group(
-        GradientOptions, optimizer_state=None, projection=None, projection_dim=None
+        GradientOptions, optimizer_state=_STATE, projection=None, projection_dim=None
     )
     loss: LossOptions = group(LossOptions, criterion=None, label_smoothing=None, reduction=None)
     layers: LayerOptions = group(LayerOptions, include=None, exclude=None, no_biases=None, by=QUERY_BY)

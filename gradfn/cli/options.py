@@ -71,7 +71,8 @@ _QUERY = (
 QUERY_SPLIT = 'Split of a dataset in --query, or a part of one: "test[:100]".'
 _METHOD = (
     "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
-    "relatif, trak, datainf, cg, lissa, or FILE.py:NAME for your own."
+    "relatif, trak, datainf, cg, lissa, inrun (what gradfn train RUN --values measured), or FILE.py:NAME for "
+    "your own."
 )
 _CHECKPOINTS = (
     "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."

@@ -107,7 +107,7 @@ def _check(settings: Settings, request: QueryRequest) -> None:
 def _method(loaded: Loaded, store: Store, request: QueryRequest) -> tuple[InnerProduct, dict[str, Any]]:
     """Rows as they are stored, queries through the store's transform; what a curvature must agree with."""
     made, what = Provenance.of(store), f"the store {request.store}"
-    state = made.optimizer_state and made.optimizer_state.path
+    state = request.gradients.optimizer_state or (made.optimizer_state and made.optimizer_state.path)
     normalize = None if state is None else normalizer(state, loaded)
     base = rebuild(made.without_tail(), normalize, LOADERS)
     wanted = {**loaded.settings(), "transform": chain(base).settings()}

@@ -1,11 +1,13 @@
 """`gradfn score`: the main job."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from gradfn.cli.attribution import Job, Weighted, score_checkpoints, score_model
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import anchored, check_run, checked, with_example
+from gradfn.cli.inrun import show_values
 from gradfn.cli.method import recipe_of
 from gradfn.cli.options import MethodOptions
 from gradfn.cli.queries import answers_of, classes_of, load_all
@@ -18,13 +20,19 @@ from gradfn.methods.recipes import Recipe
 from gradfn.report.exports import export_ranking
 from gradfn.report.rankings import print_rankings
 from gradfn.report.rows import DocumentRows, LabelledRows, loaded_rows
+from gradfn.store.directory import segments_of
+from gradfn.train.run import INRUN
+from gradfn.train.run import KIND as TRAINING
 from gradfn.transforms import Chain
 from gradfn.transforms.joint import joint
 
 
 def run_score(request: ScoreRequest) -> None:
     """Load, score, show."""
+    if request.method.name == INRUN:
+        return show_values(request)
     check_run(request.run)
+    _check_own(request.run)
     if request.model.path is None and request.data.dataset is None:
         request = with_example(request)
     request = checked(request, "give both --model and --dataset, or neither for the example")
@@ -74,6 +82,23 @@ def weighted_of(method: MethodOptions) -> Weighted:
 
 
 # --- what cannot be asked
+
+
+def _check_own(run: str | None) -> None:
+    """Refuse the directory of a training, whose checkpoints and values lie where those of scores would."""
+    if run is None:
+        return
+    folder = Path(run)
+    if (folder / f"{TRAINING}.h5").exists() or segments_of(folder, TRAINING):
+        raise InputError(
+            f"{run} holds a training: give the scores a directory of their own, or show what it measured "
+            f"with --method {INRUN}"
+        )
+    if models := sorted(folder.glob("checkpoint-*/config.json")):
+        raise InputError(
+            f"{models[0].parent} is a checkpoint of a model, where scores at checkpoints would lie: give the "
+            "scores a directory of their own"
+        )
 
 
 def _check_shard(request: ScoreRequest, name: str, recipe: Recipe) -> None:

@@ -34,7 +34,7 @@ from gradfn.report.words import count
 from gradfn.train.checkpoints import Checkpoints, take_params
 from gradfn.train.course import Course, Valuing
 from gradfn.train.optimizers import State
-from gradfn.train.run import Saving, Trained, Validation, spans_of, train_run, write_values
+from gradfn.train.run import INRUN, Saving, Trained, Validation, spans_of, train_run, write_values
 from gradfn.train.stacked import check_start
 
 NAMED = 5
@@ -63,19 +63,22 @@ def run_train(request: TrainRequest) -> None:
     )  # fmt: skip
     console().print(facts([*_first_facts(loaded, course, request), *batches_facts(padded)]))
     known = {key: value for key, value in loaded.settings().items() if key != "layers"}
-    init = {"init": {"kind": "random" if options.from_scratch else "given"}}
+    more: dict[str, Any] = {"init": {"kind": "random" if options.from_scratch else "given"}}
+    if options.values is not None:
+        more["values"] = {"query": {"path": anchored(options.values), "split": options.values_split}}
     total = training.epochs * len(rows)
     with loaded.multiplying(), progress_bar("training", total, "rows") as progress:
         trained = train_run(
             request.run, course, lambda: _start(course, loaded.model),
             Saving(_keeper(loaded, course, request), options.save_every, validation),
-            settings={**known, **recorded(request), **init}, overwrite=request.output.overwrite,
+            settings={**known, **recorded(request), **more}, overwrite=request.output.overwrite,
             progress=progress,
         )  # fmt: skip
         scores = course.valuing and write_values(request.run, course, overwrite=request.output.overwrite)
     console().print(facts(_last_facts(trained, course, request)))
     if scores and course.valuing is not None:
-        console().print(facts(scores_facts(scores, len(rows), len(course.valuing.data))))
+        shown = command_line(ScoreRequest, {"run": request.run, "method": INRUN})
+        console().print(facts([*scores_facts(scores, len(rows), len(course.valuing.data)), ("next", shown)]))
 
 
 def _start(course: Course, model: nn.Module) -> State:

@@ -28,6 +28,8 @@ RECORDED = "recorded"
 """What the settings have of rows of a training run, each at the parameters before its step."""
 TAIL = ("Precondition", "UnitNormalize")
 """The stages that may end a chain, in this order, and that can be added to stored rows later."""
+SCALES = ("Adam", "Adafactor", "OptimizerScale")
+"""The stages that are an optimizer's scaling: of one state, and of a training's at each of its steps."""
 PATHS = {"Principal": 2, "Selected": 1}
 """Projections that were read from a run, and how many words of their spelling come before its path."""
 
@@ -316,7 +318,8 @@ def compare(there: Provenance, here: Provenance) -> dict[str, tuple[Any, Any]]:
 
     These are the model, the layers and the transform, but for its tail; and, where both record one, the
     tokenizer, the image processor and what tokens are masked by. The rows of a training run are at the
-    parameters of many steps, so any model goes with them.
+    parameters of many steps, and behind the optimizer's scaling of many, so any model and scaling go with
+    them.
 
     Returns:
         `{dotted key: (value there, value here)}`, see `differing`.
@@ -333,7 +336,7 @@ def compare(there: Provenance, here: Provenance) -> dict[str, tuple[Any, Any]]:
         for made, model in zip((there, here), models, strict=True)
     ]  # fmt: skip
     if RECORDED in there.further or RECORDED in here.further:
-        sides = [{**side, "model": None} for side in sides]
+        sides = [{**side, "model": None, "transform": _at_any_step(side["transform"])} for side in sides]
     for key in ("tokenizer", "processor"):
         prints = [source and source.fingerprint for source in (getattr(there, key), getattr(here, key))]
         if None not in prints:
@@ -355,6 +358,12 @@ def _without_path(stage: Settings) -> Settings:
     words = str(stage.get("projection")).split(":")
     count = PATHS.get(stage["transform"])
     return stage if count is None else {**stage, "projection": ":".join(words[:count])}
+
+
+def _at_any_step(transform: Settings) -> Settings:
+    """A transform in which an optimizer's scaling is that of whatever step."""
+    return {"chain": [{"transform": "OptimizerScale"} if stage["transform"] in SCALES else stage
+                      for stage in transform["chain"]]}  # fmt: skip
 
 
 def refuse_mismatch(
@@ -406,13 +415,16 @@ def rebuild(
         loaders: of projections that are read from runs, see `parse_projection`.
 
     Raises:
-        InputError: the chain has a stage that holds tensors, of which a store has only a digest.
+        InputError: the chain has a stage that holds tensors, of which a store has only a digest; a
+            normalisation is given, and the chain has none.
 
     >>> rebuild({"transform": chain(unit_normalize()).settings()}).stages[0]
     UnitNormalize()
     """
-    stages = []
-    for stage in Provenance.of(made).stages:
+    stages, there = [], Provenance.of(made).stages
+    if normalize is not None and not any(stage["transform"] in SCALES for stage in there):
+        raise InputError("the rows were not divided by an optimizer's second moment: leave out `normalize`")
+    for stage in there:
         match stage["transform"]:
             case "Project" | "Compress" | "Joint":
                 stages.extend(lenient(parse_projection(stage["projection"], stage.get("seed", 0))).stages)
@@ -423,8 +435,14 @@ def rebuild(
                 stages.append(again)
             case "UnitNormalize":
                 stages.append(unit_normalize())
-            case "Adam" | "Adafactor" if normalize is not None:
+            case "Adam" | "Adafactor" | "OptimizerScale" if normalize is not None:
                 stages.append(normalize)
+            case "OptimizerScale":
+                raise InputError(
+                    "rows were divided by the second moment that the optimizer had at each step, which a "
+                    "store does not keep: give `normalize=gf.hf.load_optimizer_state(...)` of a checkpoint, "
+                    "to divide the queries by"
+                )
             case name:
                 raise InputError(f"{name} cannot be made from a store's settings: give its transform again")
     return chain(*stages)

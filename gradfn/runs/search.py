@@ -49,7 +49,9 @@ def query(
         curvature: fitted behind the store's transform, see `fit` and `load_curvature`.
         damping: of the curvature; for several, scores come for each of them.
         unit_norm: whether scores are cosines; those of a store of unit rows always are.
-        normalize: the optimizer's normalisation, if the store has one, since it keeps a digest alone.
+        normalize: the optimizer's normalisation, if the store has one, since it keeps a digest alone. Rows of
+            a training that were each divided by that of their own step take any, such as a checkpoint's; it
+            divides the queries.
         progress: called with the queries' tokens done.
 
     Raises:

@@ -5,11 +5,11 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gradfn.errors import InputError
-from gradfn.store.file import Span, disk_errors
+from gradfn.store.file import Span, disk_errors, sync_directory
 from gradfn.store.guard import refuse_links
 
 
@@ -104,8 +104,8 @@ def remove_kind(run: str | Path, kind: str) -> None:
     >>> [path.name for path in Path(run).iterdir()], [*Path(run, "segments").iterdir()]
     (['segments'], [])
     """
-    run, lock = Path(run), Path(run) / f".{kind}.lock"
-    if not (lock.exists() or (run / f"{kind}.h5").exists() or segments_of(run, kind)):
+    run, lock = Path(run), lock_path(run, kind)
+    if not (lock.exists() or _holds(run, kind)):
         return
     refuse_linked(run, kind)
     with locked(run, kind), disk_errors(run):
@@ -114,13 +114,45 @@ def remove_kind(run: str | Path, kind: str) -> None:
         lock.unlink()
 
 
+def lock_path(run: str | Path, kind: str) -> Path:
+    """The file that the only writer of a kind locks."""
+    return Path(run) / f".{kind}.lock"
+
+
+def _holds(run: Path, kind: str) -> bool:
+    """Whether there are files of this kind."""
+    return (run / f"{kind}.h5").exists() or bool(segments_of(run, kind))
+
+
+@contextmanager
+def opened(run: Path, kind: str) -> Iterator[None]:
+    """Make a run directory and hold its lock; an error before anything is written leaves no trace of it."""
+    made = [path for path in (run / "segments", run, *run.parents) if not path.exists()]
+    with disk_errors(run):
+        (run / "segments").mkdir(parents=True, exist_ok=True)
+        sync_directory(run)
+    with locked(run, kind):
+        try:
+            yield
+        except Exception:
+            if not _holds(run, kind):
+                lock_path(run, kind).unlink(missing_ok=True)
+            for path in made:
+                with suppress(OSError):  # it holds what others wrote
+                    path.rmdir()
+            raise
+
+
 @contextmanager
 def locked(run: Path, kind: str) -> Iterator[None]:
     """Hold the lock of the only writer of this kind; the system releases it when the process dies."""
+    path = lock_path(run, kind)
     with disk_errors(run):
-        handle = os.open(run / f".{kind}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+            raise BlockingIOError  # its last holder removed it
     except BlockingIOError:
         os.close(handle)
         raise InputError(

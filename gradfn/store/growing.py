@@ -12,14 +12,14 @@ from gradfn.store.arrays import Values
 from gradfn.store.compare import canonical
 from gradfn.store.directory import (
     check_place,
-    locked,
+    opened,
     refuse_linked,
     remove_all,
     remove_leftovers,
     segment_name,
     segments_of,
 )
-from gradfn.store.file import OPEN, disk_errors, read_header, sync_directory
+from gradfn.store.file import OPEN, disk_errors, read_header
 from gradfn.store.reader import Store
 from gradfn.store.writer import Writer
 
@@ -107,10 +107,7 @@ def open_growing(
     run = Path(run)
     check_place(run)
     refuse_linked(run, kind)
-    with disk_errors(run):
-        (run / "segments").mkdir(parents=True, exist_ok=True)
-        sync_directory(run)
-    with locked(run, kind):
+    with opened(run, kind):
         with disk_errors(run):
             remove_leftovers(run, kind)
             if overwrite:

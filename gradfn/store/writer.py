@@ -18,7 +18,7 @@ from gradfn.store.arrays import ArraySpec, Values, as_array, check_array_names, 
 from gradfn.store.compare import MISSING, canonical, differing, in_words, shown
 from gradfn.store.directory import (
     check_place,
-    locked,
+    opened,
     refuse_linked,
     remove_all,
     remove_leftovers,
@@ -36,7 +36,6 @@ from gradfn.store.file import (
     new_dataset,
     put_all,
     read_header,
-    sync_directory,
 )
 from gradfn.store.guard import refuse_links
 from gradfn.store.reader import Store, steps
@@ -392,10 +391,7 @@ def open_writer(
     refuse_linked(run, kind)
     if part is not None:  # RUN/shards/I-of-N
         refuse_links(run.parent, run)
-    with disk_errors(run):
-        (run / "segments").mkdir(parents=True, exist_ok=True)
-        sync_directory(run)
-    with locked(run, kind):
+    with opened(run, kind):
         with disk_errors(run):
             remove_leftovers(run, kind)
             if overwrite is True:

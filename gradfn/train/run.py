@@ -40,6 +40,8 @@ from gradfn.watch import Resumed
 KIND, LOG, MARK = "training", "log.csv", "gradfn.json"
 VALUES = "steps/values"
 """What each row of a step did to each validation loss; 0 for steps that were not valued."""
+INRUN = "inrun"
+"""The recipe of scores that are sums of these over the steps."""
 COLUMNS = {
     "epoch": np.int64, "learning_rate": np.float64, "loss": np.float64, "gradient_norm": np.float64,
     "clip": np.float64, "tokens": np.int64, "seconds": np.float64, "validation_loss": np.float64,
@@ -230,7 +232,7 @@ def write_values(run: str | Path, course: Course, *, overwrite: bool = False) ->
             state = fold.update(state, torch.from_numpy(numbers), torch.from_numpy(part[VALUES][real]))
             np.add.at(losses, numbers, part["steps/losses"][real])
         made = Provenance.of(store)
-    how = {"recipe": "inrun", "method": made.further["values"], "query": made.further["values"]["query"]}
+    how = {"recipe": INRUN, "method": made.further["values"], "query": made.further["values"]["query"]}
     means = torch.from_numpy(losses) / course.training.epochs
     columns = Columns(names, list(getattr(valuing.data, "texts", ())))
     return write_scores(run, course.data, Rows(state.values.float(), means), columns,

@@ -3,10 +3,12 @@
 import fcntl
 
 import pytest
-from stored import ROWS, SETTINGS, assert_holds_rows, one_sentence, segment, slices, start, write
+from stored import ROWS, SETTINGS, assert_holds_rows, one_sentence, rows_of, segment, slices, start, write
 
-from gradfn.errors import InputError
+from gradfn.errors import InputError, StorageError
 from gradfn.store import open_store, open_writer
+from gradfn.store.directory import locked
+from gradfn.store.growing import open_growing
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path):
@@ -64,3 +66,42 @@ def test_a_file_system_without_locks_warns(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="cannot be locked"):
         write(tmp_path)
     assert_holds_rows(open_store(tmp_path))
+
+
+@pytest.mark.parametrize("opening", [
+    lambda run: open_writer(run, "store", SETTINGS, ROWS), lambda run: open_growing(run, "store", SETTINGS),
+])  # fmt: skip
+@pytest.mark.parametrize("error", [InputError("no"), StorageError("full")])
+def test_an_error_before_anything_is_written_leaves_nothing(tmp_path, opening, error):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "notes.txt").write_text("mine")
+    for run in (there, tmp_path / "new" / "run"):
+        with pytest.raises(type(error)), opening(run):
+            raise error
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "there"]
+
+
+def test_an_error_keeps_what_is_written_and_what_is_of_another_kind(tmp_path):
+    write(tmp_path, kind="scores")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError), open_writer(tmp_path, "store", SETTINGS, ROWS):
+        raise InputError("no")
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(InputError, match="shape"), open_writer(tmp_path, "store", SETTINGS, ROWS) as writer:
+        [writer.write(start, start + 5, rows_of(0, 5 - start // 5)) for start in (0, 5)]
+    assert segment(tmp_path, 0, 5).exists()
+    assert (tmp_path / ".store.lock").exists()
+
+
+def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path, monkeypatch):
+    tmp_path.joinpath(".store.lock").touch()
+    real = fcntl.flock
+
+    def late(handle, how):
+        (tmp_path / ".store.lock").unlink()
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(InputError, match="another run is writing"), locked(tmp_path, "store"):
+        pass

@@ -195,6 +195,30 @@ def test_rows_are_divided_by_the_optimizers_own_state(tmp_path, when, transform)
     assert found["visits/scaled"][~first].all()
 
 
+def test_queries_are_divided_by_a_state_that_is_given(tmp_path):
+    net, data = network(), rows_of_numbers()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    with recording(net, tmp_path, normalize="before", optimizer=optimizer, transform=gf.project(2)) as rec:
+        train(net, data, rec, optimizer=optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    scale = gf.hf.load_optimizer_state(tmp_path / "optimizer.pt", net)
+    with pytest.raises(
+        InputError, match=r"second moment that the optimizer had at each step.*give `normalize"
+    ):
+        gf.query(tmp_path, net, data[:2], loss=loss_of(net))
+    scores = gf.query(tmp_path, net, data[:2], loss=loss_of(net), normalize=scale)
+    queries = gf.collect(net, data[:2], gf.chain(scale, gf.project(2)), loss=loss_of(net))
+    found = read(tmp_path)
+    expected = sum(
+        np.einsum("rij,qij->rq", found[f"gradients/{name}"], q.numpy()) for name, q in queries.items()
+    )
+    assert np.abs(scores.matrix.numpy() - expected).max() < 1e-5 * np.abs(expected).max()
+    with recording(net, tmp_path / "plain") as rec:
+        train(net, data, rec)
+    with pytest.raises(InputError, match="leave out `normalize`"):
+        gf.query(tmp_path / "plain", net, data[:2], loss=loss_of(net), normalize=scale)
+
+
 def language_model():
     from transformers import GPT2Config, GPT2LMHeadModel
 
