@@ -139,7 +139,7 @@ def _first_facts(loaded: Loaded, course: Course, request: TrainRequest) -> Facts
     init = "new" if options.from_scratch else "its own"
     schedule = "" if training.schedule == "constant" else f", {training.schedule} schedule"
     warmup = f", {count(training.warmup, 'step')} of warmup" if training.warmup else ""
-    saved = len(spans_of(course, options.save_every))
+    saved = len(spans_of(course, options.save_every)) + 1
     return [
         *loaded.notes,
         *device_facts(loaded.model, loaded.products),
@@ -178,10 +178,11 @@ def _last_facts(trained: Trained, course: Course, request: TrainRequest) -> Fact
 
 def _next_facts(trained: Trained, request: TrainRequest) -> Facts:
     """A command that scores the training rows at the checkpoints, with their learning rates as weights."""
-    if not trained.checkpoints:
+    after = [path for path in trained.checkpoints if path.name != "checkpoint-0"]
+    if not after:
         return []
-    places = sorted({*np.linspace(0, len(trained.checkpoints) - 1, NAMED).round().astype(int).tolist()})
-    chosen = [trained.checkpoints[place].name for place in places]
+    places = sorted({*np.linspace(0, len(after) - 1, NAMED).round().astype(int).tolist()})
+    chosen = [after[place].name for place in places]
     rates = [trained.steps["learning_rate"][int(name.split("-")[1]) - 1] for name in chosen]
     paths = [f"{request.run}/{name}" for name in chosen]
     validation = request.training.validation

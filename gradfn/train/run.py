@@ -1,7 +1,8 @@
 """A training on disk: checkpoints, and of every step the rows, the learning rate, the loss and the gradient.
 
     RUN/training.h5      the steps, joined from segments that end at checkpoints
-    RUN/checkpoint-100   a model's folder, with the optimizer's state in it
+    RUN/checkpoint-0     a model's folder before the first step
+    RUN/checkpoint-100   the same after 100 steps, with the optimizer's state in it
     RUN/log.csv          the steps again, as text, a line as soon as one is taken
 
 A checkpoint appears complete or not at all, and before the segment of its steps. A run that is killed goes on
@@ -84,7 +85,7 @@ class Saving:
 
     Args:
         keeper: writes and reads them.
-        every: the steps between them, or "epoch"; the last step always has one.
+        every: the steps between them, or "epoch"; the first step has one before it, the last one after it.
         validation: rows whose loss is logged at each.
     """
 
@@ -258,14 +259,19 @@ def _take(
     for begin, stop in missing:
         if state is None or int(state.taken) != begin:
             state = start() if begin == 0 else _resume(job, begin)
+        if begin == 0:
+            _save(job, state)
         state, arrays = _span(job, state, stop, line)
-        path = checkpoint_path(job.run, stop)
-        size = sum(
-            v.numel() * v.element_size() for part in (state.params, *state.moments) for v in part.values()
-        )
-        check_disk(job.run, size, f"the weights and moments of {path.name}")
-        create_folder(path, lambda folder, state=state: job.saving.keeper.write(folder, state))
+        _save(job, state)
         writer.write(begin, stop, arrays)
+
+
+def _save(job: _Job, state: State) -> None:
+    """Write the checkpoint of a state."""
+    path = checkpoint_path(job.run, int(state.taken))
+    size = sum(v.numel() * v.element_size() for part in (state.params, *state.moments) for v in part.values())
+    check_disk(job.run, size, f"the weights and moments of {path.name}")
+    create_folder(path, lambda folder: job.saving.keeper.write(folder, state))
 
 
 def _resume(job: _Job, step: int) -> State:
@@ -315,8 +321,7 @@ def _span(
                 return taken.state, arrays
             del taken  # the next step is to empty its state
     except Diverged as error:
-        kept = f"{checkpoint_path(job.run, begin)} is kept" if begin else "there is no checkpoint yet"
-        raise Diverged(f"{error} ({kept})") from error
+        raise Diverged(f"{error} ({checkpoint_path(job.run, begin)} is kept)") from error
     raise AssertionError("a span has at least one step")
 
 
