@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -35,6 +35,7 @@ from gradfn.store.writer import Writer
 from gradfn.train.course import Course, Diverged, Taken
 from gradfn.train.in_run import InRunTotals
 from gradfn.train.optimizers import State
+from gradfn.train.watched import Recording
 from gradfn.types import Data, Rows
 from gradfn.watch import Resumed
 
@@ -87,11 +88,13 @@ class Saving:
         keeper: writes and reads them.
         every: the steps between them, or "epoch"; the first step has one before it, the last one after it.
         validation: rows whose loss is logged at each.
+        recording: where the gradients of the rows go; what is recorded is on disk before a checkpoint is.
     """
 
     keeper: Keeper
     every: SaveEvery = "epoch"
     validation: Validation | None = None
+    recording: Recording | None = None
 
 
 class Trained(NamedTuple):
@@ -152,12 +155,16 @@ def train_run(
         done = course.total - sum(stop - begin for begin, stop in missing)
         if progress is not None and done:
             progress(Resumed(sum(len(rows) for _, rows in course.batches(0, done))), "")
-        job = _Job(run, course, saving, progress)
-        if not writer.complete:
-            with _log(run, writer) as line:
-                _take(job, writer, missing, start, line)
-            writer.finish(names)
-            _write_log(run, writer)
+        with ExitStack() as recorded:
+            if saving.recording is not None:
+                step = writer.done[-1][1] if writer.done else 0  # the rows of a span made again are there
+                begun = saving.recording.begin(course, step, made, overwrite=overwrite)
+                course = recorded.enter_context(begun)
+            if not writer.complete:
+                with _log(run, writer) as line:
+                    _take(_Job(run, course, saving, progress), writer, missing, start, line)
+                writer.finish(names)
+                _write_log(run, writer)
     return open_training(run)._replace(resumed=done)
 
 
@@ -262,6 +269,8 @@ def _take(
         if begin == 0:
             _save(job, state)
         state, arrays = _span(job, state, stop, line)
+        if job.course.recorded is not None:
+            job.course.recorded.recorder.flush()
         _save(job, state)
         writer.write(begin, stop, arrays)
 
