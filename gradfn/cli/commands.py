@@ -32,7 +32,7 @@ from gradfn.cli.options import (
     TrainingOptions,
 )
 from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
-from gradfn.cli.training import TrainOptions
+from gradfn.cli.training import RecordingOptions, TrainOptions
 from gradfn.cli.values import dims, found_projection
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
@@ -277,9 +277,15 @@ class TrainRequest(ModelRequest):
         "model", "dataset", "epochs", "batch_size", "learning_rate", "optimizer", "save_every", "validation"
     )  # fmt: skip
     run: str = run("The run directory to write checkpoints to; resumed if the same command made it.")
-    layers: LayerOptions = group(LayerOptions, include=None, exclude=None, no_biases=None, by=None)
     training: TrainOptions = group(TrainOptions, init=None)
-    seed: int = option(0, "Of the order of rows, new weights, and what masked-lm masks.", panel="Training")
+    recording: RecordingOptions = group(RecordingOptions)
+    gradients: GradientOptions = group(
+        GradientOptions, optimizer_state=None,
+        projection=option(None, PROJECTION, shown="rademacher:16x16", file=found_projection),
+    )  # fmt: skip
+    seed: int = option(
+        0, "Of the order of rows, new weights, projections, and what masked-lm masks.", panel="Training"
+    )
     output: RunOptions = group(RunOptions, **ALONE)
 
     @property

@@ -47,6 +47,11 @@ def run_rerun(request: RerunRequest) -> None:
     given = {name: value for name, value in recorded.items() if name not in DROPPED}
     if request.into is not None:
         given["run"] = request.into
+    if "record" in given:
+        raise InputError(
+            f"the command that made {request.run} writes to two runs, {given['run']} and {given['record']}: "
+            f"give the command that gradfn info {request.run} --command shows"
+        )
     made: Any = make(kind, given)
     lines = [("command", command_line(kind, given))]
     if (shard_run(made.run, made.output.shard) / f"{kind.WRITES}.h5").exists():

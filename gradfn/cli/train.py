@@ -1,10 +1,13 @@
 """`gradfn train`: a model whose training is known from end to end."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from gradfn.cli.commands import ScoreRequest, TrainRequest
@@ -21,6 +24,7 @@ from gradfn.cli.inputs import (
     recorded,
 )
 from gradfn.cli.request import command_line, slots_of
+from gradfn.cli.stages import load_stages, projection_of
 from gradfn.data import Corpus
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import pads
@@ -28,7 +32,14 @@ from gradfn.errors import InputError
 from gradfn.hf.datasets import load_split
 from gradfn.model.params import params_of
 from gradfn.report.progress import progress_bar
-from gradfn.report.summaries import Facts, batches_facts, device_facts, resumed_facts, scores_facts
+from gradfn.report.summaries import (
+    Facts,
+    batches_facts,
+    device_facts,
+    gradients_line,
+    resumed_facts,
+    scores_facts,
+)
 from gradfn.report.tables import facts
 from gradfn.report.words import count
 from gradfn.train.checkpoints import Checkpoints, take_params
@@ -36,6 +47,8 @@ from gradfn.train.course import Course, Valuing
 from gradfn.train.optimizers import State
 from gradfn.train.run import INRUN, Saving, Trained, Validation, spans_of, train_run, write_values
 from gradfn.train.stacked import check_start
+from gradfn.train.watched import Recording, check_rows_run, fast_values
+from gradfn.transforms import Chain
 
 NAMED = 5
 """Checkpoints that the command to score with names at most, evenly chosen."""
@@ -47,6 +60,7 @@ def run_train(request: TrainRequest) -> None:
     check_trained(request)
     request = checked(request, "training needs a model and a dataset")
     options, training = request.training, request.training.training()
+    projection = _projection(request)
     others = _validation_rows(options.validation, options.validation_split, "validation")
     queries = _validation_rows(options.values, options.values_split, "values")
     loaded, rows = load_model_and_rows(request)
@@ -61,24 +75,75 @@ def run_train(request: TrainRequest) -> None:
         token_batch_size=request.model.token_batch_size, pads=padded,
         valuing=None if queries is None else _valuing(loaded, queries, request),
     )  # fmt: skip
-    console().print(facts([*_first_facts(loaded, course, request), *batches_facts(padded)]))
+    recording = None if projection is None else _recording(loaded, course, projection, request)
+    with (
+        loaded.multiplying(),
+        nullcontext(course) if queries is None else fast_values(course, loaded.model) as course,
+    ):
+        lines = _first_facts(loaded, course, request)
+        if recording is not None:
+            lines.append(
+                ("record", f"{request.recording.record}, {gradients_line(recording.options['transform'])}")
+            )
+        console().print(facts([*lines, *batches_facts(padded)]))
+        _train(
+            loaded,
+            course,
+            Saving(_keeper(loaded, course, request), options.save_every, validation, recording),
+            request,
+        )
+
+
+def _train(loaded: Loaded, course: Course, saving: Saving, request: TrainRequest) -> None:
+    """Train, and report."""
     known = {key: value for key, value in loaded.settings().items() if key != "layers"}
-    more: dict[str, Any] = {"init": {"kind": "random" if options.from_scratch else "given"}}
-    if options.values is not None:
-        more["values"] = {"query": {"path": anchored(options.values), "split": options.values_split}}
-    total = training.epochs * len(rows)
-    with loaded.multiplying(), progress_bar("training", total, "rows") as progress:
+    more: dict[str, Any] = {"init": {"kind": "random" if request.training.from_scratch else "given"}}
+    if (path := request.training.values) is not None:
+        more["values"] = {"query": {"path": anchored(path), "split": request.training.values_split}}
+    overwrite, rows = request.output.overwrite, len(course.data)
+    with progress_bar("training", course.training.epochs * rows, "rows") as progress:
         trained = train_run(
-            request.run, course, lambda: _start(course, loaded.model),
-            Saving(_keeper(loaded, course, request), options.save_every, validation),
-            settings={**known, **recorded(request), **more}, overwrite=request.output.overwrite,
-            progress=progress,
+            request.run, course, lambda: _start(course, loaded.model), saving,
+            settings={**known, **recorded(request), **more}, overwrite=overwrite, progress=progress,
         )  # fmt: skip
-        scores = course.valuing and write_values(request.run, course, overwrite=request.output.overwrite)
+        scores = course.valuing and write_values(request.run, course, overwrite=overwrite)
     console().print(facts(_last_facts(trained, course, request)))
     if scores and course.valuing is not None:
         shown = command_line(ScoreRequest, {"run": request.run, "method": INRUN})
-        console().print(facts([*scores_facts(scores, len(rows), len(course.valuing.data)), ("next", shown)]))
+        console().print(facts([*scores_facts(scores, rows, len(course.valuing.data)), ("next", shown)]))
+
+
+def _projection(request: TrainRequest) -> Chain | None:
+    """What recorded rows are projected by; None: no rows are recorded.
+
+    Raises:
+        InputError: options of rows without --record, or a run that rows cannot be recorded to.
+    """
+    rows = request.recording.record
+    if rows is None:
+        if given := request.gave("record_normalize", "record_dtype", "projection", "projection_dim",
+                                 "unit_normalize", "include", "exclude", "no_biases"):  # fmt: skip
+            raise InputError(
+                f"{given} is of the rows that are recorded: say where to with --record, or leave it out"
+            )
+        return None
+    check_run(rows)
+    check_rows_run(Path(rows), Path(request.run), overwrite=request.output.overwrite)
+    masks = request.model.task == "masked_lm"
+    return projection_of(request.gradients, request.seed, "rademacher:16x16", masks=masks)
+
+
+def _recording(loaded: Loaded, course: Course, projection: Chain, request: TrainRequest) -> Recording:
+    """Where and how rows are recorded."""
+    asked = request.recording
+    transform = load_stages(loaded, projection, None).query_side(request.gradients.unit_normalize)
+    made = Recording(Path(str(asked.record)), loaded.model, {
+        "transform": transform, "view": loaded.subject.view, "normalize": asked.record_normalize,
+        "dtype": getattr(torch, asked.record_dtype),
+    })  # fmt: skip
+    with loaded.multiplying():
+        made.check(course)
+    return made
 
 
 def _start(course: Course, model: nn.Module) -> State:
@@ -142,7 +207,7 @@ def _first_facts(loaded: Loaded, course: Course, request: TrainRequest) -> Facts
     init = "new" if options.from_scratch else "its own"
     schedule = "" if training.schedule == "constant" else f", {training.schedule} schedule"
     warmup = f", {count(training.warmup, 'step')} of warmup" if training.warmup else ""
-    saved = len(spans_of(course, options.save_every))
+    saved = len(spans_of(course, options.save_every)) + 1
     return [
         *loaded.notes,
         *device_facts(loaded.model, loaded.products),
@@ -152,7 +217,16 @@ def _first_facts(loaded: Loaded, course: Course, request: TrainRequest) -> Facts
         ("training", f"{count(training.epochs, 'epoch')} of {training.optimizer}, batches of "
                      f"{training.batch_size}, learning rate {training.learning_rate:g}{schedule}{warmup}"),
         ("steps", f"{course.total:,}, with {count(saved, 'checkpoint')}"),
+        *(() if course.valuing is None else [("values", _way(course.valuing))]),
     ]  # fmt: skip
+
+
+def _way(valuing: Valuing) -> str:
+    """How the values of rows are found."""
+    way = "from one backward pass a step for all queries"
+    if valuing.probes is None:
+        way = "by forward mode, a pass a query, since probes do not see every parameter"
+    return f"{valuing.kind}, of {count(len(valuing.data), 'query', 'queries')}, {way}"
 
 
 def _last_facts(trained: Trained, course: Course, request: TrainRequest) -> Facts:
@@ -181,10 +255,11 @@ def _last_facts(trained: Trained, course: Course, request: TrainRequest) -> Fact
 
 def _next_facts(trained: Trained, request: TrainRequest) -> Facts:
     """A command that scores the training rows at the checkpoints, with their learning rates as weights."""
-    if not trained.checkpoints:
+    after = [path for path in trained.checkpoints if path.name != "checkpoint-0"]
+    if not after:
         return []
-    places = sorted({*np.linspace(0, len(trained.checkpoints) - 1, NAMED).round().astype(int).tolist()})
-    chosen = [trained.checkpoints[place].name for place in places]
+    places = sorted({*np.linspace(0, len(after) - 1, NAMED).round().astype(int).tolist()})
+    chosen = [after[place].name for place in places]
     rates = [trained.steps["learning_rate"][int(name.split("-")[1]) - 1] for name in chosen]
     paths = [f"{request.run}/{name}" for name in chosen]
     validation = request.training.validation

@@ -1,7 +1,8 @@
 """The options of `gradfn train`: those of `gradfn retrain`, and what only a single model has."""
 
+import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradfn.cli.options import QUERY_SPLIT, TrainingOptions
 from gradfn.cli.request import found, option
@@ -12,10 +13,14 @@ if TYPE_CHECKING:
 
 Normalize = Literal["rows", "tokens"]
 ValueKind = Literal["influence", "shapley", "frozen", "before"]
+RowScale = Literal["none", "before", "after"]
+StoredDtype = Literal["float32", "float16"]
 
 _BETAS = "Of adam and adamw: the decays of the mean of gradients and of their squares."
 _SAVE = "Steps between checkpoints, or epoch: one after each. The last step always has one."
 _VALUES = "Queries: what each row does to their losses is summed over the steps, to scores.h5 in RUN."
+_RECORD = "Write the gradient of every row at every step to this run; the training stays the same."
+_SCALE = "Divide recorded rows by the root of Adam's second moment, before the row's step or after it."
 _NORMALIZE = "What a step takes the mean over: its rows' losses, or all of their supervised tokens."
 
 
@@ -70,3 +75,13 @@ class TrainOptions(TrainingOptions):
     def training(self) -> "Training":
         """The training, refused before anything is loaded where it makes no sense."""
         return replace(super().training(), nesterov=self.nesterov, betas=self.betas, eps=self.eps)
+
+
+@dataclass(frozen=True)
+class RecordingOptions:
+    """What is recorded of the rows while a model is trained."""
+
+    PANEL: ClassVar[str] = "Recording"
+    record: str | None = option(None, _RECORD, file=os.path.abspath)
+    record_normalize: RowScale = option("none", _SCALE)
+    record_dtype: StoredDtype = option("float32", "Of the recorded gradients.")

@@ -213,6 +213,7 @@ class Tapped:
     _forwards: list[Forward] = field(default_factory=list)
     _open: Forward | None = None
     _explicit: bool = False
+    _off: bool = False
 
     @property
     def blocks(self) -> Blocks | Tensor:
@@ -265,6 +266,21 @@ class Tapped:
             self._open, self._explicit = None, False
 
     @contextmanager
+    def seeing(self, on: bool) -> Iterator[None]:
+        """Whether forward passes inside are seen; else another tap of the model may see them."""
+        modules, before = [site.module for site in self.sites if site.probed], self._off
+
+        def switch(off: bool) -> None:
+            self._off = off
+            (_ATTACHED.difference_update if off else _ATTACHED.update)(modules)
+
+        switch(not on)
+        try:
+            yield
+        finally:
+            switch(before)
+
+    @contextmanager
     def _attached(self) -> Iterator[None]:
         with attached(self.sites, self._use), self.called_by(self.model):
             yield
@@ -278,7 +294,7 @@ class Tapped:
             yield
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not _recomputing() and not self._explicit:
+        if torch.is_grad_enabled() and not (_recomputing() or self._explicit or self._off):
             rows = (len(v) for v in tree_leaves((args, named)) if isinstance(v, Tensor) and v.ndim)
             self._begin(self.rows or next(rows, 0))
 
@@ -307,7 +323,7 @@ class Tapped:
             raise RepeatedCallError(site.block)
 
     def _use(self, sites: Sequence[Site], name: str, x: Any, y: Any, *call: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if self._off or not torch.is_grad_enabled():
             return y
         path = sites[0].path or "root"
         if _recomputing():

@@ -50,8 +50,12 @@ class VisitLog:
     pending: list[Visits] = field(default_factory=list)
     _seen: Seen = (-1, frozenset())
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, *, again: bool = False) -> None:
         """Remove the visits of step `step` and later ones, which are made again.
+
+        Args:
+            step: from 0.
+            again: whether visits may be there where the step is 0.
 
         Raises:
             InputError: the step before is not there, or there are visits and the training is new.
@@ -59,7 +63,7 @@ class VisitLog:
         there = self.writer.rows
         steps = self.writer.written().read(STEP) if there else np.zeros(0, np.int64)
         last = int(steps[-1]) + 1 if there else 0
-        if there and not step:
+        if there and not (step or again):
             raise InputError(
                 f"{self.writer.run} has the rows of {last} steps, and this training begins at step 0: give "
                 "`overwrite=True` to replace them, resume from a checkpoint, or write to another directory"

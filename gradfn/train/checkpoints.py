@@ -61,7 +61,7 @@ class Checkpoints:
             if self.reads is not None:
                 self.reads.save_pretrained(folder)
         take_params(self.model)
-        torch.save(optimizer_state(self.training, state), folder / OPTIMIZER)
+        torch.save(as_torch_optimizer(self.training, state), folder / OPTIMIZER)
         mark = {"gradfn": gradfn.__version__, "step": int(state.taken), "of": int(state.total)}
         (folder / MARK).write_text(json.dumps(mark) + "\n", encoding="utf-8")
         for weights in folder.glob("*.safetensors"):  # else they are written for their owner alone
@@ -81,6 +81,8 @@ class Checkpoints:
             mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
             saved = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
             state = first_state(params, self.training, torch.tensor(int(mark["of"]), device=device))
+            if mark["step"] == 0:
+                return state
             names = saved["param_groups"][0]["param_names"]
             held = {name: saved["state"].get(number, {}) for number, name in enumerate(names)}
             moments = tuple({name: _like(value, held[name][key]) for name, value in params.items()}
@@ -93,11 +95,14 @@ class Checkpoints:
             ) from error
 
 
-def optimizer_state(training: Training, state: State) -> dict[str, Any]:
+def as_torch_optimizer(training: Training, state: State) -> dict[str, Any]:
     """The `state_dict` of the optimizer of `torch.optim` that would have taken the same steps, with names.
 
+    Before the first step it has no state, as in torch.
+
     >>> training = Training(1, 1, 0.1, "adam")
-    >>> made = optimizer_state(training, first_state({"w": torch.ones(2)}, training, torch.tensor(1)))
+    >>> state = first_state({"w": torch.ones(2)}, training, torch.tensor(1))
+    >>> made = as_torch_optimizer(training, state._replace(taken=torch.tensor(1)))
     >>> made["param_groups"][0]["param_names"], sorted(made["state"][0])
     (['w'], ['exp_avg', 'exp_avg_sq', 'step'])
     """
@@ -111,7 +116,7 @@ def optimizer_state(training: Training, state: State) -> dict[str, Any]:
     keys, counts = KEYS[len(state.moments)], {} if training.optimizer == "sgd" else {"step": _count(state)}
     held = {
         number: {**counts, **{k: m[name].cpu() for k, m in zip(keys, state.moments, strict=True)}}
-        for number, name in enumerate(state.params) if keys
+        for number, name in enumerate(state.params) if keys and state.taken
     }  # fmt: skip
     return {"state": held, "param_groups": made.state_dict()["param_groups"]}
 

@@ -5,10 +5,11 @@ therefore goes on to the same bits. The memory is that of one model, its moments
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor
 from gradfn.data import check_rows, collate
 from gradfn.engine.batching import plan_batches, plan_equal, shapes_of
 from gradfn.engine.stream import labelled, lengths_of
+from gradfn.engine.tap import Tapped
 from gradfn.errors import InputError
 from gradfn.exact.products import forward_mode
 from gradfn.subject import TOKEN_BATCH_SIZE
+from gradfn.train.dots import Values
 from gradfn.train.in_run import Kind, step_direction
 from gradfn.train.optimizers import State, clip_scale, first_state, learning_rate, update
+from gradfn.train.record import Recorder
 from gradfn.train.spec import Training
 from gradfn.train.stacked import check_start
 from gradfn.train.step import Losses, losses_of
@@ -31,6 +35,8 @@ from gradfn.types import Data, LossFn, Params
 
 Normalize = Literal["rows", "tokens"]
 """What a step takes the mean over: the losses of its rows, or all of their supervised tokens."""
+DIRECTIONS_BYTES = 1 << 30
+"""Memory of the validation gradients that are taken at a time; a single one may be larger."""
 
 
 class Diverged(InputError):
@@ -74,6 +80,8 @@ class Valuing:
         loss: of such a row.
         kind: see `step_direction`.
         every: steps from one that is valued to the next; the first one of all is.
+        probes: of all parameters of the model, off; None: forward mode, which every model has. See
+            `gradfn.train.watched.fast_values`.
 
     Raises:
         InputError: no rows, or fewer than one step.
@@ -83,12 +91,31 @@ class Valuing:
     loss: LossFn
     kind: Kind = "shapley"
     every: int = 1
+    probes: Values | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1 or not len(self.data):
             raise InputError(
                 f"{len(self.data)} validation rows every {self.every} steps: give 1 or more of both"
             )
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """What records the rows of steps, see `gradfn.train.watched.Recorded`."""
+
+    @property
+    def recorder(self) -> Recorder:
+        """Which is told the losses of rows, and records from its step `number` on."""
+        ...
+
+    def begin(self, state: State) -> None:
+        """Tell the state before a step."""
+        ...
+
+    def end(self, state: State, epoch: int, factor: float) -> None:
+        """Tell the state after it, and record the rows."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +132,7 @@ class Course:
         token_batch_size: padded tokens whose gradient is made at a time; their gradients are added up.
         pads: whether rows of unequal length may share a batch, see `gradfn.engine.stream.pads`.
         valuing: what the rows of each step are valued by.
+        recorded: what the gradients of the rows are told to.
 
     Raises:
         InputError: a batch that is larger than the rows; a warmup longer than the training; tokens to
@@ -127,6 +155,7 @@ class Course:
     token_batch_size: int = TOKEN_BATCH_SIZE
     pads: bool = True
     valuing: Valuing | None = None
+    recorded: Recorded | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.data)
@@ -189,17 +218,24 @@ class Course:
         losses, first = losses_of(self.loss, fused=True), int(state.taken)
         for number, (epoch, rows) in enumerate(self.batches(first, stop), first):
             weights = row_weights(self.loss, self.data, rows, self.normalize)
-            grads, made = self._gradient(losses, state.params, rows, weights)
+            asked = self.valuing is not None and number % self.valuing.every == 0
+            told = self.recorded if self.recorded and number >= self.recorded.recorder.number else None
+            if told is not None:
+                told.begin(state)
+            seen = told.recorder.tapped if told else self._held(rows) if asked else None
+            with self._seen_by(seen):
+                grads, made = self._gradient(losses, state.params, rows, weights, told and told.recorder)
             loss, (scale, norm) = float(weights @ made), clip_scale(self.training, grads)
             if not (isfinite(loss) and bool(norm.isfinite())):
                 what = f"the loss of step {number + 1} is {loss:g} and the norm of its gradient {norm:g}"
                 raise Diverged(f"{what}: give a lower `learning_rate`, or a longer `warmup`")
-            asked = self.valuing is not None and number % self.valuing.every == 0
-            values = self._values(state, grads, rows, weights) if asked else None
+            values = self._values(losses, state, grads, rows, weights) if asked else None
             for grad in grads.values() if self.training.max_grad_norm is not None else ():
                 grad.mul_(scale)
             rate = float(learning_rate(self.training, torch.tensor(number), torch.tensor(self.total)))
             state = self._moved(state, grads)
+            if told is not None:
+                told.end(state, epoch, float(scale))
             tokens = int(self._lengths[rows].sum())
             yield Taken(
                 state, rows, epoch, rate, loss, float(norm), float(scale), tokens, made.numpy(), values
@@ -233,40 +269,107 @@ class Course:
         return State(made[0], tuple(made[1:]), new.taken, new.total)
 
     def _gradient(
-        self, losses: Losses, params: Params, rows: np.ndarray, weights: Tensor
+        self,
+        losses: Losses,
+        params: Params,
+        rows: np.ndarray,
+        weights: Tensor,
+        recorder: Recorder | None = None,
     ) -> tuple[Params, Tensor]:
         """The gradient of a step's loss, summed over micro-batches, and the losses of its rows."""
-        leaves, device = {n: p.detach().requires_grad_() for n, p in params.items()}, _device(params)
-        found = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        for places in self._plan(self.data, rows):
-            batch, own = _batch(self.data, rows[places], device), weights[places].to(device)
-            with torch.enable_grad():
-                made = losses(leaves, batch)
-                (made * own.to(made.dtype)).sum().backward()
-            found[torch.from_numpy(places).to(device)] = made.detach().double()
-        grads = {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves.items()}
-        return grads, found.cpu()
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        found = self._backward(losses, leaves, self.data, rows, weights, recorder)
+        return _grads(leaves), found.cpu()
 
-    def _values(self, state: State, grads: Params, rows: np.ndarray, weights: Tensor) -> np.ndarray:
-        """What each row does to each validation loss, one loss after another: `-w_i <u, g_i>`."""
+    def _backward(
+        self,
+        losses: Losses,
+        params: Params,
+        data: Data,
+        rows: np.ndarray,
+        weights: Tensor,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """The losses of some rows, and a backward pass of their weighted sum for each micro-batch."""
+        device = _device(params)
+        found = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        for places in self._plan(data, rows):
+            batch, own = _batch(data, rows[places], device), weights[places].to(device)
+            with torch.enable_grad():
+                made = losses(params, batch)
+                if recorder is not None:
+                    made = recorder.loss(made, rows[places])
+                (made * own.to(made.dtype)).sum().backward()
+            if recorder is not None:
+                recorder.substep()
+            found[torch.from_numpy(places).to(device)] = made.detach().double()
+        return found
+
+    def _values(
+        self, losses: Losses, state: State, grads: Params, rows: np.ndarray, weights: Tensor
+    ) -> np.ndarray:
+        """What each row does to each validation loss, `-w_i <u, g_i>`, for some of the losses at a time."""
         assert self.valuing is not None
-        data, kind, device = self.valuing.data, self.valuing.kind, _device(state.params)
-        asked, losses = losses_of(self.valuing.loss), losses_of(self.loss)
-        values = torch.zeros(len(rows), len(data), dtype=torch.float64)
-        for query in range(len(data)):
-            example = _batch(data, np.array([query]), device)
-            slope = torch.func.grad(lambda params, example=example: asked(params, example).sum())(
-                state.params
-            )
-            u = step_direction(self.training, state, grads, slope, kind=kind)
-            for places in self._plan(self.data, rows):
-                batch = _batch(self.data, rows[places], device)
-                with forward_mode():
-                    along = torch.func.jvp(
-                        lambda params, batch=batch: losses(params, batch), (state.params,), (u,)
-                    )[1]
-                values[places, query] = -along.double().cpu()
-        return (values * weights[:, None]).numpy()
+        count, probes = len(self.valuing.data), self.valuing.probes
+        size = sum(p.numel() * p.element_size() for p in state.params.values())
+        values = torch.zeros(len(rows), count, dtype=torch.float64)
+        for part in torch.arange(count).split(max(1, DIRECTIONS_BYTES // size)):
+            with self._seen_by(None):
+                slopes = self._slopes(state.params, part.numpy())
+            u = step_direction(self.training, state, grads, slopes, kind=self.valuing.kind)
+            del slopes
+            if probes is None:
+                values[:, part] = -self._forward(state.params, u, rows) * weights[:, None]
+                continue
+            order = torch.from_numpy(np.concatenate(self._plan(self.data, rows)))
+            if self._held(rows) is not None:
+                along = probes.dots(u, keep=True)
+            else:  # the factors of many micro-batches would take their memory, so they are made again
+                probes.aim(u)
+                with self._seen_by(probes):
+                    self._backward(losses, state.params, self.data, rows, weights)
+                along = probes.dots()
+            values[order[:, None], part] = -along.double().cpu()
+        if probes is not None:
+            probes.aim(None)
+        return values.numpy()
+
+    def _held(self, rows: np.ndarray) -> Values | None:
+        """The probes that keep the factors of a step's own backward pass, if it is one, and not recorded."""
+        alone = self.recorded is None and len(self._plan(self.data, rows)) == 1
+        return self.valuing.probes if alone and self.valuing is not None else None
+
+    @contextmanager
+    def _seen_by(self, seen: Tapped | None) -> Iterator[None]:
+        """Have the probes of one tap see the forward passes inside, and those of the others not."""
+        taps = [self.recorded and self.recorded.recorder.tapped, self.valuing and self.valuing.probes]
+        with ExitStack() as stack:
+            for tap in sorted(filter(None, taps), key=lambda tap: tap is seen):
+                stack.enter_context(tap.seeing(tap is seen))
+            yield
+
+    def _slopes(self, params: Params, queries: np.ndarray) -> Params:
+        """The gradients of validation losses, `{name: [queries, *parameter]}`."""
+        assert self.valuing is not None
+        asked, made = losses_of(self.valuing.loss, fused=True), list[Params]()
+        for query in queries:
+            leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+            self._backward(asked, leaves, self.valuing.data, np.array([query]), torch.ones(1).double())
+            made.append(_grads(leaves))
+        return {name: torch.stack([one[name] for one in made]) for name in params}
+
+    def _forward(self, params: Params, u: Params, rows: np.ndarray) -> Tensor:
+        """`<u_q, g_i>` of every row with every direction, `[rows, queries]`, by forward mode."""
+        losses, count, device = losses_of(self.loss), len(next(iter(u.values()))), _device(params)
+        along = torch.zeros(len(rows), count, dtype=torch.float64)
+        for places in self._plan(self.data, rows):
+            batch = _batch(self.data, rows[places], device)
+            for query in range(count):
+                own = {name: d[query] for name, d in u.items()}
+                with self._seen_by(None), forward_mode():
+                    made = torch.func.jvp(lambda p, batch=batch: losses(p, batch), (params,), (own,))[1]
+                along[places, query] = made.double().cpu()
+        return along
 
     def _plan(self, data: Data, rows: np.ndarray) -> list[np.ndarray]:
         """The micro-batches of some rows, as places among them."""
@@ -295,6 +398,11 @@ def row_weights(
     whole = tokens.sum().clamp_min(1)
     # The loss of a row is the sum over its tokens, or their mean.
     return (torch.ones_like(tokens) if getattr(loss, "reduction", "mean") == "sum" else tokens) / whole
+
+
+def _grads(leaves: Params) -> Params:
+    """The gradients that backward passes gave."""
+    return {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves.items()}
 
 
 def _device(params: Params) -> torch.device:

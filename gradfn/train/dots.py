@@ -52,7 +52,6 @@ class Values(Tapped):
 
     _held: dict[int, Held] = field(default_factory=dict)
     _aimed: bool = False
-    _off: bool = False
 
     def step(
         self,
@@ -150,14 +149,8 @@ class Values(Tapped):
             `{name: [losses, *parameter]}` of the parameters that are trained.
         """
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self._off = True
-        try:
-            with evaluating(self.model), torch.enable_grad():
-                made = [
-                    torch.autograd.grad(loss(), [*named.values()], materialize_grads=True) for loss in losses
-                ]
-        finally:
-            self._off = False
+        with self.seeing(False), evaluating(self.model), torch.enable_grad():
+            made = [torch.autograd.grad(loss(), [*named.values()], materialize_grads=True) for loss in losses]
         return {name: torch.stack(parts) for name, parts in zip(named, zip(*made, strict=True), strict=True)}
 
     def clear(self) -> None:
@@ -212,13 +205,6 @@ class Values(Tapped):
                 "the gradients of the rows do not add up to the gradient of the step: exclude weights that "
                 "are used past their module, and give `grads` as backward made them, not scaled or clipped"
             )
-
-    def _before(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if not self._off:
-            super()._before(_, args, named)
-
-    def _use(self, sites: Any, name: str, x: Any, y: Any, *call: Any) -> Any:
-        return y if self._off else super()._use(sites, name, x, y, *call)
 
     def _contract(self, segments: Segments | None, site: Site, layer: Layer, size: int | None) -> Contract:
         made = super()._contract(segments, site, layer, size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -11,6 +12,7 @@ from gradfn.engine.tap import Tapped
 from gradfn.errors import InputError
 from gradfn.hf.optimizer_state import second_moments
 from gradfn.model.sites import View, blocks_of
+from gradfn.runs.provenance import Provenance
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.chain import Blockwise, Chain, Kronecker
 from gradfn.transforms.projection import lenient
@@ -33,9 +35,11 @@ class RecordOptions(TypedDict, total=False):
         normalize: "before" divides by `sqrt(v) + eps` of the optimizer before the step, which has none at
             the first step (see `visits/scaled`); "after" by that after it, for which the full gradients of a
             step's rows are held until its end.
-        optimizer: whose `v` that is.
+        optimizer: whose `v` that is; or a function that gives `sqrt(v) + eps` by block, of no block before
+            the first step.
         dtype: of the gradients on disk, float32 or float16.
         start: the first step, where training resumes: rows of this step and later ones are removed.
+        again: whether this holds of step 0 too; else a run that has rows is refused there.
         overwrite: replace what is in the run.
         settings: recorded beside what is known of the model and the data, such as a seed.
     """
@@ -43,11 +47,12 @@ class RecordOptions(TypedDict, total=False):
     transform: Transform | None
     view: View | None
     normalize: Normalize
-    optimizer: torch.optim.Optimizer | None
+    optimizer: torch.optim.Optimizer | Callable[[], Blocks] | None
     dtype: torch.dtype
     start: int
+    again: bool
     overwrite: bool
-    settings: Mapping[str, Any] | None
+    settings: Mapping[str, Any] | Provenance | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +61,11 @@ class OptimizerScale(Blockwise):
 
     Args:
         when: "before" the step whose rows are recorded, or "after" it.
-        optimizer, model, view: see `second_moments`.
+        source: gives `sqrt(v) + eps` by block, of no block before the first step.
     """
 
     when: Normalize
-    optimizer: Any = field(repr=False)
-    model: nn.Module = field(repr=False)
-    view: View | None = field(default=None, repr=False)
+    source: Callable[[], Blocks] = field(repr=False)
     divisors: Blocks = field(default_factory=dict, repr=False)
 
     linear = True
@@ -74,7 +77,7 @@ class OptimizerScale(Blockwise):
     def read(self) -> bool:
         """Read the optimizer's state; whether there is one yet."""
         self.divisors.clear()
-        self.divisors.update(second_moments(self.optimizer, self.model, self.view))
+        self.divisors.update(self.source())
         return bool(self.divisors)
 
     def block(self, name: str, G: Tensor) -> Tensor:
@@ -109,11 +112,13 @@ def stages_of(model: nn.Module, options: RecordOptions) -> Stages:
         raise InputError('give `optimizer` with normalize="before" or "after", and with no other')
     if options.get("dtype", torch.float32) not in (torch.float32, torch.float16):
         raise InputError(f"a store has float32 or float16, not {options.get('dtype')}: choose one of them")
-    stages = chain(options.get("transform") or chain()).stages
+    stages, scale = chain(options.get("transform") or chain()).stages, None
+    if isinstance(optimizer, torch.optim.Optimizer):
+        scale = OptimizerScale(normalize, partial(second_moments, optimizer, model, options.get("view")))
+    elif optimizer is not None:
+        scale = OptimizerScale(normalize, optimizer)
     if normalize == "after":
-        scale = OptimizerScale(normalize, optimizer, model, options.get("view"))
         return Stages(chain(), chain(*stages), scale, late=True)
-    scale = None if optimizer is None else OptimizerScale("before", optimizer, model, options.get("view"))
     linear = [isinstance(s, Kronecker) or (isinstance(s, Blockwise) and s.linear) for s in stages]
     count = linear.index(False) if False in linear else len(stages)
     return Stages(chain(*([scale] if scale else []), *stages[:count]), chain(*stages[count:]), scale)

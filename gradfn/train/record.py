@@ -82,7 +82,7 @@ def recording(
         open_growing(folder, "store", made.settings(), overwrite, made.request) as writer,
     ):
         log = VisitLog(writer)
-        log.resume(start)
+        log.resume(start, again=options.get("again", False))
         names = _Names(data)
         recorder = Recorder(tapped, log, names, stages, options.get("dtype", torch.float32), start)
         recorder._check = SelfCheck.begin(tapped, stages.inside)

@@ -1,7 +1,8 @@
 """A training on disk: checkpoints, and of every step the rows, the learning rate, the loss and the gradient.
 
     RUN/training.h5      the steps, joined from segments that end at checkpoints
-    RUN/checkpoint-100   a model's folder, with the optimizer's state in it
+    RUN/checkpoint-0     a model's folder before the first step
+    RUN/checkpoint-100   the same after 100 steps, with the optimizer's state in it
     RUN/log.csv          the steps again, as text, a line as soon as one is taken
 
 A checkpoint appears complete or not at all, and before the segment of its steps. A run that is killed goes on
@@ -13,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -34,6 +35,7 @@ from gradfn.store.writer import Writer
 from gradfn.train.course import Course, Diverged, Taken
 from gradfn.train.in_run import InRunTotals
 from gradfn.train.optimizers import State
+from gradfn.train.watched import Recording
 from gradfn.types import Data, Rows
 from gradfn.watch import Resumed
 
@@ -86,13 +88,15 @@ class Saving:
 
     Args:
         keeper: writes and reads them.
-        every: the steps between them, or "epoch"; the last step always has one.
+        every: the steps between them, or "epoch"; the first step has one before it, the last one after it.
         validation: rows whose loss is logged at each.
+        recording: where the gradients of the rows go; what is recorded is on disk before a checkpoint is.
     """
 
     keeper: Keeper
     every: SaveEvery = "epoch"
     validation: Validation | None = None
+    recording: Recording | None = None
 
 
 class Trained(NamedTuple):
@@ -153,12 +157,16 @@ def train_run(
         done = course.total - sum(stop - begin for begin, stop in missing)
         if progress is not None and done:
             progress(Resumed(sum(len(rows) for _, rows in course.batches(0, done))), "")
-        job = _Job(run, course, saving, progress)
-        if not writer.complete:
-            with _log(run, writer) as line:
-                _take(job, writer, missing, start, line)
-            writer.finish(names)
-            _write_log(run, writer)
+        with ExitStack() as recorded:
+            if saving.recording is not None:
+                step = writer.done[-1][1] if writer.done else 0  # the rows of a span made again are there
+                begun = saving.recording.begin(course, step, made, overwrite=overwrite)
+                course = recorded.enter_context(begun)
+            if not writer.complete:
+                with _log(run, writer) as line:
+                    _take(_Job(run, course, saving, progress), writer, missing, start, line)
+                writer.finish(names)
+                _write_log(run, writer)
     return open_training(run)._replace(resumed=done)
 
 
@@ -260,14 +268,21 @@ def _take(
     for begin, stop in missing:
         if state is None or int(state.taken) != begin:
             state = start() if begin == 0 else _resume(job, begin)
+        if begin == 0:
+            _save(job, state)
         state, arrays = _span(job, state, stop, line)
-        path = checkpoint_path(job.run, stop)
-        size = sum(
-            v.numel() * v.element_size() for part in (state.params, *state.moments) for v in part.values()
-        )
-        check_disk(job.run, size, f"the weights and moments of {path.name}")
-        create_folder(path, lambda folder, state=state: job.saving.keeper.write(folder, state))
+        if job.course.recorded is not None:
+            job.course.recorded.recorder.flush()
+        _save(job, state)
         writer.write(begin, stop, arrays)
+
+
+def _save(job: _Job, state: State) -> None:
+    """Write the checkpoint of a state."""
+    path = checkpoint_path(job.run, int(state.taken))
+    size = sum(v.numel() * v.element_size() for part in (state.params, *state.moments) for v in part.values())
+    check_disk(job.run, size, f"the weights and moments of {path.name}")
+    create_folder(path, lambda folder: job.saving.keeper.write(folder, state))
 
 
 def _resume(job: _Job, step: int) -> State:
@@ -317,8 +332,7 @@ def _span(
                 return taken.state, arrays
             del taken  # the next step is to empty its state
     except Diverged as error:
-        kept = f"{checkpoint_path(job.run, begin)} is kept" if begin else "there is no checkpoint yet"
-        raise Diverged(f"{error} ({kept})") from error
+        raise Diverged(f"{error} ({checkpoint_path(job.run, begin)} is kept)") from error
     raise AssertionError("a span has at least one step")
 
 

@@ -56,8 +56,8 @@ def test_it_says_what_it_does_and_what_came_of_it(told, run):
     lines = dict(line.split(maxsplit=1) for line in told.splitlines())
     assert "all trained, from its own weights, dropout off" in lines["model"]
     assert lines["train"].startswith("12 rows, ")
-    assert lines["steps"] == "6, with 2 checkpoints"
-    assert lines["checkpoints"] == f"{run}/: checkpoint-4, checkpoint-6 [2]"
+    assert lines["steps"] == "6, with 3 checkpoints"
+    assert lines["checkpoints"] == f"{run}/: checkpoint-0, checkpoint-4, checkpoint-6 [3]"
     done = open_training(run)
     losses = done.steps["loss"]
     assert lines["loss"] == f"{losses[0]:.4g} at the first step, {losses[3:].mean():.4g} over the last epoch"
@@ -70,6 +70,8 @@ def test_it_is_the_training_of_the_library(run, model, corpus, queries):
     rows = gf.tokenize(gf.load_rows(corpus), tokens)
     training = Training(2, 5, 0.01, schedule="linear", max_grad_norm=2.0)
     course, done = Course(gf.causal_lm_loss(net), rows, training), open_training(run)
+    first = load_file(run / "checkpoint-0/model.safetensors")
+    assert all(torch.equal(first[name], value) for name, value in gf.model.params_of(net).items())
     for taken, loss, rate in zip(
         course.steps(course.start(gf.model.params_of(net))), done.steps["loss"], done.steps["learning_rate"],
         strict=True,

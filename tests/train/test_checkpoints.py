@@ -15,7 +15,7 @@ from gradfn.hf.tokenizers import load_tokenizer
 from gradfn.model.params import params_of
 from gradfn.model.sites import find_sites
 from gradfn.train import State, first_state, update
-from gradfn.train.checkpoints import Checkpoints, optimizer_state, take_params
+from gradfn.train.checkpoints import Checkpoints, as_torch_optimizer, take_params
 
 TOTAL = torch.tensor(9)
 
@@ -34,12 +34,12 @@ def copy(state):
 
 
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw"])
-@pytest.mark.parametrize("kind", ["llama", "neox"])
-def test_a_state_is_read_as_it_was_written(tmp_path, name, kind):
+@pytest.mark.parametrize(("kind", "steps"), [("llama", 2), ("neox", 2), ("neox", 0)])
+def test_a_state_is_read_as_it_was_written(tmp_path, name, kind, steps):
     training, model = SETTINGS[name], make_model(kind)
     model.config.tie_word_embeddings = True
     model.tie_weights()
-    state = taken(training, model)
+    state = taken(training, model, steps)
     kept = copy(state)
     keeper = Checkpoints(model, training, make_tokenizer(), load_model)
     take_params(model)
@@ -51,12 +51,16 @@ def test_a_state_is_read_as_it_was_written(tmp_path, name, kind):
     assert load_tokenizer(tmp_path).get_vocab() == make_tokenizer().get_vocab()
     modes = {os.stat(path).st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
+    if steps == 0:
+        assert torch.load(tmp_path / "optimizer.pt")["state"] == {}  # as in torch
+        with pytest.raises(InputError, match="has no state"):
+            load_optimizer_state(tmp_path, loaded)
 
 
 def test_the_optimizer_is_that_of_torch(tmp_path):
     training, model = SETTINGS["adamw"], make_model()
     state = taken(training, model, 3)
-    saved = optimizer_state(training, state)
+    saved = as_torch_optimizer(training, state)
     made = torch.optim.AdamW(model.named_parameters())
     made.load_state_dict(saved)
     (group,) = made.param_groups
