@@ -48,7 +48,7 @@ from gradfn.train.optimizers import State
 from gradfn.train.run import INRUN, Saving, Trained, Validation, spans_of, train_run, write_values
 from gradfn.train.stacked import check_start
 from gradfn.train.watched import Recording, check_rows_run, fast_values
-from gradfn.transforms import Chain
+from gradfn.transforms import Chain, chain
 
 NAMED = 5
 """Checkpoints that the command to score with names at most, evenly chosen."""
@@ -82,16 +82,11 @@ def run_train(request: TrainRequest) -> None:
     ):
         lines = _first_facts(loaded, course, request)
         if recording is not None:
-            lines.append(
-                ("record", f"{request.recording.record}, {gradients_line(recording.options['transform'])}")
-            )
+            how = gradients_line(recording.options.get("transform") or chain())
+            lines.append(("record", f"{request.recording.record}, {how}"))
         console().print(facts([*lines, *batches_facts(padded)]))
-        _train(
-            loaded,
-            course,
-            Saving(_keeper(loaded, course, request), options.save_every, validation, recording),
-            request,
-        )
+        keeper = _keeper(loaded, course, request)
+        _train(loaded, course, Saving(keeper, options.save_every, validation, recording), request)
 
 
 def _train(loaded: Loaded, course: Course, saving: Saving, request: TrainRequest) -> None:
@@ -226,7 +221,7 @@ def _way(valuing: Valuing) -> str:
     way = "from one backward pass a step for all queries"
     if valuing.probes is None:
         way = "by forward mode, a pass a query, since probes do not see every parameter"
-    return f"{valuing.kind}, of {count(len(valuing.data), 'query', 'queries')}, {way}"
+    return f"{valuing.kind}, of {count(len(valuing.data), 'query')}, {way}"
 
 
 def _last_facts(trained: Trained, course: Course, request: TrainRequest) -> Facts:

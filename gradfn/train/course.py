@@ -222,9 +222,10 @@ class Course:
             told = self.recorded if self.recorded and number >= self.recorded.recorder.number else None
             if told is not None:
                 told.begin(state)
-            seen = told.recorder.tapped if told else self._held(rows) if asked else None
+            recorder = None if told is None else told.recorder
+            seen = recorder.tapped if recorder else self._held(rows) if asked else None
             with self._seen_by(seen):
-                grads, made = self._gradient(losses, state.params, rows, weights, told and told.recorder)
+                grads, made = self._gradient(losses, state.params, rows, weights, recorder)
             loss, (scale, norm) = float(weights @ made), clip_scale(self.training, grads)
             if not (isfinite(loss) and bool(norm.isfinite())):
                 what = f"the loss of step {number + 1} is {loss:g} and the norm of its gradient {norm:g}"

@@ -19,6 +19,7 @@ from gradfn.engine.contract import Segments
 from gradfn.errors import InputError
 from gradfn.model.losses import ModelLoss, shifted_labels, token_losses
 from gradfn.model.tasks import task_of
+from gradfn.runs.provenance import Provenance
 from gradfn.train.parts import SMALL, RecordOptions
 from gradfn.train.record import Recorder, recording, trained_model
 from gradfn.types import Data
@@ -62,7 +63,8 @@ def record_trainer(
     _refuse(trainer)
     dataset = trainer.train_dataset
     model = trained_model(trainer.model)
-    wanted: Any = {**options, "settings": {**_settings(trainer, model), **(options.get("settings") or {})}}
+    settings = Provenance.of(_settings(trainer, model)).merged(options.get("settings"))
+    wanted: Any = {**options, "settings": settings}
     watch = _Watch(trainer, model, _task(model), partial(recording, model, run, data, **wanted))
     trainer.train_dataset = _numbered(dataset)
     trainer._set_signature_columns_if_needed()
