@@ -158,7 +158,7 @@ def _is_complete(run: Path) -> bool:
 
 
 def unseen(model: nn.Module, loss: LossFn, data: Data, view: View = EVERY) -> list[str]:
-    """The paths of weights whose gradients no probe sees, as the engine finds on two rows.
+    """The blocks whose gradients no probe sees, as the engine finds on two rows.
 
     >>> import torch
     >>> unseen(nn.Linear(2, 1), lambda p, e: (p["weight"] @ e["x"]).sum(), [{"x": torch.ones(2)}])
@@ -170,7 +170,7 @@ def unseen(model: nn.Module, loss: LossFn, data: Data, view: View = EVERY) -> li
     engine.verify({key: value.to(device) for key, value in batch.items()})
     facts = engine.facts
     whole = facts.singly or facts.copies or not hasattr(loss, "batched")
-    return [site.path for site in engine.sites if whole or not site.probed]
+    return [site.block for site in engine.sites if whole or not site.probed]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from recorded import contents, read
-from tiny import language_model
+from tiny import language_model, mostly_slow
 from torch import nn
 from train_problems import SETTINGS, problem
 
@@ -64,7 +64,7 @@ def valued(model, kind, training=TRAINING, size=4096, fast=True, data=None, **ho
     return values, params
 
 
-@pytest.mark.parametrize("size", [4096, 8])
+@pytest.mark.parametrize("size", mostly_slow([4096, 8], 8))
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("gpt2", "shapley"), ("gpt_neox", "influence"), ("llama", "frozen"), ("llama", "before")],
@@ -169,7 +169,7 @@ def built(tmp_path, model, rows, transform):
     return {name: found[name][rows] for name in names}
 
 
-@pytest.mark.parametrize("size", [4096, 8])
+@pytest.mark.parametrize("size", mostly_slow([4096, 8], 8))
 @pytest.mark.parametrize("normalize", ["rows", "tokens"])
 def test_rows_of_the_first_step_are_those_of_build(tmp_path, normalize, size):
     run, _ = recorded(tmp_path, course={"normalize": normalize, "token_batch_size": size})
@@ -240,7 +240,7 @@ def test_rows_are_divided_by_the_second_moment(tmp_path, when):
         np.testing.assert_allclose(store[f"gradients/{name}"][here][0], block[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("die", [1, 2, 3, 4])
+@pytest.mark.parametrize("die", mostly_slow([1, 2, 3, 4], 2))
 def test_killed_at_a_checkpoint_it_ends_with_the_same_bytes(tmp_path, die):
     run, params = recorded(tmp_path, "whole")
     expected = contents(run)
