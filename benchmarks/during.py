@@ -11,6 +11,7 @@ the mean of their losses; 4 other rows of 256 tokens are the validation. Sides, 
 * `dots`: `queries`, and the inner products of every row with the 4 gradients, in the backward pass.
 * `before`: `dots` with the directions of kind "before", the first-order values that a single pass can have.
 * `shapley`: `queries`, and Aumann-Shapley values from the factors that the backward pass leaves.
+* `record`: the step, and every row's gradient, projected to 16 x 16 a block, into a store (the default view).
 
 Values are of all parameters, LM head and embedding too (`--view default`: of the weight matrices alone). The
 sides take turns inside each repeat, in one process. The table gives medians; "over plain" is of processor
@@ -22,14 +23,16 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import gradfn as gf
-from gradfn.train import optimizer_state, step_direction, values
+from gradfn.train import optimizer_state, recording, step_direction, values
 
 ROWS, TOKENS, QUERIES = 16, 256, 4
 MODELS = ("neox-4k", "neox-50k", "gpt2")
@@ -57,6 +60,7 @@ class Task:
         self.batch = torch.randint(vocabulary, (ROWS, TOKENS))
         self.queries = torch.randint(vocabulary, (QUERIES, TOKENS))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.stack, self.recorder = ExitStack(), None
         self.plain()
 
     def loss(self, rows):
@@ -97,6 +101,19 @@ class Task:
             v.step(*optimizer_state(self.model, self.optimizer), queries)
         self.optimizer.step()
 
+    def record(self):
+        if self.recorder is None:  # opened once, and closed with the process
+            run = self.stack.enter_context(tempfile.TemporaryDirectory())
+            self.recorder = self.stack.enter_context(recording(self.model, run, transform=gf.project(16)))
+            self.stack.enter_context(self.recorder.tapped.seeing(False))
+        self.optimizer.zero_grad()
+        with self.recorder.tapped.seeing(True):
+            logits = self.model(input_ids=self.batch).logits[:, :-1].flatten(0, 1)
+            losses = F.cross_entropy(logits, self.batch[:, 1:].flatten(), reduction="none")
+            self.recorder.loss(losses.view(ROWS, -1).mean(1), range(ROWS)).mean().backward()
+        self.optimizer.step()
+        self.recorder.step()
+
 
 SIDES = {
     "plain": Task.plain,
@@ -104,18 +121,19 @@ SIDES = {
     "dots": Task.dots,
     "before": lambda task: task.dots(before=True),
     "shapley": Task.shapley,
+    "record": Task.record,
 }
 
 
 def times(task, sides, repeats):
-    """Seconds of each side, which take turns."""
+    """Seconds of each side, which take turns, after a first turn that warms up."""
     found = {side: [] for side in sides}
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         for side in sides:
             start, cpu = time.perf_counter(), time.process_time()
             SIDES[side](task)
             found[side].append((time.perf_counter() - start, time.process_time() - cpu))
-    return found
+    return {side: taken[1:] for side, taken in found.items()}
 
 
 def high_water():
@@ -146,11 +164,14 @@ def main():
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before = high_water()
         SIDES[given.sides[0]](task)
+        task.stack.close()
         print((high_water() - before) // 1024)
         return
     print("| model | side | s a step | processor s | over plain | peak MiB |\n|---|---|---:|---:|---:|---:|")
     for name in given.models:
-        found = times(Task(name, view), given.sides, given.repeats)
+        task = Task(name, view)
+        found = times(task, given.sides, given.repeats)
+        task.stack.close()
         base = statistics.median(cpu for _, cpu in found[given.sides[0]])
         for side, taken in found.items():
             wall, cpu = (statistics.median(column) for column in zip(*taken, strict=True))
