@@ -15,7 +15,7 @@ Every step draws candidates, twice as many as it trains on, the same for all rul
   optimizer.
 * `dots`: those with the largest inner products with the validation gradient, as if the optimizer were SGD.
 * `greats`: `dots`, each row given those chosen before it, by `v.gram` with --rate as the learning rate.
-* `reweight`: all candidates, weighed by the positive part of their values.
+* `reweight`: all candidates, so twice the tokens a step, weighed by the positive part of their values.
 
 Validation rows are 256 clean ones, of which each step takes 16; the held-out loss is that of 512 other clean
 rows. OUT gets a CSV with a line for each point of each curve: seed, rule, step, tokens trained on, held-out
@@ -172,20 +172,21 @@ class Course:
 
 def run(rows: Rows, rule: str, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
     """The points of a curve."""
-    course, points, seconds, kinds = Course(rows, rule, seed, given), [], 0.0, torch.zeros(0).long()
+    course, points, kinds = Course(rows, rule, seed, given), [], torch.zeros(0).long()
+    seconds, tokens = 0.0, 0
     for step in range(given.steps + 1):
         if step % given.every == 0:
             with torch.no_grad():
                 loss = float(course.losses(rows.held_out).mean())
             shares = kinds.bincount(minlength=3) / max(len(kinds), 1)
-            tokens = step * given.batch_size * TOKENS
             numbers = seed, rule, step, tokens, loss, seconds, *shares.tolist()[1:]
             points.append(dict(zip(COLUMNS, numbers, strict=True)))
             kinds = kinds[:0]
         if step < given.steps:
             start = time.process_time()
-            kinds = torch.cat([kinds, course.step()])
+            made = course.step()
             seconds += time.process_time() - start
+            kinds, tokens = torch.cat([kinds, made]), tokens + len(made) * TOKENS
     return points
 
 
