@@ -9,7 +9,7 @@ optimizer's step. Positive: the row lowered the validation loss.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
-from torch.func import grad_and_value, jacrev, jvp, vjp
+from torch.func import grad_and_value, jacrev, jvp
 
 from gradfn.errors import InputError
 from gradfn.exact.products import forward_mode
@@ -157,11 +157,24 @@ def _mean_slopes(
 
 
 def _slope(training: Training, state: State, name: str, g: Tensor) -> Tensor:
-    """The derivative of each number of a new parameter in its own gradient, which clipping has passed."""
-    own = State({name: state.params[name]}, tuple({name: m[name]} for m in state.moments), *state[2:])
-    plain = replace(training, max_grad_norm=None)
-    pull = vjp(lambda g: update(plain, own, {name: g}).params[name], g)[1]
-    return pull(torch.ones_like(g))[0]
+    """The derivative of each number of a new parameter in its own gradient, which clipping has passed.
+
+    * sgd: `-lr`, with nesterov `-lr (1 + mu)`
+    * adam: `-lr / (1 - b1^t) ((1 - b1) - m' R' / D) / D`, with `R = sqrt(v' / (1 - b2^t) + eps_root)`,
+      `D = R + eps`, and `R' = (1 - b2) g / ((1 - b2^t) R)`, the derivative of R, which is 0 where R is
+    """
+    t, rate = state.taken.double() + 1, -learning_rate(training, state.taken, state.total)
+    if training.optimizer == "sgd":
+        ahead = training.momentum if training.nesterov else 0.0
+        return (rate * (1 + ahead)).to(g) * torch.ones_like(g)
+    (b1, b2), (m, v) = training.betas, (moment[name] for moment in state.moments)
+    if training.optimizer == "adam" and training.weight_decay:
+        g = g + training.weight_decay * state.params[name]
+    share = (1 - b2**t).to(g)
+    root = (torch.addcmul(b2 * v, g, g, value=1 - b2) / share + training.eps_root).sqrt()
+    divisor = root + training.eps
+    bend = torch.where(root > 0, g / root, 0) * ((1 - b2) / share)
+    return ((1 - b1) - torch.lerp(m, g, 1 - b1) * bend / divisor) / divisor * (rate / (1 - b1**t)).to(g)
 
 
 def _frozen_slopes(training: Training, state: State, grads: Params | None) -> Params:

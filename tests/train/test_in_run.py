@@ -1,5 +1,6 @@
 """Values of rows inside a run: against finite differences, all subsets and the formulas of optimizers."""
 
+from copy import deepcopy
 from functools import cache
 from itertools import combinations
 from math import comb
@@ -98,6 +99,19 @@ def test_influence_is_the_adjoint_of_a_step(training, tight):
     g, w = batch_grads(state.params), batch_grads(state.params, batch=draw(ROWS, 7))
     made = step_direction(training, state, g, w, kind="influence")
     for name, value in adjoint(training, state, g, w).items():
+        torch.testing.assert_close(made[name], value, rtol=1e-12, atol=1e-15)
+
+
+@OPTIMIZERS
+def test_influence_is_what_autograd_pulls_back_where_some_numbers_never_moved(training):
+    state = deepcopy(after_steps(training))
+    g, w = batch_grads(state.params), batch_grads(state.params, batch=draw(ROWS, 7))
+    for value in (*g.values(), *(v for moment in state.moments for v in moment.values())):
+        value[0] = 0.0
+    _, pull = vjp(lambda grads: update(training, state, grads).params, g)
+    made = step_direction(training, state, g, w, kind="influence")
+    for name, value in pull(w)[0].items():
+        assert bool(value.isfinite().all())
         torch.testing.assert_close(made[name], value, rtol=1e-12, atol=1e-15)
 
 
