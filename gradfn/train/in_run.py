@@ -148,15 +148,16 @@ def _mean_slopes(
     """
     slopes: Params = {}
     bends: Params = {}
+    slope = _slope_of(training, state)
     for name, g in grads.items():
-        made = [(_slope(training, state, name, g * at), weight, bend) for at, weight, bend in way]
+        made = [(slope(name, g * at), weight, bend) for at, weight, bend in way]
         slopes[name] = reduce(torch.add, [d * weight for d, weight, _ in made])
         if training.max_grad_norm is not None:
             bends[name] = reduce(torch.add, [d * bend for d, _, bend in made])
     return slopes, bends or None
 
 
-def _slope(training: Training, state: State, name: str, g: Tensor) -> Tensor:
+def _slope_of(training: Training, state: State) -> Callable[[str, Tensor], Tensor]:
     """The derivative of each number of a new parameter in its own gradient, which clipping has passed.
 
     * sgd: `-lr`, with nesterov `-lr (1 + mu)`
@@ -165,24 +166,29 @@ def _slope(training: Training, state: State, name: str, g: Tensor) -> Tensor:
     """
     t, rate = state.taken.double() + 1, -learning_rate(training, state.taken, state.total)
     if training.optimizer == "sgd":
-        ahead = training.momentum if training.nesterov else 0.0
-        return (rate * (1 + ahead)).to(g) * torch.ones_like(g)
-    (b1, b2), (m, v) = training.betas, (moment[name] for moment in state.moments)
-    if training.optimizer == "adam" and training.weight_decay:
-        g = g + training.weight_decay * state.params[name]
-    share = (1 - b2**t).to(g)
-    root = (torch.addcmul(b2 * v, g, g, value=1 - b2) / share + training.eps_root).sqrt()
-    divisor = root + training.eps
-    bend = torch.where(root > 0, g / root, 0) * ((1 - b2) / share)
-    return ((1 - b1) - torch.lerp(m, g, 1 - b1) * bend / divisor) / divisor * (rate / (1 - b1**t)).to(g)
+        rate = rate * (1 + (training.momentum if training.nesterov else 0.0))
+        return lambda name, g: rate.to(g) * torch.ones_like(g)
+    b1, b2 = training.betas
+    rate, share = rate / (1 - b1**t), 1 - b2**t
+
+    def slope(name: str, g: Tensor) -> Tensor:
+        m, v = (moment[name] for moment in state.moments)
+        if training.optimizer == "adam" and training.weight_decay:
+            g = g + training.weight_decay * state.params[name]
+        root = (torch.addcmul(b2 * v, g, g, value=1 - b2) / share.to(g) + training.eps_root).sqrt()
+        divisor = root + training.eps
+        bend = torch.where(root > 0, g / root, 0) * ((1 - b2) / share).to(g)
+        return ((1 - b1) - torch.lerp(m, g, 1 - b1) * bend / divisor) / divisor * rate.to(g)
+
+    return slope
 
 
 def _frozen_slopes(training: Training, state: State, grads: Params | None) -> Params:
     """The slopes where Adam's second moments stay as they are after the step; without `grads`, before it."""
     scale = torch.ones(()) if grads is None else clip_scale(training, grads)[0]
     if training.optimizer == "sgd":
-        some = state.params if grads is None else grads
-        return {name: scale.to(g) * _slope(training, state, name, g) for name, g in some.items()}
+        some, slope = state.params if grads is None else grads, _slope_of(training, state)
+        return {name: scale.to(g) * slope(name, g) for name, g in some.items()}
     b1, b2 = training.betas
     after = state if grads is None else update(training, state, grads)
     age, t = after.taken.double(), state.taken.double() + 1
