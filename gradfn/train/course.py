@@ -105,10 +105,13 @@ class Course:
         token_batch_size: padded tokens whose gradient is made at a time; their gradients are added up.
         pads: whether rows of unequal length may share a batch, see `gradfn.engine.stream.pads`.
         valuing: what the rows of each step are valued by.
+        weights: what the losses of rows are multiplied by, `[rows]`, or `[epochs, rows]`; None: 1. They
+            change no batch, no denominator and no schedule, so a row of weight 0 is masked, and a step is
+            taken even where all of its rows are. The parameters are a continuous function of the weights.
 
     Raises:
         InputError: a batch that is larger than the rows; a warmup longer than the training; tokens to
-            normalize by, in data that has none.
+            normalize by, in data that has none; weights that are not one finite number a row.
 
     >>> def loss(p, e):
     ...     return (p["w"] * e["x"] - e["y"]).square()
@@ -127,6 +130,7 @@ class Course:
     token_batch_size: int = TOKEN_BATCH_SIZE
     pads: bool = True
     valuing: Valuing | None = None
+    weights: Float64[Tensor, "*epochs rows"] | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.data)
@@ -145,6 +149,13 @@ class Course:
             raise InputError(f"no `normalize` {self.normalize!r}: choose {' or '.join(get_args(Normalize))}")
         if self.normalize == "tokens" and not hasattr(self.data, "supervised"):
             raise InputError("the data does not say which tokens are supervised: normalize by rows")
+        if self.weights is not None:
+            shape = tuple(self.weights.shape)
+            if shape not in ((rows,), (training.epochs, rows)) or not bool(self.weights.isfinite().all()):
+                raise InputError(
+                    f"expected `weights` of {[rows]} or {[training.epochs, rows]} finite numbers, one for "
+                    f"each row or for each of its visits, got {list(shape)}"
+                )
 
     @property
     def per_epoch(self) -> int:
@@ -188,8 +199,8 @@ class Course:
         """
         losses, first = losses_of(self.loss, fused=True), int(state.taken)
         for number, (epoch, rows) in enumerate(self.batches(first, stop), first):
-            weights = row_weights(self.loss, self.data, rows, self.normalize)
-            grads, made = self._gradient(losses, state.params, rows, weights)
+            weights = self.shares(rows) * self.weights_of(epoch, rows)
+            grads, made = self.gradient(losses, state.params, rows, weights)
             loss, (scale, norm) = float(weights @ made), clip_scale(self.training, grads)
             if not (isfinite(loss) and bool(norm.isfinite())):
                 what = f"the loss of step {number + 1} is {loss:g} and the norm of its gradient {norm:g}"
@@ -200,7 +211,7 @@ class Course:
                 grad.mul_(scale)
             rate = float(learning_rate(self.training, torch.tensor(number), torch.tensor(self.total)))
             state = self._moved(state, grads)
-            tokens = int(self._lengths[rows].sum())
+            tokens = int(self.lengths[rows].sum())
             yield Taken(
                 state, rows, epoch, rate, loss, float(norm), float(scale), tokens, made.numpy(), values
             )
@@ -212,12 +223,42 @@ class Course:
         >>> course.mean_loss({"w": torch.tensor(2.0)}, [{"x": torch.tensor(3.0)}, {"x": torch.tensor(4.0)}])
         7.0
         """
-        losses, device, rows = losses_of(self.loss, fused=True), _device(params), np.arange(len(data))
+        rows = np.arange(len(data))
+        return float(row_weights(self.loss, data, rows, self.normalize) @ self.row_losses(params, data))
+
+    def row_losses(self, params: Params, data: Data) -> Float64[Tensor, " rows"]:
+        """The loss of every row of some data."""
+        losses, rows = losses_of(self.loss, fused=True), np.arange(len(data))
         found = torch.zeros(len(data), dtype=torch.float64)
         with torch.no_grad():
-            for places in self._plan(data, rows):
-                found[places] = losses(params, _batch(data, rows[places], device)).double().cpu()
-        return float(row_weights(self.loss, data, rows, self.normalize) @ found)
+            for places, batch in self.parts(rows, _device(params), data):
+                found[places] = losses(params, batch).double().cpu()
+        return found
+
+    def shares(self, rows: np.ndarray) -> Float64[Tensor, " batch"]:
+        """What a step multiplies the losses of its rows by, beside their weights; see `row_weights`."""
+        return row_weights(self.loss, self.data, rows, self.normalize)
+
+    def weights_of(self, epoch: int, rows: np.ndarray) -> Float64[Tensor, " batch"]:
+        """The weights of rows in an epoch."""
+        if self.weights is None:
+            return torch.ones(len(rows), dtype=torch.float64)
+        return (self.weights if self.weights.ndim == 1 else self.weights[epoch]).cpu()[rows]
+
+    def parts(
+        self, rows: np.ndarray, device: torch.device, data: Data | None = None, times: int = 1
+    ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+        """The micro-batches of some rows: `(their places among them, {key: [places, ...]})`.
+
+        Args:
+            rows: their numbers.
+            device: where the batches go.
+            data: whose rows they are; None: the course's own.
+            times: how often each row is in memory.
+        """
+        data = self.data if data is None else data
+        for places in self._plan(data, rows, times):
+            yield places, _batch(data, rows[places], device)
 
     def _moved(self, state: State, grads: Params) -> State:
         """The state after a step: `update`, one parameter at a time, which empties the old state."""
@@ -232,14 +273,21 @@ class Course:
                 part.update(own)
         return State(made[0], tuple(made[1:]), new.taken, new.total)
 
-    def _gradient(
+    def gradient(
         self, losses: Losses, params: Params, rows: np.ndarray, weights: Tensor
     ) -> tuple[Params, Tensor]:
-        """The gradient of a step's loss, summed over micro-batches, and the losses of its rows."""
+        """The gradient of a step's loss, summed over micro-batches, and the losses of its rows.
+
+        Args:
+            losses: of a batch, see `losses_of`.
+            params: before the step.
+            rows: of the step.
+            weights: what their losses are multiplied by, `shares * weights_of`.
+        """
         leaves, device = {n: p.detach().requires_grad_() for n, p in params.items()}, _device(params)
         found = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        for places in self._plan(self.data, rows):
-            batch, own = _batch(self.data, rows[places], device), weights[places].to(device)
+        for places, batch in self.parts(rows, device):
+            own = weights[places].to(device)
             with torch.enable_grad():
                 made = losses(leaves, batch)
                 (made * own.to(made.dtype)).sum().backward()
@@ -254,13 +302,9 @@ class Course:
         asked, losses = losses_of(self.valuing.loss), losses_of(self.loss)
         values = torch.zeros(len(rows), len(data), dtype=torch.float64)
         for query in range(len(data)):
-            example = _batch(data, np.array([query]), device)
-            slope = torch.func.grad(lambda params, example=example: asked(params, example).sum())(
-                state.params
-            )
+            slope = slope_of(asked, data, query, state.params)
             u = step_direction(self.training, state, grads, slope, kind=kind)
-            for places in self._plan(self.data, rows):
-                batch = _batch(self.data, rows[places], device)
+            for places, batch in self.parts(rows, device):
                 with forward_mode():
                     along = torch.func.jvp(
                         lambda params, batch=batch: losses(params, batch), (state.params,), (u,)
@@ -268,16 +312,18 @@ class Course:
                 values[places, query] = -along.double().cpu()
         return (values * weights[:, None]).numpy()
 
-    def _plan(self, data: Data, rows: np.ndarray) -> list[np.ndarray]:
+    def _plan(self, data: Data, rows: np.ndarray, times: int = 1) -> list[np.ndarray]:
         """The micro-batches of some rows, as places among them."""
-        lengths = lengths_of(data)[rows] if data is not self.data else self._lengths[rows]
+        lengths = lengths_of(data)[rows] if data is not self.data else self.lengths[rows]
+        budget = max(1, self.token_batch_size // times)
         if self.pads:
-            return plan_batches(lengths, self.token_batch_size)
+            return plan_batches(lengths, budget)
         shapes = [shapes_of(labelled(data, int(row))) for row in rows]
-        return plan_equal(shapes, lengths, self.token_batch_size)
+        return plan_equal(shapes, lengths, budget)
 
     @cached_property
-    def _lengths(self) -> np.ndarray:
+    def lengths(self) -> np.ndarray:
+        """The tokens of every row."""
         return lengths_of(self.data)
 
 
@@ -295,6 +341,17 @@ def row_weights(
     whole = tokens.sum().clamp_min(1)
     # The loss of a row is the sum over its tokens, or their mean.
     return (torch.ones_like(tokens) if getattr(loss, "reduction", "mean") == "sum" else tokens) / whole
+
+
+def slope_of(losses: Losses, data: Data, row: int, params: Params) -> Params:
+    """The gradient of the loss of one row.
+
+    >>> losses = losses_of(lambda p, e: p["w"] * e["x"])
+    >>> slope_of(losses, [{"x": torch.tensor(3.0)}], 0, {"w": torch.ones(())})
+    {'w': tensor(3.)}
+    """
+    batch = _batch(data, np.array([row]), _device(params))
+    return torch.func.grad(lambda params: losses(params, batch).sum())(params)
 
 
 def _device(params: Params) -> torch.device:
