@@ -15,7 +15,7 @@ Source: MAGIC, arXiv:2504.16430, section 3; REPLAY, arXiv:2503.13751, section 3.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -24,15 +24,21 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from gradfn.data import check_rows, offsets_of
+from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
 from gradfn.exact.products import forward_mode
+from gradfn.linalg.spectrum import Damping
+from gradfn.methods.attribution import Queries, Scorer
+from gradfn.model.params import params_of
+from gradfn.model.sites import View
+from gradfn.subject import Subject
 from gradfn.train.course import Course, Diverged, slope_of
 from gradfn.train.optimizers import State, clipped, update
 from gradfn.train.replay import Replay, copied, schedule
 from gradfn.train.spec import Training
 from gradfn.train.stacked import check_repeatable
 from gradfn.train.step import Losses, losses_of
-from gradfn.types import Batch, Data, LossFn, Params
+from gradfn.types import Batch, Data, LossFn, Params, Rows
 
 Per = Literal["row", "visit", "token"]
 """What has a weight: a row, a row in one epoch, or the loss of one token of a row."""
@@ -383,3 +389,89 @@ def _bits(state: State) -> list[int]:
     tensors = [value for part in (state.params, *state.moments) for value in part.values()]
     kinds = {4: torch.int32, 8: torch.int64}
     return torch.stack([value.view(kinds[value.element_size()]).sum() for value in tensors]).tolist()
+
+
+# --- as an attribution
+
+
+@dataclass(frozen=True, eq=False)
+class Magic:
+    """Metagradients as an attribution, for `gf.score` and whatever else takes one.
+
+    The subject's model is the end of the training, which is checked to the bit; the rows are those of the
+    course. All parameters that are trained count. A view may tell tokens apart, and nothing else.
+
+    Args:
+        course: the training.
+        start: the parameters before it.
+        window: steps whose weights count, see `metagradient`.
+        replay: see `metagradient`.
+
+    >>> import gradfn as gf
+    >>> from gradfn.train import Training
+    >>> net = torch.nn.Linear(1, 1, bias=False)
+    >>> def loss(params, e):
+    ...     return (torch.func.functional_call(net, params, e["x"]) - e["y"]).square().sum() / 2
+    >>> data = [{"x": torch.ones(1), "y": torch.full((1,), float(y))} for y in (1, 3)]
+    >>> course, start = Course(loss, data, Training(1, 2, 0.5, "sgd")), {"weight": torch.zeros(1, 1)}
+    >>> *_, last = course.steps(course.start(start))
+    >>> _ = net.load_state_dict(last.state.params)
+    >>> gf.score(net, data, [{"x": torch.ones(1), "y": torch.full((1,), 2.0)}], method=Magic(course, start),
+    ...          loss=loss).matrix.T
+    tensor([[0.2500, 0.7500]])
+    """
+
+    course: Course
+    start: Params
+    window: tuple[int, int | None] = (0, None)
+    replay: Replay = field(default_factory=Replay)
+
+    @property
+    def damping(self) -> tuple[Damping | None, ...]:
+        """Nothing is damped."""
+        return (None,)
+
+    def settings(self) -> dict[str, Any]:
+        """The training, and the window."""
+        how = {"normalize": self.course.normalize, "seed": self.course.seed, "window": list(self.window)}
+        return {"magic": {**self.course.training.settings(), **how}}
+
+    def scorer(self, subject: Subject, query: Queries, *, by_block: bool = False) -> Scorer:
+        """See `Attribution`; gradients of queries will not do, for they are of one state of the model.
+
+        Raises:
+            InputError: no examples as queries; scores by block; a view of some of the weights.
+        """
+        if query is None or isinstance(query, dict):
+            raise InputError("metagradients need the queries themselves: give examples")
+        if by_block or subject.view != View(tokens=subject.view.tokens):
+            raise InputError("metagradients are of all weights together: give no view but one of tokens")
+        known = params_of(subject.model)
+        if absent := self.start.keys() - known.keys():
+            raise InputError(f"the model has no {min(absent)}, which is trained: give the trained model")
+        replay = replace(self.replay, end={name: known[name] for name in self.start})
+
+        def score(train: Data, rows: range | None = None, *, progress: Progress | None = None) -> Rows:
+            _check_same(train, self.course.data)
+            made = metagradient(
+                self.course, self.start, query, subject.query_loss,
+                per="token" if subject.view.tokens else "row", window=self.window, replay=replay,
+            )  # fmt: skip
+            if progress is not None:
+                progress(int(self.course.lengths.sum()))
+            values, losses = made.values, self.course.row_losses(made.end.params, train)
+            if rows is not None:
+                bounds = offsets_of(self.course.lengths) if subject.view.tokens else range(len(train) + 1)
+                values = values[bounds[rows.start] : bounds[rows.stop]]
+                losses = losses[rows.start : rows.stop]
+            return Rows(values.float(), losses.float())
+
+        return score
+
+
+def _check_same(train: Data, data: Data) -> None:
+    """Refuse rows that are not those of the training."""
+    prints = [getattr(rows, "fingerprint", None) for rows in (train, data)]
+    same = prints[0] is not None and prints[1] is not None and prints[0]() == prints[1]()
+    if train is not data and not same:
+        raise InputError("the rows are not those of the training: give the `data` of the course itself")
