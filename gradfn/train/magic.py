@@ -7,12 +7,13 @@ loss in the state behind the step to those in the state before it, and to those 
     dL / dw_i  += c_i <u, grad l_i>
     lam_theta   = (d state_{t+1} / d theta_t)ᵀ lam + H u,    H = sum_i w_i c_i Hess l_i
 
-One jvp of the losses along u gives all `<u, grad l_i>`, and H u is the gradient of its weighted sum, so no
-gradient of one row is made, and no graph of a step is kept.
+One vjp of `(theta, w) -> g` along u gives all `<u, grad l_i>` and H u, so no gradient of one row is made, and
+no graph of a step is kept.
 
 Source: MAGIC, arXiv:2504.16430, section 3; REPLAY, arXiv:2503.13751, section 3.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,12 +22,12 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradfn.data import check_rows, offsets_of
 from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
-from gradfn.exact.products import forward_mode
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods.attribution import Queries, Scorer
 from gradfn.model.params import params_of
@@ -175,7 +176,10 @@ def pull(
     found = torch.zeros(len(rows), *longest, queries, dtype=torch.float64)
     losses = losses_of(course.loss, tokens=per == "token")
     for places, batch in course.parts(rows, device, times=queries if mapped else 1):
-        curved, along = _along(losses, state.params, batch, weights[places].to(device), u, mapped)
+        own = weights[places].to(device)
+        if per == "token":
+            own = own[:, None].expand(batch["input_ids"].shape)
+        curved, along = _along(losses, state.params, batch, own, u, mapped)
         params = {name: value + curved[name] for name, value in params.items()}
         made = along.movedim(0, -1).double().cpu()
         found[(places, *(slice(size) for size in made.shape[1:]))] = made
@@ -220,20 +224,25 @@ def pull_update(training: Training, state: State, grads: Params, adjoint: Adjoin
 def _along(
     losses: Losses, params: Params, batch: Batch, weights: Tensor, u: Params, mapped: bool
 ) -> tuple[Params, Tensor]:
-    """`H u`, and the derivatives of the losses along u, for every query: `[queries, batch]`, or by token."""
+    """`H u`, and the derivatives of the losses along u, for every query: `[queries, batch]`, or by token.
 
-    def of_query(u: Params) -> tuple[Params, Tensor]:
-        def moved(params: Params) -> tuple[Tensor, Tensor]:
-            along = jvp(lambda p: losses(p, batch), (params,), (u,))[1]
-            return (along.reshape(len(along), -1).sum(1) * weights.to(along.dtype)).sum(), along
+    Both are the vjp of `(theta, w) -> g` along u. (The gradient of a jvp would do, too, but PyTorch's jvp of
+    a LayerNorm has a wrong derivative; the second derivative in reverse mode is right.)
+    """
 
-        return grad(moved, has_aux=True)(params)
+    def gradient(params: Params, weights: Tensor) -> Params:
+        def total(params: Params) -> Tensor:
+            made = losses(params, batch)
+            return (made * weights.to(made.dtype)).sum()
 
-    with forward_mode():
+        return grad(total)(params)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        back = vjp(gradient, params, weights)[1]
         if mapped:
-            return vmap(of_query)(u)
+            return vmap(back)(u)
         queries = len(next(iter(u.values())))
-        made = [of_query({name: value[query] for name, value in u.items()}) for query in range(queries)]
+        made = [back({name: value[query] for name, value in u.items()}) for query in range(queries)]
     curved = {name: torch.stack([one[name] for one, _ in made]) for name in params}
     return curved, torch.stack([along for _, along in made])
 
@@ -365,12 +374,13 @@ def _maps(course: Course, params: Params, per: Per) -> bool:
     """Whether the model's code can be mapped over queries."""
     u = {name: torch.zeros_like(value).expand(2, *value.shape) for name, value in params.items()}
     batch = _first_rows(course, next(iter(params.values())).device)
-    rows = len(next(iter(batch.values())))
     losses = losses_of(course.loss, tokens=per == "token")
-    try:
-        _along(losses, params, batch, torch.ones(rows, device=next(iter(u.values())).device), u, True)
-    except (InputError, RuntimeError):
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an operation that cannot be mapped is looped over with a warning
+        try:
+            _along(losses, params, batch, torch.ones_like(losses(params, batch)), u, True)
+        except (RuntimeError, UserWarning):
+            return False
     return True
 
 

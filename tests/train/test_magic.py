@@ -14,6 +14,7 @@ from train_problems import ROWS, SETTINGS, make_mlp, problem, vectors
 
 import gradfn as gf
 from gradfn.data import make_documents
+from gradfn.engine.precision import multiplying
 from gradfn.errors import InputError
 from gradfn.model.losses import causal_lm_loss
 from gradfn.model.params import params_of
@@ -300,7 +301,7 @@ def documents(masked=False):
 @pytest.mark.parametrize("normalize", ["rows", "tokens"])
 def test_a_language_model_with_tied_embeddings(normalize):
     model, data = randomize(language_model("gpt2"), 0), documents()
-    training = Training(2, 2, 0.01, "adamw", eps=1e-4, weight_decay=0.1)
+    training = Training(2, 2, 0.01, "adamw", eps=1e-2, weight_decay=0.1)
     course = Course(causal_lm_loss(model), data, training, normalize=normalize)
     start, v, queries = params_of(model), normal(3), documents(masked=True)
     assert "lm_head.weight" not in start
@@ -325,7 +326,7 @@ class ByToken:
 
 
 def test_tokens_are_those_that_are_predicted_and_add_up_to_rows():
-    loss, data = causal_lm_loss(randomize(language_model("llama"), 0)), documents(masked=True)
+    loss, data = causal_lm_loss(randomize(language_model("gpt2"), 0)), documents(masked=True)
     course, start = Course(loss, data, SMALL), params_of(loss.model)
     queries = documents()
     tokens = metagradient(course, start, queries, per="token").values
@@ -437,10 +438,10 @@ def test_layers_and_types_that_cannot_be_trained_are_refused():
             metagradient(Course(own, data, SETTINGS["sgd"]), start, data[:1])
 
 
-def test_rounded_products_are_refused(monkeypatch):
+def test_rounded_products_are_refused():
     course, start = small()
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
-    with pytest.raises(InputError, match="products of float32 are rounded to bf16"):
+    rounded = multiplying("bf16", torch.device("cpu"))
+    with rounded, pytest.raises(InputError, match="products of float32 are rounded to bf16"):
         metagradient(course, start, course.data[:1])
 
 
@@ -450,7 +451,7 @@ def test_a_replay_that_comes_to_another_state_is_refused():
 
     def restless(params, example):
         calls.append(None)
-        return course.loss(params, example) * (1 + 1e-15 * (len(calls) > 60))
+        return course.loss(params, example) * (1 + 1e-12 * (len(calls) > 12))
 
     with pytest.raises(InputError, match=r"step \d came to another state than before"):
         metagradient(replace(course, loss=restless), start, course.data[:1], replay=Replay(slots=1))
@@ -475,7 +476,6 @@ def test_a_number_that_is_not_finite_is_named():
     [
         ({"window": (3, 3)}, r"the `window` \(3, 3\) is none of a training of 6 steps"),
         ({"window": (0, 7)}, "is none of a training of 6 steps"),
-        ({"per": "epoch"}, "no `per` 'epoch': choose row, visit, token"),
         ({"queries": []}, "there are no queries"),
     ],
 )
