@@ -7,6 +7,7 @@ therefore goes on to the same bits. The memory is that of one model, its moments
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from math import isfinite
 from typing import Literal, NamedTuple, get_args
 
@@ -244,6 +245,12 @@ class Course:
         if self.weights is None:
             return torch.ones(len(rows), dtype=torch.float64)
         return (self.weights if self.weights.ndim == 1 else self.weights[epoch]).cpu()[rows]
+
+    @property
+    def weights_digest(self) -> str | None:
+        """16 hex digits of the weights; None where all are 1."""
+        given = self.weights
+        return None if given is None else sha256(given.cpu().numpy().tobytes()).hexdigest()[:16]
 
     def parts(
         self, rows: np.ndarray, device: torch.device, data: Data | None = None, times: int = 1

@@ -26,6 +26,7 @@ from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradfn.data import check_rows, offsets_of
+from gradfn.engine.precision import multiplying
 from gradfn.engine.stream import Progress
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping
@@ -131,10 +132,12 @@ def metagradient(
         raise InputError(f"no `per` {per!r}: choose {', '.join(get_args(Per))}")
     _check(course, state.params)
     chunk = replay.queries_for(state, len(queries))
-    parts = [
-        _sweep(job, copied(state), range(first, min(first + chunk, len(queries))))
-        for first in range(0, len(queries), chunk)
-    ]
+    # Without the context, convolutions on CUDA would round to TF32.
+    with multiplying("ieee", next(iter(state.params.values())).device):
+        parts = [
+            _sweep(job, copied(state), range(first, min(first + chunk, len(queries))))
+            for first in range(0, len(queries), chunk)
+        ]
     return Metagradient(
         torch.cat([part.values for part in parts], -1),
         {name: torch.cat([part.start[name] for part in parts]) for name in state.params},
@@ -355,8 +358,8 @@ def _window(course: Course, window: tuple[int, int | None]) -> tuple[int, int]:
 def _check(course: Course, params: Params) -> None:
     """Refuse what a replay cannot repeat, or what has no derivative that means anything."""
     device = next(iter(params.values())).device
-    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    if (products := matmul.fp32_precision) in ("tf32", "bf16"):  # pyright: ignore
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    if (products := backend.matmul.fp32_precision) in ("tf32", "bf16"):
         raise InputError(
             f"products of float32 are rounded to {products}, in which metagradients drown: call "
             'torch.set_float32_matmul_precision("highest")'
@@ -443,8 +446,9 @@ class Magic:
 
     def settings(self) -> dict[str, Any]:
         """The training, and the window."""
-        how = {"normalize": self.course.normalize, "seed": self.course.seed, "window": list(self.window)}
-        return {"magic": {**self.course.training.settings(), **how}}
+        course = self.course
+        how = {"normalize": course.normalize, "seed": course.seed, "weights": course.weights_digest}
+        return {"magic": {**course.training.settings(), **how, "window": list(self.window)}}
 
     def scorer(self, subject: Subject, query: Queries, *, by_block: bool = False) -> Scorer:
         """See `Attribution`; gradients of queries will not do, for they are of one state of the model.

@@ -290,6 +290,14 @@ def test_a_module_that_is_called_twice_and_a_parameter_without_use():
     assert made.start["idle"].abs().max() == 0
 
 
+def test_a_start_of_some_parameters_trains_these_alone():
+    course, start = small(SETTINGS["adamw"], 7)
+    some, v = {name: start[name] for name in ("2.weight", "2.bias")}, normal(7)
+    made = metagradient(course, some, course.data[:2])
+    torch.testing.assert_close(v @ made.values, slope(course, some, course.data[:2], v), rtol=0, atol=1e-8)
+    assert list(made.start) == list(some)
+
+
 def documents(masked=False):
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(11, (length,), generator=generator).tolist() for length in (3, 5, 4)]

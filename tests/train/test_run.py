@@ -181,6 +181,7 @@ def test_a_damaged_segment_that_was_deleted_is_made_again(tmp_path):
     [
         ({"seed": 6}, "seed is 5 there and 6 here"),
         ({"training": replace(COURSE.training, learning_rate=0.02)}, "training.learning_rate is 0.01 there"),
+        ({"weights": torch.full((ROWS,), 0.5).double()}, "weights is nothing there and "),
         ({"token_batch_size": 8}, "training.token_batch_size is 4096 there and 8 here"),
     ],
 )
