@@ -85,17 +85,17 @@ def test_values_are_central_differences_of_real_trainings(training):
 
 
 def test_every_row_and_every_visit_by_itself():
-    course, start = small(replace(SETTINGS["adamw"], epochs=3, batch_size=2), 3)
+    course, start = small(replace(SETTINGS["adamw"], batch_size=2), 3)
     queries = course.data[:2]
     rows, visits = (metagradient(course, start, queries, per=per).values for per in ("row", "visit"))
     torch.testing.assert_close(visits.sum(0), rows, rtol=1e-13, atol=1e-15)
-    eye = torch.eye(9, dtype=torch.float64).reshape(9, 3, 3)
-    found = torch.stack([slope(course, start, queries, v) for v in eye]).reshape(3, 3, 2)
+    eye = torch.eye(6, dtype=torch.float64).reshape(6, 2, 3)
+    found = torch.stack([slope(course, start, queries, v) for v in eye]).reshape(2, 3, 2)
     torch.testing.assert_close(visits, found, rtol=0, atol=1e-8)
-    part = metagradient(course, start, queries, window=(1, 4), replay=Replay(slots=1)).values
+    part = metagradient(course, start, queries, window=(1, 3), replay=Replay(slots=1)).values
     expected = torch.zeros_like(part)
     for step, (epoch, numbers) in enumerate(course.batches()):
-        if 1 <= step < 4:
+        if 1 <= step < 3:
             expected[numbers] += visits[epoch, numbers]
     torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-15)
 
@@ -236,7 +236,7 @@ def test_queries_chunks_and_schedules_change_nothing(tmp_path):
     queries, steps = course.data[:3], course.total
     whole = metagradient(course, start, queries)
     assert whole.steps == steps
-    for slots in (1, 2, 3, steps):
+    for slots in (1, 2, 3):
         folder = tmp_path if slots == 2 else None
         made = metagradient(course, start, queries, replay=Replay(slots, folder))
         assert made.steps == forward_steps(steps, slots) + 1
@@ -246,8 +246,8 @@ def test_queries_chunks_and_schedules_change_nothing(tmp_path):
     parts = metagradient(course, start, queries, replay=Replay(query_chunk=2))
     torch.testing.assert_close(parts.values, whole.values, rtol=1e-11, atol=1e-15)
     torch.testing.assert_close(parts.start, whole.start, rtol=1e-11, atol=1e-15)
-    alone = [metagradient(course, start, [query]).values for query in queries]
-    torch.testing.assert_close(torch.cat(alone, 1), whole.values, rtol=1e-11, atol=1e-15)
+    alone = metagradient(course, start, queries[1:2]).values
+    torch.testing.assert_close(alone, whole.values[:, 1:2], rtol=1e-11, atol=1e-15)
     cut = metagradient(replace(course, token_batch_size=1), start, queries).values
     torch.testing.assert_close(cut, whole.values, rtol=1e-10, atol=1e-14)
 
@@ -309,14 +309,15 @@ def documents(masked=False):
 @pytest.mark.parametrize("normalize", ["rows", "tokens"])
 def test_a_language_model_with_tied_embeddings(normalize):
     model, data = randomize(language_model("gpt2"), 0), documents()
-    training = Training(2, 2, 0.01, "adamw", eps=1e-2, weight_decay=0.1)
+    training = Training(1, 2, 0.01, "adamw", eps=1e-2, weight_decay=0.1)
     course = Course(causal_lm_loss(model), data, training, normalize=normalize)
     start, v, queries = params_of(model), normal(3), documents(masked=True)
     assert "lm_head.weight" not in start
     made = metagradient(course, start, queries).values
     torch.testing.assert_close(v @ made, slope(course, start, queries, v), rtol=0, atol=1e-7)
-    one_by_one = metagradient(course, start, queries, replay=Replay(query_chunk=1)).values
-    torch.testing.assert_close(one_by_one, made, rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(
+        metagradient(course, start, [queries[1]]).values, made[:, 1:2], rtol=1e-9, atol=1e-13
+    )
 
 
 class ByToken:
@@ -390,7 +391,8 @@ def trained(course, model, start):
 def test_scores_of_a_training():
     model = randomize(language_model("llama"), 0)
     loss, data = causal_lm_loss(model), documents()
-    course, start = Course(loss, data, SMALL), {n: p.clone() for n, p in params_of(model).items()}
+    course = Course(loss, data, replace(SMALL, epochs=1))
+    start = {n: p.clone() for n, p in params_of(model).items()}
     model, queries = trained(course, model, start), documents(masked=True)
     magic = Magic(course, start)
     scores = gf.score(model, data, queries, method=magic, loss=loss)

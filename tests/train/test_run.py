@@ -108,14 +108,14 @@ def dying(place, run):
     kind, number = place
     with pytest.MonkeyPatch.context() as patch:
         if kind == "step":  # the log has lines that no segment has
-            real, count = Course._gradient, iter(range(100))
+            real, count = Course.gradient, iter(range(100))
 
             def gradient(*args):
                 if next(count) == number:
                     raise Killed
                 return real(*args)
 
-            patch.setattr(Course, "_gradient", gradient)
+            patch.setattr(Course, "gradient", gradient)
         if kind == "renamed":  # a checkpoint without the segment of its steps
             count = iter(range(1, 100))
 
@@ -156,7 +156,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, whole, place):
 
 def test_a_complete_training_takes_no_step_again(tmp_path, monkeypatch):
     trained(tmp_path)
-    monkeypatch.setattr(Course, "_gradient", None)
+    monkeypatch.setattr(Course, "gradient", None)
     told = []
     assert trained(tmp_path, progress=lambda done, said: told.append(int(done))).resumed == COURSE.total
     assert told == [2 * ROWS]
@@ -231,14 +231,14 @@ def test_a_training_that_diverges_keeps_its_last_checkpoint(tmp_path):
 
 def test_stopped_it_says_what_is_kept(tmp_path, monkeypatch):
     calls = iter(range(100))
-    real = Course._gradient
+    real = Course.gradient
 
     def gradient(*args):
         if next(calls) == 4:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(Course, "_gradient", gradient)
+    monkeypatch.setattr(Course, "gradient", gradient)
     with pytest.raises(
         KeyboardInterrupt, match=r"3 of 6 steps are kept in .*: the same command does the others"
     ):
