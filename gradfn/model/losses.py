@@ -219,6 +219,17 @@ class CausalLMLoss(_Weighted):
         total = losses.new_zeros(len(targets)).index_add(0, rows, losses)
         return self._weigh(total / self._count(targets), batch)
 
+    def by_token(self, batch: Batch) -> Float[Tensor, "batch tokens"]:
+        """Each token's part of `batched`, at the token that is predicted; the parts of a row add up to it."""
+        targets = shifted_labels(_labels(batch))
+        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        theirs = None if self.reference is None else self._reference_logits(batch["input_ids"])
+        count = self._count(targets)
+        parts = self._positions(logits, theirs, targets) / (
+            count if isinstance(count, int) else count[:, None]
+        )
+        return F.pad(self._weigh(parts.T, batch).T[:, :-1], (1, 0))
+
     def positions(self, batch: Batch, path: str) -> Bool[Tensor, "batch tokens"]:
         """The positions whose statistics count: those that predict a supervised token."""
         return shifted_labels(_labels(batch)) != IGNORED

@@ -3,10 +3,13 @@
 from gradfn.train.dots import Values, optimizer_state, values
 from gradfn.train.hf_trainer import record_trainer
 from gradfn.train.in_run import InRun, InRunTotals, Totals, in_run, step_direction
+from gradfn.train.magic import Adjoint, Magic, Metagradient, metagradient, pull
 from gradfn.train.optimizers import State, first_state, learning_rate, update
 from gradfn.train.parts import RecordOptions
 from gradfn.train.record import Recorder, recording
+from gradfn.train.replay import Replay
 from gradfn.train.select import reweight, select
+from gradfn.train.smoothness import Smoothness, metasmoothness
 from gradfn.train.spec import Training
 from gradfn.train.stacked import Start, alone_if_needed, initial_params, losses_at, stacked_losses
 from gradfn.train.step import Losses, losses_of, make_step
@@ -14,12 +17,17 @@ from gradfn.train.table import Table, table_of
 from gradfn.train.trainer import Progress, Step, Trained, Trainer, make_trainer, train
 
 __all__ = [
+    "Adjoint",
     "InRun",
     "InRunTotals",
     "Losses",
+    "Magic",
+    "Metagradient",
     "Progress",
     "RecordOptions",
     "Recorder",
+    "Replay",
+    "Smoothness",
     "Start",
     "State",
     "Step",
@@ -38,7 +46,10 @@ __all__ = [
     "losses_of",
     "make_step",
     "make_trainer",
+    "metagradient",
+    "metasmoothness",
     "optimizer_state",
+    "pull",
     "record_trainer",
     "recording",
     "reweight",

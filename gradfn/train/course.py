@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from math import isfinite
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -133,10 +134,13 @@ class Course:
         pads: whether rows of unequal length may share a batch, see `gradfn.engine.stream.pads`.
         valuing: what the rows of each step are valued by.
         recorded: what the gradients of the rows are told to.
+        weights: what the losses of rows are multiplied by, `[rows]`, or `[epochs, rows]`; None: 1. They
+            change no batch, no denominator and no schedule, so a row of weight 0 is masked, and a step is
+            taken even where all of its rows are. The parameters are a continuous function of the weights.
 
     Raises:
         InputError: a batch that is larger than the rows; a warmup longer than the training; tokens to
-            normalize by, in data that has none.
+            normalize by, in data that has none; weights that are not one finite number a row.
 
     >>> def loss(p, e):
     ...     return (p["w"] * e["x"] - e["y"]).square()
@@ -156,6 +160,7 @@ class Course:
     pads: bool = True
     valuing: Valuing | None = None
     recorded: Recorded | None = None
+    weights: Float64[Tensor, "*epochs rows"] | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.data)
@@ -174,6 +179,15 @@ class Course:
             raise InputError(f"no `normalize` {self.normalize!r}: choose {' or '.join(get_args(Normalize))}")
         if self.normalize == "tokens" and not hasattr(self.data, "supervised"):
             raise InputError("the data does not say which tokens are supervised: normalize by rows")
+        if self.weights is not None:
+            shape = tuple(self.weights.shape)
+            if shape not in ((rows,), (training.epochs, rows)) or not bool(self.weights.isfinite().all()):
+                raise InputError(
+                    f"expected `weights` of {[rows]} or {[training.epochs, rows]} finite numbers, one for "
+                    f"each row or for each of its visits, got {list(shape)}"
+                )
+            if self.recorded is not None:
+                raise InputError("a row of weight 0 leaves no gradient to record: record without `weights`")
 
     @property
     def per_epoch(self) -> int:
@@ -217,7 +231,7 @@ class Course:
         """
         losses, first = losses_of(self.loss, fused=True), int(state.taken)
         for number, (epoch, rows) in enumerate(self.batches(first, stop), first):
-            weights = row_weights(self.loss, self.data, rows, self.normalize)
+            weights = self.shares(rows) * self.weights_of(epoch, rows)
             asked = self.valuing is not None and number % self.valuing.every == 0
             told = self.recorded if self.recorded and number >= self.recorded.recorder.number else None
             if told is not None:
@@ -225,7 +239,7 @@ class Course:
             recorder = None if told is None else told.recorder
             seen = recorder.tapped if recorder else self._held(rows) if asked else None
             with self._seen_by(seen):
-                grads, made = self._gradient(losses, state.params, rows, weights, recorder)
+                grads, made = self.gradient(losses, state.params, rows, weights, recorder)
             loss, (scale, norm) = float(weights @ made), clip_scale(self.training, grads)
             if not (isfinite(loss) and bool(norm.isfinite())):
                 what = f"the loss of step {number + 1} is {loss:g} and the norm of its gradient {norm:g}"
@@ -237,7 +251,7 @@ class Course:
             state = self._moved(state, grads)
             if told is not None:
                 told.end(state, epoch, float(scale))
-            tokens = int(self._lengths[rows].sum())
+            tokens = int(self.lengths[rows].sum())
             yield Taken(
                 state, rows, epoch, rate, loss, float(norm), float(scale), tokens, made.numpy(), values
             )
@@ -249,12 +263,48 @@ class Course:
         >>> course.mean_loss({"w": torch.tensor(2.0)}, [{"x": torch.tensor(3.0)}, {"x": torch.tensor(4.0)}])
         7.0
         """
-        losses, device, rows = losses_of(self.loss, fused=True), _device(params), np.arange(len(data))
+        rows = np.arange(len(data))
+        return float(row_weights(self.loss, data, rows, self.normalize) @ self.row_losses(params, data))
+
+    def row_losses(self, params: Params, data: Data) -> Float64[Tensor, " rows"]:
+        """The loss of every row of some data."""
+        losses, rows = losses_of(self.loss, fused=True), np.arange(len(data))
         found = torch.zeros(len(data), dtype=torch.float64)
         with torch.no_grad():
-            for places in self._plan(data, rows):
-                found[places] = losses(params, _batch(data, rows[places], device)).double().cpu()
-        return float(row_weights(self.loss, data, rows, self.normalize) @ found)
+            for places, batch in self.parts(rows, _device(params), data):
+                found[places] = losses(params, batch).double().cpu()
+        return found
+
+    def shares(self, rows: np.ndarray) -> Float64[Tensor, " batch"]:
+        """What a step multiplies the losses of its rows by, beside their weights; see `row_weights`."""
+        return row_weights(self.loss, self.data, rows, self.normalize)
+
+    def weights_of(self, epoch: int, rows: np.ndarray) -> Float64[Tensor, " batch"]:
+        """The weights of rows in an epoch."""
+        if self.weights is None:
+            return torch.ones(len(rows), dtype=torch.float64)
+        return (self.weights if self.weights.ndim == 1 else self.weights[epoch]).cpu()[rows]
+
+    @property
+    def weights_digest(self) -> str | None:
+        """16 hex digits of the weights; None where all are 1."""
+        given = self.weights
+        return None if given is None else sha256(given.cpu().numpy().tobytes()).hexdigest()[:16]
+
+    def parts(
+        self, rows: np.ndarray, device: torch.device, data: Data | None = None, times: int = 1
+    ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+        """The micro-batches of some rows: `(their places among them, {key: [places, ...]})`.
+
+        Args:
+            rows: their numbers.
+            device: where the batches go.
+            data: whose rows they are; None: the course's own.
+            times: how often each row is in memory.
+        """
+        data = self.data if data is None else data
+        for places in self._plan(data, rows, times):
+            yield places, _batch(data, rows[places], device)
 
     def _moved(self, state: State, grads: Params) -> State:
         """The state after a step: `update`, one parameter at a time, which empties the old state."""
@@ -269,7 +319,7 @@ class Course:
                 part.update(own)
         return State(made[0], tuple(made[1:]), new.taken, new.total)
 
-    def _gradient(
+    def gradient(
         self,
         losses: Losses,
         params: Params,
@@ -277,7 +327,15 @@ class Course:
         weights: Tensor,
         recorder: Recorder | None = None,
     ) -> tuple[Params, Tensor]:
-        """The gradient of a step's loss, summed over micro-batches, and the losses of its rows."""
+        """The gradient of a step's loss, summed over micro-batches, and the losses of its rows.
+
+        Args:
+            losses: of a batch, see `losses_of`.
+            params: before the step.
+            rows: of the step.
+            weights: what their losses are multiplied by, `shares * weights_of`.
+            recorder: which is told the losses.
+        """
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
         found = self._backward(losses, leaves, self.data, rows, weights, recorder)
         return _grads(leaves), found.cpu()
@@ -372,16 +430,18 @@ class Course:
                 along[places, query] = made.double().cpu()
         return along
 
-    def _plan(self, data: Data, rows: np.ndarray) -> list[np.ndarray]:
+    def _plan(self, data: Data, rows: np.ndarray, times: int = 1) -> list[np.ndarray]:
         """The micro-batches of some rows, as places among them."""
-        lengths = lengths_of(data)[rows] if data is not self.data else self._lengths[rows]
+        lengths = lengths_of(data)[rows] if data is not self.data else self.lengths[rows]
+        budget = max(1, self.token_batch_size // times)
         if self.pads:
-            return plan_batches(lengths, self.token_batch_size)
+            return plan_batches(lengths, budget)
         shapes = [shapes_of(labelled(data, int(row))) for row in rows]
-        return plan_equal(shapes, lengths, self.token_batch_size)
+        return plan_equal(shapes, lengths, budget)
 
     @cached_property
-    def _lengths(self) -> np.ndarray:
+    def lengths(self) -> np.ndarray:
+        """The tokens of every row."""
         return lengths_of(self.data)
 
 
@@ -404,6 +464,17 @@ def row_weights(
 def _grads(leaves: Params) -> Params:
     """The gradients that backward passes gave."""
     return {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves.items()}
+
+
+def slope_of(losses: Losses, data: Data, row: int, params: Params) -> Params:
+    """The gradient of the loss of one row.
+
+    >>> losses = losses_of(lambda p, e: p["w"] * e["x"])
+    >>> slope_of(losses, [{"x": torch.tensor(3.0)}], 0, {"w": torch.ones(())})
+    {'w': tensor(3.)}
+    """
+    batch = _batch(data, np.array([row]), _device(params))
+    return torch.func.grad(lambda params: losses(params, batch).sum())(params)
 
 
 def _device(params: Params) -> torch.device:

@@ -418,6 +418,8 @@ def _describe(course: Course, saving: Saving) -> Provenance:
     }
     validation = saving.validation
     more: dict[str, Any] = {} if validation is None else {"validation": dict(validation.settings)}
+    if course.weights is not None:
+        more["weights"] = course.weights_digest
     if (valuing := course.valuing) is not None:
         digest = getattr(valuing.data, "fingerprint", lambda: None)()
         asked = {

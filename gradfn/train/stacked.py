@@ -79,11 +79,9 @@ def stacked_losses(
     for losses in tries:
         try:
             with torch.no_grad():
-                _check_repeatable(losses, *both)
+                check_repeatable(losses, *both)
         except (RuntimeError, NotImplementedError) as error:
             first = first or error
-            if "randomness" in str(error):
-                raise InputError(RANDOM) from error
             why = str(first).strip().splitlines()[0]
             continue
         return losses, why
@@ -158,11 +156,18 @@ def _one_by_one(loss: LossFn) -> Losses:
     return losses
 
 
-def _check_repeatable(losses: Losses, params: Params, batch: Batch) -> None:
+def check_repeatable(losses: Losses, params: Params, batch: Batch) -> None:
     """Refuse losses that draw random numbers from PyTorch, or differ when computed again.
 
     Both checks are needed: losses at zero parameters may not change with the numbers drawn, and numbers of
     other generators do not change PyTorch's state.
+
+    Raises:
+        InputError: they do.
+
+    >>> check_repeatable(lambda p, b: p["w"] * torch.rand(2), {"w": torch.ones(())}, {})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    gradfn.errors.InputError: the loss is random (dropout?), but ... its model in eval mode
     """
     device = next(iter(params.values())).device
 
@@ -171,7 +176,12 @@ def _check_repeatable(losses: Losses, params: Params, batch: Batch) -> None:
         return torch.cat(states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
 
     before = generators()
-    made, again = losses(params, batch), losses(params, batch)
+    try:
+        made, again = losses(params, batch), losses(params, batch)
+    except RuntimeError as error:
+        if "randomness" in str(error):
+            raise InputError(RANDOM) from error
+        raise
     drew = not torch.equal(before, generators())
     # Not bit for bit: GPUs may add in another order.
     if drew or not torch.allclose(made, again, rtol=1e-4, equal_nan=True):

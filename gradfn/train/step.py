@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradfn.engine.reference import one_number
+from gradfn.errors import InputError
 from gradfn.model.params import call
 from gradfn.train.optimizers import State, update
 from gradfn.train.spec import Training
@@ -57,7 +58,7 @@ def make_step(
     return step
 
 
-def losses_of(loss: LossFn, *, fused: bool = False) -> Losses:
+def losses_of(loss: LossFn, *, fused: bool = False, tokens: bool = False) -> Losses:
     """The losses of a batch as a function of parameters: `loss.batched` where there is one, else `vmap`.
 
     Attention runs by its formula: fused kernels can be neither mapped over nor differentiated twice.
@@ -65,6 +66,10 @@ def losses_of(loss: LossFn, *, fused: bool = False) -> Losses:
     Args:
         loss: of an example.
         fused: let attention run in the model's own kernel, for one gradient and no second one.
+        tokens: give each token's part of the loss of its row, `[batch, tokens]`, see `by_token` of the loss.
+
+    Raises:
+        InputError: a loss that is not told apart by token.
 
     >>> import torch
     >>> losses_of(lambda p, e: p["w"] * e["x"])({"w": torch.tensor(2.0)}, {"x": torch.arange(3.0)})
@@ -75,17 +80,23 @@ def losses_of(loss: LossFn, *, fused: bool = False) -> Losses:
         return one_number(loss(params, example))
 
     each = vmap(one, in_dims=(None, 0))
+    form = "by_token" if tokens else "batched"
     module = None
-    if callable(getattr(loss, "batched", None)) and isinstance(getattr(loss, "model", None), nn.Module):
+    if callable(getattr(loss, form, None)) and isinstance(getattr(loss, "model", None), nn.Module):
         whole: Any = getattr(loss, "with_whole_logits", None)
-        module = _LossModule(loss if whole is None else whole())
+        module = _LossModule(loss if whole is None else whole(), form)
+    elif tokens:
+        raise InputError(
+            "the loss is not told apart by token: take the rows, or a loss of a language model, which has "
+            "`by_token`"
+        )
 
     def losses(params: Params, batch: Batch) -> Tensor:
         with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
             if module is None:
                 return each(params, dict(batch))
             made = call(module, {f"model.{name}": p for name, p in params.items()}, dict(batch))
-            return one_number(made, len(next(iter(batch.values()))))
+            return made if tokens else one_number(made, len(next(iter(batch.values()))))
 
     return losses
 
@@ -93,10 +104,10 @@ def losses_of(loss: LossFn, *, fused: bool = False) -> Losses:
 class _LossModule(nn.Module):
     """A loss and its model as one module, so that a call can replace the model's parameters."""
 
-    def __init__(self, loss: Any):
+    def __init__(self, loss: Any, form: str):
         super().__init__()
-        self.model, self.loss = loss.model, loss
+        self.model, self.loss, self.form = loss.model, loss, form
 
     def forward(self, batch: Batch) -> Tensor:
         """The losses of the batch."""
-        return self.loss.batched(batch)
+        return getattr(self.loss, self.form)(batch)

@@ -111,14 +111,14 @@ def dying(place, run):
     kind, number = place
     with pytest.MonkeyPatch.context() as patch:
         if kind == "step":  # the log has lines that no segment has
-            real, count = Course._gradient, iter(range(100))
+            real, count = Course.gradient, iter(range(100))
 
             def gradient(*args):
                 if next(count) == number:
                     raise Killed
                 return real(*args)
 
-            patch.setattr(Course, "_gradient", gradient)
+            patch.setattr(Course, "gradient", gradient)
         if kind == "renamed":  # a checkpoint without the segment of its steps
             count = iter(range(1, 100))
 
@@ -160,7 +160,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, whole, place):
 
 def test_a_complete_training_takes_no_step_again(tmp_path, monkeypatch):
     trained(tmp_path)
-    monkeypatch.setattr(Course, "_gradient", None)
+    monkeypatch.setattr(Course, "gradient", None)
     told = []
     assert trained(tmp_path, progress=lambda done, said: told.append(int(done))).resumed == COURSE.total
     assert told == [2 * ROWS]
@@ -185,6 +185,7 @@ def test_a_damaged_segment_that_was_deleted_is_made_again(tmp_path):
     [
         ({"seed": 6}, "seed is 5 there and 6 here"),
         ({"training": replace(COURSE.training, learning_rate=0.02)}, "training.learning_rate is 0.01 there"),
+        ({"weights": torch.full((ROWS,), 0.5).double()}, "weights is nothing there and "),
         ({"token_batch_size": 8}, "training.token_batch_size is 4096 there and 8 here"),
     ],
 )
@@ -234,14 +235,14 @@ def test_a_training_that_diverges_keeps_its_last_checkpoint(tmp_path):
 
 def test_stopped_it_says_what_is_kept(tmp_path, monkeypatch):
     calls = iter(range(100))
-    real = Course._gradient
+    real = Course.gradient
 
     def gradient(*args):
         if next(calls) == 4:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(Course, "_gradient", gradient)
+    monkeypatch.setattr(Course, "gradient", gradient)
     with pytest.raises(
         KeyboardInterrupt, match=r"3 of 6 steps are kept in .*: the same command does the others"
     ):

@@ -1,0 +1,229 @@
+"""Running a training backwards: which states to keep, and which steps to take again, when not all states fit.
+
+To run back, the states before the last step, the one before it, and so on are needed. The binomial schedule
+takes the fewest steps that any schedule with so many slots can take:
+
+    t(n, s) = r n - C(s + r, s + 1),    the smallest r with n <= C(s + r, s)
+
+Every step is then taken at most r times. With a slot for every step, each is taken once.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from gradfn.errors import InputError, StorageError
+from gradfn.memory import free_memory
+from gradfn.train.optimizers import State
+from gradfn.types import Params
+
+
+class Action(NamedTuple):
+    """What is done next.
+
+    Args:
+        kind: "save": keep the state at hand in the slot. "advance": take steps up to `step`. "restore": take
+            the state of the slot. "pull": go back through the step that follows on the state at hand.
+        step: the number of steps before the state at hand, once the action is done.
+        slot: for "save" and "restore".
+    """
+
+    kind: Literal["save", "advance", "restore", "pull"]
+    step: int
+    slot: int = -1
+
+
+def schedule(steps: int, slots: int) -> Iterator[Action]:
+    """The actions that go back through all steps, last one first, and take the fewest steps forward.
+
+    The state before the first step is at hand, and takes a slot. The last step is never taken: it is only
+    pulled through.
+
+    Args:
+        steps: of the training, n.
+        slots: the states that may be kept, s.
+
+    Raises:
+        InputError: no slot.
+
+    >>> for action in schedule(3, 2):
+    ...     print(*action)
+    save 0 0
+    advance 1 -1
+    save 1 1
+    advance 2 -1
+    pull 2 -1
+    restore 1 1
+    pull 1 -1
+    restore 0 0
+    pull 0 -1
+
+    Source: Griewank and Walther 2000, Algorithm 799: Revolve; as REPLAY for gradients of a training in
+    arXiv:2503.13751, section 3, which keeps a tree of states and takes more steps.
+    """
+    if slots < 1:
+        raise InputError(f"a replay keeps 1 state or more, not {slots}: give 1 or more `slots`")
+    held, here = [0], 0  # the steps of the states in slots 0, 1, ...
+    if steps:
+        yield Action("save", 0, 0)
+    for step in reversed(range(steps)):
+        while held[-1] > step:
+            held.pop()
+        if here != held[-1]:
+            here = held[-1]
+            yield Action("restore", here, len(held) - 1)
+        while here < step:
+            here += split(step + 1 - here, slots - len(held) + 1)
+            yield Action("advance", here)
+            if here < step:
+                held.append(here)
+                yield Action("save", here, len(held) - 1)
+        yield Action("pull", step)
+
+
+def split(steps: int, slots: int) -> int:
+    """How far to go before the next state is kept, of 2 steps or more; one slot holds the state at hand.
+
+    >>> split(10, 1), split(10, 2), split(10, 10)
+    (9, 6, 1)
+    """
+    if slots == 1:
+        return steps - 1
+    r = _times(steps, slots)
+    return min(comb(slots + r - 1, slots), steps - comb(slots + r - 2, slots - 1))
+
+
+def forward_steps(steps: int, slots: int) -> int:
+    """The steps that `schedule` takes forward, `t(n, s)`.
+
+    >>> forward_steps(400, 10), forward_steps(400, 400)
+    (1236, 399)
+    """
+    r = _times(steps, slots)
+    return r * steps - comb(slots + r, slots + 1) if steps else 0
+
+
+def _times(steps: int, slots: int) -> int:
+    """How often a step is taken at most: the smallest r with `steps <= C(slots + r, slots)`."""
+    r = 0
+    while comb(slots + r, slots) < steps:
+        r += 1
+    return r
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """How a training is gone through backwards. None of it changes a result.
+
+    Args:
+        slots: the states that may be kept; None: as many as fit in half of the memory, or disk, that is free.
+        folder: where they are kept, in files that are deleted at the end; None: in memory.
+        query_chunk: the queries that share a replay; None: as many as fit in a quarter of the free memory.
+        end: parameters to which the training must come, to the bit: those that are asked about. None: any.
+
+    Raises:
+        InputError: fewer than one slot, or query; a folder that is not there.
+
+    >>> Replay(slots=10).folder
+    """
+
+    slots: int | None = None
+    folder: str | Path | None = None
+    query_chunk: int | None = None
+    end: Params | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "query_chunk"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"`{name}` must be 1 or more, not {value}: leave it out for what fits")
+        if self.folder is not None and not Path(self.folder).is_dir():
+            raise InputError(f"there is no folder {self.folder} for states: make it, or keep them in memory")
+
+    def slots_for(self, state: State, steps: int) -> int:
+        """The states to keep of a training of so many steps."""
+        if self.slots is not None:
+            return self.slots
+        device = next(iter(state.params.values())).device
+        free = free_memory(device) if self.folder is None else shutil.disk_usage(self.folder).free
+        return max(1, min(steps, free // 2 // state_bytes(state)))
+
+    def queries_for(self, state: State, queries: int) -> int:
+        """The queries that go back through the training together, each with about three states in memory."""
+        if self.query_chunk is not None:
+            return self.query_chunk
+        free = free_memory(next(iter(state.params.values())).device)
+        return max(1, min(queries, free // 4 // (3 * state_bytes(state))))
+
+    @contextmanager
+    def slots_like(self, like: State) -> Iterator["Slots"]:
+        """Slots for states of a training, on the device of one of them."""
+        if self.folder is None:
+            yield Slots({})
+            return
+        device = next(iter(like.params.values())).device
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            yield Slots({}, Path(folder), device)
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """States that are kept, in memory or in files of a folder, and taken out again to the bit.
+
+    Args:
+        kept: those in memory.
+        folder: of the files; None: there are none.
+        device: where a state that was in a file is wanted.
+    """
+
+    kept: dict[int, State]
+    folder: Path | None = None
+    device: torch.device | None = None
+
+    def put(self, slot: int, state: State) -> None:
+        """Keep a state in place of what was in the slot.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if self.folder is None:
+            self.kept[slot] = copied(state)
+            return
+        try:
+            torch.save(tuple(state), self.folder / f"{slot}.pt")
+        except (OSError, RuntimeError) as error:
+            raise StorageError(
+                f"cannot keep a state in {self.folder} ({error}): free some space, or give fewer `slots`"
+            ) from error
+
+    def take(self, slot: int) -> State:
+        """The state of a slot, which stays there."""
+        if self.folder is None:
+            return copied(self.kept[slot])
+        saved = torch.load(self.folder / f"{slot}.pt", map_location=self.device, weights_only=True)
+        return State(*saved)
+
+
+def copied(state: State) -> State:
+    """The same state in dicts of its own: a step empties those that it is given, and changes no tensor.
+
+    >>> state = State({"w": torch.ones(1)}, (), torch.tensor(0), torch.tensor(1))
+    >>> copied(state).params is state.params, copied(state).params["w"] is state.params["w"]
+    (False, True)
+    """
+    return state._replace(params=dict(state.params), moments=tuple(dict(part) for part in state.moments))
+
+
+def state_bytes(state: State) -> int:
+    """The memory of a state.
+
+    >>> state_bytes(State({"w": torch.ones(2)}, ({"w": torch.ones(2)},), torch.tensor(0), torch.tensor(1)))
+    16
+    """
+    return sum(value.nbytes for part in (state.params, *state.moments) for value in part.values())
