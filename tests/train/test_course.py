@@ -14,9 +14,11 @@ from gradfn.engine.stream import labelled
 from gradfn.errors import InputError
 from gradfn.model.losses import causal_lm_loss
 from gradfn.model.params import params_of
+from gradfn.runs.provenance import Provenance
 from gradfn.testing.strategies import randomize
 from gradfn.train import Training, first_state, in_run, make_trainer, update
 from gradfn.train.course import Course, Diverged, Valuing, row_weights
+from gradfn.train.watched import Recording
 
 CLIPPED = replace(SETTINGS["adamw"], max_grad_norm=0.1)
 
@@ -236,3 +238,21 @@ def test_values_are_those_of_in_run_and_change_no_bit(kind):
         state = one.state
     with pytest.raises(InputError, match="2 validation rows every 0 steps"):
         Valuing(queries, loss, every=0)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(4).double(), torch.full((5,), torch.nan).double()])
+def test_weights_are_one_finite_number_a_row(weights):
+    data = [{"x": torch.ones(())}] * 5
+    with pytest.raises(InputError, match=r"expected `weights` of \[5\] or \[2, 5\] finite numbers"):
+        Course(lambda p, e: p["w"] * e["x"], data, Training(2, 2, 0.1), weights=weights)
+
+
+def test_rows_without_weight_are_not_recorded(tmp_path):
+    model = language_model("gpt2")
+    course = Course(causal_lm_loss(model), documents(), Training(1, 4, 0.1), weights=torch.ones(11).double())
+    made = Provenance()
+    with (
+        pytest.raises(InputError, match="record without `weights`"),
+        Recording(tmp_path, model, {}).begin(course, 0, made),
+    ):
+        pass

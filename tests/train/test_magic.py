@@ -493,10 +493,3 @@ def test_refusals(how, words):
     course, start = small()
     with pytest.raises(InputError, match=words):
         metagradient(course, start, **{"queries": course.data[:1], **how})
-
-
-@pytest.mark.parametrize("weights", [torch.ones(4).double(), torch.full((5,), torch.nan).double()])
-def test_weights_are_one_finite_number_a_row(weights):
-    course, _ = small()
-    with pytest.raises(InputError, match=r"expected `weights` of \[5\] or \[2, 5\] finite numbers"):
-        replace(course, weights=weights)
