@@ -228,9 +228,6 @@ def test_a_step_is_linear_in_the_adjoint_and_has_the_curvature_of_its_rows():
     torch.testing.assert_close(in_a[0], expected, rtol=1e-12, atol=1e-14)
 
 
-# --- queries, schedules
-
-
 def test_queries_chunks_and_schedules_change_nothing(tmp_path):
     course, start = small(SETTINGS["rooted"], 7)
     queries, steps = course.data[:3], course.total
@@ -419,8 +416,7 @@ def test_scores_of_a_training():
 # --- refusals
 
 
-@pytest.mark.parametrize("per", ["row", "token"])
-def test_what_is_random_is_refused(per):
+def test_what_is_random_is_refused():
     noise = nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)).double()
 
     def dropped(params, e):
@@ -428,7 +424,7 @@ def test_what_is_random_is_refused(per):
 
     course = Course(dropped, vectors(), SETTINGS["sgd"])
     with pytest.raises(InputError, match=r"the loss is random \(dropout\?\)"):
-        metagradient(course, params_of(noise), vectors()[:1], per=per)
+        metagradient(course, params_of(noise), vectors()[:1])
 
 
 def test_layers_and_types_that_cannot_be_trained_are_refused():
@@ -468,7 +464,7 @@ def test_a_replay_that_comes_to_another_state_is_refused():
 
 
 def test_a_number_that_is_not_finite_is_named():
-    # The root has no derivative at the start, 0, and its gradient is lost among the other's before that.
+    # The root of the query has no derivative at 0, where w stays.
     def loss(p, e):
         return (p["w"] * e["x"]).square() + p["v"] * e["x"]
 
