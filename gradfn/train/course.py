@@ -352,8 +352,8 @@ class Course:
         """The losses of some rows, and a backward pass of their weighted sum for each micro-batch."""
         device = _device(params)
         found = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        for places in self._plan(data, rows):
-            batch, own = _batch(data, rows[places], device), weights[places].to(device)
+        for places, batch in self.parts(rows, device, data):
+            own = weights[places].to(device)
             with torch.enable_grad():
                 made = losses(params, batch)
                 if recorder is not None:
@@ -419,10 +419,9 @@ class Course:
 
     def _forward(self, params: Params, u: Params, rows: np.ndarray) -> Tensor:
         """`<u_q, g_i>` of every row with every direction, `[rows, queries]`, by forward mode."""
-        losses, count, device = losses_of(self.loss), len(next(iter(u.values()))), _device(params)
+        losses, count = losses_of(self.loss), len(next(iter(u.values())))
         along = torch.zeros(len(rows), count, dtype=torch.float64)
-        for places in self._plan(self.data, rows):
-            batch = _batch(self.data, rows[places], device)
+        for places, batch in self.parts(rows, _device(params)):
             for query in range(count):
                 own = {name: d[query] for name, d in u.items()}
                 with self._seen_by(None), forward_mode():

@@ -123,6 +123,7 @@ def metagradient(
     >>> made.end.params["w"], made.values.T  # w = 1: each row moved it by 1/4 of its own y, towards 2
     (tensor(1.), tensor([[0.2500, 0.7500]], dtype=torch.float64))
     """
+    course = replace(course, valuing=None, recorded=None)  # steps that are taken again are seen by nobody
     state, replay = course.start(start), replay or Replay()
     check_rows(queries)
     job = _Job(course, query_loss or course.loss, queries, per, _window(course, window), replay, progress)
