@@ -64,6 +64,20 @@ def test_the_same_command_again_changes_nothing(ok, base, folder, told):
     assert files(folder / "rows", ".h5") == before
 
 
+def test_queries_of_divided_rows_take_a_state(ok, command, base, queries, tmp_path):
+    rows, state = tmp_path / "rows", tmp_path / "run/checkpoint-6"
+    ok("train", tmp_path / "run", *base, *SMALL, "--record", rows, *ROWS, "--record-normalize", "after")
+    asked = ("query", rows, "--query", queries, "--model", state)
+    refused = command(*asked)
+    assert refused.status == 2
+    assert "give --optimizer-state of a checkpoint" in refused.err
+    assert "proponent" in ok(*asked, "--optimizer-state", state)
+    ok("build", tmp_path / "built", *base, "--projection-dim", 4)
+    plain = command("query", tmp_path / "built", "--query", queries, "--optimizer-state", state)
+    assert plain.status == 2
+    assert "leave out --optimizer-state" in plain.err
+
+
 REFUSED = [
     (("--record", "RUN"), "is the run of the training itself"),
     (("--record", "BUILT"), "has a store that no training recorded"),
