@@ -169,14 +169,14 @@ def main():
         return
     print("| model | side | s a step | processor s | over plain | peak MiB |\n|---|---|---:|---:|---:|---:|")
     for name in given.models:
+        peaks = {side: peak(name, side, given.view) for side in given.sides}  # while this process is small
         task = Task(name, view)
         found = times(task, given.sides, given.repeats)
         task.stack.close()
         base = statistics.median(cpu for _, cpu in found[given.sides[0]])
         for side, taken in found.items():
             wall, cpu = (statistics.median(column) for column in zip(*taken, strict=True))
-            more = peak(name, side, given.view)
-            print(f"| {name} | {side} | {wall:.2f} | {cpu:.2f} | {cpu / base:.2f} | {more} |", flush=True)
+            print(f"| {name} | {side} | {wall:.2f} | {cpu:.2f} | {cpu / base:.2f} | {peaks[side]} |", flush=True)
 
 
 if __name__ == "__main__":
