@@ -176,7 +176,9 @@ def main():
         base = statistics.median(cpu for _, cpu in found[given.sides[0]])
         for side, taken in found.items():
             wall, cpu = (statistics.median(column) for column in zip(*taken, strict=True))
-            print(f"| {name} | {side} | {wall:.2f} | {cpu:.2f} | {cpu / base:.2f} | {peaks[side]} |", flush=True)
+            print(
+                f"| {name} | {side} | {wall:.2f} | {cpu:.2f} | {cpu / base:.2f} | {peaks[side]} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Training as a pure, twice differentiable function, of many models at once."""
 
+from gradfn.train.descend import Descended, descend
 from gradfn.train.dots import Values, optimizer_state, values
 from gradfn.train.hf_trainer import record_trainer
 from gradfn.train.in_run import InRun, InRunTotals, Totals, in_run, step_direction
@@ -18,6 +19,7 @@ from gradfn.train.trainer import Progress, Step, Trained, Trainer, make_trainer,
 
 __all__ = [
     "Adjoint",
+    "Descended",
     "InRun",
     "InRunTotals",
     "Losses",
@@ -38,6 +40,7 @@ __all__ = [
     "Training",
     "Values",
     "alone_if_needed",
+    "descend",
     "first_state",
     "in_run",
     "initial_params",
