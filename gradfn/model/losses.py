@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradfn.data import IGNORED
 from gradfn.errors import InputError
+from gradfn.model.output import chunked_cross_entropy, fits
 from gradfn.model.params import call
 from gradfn.model.sites import output_head
 from gradfn.model.trials import refuse_later_tokens, refuse_unread_labels
@@ -189,6 +190,7 @@ class CausalLMLoss(_Weighted):
     criterion: Criterion = "cross_entropy"
     label_smoothing: float = 0.0
     reference: nn.Module | None = None
+    chunked_head: bool = False
 
     def __post_init__(self) -> None:
         _check(self.reduction, self.criterion, self.label_smoothing, self.reference)
@@ -207,28 +209,28 @@ class CausalLMLoss(_Weighted):
         No attention mask is needed: padding stands after every supervised position of a causal model.
         """
         targets = shifted_labels(_labels(batch))
-        if not self.fused_head:
-            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
-            theirs = None if self.reference is None else self._reference_logits(batch["input_ids"])
-            return self._weigh(self._reduce(self._positions(logits, theirs, targets), targets), batch)
-        hidden = hidden_states(self.model, batch["input_ids"])
-        head = output_head(self.model)
-        kept = targets != IGNORED
-        losses = linear_cross_entropy(hidden[kept], head.weight, head.bias, targets[kept])  # pyright: ignore
-        rows = kept.nonzero()[:, 0]
-        total = losses.new_zeros(len(targets)).index_add(0, rows, losses)
-        return self._weigh(total / self._count(targets), batch)
+        return self._weigh(self._reduce(self._at_positions(batch, targets), targets), batch)
 
     def by_token(self, batch: Batch) -> Float[Tensor, "batch tokens"]:
         """Each token's part of `batched`, at the token that is predicted; the parts of a row add up to it."""
         targets = shifted_labels(_labels(batch))
-        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
-        theirs = None if self.reference is None else self._reference_logits(batch["input_ids"])
         count = self._count(targets)
-        parts = self._positions(logits, theirs, targets) / (
-            count if isinstance(count, int) else count[:, None]
-        )
+        parts = self._at_positions(batch, targets) / (count if isinstance(count, int) else count[:, None])
         return F.pad(self._weigh(parts.T, batch).T[:, :-1], (1, 0))
+
+    def _at_positions(self, batch: Batch, targets: Tensor) -> Float[Tensor, "batch tokens"]:
+        """The loss of every position, 0 where nothing is supervised."""
+        ids, head = batch["input_ids"], output_head(self.model)
+        chunked = self.chunked_head and not fits(ids.numel(), head.weight)  # pyright: ignore
+        if not (self.fused_head or chunked):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            theirs = None if self.reference is None else self._reference_logits(ids)
+            return self._positions(logits, theirs, targets)
+        kept = (targets != IGNORED).nonzero(as_tuple=True)
+        of_head = chunked_cross_entropy if chunked else linear_cross_entropy
+        hidden = hidden_states(self.model, ids)
+        losses = of_head(hidden[kept], head.weight, head.bias, targets[kept])  # pyright: ignore
+        return losses.new_zeros(targets.shape).index_put(kept, losses)
 
     def positions(self, batch: Batch, path: str) -> Bool[Tensor, "batch tokens"]:
         """The positions whose statistics count: those that predict a supervised token."""
@@ -237,6 +239,10 @@ class CausalLMLoss(_Weighted):
     def with_whole_logits(self) -> "CausalLMLoss":
         """The same loss with the head's output computed, which the head's own gradient needs."""
         return replace(self, fused_head=False)
+
+    def with_chunked_head(self) -> "CausalLMLoss":
+        """The same loss, twice differentiable in all parameters; many logits are not held at once."""
+        return replace(self, fused_head=False, chunked_head=self.fused_head)
 
     def _reference_logits(self, ids: Tensor) -> Tensor:
         assert self.reference is not None

@@ -83,8 +83,8 @@ def losses_of(loss: LossFn, *, fused: bool = False, tokens: bool = False) -> Los
     form = "by_token" if tokens else "batched"
     module = None
     if callable(getattr(loss, form, None)) and isinstance(getattr(loss, "model", None), nn.Module):
-        whole: Any = getattr(loss, "with_whole_logits", None)
-        module = _LossModule(loss if whole is None else whole(), form)
+        own: Any = getattr(loss, "with_whole_logits" if fused else "with_chunked_head", None)
+        module = _LossModule(loss if own is None else own(), form)
     elif tokens:
         raise InputError(
             "the loss is not told apart by token: take the rows, or a loss of a language model, which has "
