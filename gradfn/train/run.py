@@ -219,6 +219,8 @@ def checkpoints_of(run: Path) -> list[Path]:
 def write_values(run: str | Path, course: Course, *, overwrite: bool = False) -> Path:
     """Write the sums of the rows' values over all steps of a training to `RUN/scores.h5`, as scores.
 
+    Where there are several epochs, the file has the sum over each of them beside the whole, as shares.
+
     Args:
         run: of `train_run`, complete, with a course that has `valuing`.
         course: the training.
@@ -231,19 +233,20 @@ def write_values(run: str | Path, course: Course, *, overwrite: bool = False) ->
     if valuing is None:
         raise InputError(f"the training of {run} valued no rows: give it `valuing`")
     names = _names(valuing.data)
-    fold, rows = InRunTotals(_names(course.data), names), len(course.data)
-    state, losses = fold.init(), np.zeros(rows)
+    fold, losses, shares = InRunTotals(_names(course.data), names), np.zeros(len(course.data)), {}
     with open_store(run, KIND) as store:
-        for _, _, part in store.chunks(["steps/rows", "steps/losses", VALUES], course.per_epoch):
+        for start, _, part in store.chunks(["steps/rows", "steps/losses", VALUES], course.per_epoch):
             real = part["steps/rows"] >= 0
-            numbers = part["steps/rows"][real]
-            state = fold.update(state, torch.from_numpy(numbers), torch.from_numpy(part[VALUES][real]))
-            np.add.at(losses, numbers, part["steps/losses"][real])
+            numbers, values = torch.from_numpy(part["steps/rows"][real]), torch.from_numpy(part[VALUES][real])
+            np.add.at(losses, numbers.numpy(), part["steps/losses"][real])
+            summed = fold.update(fold.init(), numbers, values)
+            shares[f"epoch {start // course.per_epoch + 1}"] = summed.values.float()
         made = Provenance.of(store)
     how = {"recipe": INRUN, "method": made.further["values"], "query": made.further["values"]["query"]}
     means = torch.from_numpy(losses) / course.training.epochs
     columns = Columns(names, list(getattr(valuing.data, "texts", ())))
-    return write_scores(run, course.data, Rows(state.values.float(), means), columns,
+    values = shares if len(shares) > 1 else shares["epoch 1"]
+    return write_scores(run, course.data, Rows(values, means), columns,
                         settings=made.merged(how), overwrite=overwrite)  # fmt: skip
 
 

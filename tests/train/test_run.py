@@ -261,9 +261,9 @@ def test_progress_counts_rows_and_says_the_loss(tmp_path):
 
 def test_values_are_summed_over_the_steps_whatever_was_killed(tmp_path):
     course = replace(COURSE, valuing=Valuing(DATA[:2], LOSS, "influence"))
-    expected = np.zeros((ROWS, 2))
+    by_epoch = np.zeros((course.training.epochs, ROWS, 2))
     for taken in course.steps(course.start(dict(PARAMS))):
-        np.add.at(expected, taken.rows, taken.values)
+        np.add.at(by_epoch[taken.epoch], taken.rows, taken.values)
     trained(tmp_path, course, Keeper())
     with pytest.raises(InputError, match="valued no rows"):
         write_values(tmp_path, COURSE)
@@ -272,5 +272,8 @@ def test_values_are_summed_over_the_steps_whatever_was_killed(tmp_path):
     (tmp_path / "segments/training-0000000003-0000000006.h5").unlink()
     trained(tmp_path, course, Keeper())
     write_values(tmp_path, course)
-    np.testing.assert_allclose(Scores.load(tmp_path).values[0], expected, rtol=1e-5, atol=1e-9)
+    scores = Scores.load(tmp_path)
+    np.testing.assert_allclose(scores.values[0], by_epoch.sum(0), rtol=1e-5, atol=1e-8)
+    for epoch, expected in enumerate(by_epoch, 1):
+        np.testing.assert_allclose(scores.shares[f"epoch {epoch}"][0], expected, rtol=1e-5, atol=1e-9)
     write_values(tmp_path, course)  # and again, which changes nothing
