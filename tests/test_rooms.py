@@ -69,6 +69,7 @@ TESTED_ELSEWHERE = {
     "statistics/second_moment": "tests/statistics/test_curvature.py",
     "statistics/shampoo": "tests/statistics/test_curvature.py",
     "train/parts": "tests/train/test_record.py",
+    "train/pull": "tests/train/test_magic.py",
     "train/hf_trainer": "tests/hf/test_trainer.py",
     "runs/visits": "tests/train/test_record.py",
     "store/growing": "tests/train/test_record.py",

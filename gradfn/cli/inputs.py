@@ -199,7 +199,7 @@ def load_subject(request: ModelRequest) -> Loaded:
     loaded = _loaded(
         request.model, how, view, loss.reference if kl else None, request.seed, request.new_weights
     )
-    if not request.gave("task") and anchored(loaded.path) != anchored(example.MODEL):
+    if not request.gave("task", "training") and anchored(loaded.path) != anchored(example.MODEL):
         kind = type(loaded.model).__name__
         loaded = loaded.noting(("task", f"{flag_of(loaded.reads.task)}, which a {kind} is for"))
     asked = request.query_loss or loss.criterion
@@ -406,7 +406,7 @@ def training_rows(request: ModelRequest) -> tuple[Any, Facts]:
     """The rows of --dataset; if nobody chose from several splits, a note for the first lines."""
     path, split = str(request.data.dataset), request.data.split
     rows, splits = load_split(path, split, revision=request.data.dataset_revision)
-    if len(splits) == 1 or request.gave("split"):
+    if len(splits) == 1 or request.gave("split", "training"):
         return rows, []
     return rows, [("split", f"{split}, of {', '.join(splits)}: --split takes another")]
 

@@ -78,6 +78,10 @@ _CHECKPOINTS = (
     "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."
 )
 _WEIGHTS = "A weight for each checkpoint, such as its learning rate."
+_TRAINING = (
+    "A run of gradfn train: its last checkpoint is the model, its rows are the dataset, read as then; "
+    "tracin takes all checkpoints, with the learning rates before each."
+)
 _OPTIMIZER = "Scale gradients as the optimizer does: its state_dict, a Trainer checkpoint, or safetensors."
 PROJECTION = (
     "'gaussian:64x64' projects both sides of each layer's gradient, 'sjlt:4096' the flattened gradient; "
@@ -283,6 +287,7 @@ class MethodOptions:
     self_influence: bool = option(
         False, "Instead of queries: rows' influence on themselves, for outliers.", name="self", panel="Query"
     )
+    training: str | None = option(None, _TRAINING, file=found)
     checkpoints: tuple[str, ...] | None = option(None, _CHECKPOINTS, parse=paths, commas=True, file=found)
     checkpoint_weights: tuple[float, ...] | None = option(
         None, _WEIGHTS, parse=weights, commas=True, shown="1 / number of checkpoints"

@@ -6,20 +6,23 @@ from pathlib import Path
 from gradfn.cli.attribution import Job, Weighted, score_checkpoints, score_model
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
-from gradfn.cli.inputs import anchored, check_run, checked, with_example
+from gradfn.cli.inputs import Loaded, anchored, check_run, checked, with_example
 from gradfn.cli.inrun import show_values
 from gradfn.cli.method import recipe_of
-from gradfn.cli.options import MethodOptions
+from gradfn.cli.options import UNWEIGHTED, MethodOptions
 from gradfn.cli.queries import answers_of, classes_of, load_all
+from gradfn.cli.request import flag
 from gradfn.cli.stages import projection_of
+from gradfn.cli.trained import open_recorded, training_facts, with_training
 from gradfn.errors import InputError
 from gradfn.evaluate.truth import CLASSES
 from gradfn.hf.locate import locate_model
 from gradfn.methods.attribution import times_doubt, weighted_sum
 from gradfn.methods.recipes import Recipe
 from gradfn.report.exports import export_ranking
-from gradfn.report.rankings import print_rankings
-from gradfn.report.rows import DocumentRows, LabelledRows, loaded_rows
+from gradfn.report.rankings import ShownQueries, print_rankings
+from gradfn.report.rows import DocumentRows, LabelledRows, Ranked, loaded_rows
+from gradfn.report.tables import facts
 from gradfn.store.directory import segments_of
 from gradfn.train.run import INRUN
 from gradfn.train.run import KIND as TRAINING
@@ -33,7 +36,10 @@ def run_score(request: ScoreRequest) -> None:
         return show_values(request)
     check_run(request.run)
     _check_own(request.run)
-    if request.model.path is None and request.data.dataset is None:
+    trained = None if request.method.training is None else open_recorded(request.method.training)
+    if trained is not None:
+        request = with_training(request, trained)
+    elif request.model.path is None and request.data.dataset is None:
         request = with_example(request)
     request = checked(request, "give both --model and --dataset, or neither for the example")
     name, recipe = recipe_of(request)
@@ -49,24 +55,26 @@ def run_score(request: ScoreRequest) -> None:
     _check_shared(request, weighted, projection)
     _check_joined(request, recipe, weighted, joins)
     loaded, train, asked = load_all(request)
+    if trained is not None:
+        trained.check_rows(train)
+        console().print(facts(training_facts(trained, request.method)))
     job = Job(request, name, recipe, projection, train, asked)
     shown, ranked = score_checkpoints(job, loaded, weighted) if joins else score_model(job, loaded)
-    if ranked is None:
-        return
-    known = loaded_rows(train, loaded.reads.tokenizer, str(request.layers.by))
+    if ranked is not None:
+        _show(job, loaded, shown, ranked)
+
+
+def _show(job: Job, loaded: Loaded, shown: ShownQueries, ranked: Ranked) -> None:
+    """Print the best rows of every query, and export them."""
+    request, by = job.request, str(job.request.layers.by)
+    known = loaded_rows(job.train, loaded.reads.tokenizer, by)
     if request.method.self_influence and request.model.task in CLASSES and isinstance(known, DocumentRows):
-        known = LabelledRows(known.ids, known.texts, classes_of(loaded, train, [*ranked.asked(job.top)]))
+        known = LabelledRows(known.ids, known.texts, classes_of(loaded, job.train, [*ranked.asked(job.top)]))
     table = print_rankings(
-        console(),
-        shown,
-        ranked,
-        known,
-        job.top,
-        show=request.table.show,
-        answers=answers_of(loaded, shown),
+        console(), shown, ranked, known, job.top, show=request.table.show, answers=answers_of(loaded, shown),
         texts=loaded.reads.processor is None,
-    )
-    export_ranking(table, request.table.paths, str(request.layers.by))
+    )  # fmt: skip
+    export_ranking(table, request.table.paths, by)
 
 
 def weighted_of(method: MethodOptions) -> Weighted:
@@ -168,8 +176,9 @@ def _check_joined(request: ScoreRequest, recipe: Recipe, weighted: Weighted, joi
         )
     if by == "token":
         raise InputError("trak weighs whole rows by their loss: use --by example")
-    if given := request.gave("reward_column", "advantage_column"):
-        raise InputError(
-            "trak takes the probability of a row from its loss, which a weight would change: leave out "
-            f"{given}"
-        )
+    for name in UNWEIGHTED:
+        if getattr(request.data, name) is not None:
+            raise InputError(
+                "trak takes the probability of a row from its loss, which a weight would change: leave out "
+                f"{flag(name)}"
+            )

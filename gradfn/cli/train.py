@@ -1,6 +1,5 @@
 """`gradfn train`: a model whose training is known from end to end."""
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from gradfn.cli.inputs import (
     load_model_and_rows,
     recorded,
 )
-from gradfn.cli.request import command_line, slots_of
+from gradfn.cli.request import command_line
 from gradfn.cli.stages import load_stages, projection_of
 from gradfn.data import Corpus
 from gradfn.engine.engine import probe_engine
@@ -51,7 +50,7 @@ from gradfn.train.watched import Recording, check_rows_run, fast_values
 from gradfn.transforms import Chain, chain
 
 NAMED = 5
-"""Checkpoints that the command to score with names at most, evenly chosen."""
+"""Checkpoints that are named at most."""
 
 
 def run_train(request: TrainRequest) -> None:
@@ -245,32 +244,15 @@ def _last_facts(trained: Trained, course: Course, request: TrainRequest) -> Fact
     names = [path.name for path in trained.checkpoints]
     shown = names if len(names) <= NAMED else [*names[:2], "...", names[-1]]
     told.append(("checkpoints", f"{request.run}/: {', '.join(shown)} [{len(names)}]"))
-    return [*told, *_next_facts(trained, request)]
+    return [*told, *_next_facts(request)]
 
 
-def _next_facts(trained: Trained, request: TrainRequest) -> Facts:
+def _next_facts(request: TrainRequest) -> Facts:
     """A command that scores the training rows at the checkpoints, with their learning rates as weights."""
-    after = [path for path in trained.checkpoints if path.name != "checkpoint-0"]
-    if not after:
-        return []
-    places = sorted({*np.linspace(0, len(after) - 1, NAMED).round().astype(int).tolist()})
-    chosen = [after[place].name for place in places]
-    rates = [trained.steps["learning_rate"][int(name.split("-")[1]) - 1] for name in chosen]
-    paths = [f"{request.run}/{name}" for name in chosen]
-    validation = request.training.validation
-    query: Mapping[str, Any] = {"self": True} if validation is None else {"query": validation}
-    given = {
-        "model": paths[-1], "dataset": request.data.dataset, **query, "method": "tracin",
-        "checkpoints": ",".join(paths), "checkpoint_weights": ",".join(f"{rate:.6g}" for rate in rates),
-        **_same_reading(request),
-    }  # fmt: skip
+    options = request.training
+    query: dict[str, Any] = {"self": True}
+    if options.validation is not None:
+        query = {"query": options.validation, "query_split": options.validation_split}
+    given = {"training": request.run, **query, "method": "tracin"}
+    given = {name: value for name, value in given.items() if value is not None}
     return [("next", command_line(ScoreRequest, given))]
-
-
-def _same_reading(request: TrainRequest) -> dict[str, Any]:
-    """The options that say how rows are read, and what their loss is."""
-    slots, own = slots_of(ScoreRequest), ("model", "revision", "tokenizer", "dataset", "threads")
-    return {
-        name: value for name, value in request.given.items()
-        if name not in own and name in slots and slots[name].owner in ("model", "data", "loss")
-    }  # fmt: skip

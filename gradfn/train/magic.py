@@ -1,29 +1,19 @@
 """Metagradients: the exact derivative of query losses at the end of a training in the weights of its rows.
 
-Step t has the gradient `g_t = sum_i w_i c_i grad l_i(theta_t)`. Its adjoint takes the derivatives of a query
-loss in the state behind the step to those in the state before it, and to those in the weights:
-
-    u           = (d state_{t+1} / d g_t)ᵀ lam         optimizer, schedule, decay and clipping included
-    dL / dw_i  += c_i <u, grad l_i>
-    lam_theta   = (d state_{t+1} / d theta_t)ᵀ lam + H u,    H = sum_i w_i c_i Hess l_i
-
-One vjp of `(theta, w) -> g` along u gives all `<u, grad l_i>` and H u, so no gradient of one row is made, and
-no graph of a step is kept.
+The training is gone through forward, and then back, one step at a time; see `gradfn.train.pull` for a step.
 
 Source: MAGIC, arXiv:2504.16430, section 3; REPLAY, arXiv:2503.13751, section 3.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
-from torch.func import grad, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradfn.data import check_rows, offsets_of
 from gradfn.engine.precision import multiplying
@@ -35,27 +25,16 @@ from gradfn.model.params import params_of
 from gradfn.model.sites import View
 from gradfn.subject import Subject
 from gradfn.train.course import Course, Diverged, slope_of
-from gradfn.train.optimizers import State, clipped, update
+from gradfn.train.kept import Kept, Way, key_of
+from gradfn.train.optimizers import State
+from gradfn.train.pull import Adjoint, Per, along_losses, pull, pull_update
 from gradfn.train.replay import Replay, copied, schedule
-from gradfn.train.spec import Training
 from gradfn.train.stacked import check_repeatable
-from gradfn.train.step import Losses, losses_of
+from gradfn.train.step import losses_of
 from gradfn.types import Batch, Data, LossFn, Params, Rows
+from gradfn.watch import WATCH, Resumed
 
-Per = Literal["row", "visit", "token"]
-"""What has a weight: a row, a row in one epoch, or the loss of one token of a row."""
-
-
-class Adjoint(NamedTuple):
-    """The derivatives of query losses in a state.
-
-    Args:
-        params: in its parameters, `{name: [queries, *parameter]}`.
-        moments: in its moments, the same for each.
-    """
-
-    params: Params
-    moments: tuple[Params, ...]
+__all__ = ["Adjoint", "Magic", "Metagradient", "Per", "metagradient", "pull", "pull_update"]
 
 
 class Metagradient(NamedTuple):
@@ -124,131 +103,32 @@ def metagradient(
     (tensor(1.), tensor([[0.2500, 0.7500]], dtype=torch.float64))
     """
     course = replace(course, valuing=None, recorded=None)  # steps that are taken again are seen by nobody
-    state, replay = course.start(start), replay or Replay()
+    state, replay, query_loss = course.start(start), replay or Replay(), query_loss or course.loss
     check_rows(queries)
-    job = _Job(course, query_loss or course.loss, queries, per, _window(course, window), replay, progress)
     if not len(queries):
         raise InputError("there are no queries: give one or more")
     if per not in get_args(Per):
         raise InputError(f"no `per` {per!r}: choose {', '.join(get_args(Per))}")
+    window = _window(course, window)
     _check(course, state.params)
-    chunk = replay.queries_for(state, len(queries))
+    key = "" if replay.resume is None else key_of(course, state, queries, query_loss, (per, *window))
+    kept = Kept(replay.resume, key)
+    chunk = kept.chunk() or replay.queries_for(state, len(queries))
+    asked = [range(first, min(first + chunk, len(queries))) for first in range(0, len(queries), chunk)]
+    steps = len(asked) * (course.total - window[0])
     # Without the context, convolutions on CUDA would round to TF32.
-    with multiplying("ieee", next(iter(state.params.values())).device):
-        parts = [
-            _sweep(job, copied(state), range(first, min(first + chunk, len(queries))))
-            for first in range(0, len(queries), chunk)
-        ]
+    with (
+        multiplying("ieee", next(iter(state.params.values())).device),
+        WATCH.get()("steps back", steps, "steps") as told,
+    ):
+        job = _Job(course, state, query_loss, queries, per, window, replay, kept, (told, progress))
+        ways = [_sweep(job, own) for own in asked]
     return Metagradient(
-        torch.cat([part.values for part in parts], -1),
-        {name: torch.cat([part.start[name] for part in parts]) for name in state.params},
-        parts[0].end,
-        sum(part.steps for part in parts),
+        torch.cat([way.values if per == "visit" else way.values[0] for way in ways], -1),
+        {name: torch.cat([way.adjoint.params[name] for way in ways]) for name in state.params},
+        ways[0].end,
+        sum(way.steps for way in ways),
     )
-
-
-def pull(
-    course: Course,
-    state: State,
-    epoch: int,
-    rows: Int64[np.ndarray, " batch"],
-    adjoint: Adjoint,
-    *,
-    per: Per = "row",
-    mapped: bool = True,
-) -> tuple[Adjoint, Float64[Tensor, "batch *tokens queries"]]:
-    """The adjoint of one step of a course: back through the optimizer, and through the gradient.
-
-    Args:
-        course: the training.
-        state: before the step.
-        epoch: of the step.
-        rows: of its batch.
-        adjoint: of the state behind the step.
-        per: "token" gives the derivatives in the weights of tokens, of each row as many as the longest has.
-        mapped: take all queries at once by `vmap`; else one by one, which gives the same numbers.
-
-    Returns:
-        The adjoint of the state before the step, and the derivatives of the query losses in the weights.
-    """
-    shares, device = course.shares(rows), next(iter(state.params.values())).device
-    weights = shares * course.weights_of(epoch, rows)
-    grads, _ = course.gradient(losses_of(course.loss, fused=True), state.params, rows, weights)
-    before, u = pull_update(course.training, state, grads, adjoint)
-    params, queries = before.params, len(next(iter(u.values())))
-    longest = (int(course.lengths[rows].max()),) if per == "token" else ()
-    found = torch.zeros(len(rows), *longest, queries, dtype=torch.float64)
-    losses = losses_of(course.loss, tokens=per == "token")
-    for places, batch in course.parts(rows, device, times=queries if mapped else 1):
-        own = weights[places].to(device)
-        if per == "token":
-            own = own[:, None].expand(batch["input_ids"].shape)
-        curved, along = _along(losses, state.params, batch, own, u, mapped)
-        params = {name: value + curved[name] for name, value in params.items()}
-        made = along.movedim(0, -1).double().cpu()
-        found[(places, *(slice(size) for size in made.shape[1:]))] = made
-    return before._replace(params=params), found * shares.reshape(-1, *[1] * (found.ndim - 1))
-
-
-def pull_update(training: Training, state: State, grads: Params, adjoint: Adjoint) -> tuple[Adjoint, Params]:
-    """Back through the optimizer: the adjoint of the state at a given gradient, and u, that of the gradient.
-
-    Args:
-        training: the optimizer.
-        state: before the step.
-        grads: of the step, before clipping.
-        adjoint: of the state behind the step.
-
-    >>> state = State({"w": torch.ones(1)}, (), torch.tensor(0), torch.tensor(1))
-    >>> adjoint = Adjoint({"w": torch.ones(1, 1)}, ())
-    >>> pull_update(Training(1, 1, 0.5, "sgd", weight_decay=0.1), state, {"w": torch.ones(1)}, adjoint)
-    (Adjoint(params={'w': tensor([[0.9500]])}, moments=()), {'w': tensor([[-0.5000]])})
-    """
-    plain, passed = replace(training, max_grad_norm=None), clipped(training, grads)
-    params: Params = {}
-    moments: tuple[Params, ...] = tuple({} for _ in state.moments)
-    u: Params = {}
-    for name in state.params:
-
-        def step(g: Tensor, p: Tensor, *old: Tensor, name: str = name) -> tuple[Tensor, ...]:
-            own = State({name: p}, tuple({name: m} for m in old), state.taken, state.total)
-            new = update(plain, own, {name: g})
-            return new.params[name], *(m[name] for m in new.moments)
-
-        back = vjp(step, passed[name], state.params[name], *(m[name] for m in state.moments))[1]
-        u[name], params[name], *rest = vmap(back)((adjoint.params[name], *(m[name] for m in adjoint.moments)))
-        for part, value in zip(moments, rest, strict=True):
-            part[name] = value
-    if training.max_grad_norm is not None:
-        unclip = vjp(lambda g: clipped(training, g), grads)[1]
-        u = vmap(lambda u: unclip(u)[0])(u)
-    return Adjoint(params, moments), u
-
-
-def _along(
-    losses: Losses, params: Params, batch: Batch, weights: Tensor, u: Params, mapped: bool
-) -> tuple[Params, Tensor]:
-    """`H u`, and the derivatives of the losses along u, for every query: `[queries, batch]`, or by token.
-
-    Both are the vjp of `(theta, w) -> g` along u. (The gradient of a jvp would do, too, but PyTorch's jvp of
-    a LayerNorm has a wrong derivative; the second derivative in reverse mode is right.)
-    """
-
-    def gradient(params: Params, weights: Tensor) -> Params:
-        def total(params: Params) -> Tensor:
-            made = losses(params, batch)
-            return (made * weights.to(made.dtype)).sum()
-
-        return grad(total)(params)
-
-    with sdpa_kernel(SDPBackend.MATH):
-        back = vjp(gradient, params, weights)[1]
-        if mapped:
-            return vmap(back)(u)
-        queries = len(next(iter(u.values())))
-        made = [back({name: value[query] for name, value in u.items()}) for query in range(queries)]
-    curved = {name: torch.stack([one[name] for one, _ in made]) for name in params}
-    return curved, torch.stack([along for _, along in made])
 
 
 # --- through the whole training
@@ -259,37 +139,76 @@ class _Job:
     """What going through a training and back needs, and what is known of it since the first time."""
 
     course: Course
+    start: State
     query_loss: LossFn
     queries: Data
     per: Per
     window: tuple[int, int]
     replay: Replay
-    progress: Callable[[int], None] | None
+    kept: Kept
+    told: tuple[Callable[[int], None] | None, ...]
     seen: dict[int, list[int]] = field(default_factory=dict)
     steps: int = 0
 
+    def tell(self, done: int) -> None:
+        """Say how many steps were gone back through."""
+        for told in filter(None, self.told):
+            told(done)
+
+    def at(self, step: int) -> State:
+        """The state before a step, from the nearest one that is known."""
+        known = max((number for number in self.replay.states if 0 < number <= step), default=0)
+        state = self.replay.states[known]() if known else copied(self.start)
+        self.meet(state)
+        return self.forward(state, step)
+
     def forward(self, state: State, stop: int) -> State:
-        """The state after so many steps of all; a state that was met before must be the same to the bit."""
+        """The state after so many steps of all."""
         for taken in self.course.steps(copied(state), stop):
             state, self.steps = taken.state, self.steps + 1
-            number, bits = int(state.taken), _bits(state)
-            if self.seen.setdefault(number, bits) != bits:
-                raise InputError(
-                    f"step {number} came to another state than before, but a replay must repeat the training "
-                    "to the bit: use torch.use_deterministic_algorithms(True), and a loss that is not random"
-                )
+            self.meet(state)
         return state
 
+    def meet(self, state: State) -> None:
+        """Refuse a state that was met before, if it is not the same to the bit."""
+        number, bits = int(state.taken), _bits(state)
+        if self.seen.setdefault(number, bits) != bits:
+            raise InputError(
+                f"step {number} came to another state than before, but a replay must repeat the training to "
+                "the bit: use the device, the number of threads and the libraries of the first time, "
+                "torch.use_deterministic_algorithms(True), and a loss that is not random"
+            )
 
-def _sweep(job: _Job, state: State, asked: range) -> Metagradient:
+
+def _sweep(job: _Job, asked: range) -> Way:
     """Through the training and back, for some of the queries."""
-    course, (first, stop) = job.course, job.window
-    before, state = job.steps, job.forward(state, first)
-    values, adjoint, end = _zeros(job, len(asked)), None, state
-    mapped = len(asked) > 1 and _maps(course, state.params, job.per)
-    with job.replay.slots_like(state) as slots:
-        for action in schedule(course.total - first, job.replay.slots_for(state, course.total - first)):
-            step = first + action.step
+    course, first = job.course, job.window[0]
+    before, device = job.steps, next(iter(job.start.params.values())).device
+    way = job.kept.read(asked, device)
+    if way is None:
+        way = Way(course.total, _zeros(job, len(asked)), seen=job.seen)
+        if course.total in job.replay.states:
+            job.meet(job.replay.states[course.total]())
+    else:
+        job.seen.update(way.seen)
+        job.tell(Resumed(course.total - way.step))
+    way.seen, before = job.seen, before - way.steps
+    mapped = len(asked) > 1 and _maps(course, job.start.params, job.per)
+    for begin in [*sorted((n for n in job.replay.states if first < n < way.step), reverse=True), first]:
+        if begin < way.step:
+            for _ in _back(job, way, begin, asked, mapped):
+                way.steps = job.steps - before
+                job.kept.write(asked, way)
+    job.kept.write(asked, way, now=True)
+    return way
+
+
+def _back(job: _Job, way: Way, begin: int, asked: range, mapped: bool) -> Iterator[None]:
+    """Back through the steps from `begin` on that are left; yields after each of them."""
+    course, until, state = job.course, way.step, job.at(begin)
+    with job.replay.slots_like(state, until - begin) as slots:
+        for action in schedule(until - begin, job.replay.slots_for(state, until - begin)):
+            step = begin + action.step
             if action.kind == "save":
                 slots.put(action.slot, state)
             elif action.kind == "restore":
@@ -297,19 +216,18 @@ def _sweep(job: _Job, state: State, asked: range) -> Metagradient:
             elif action.kind == "advance":
                 state = job.forward(state, step)
             else:
-                if adjoint is None:
-                    end = job.forward(state, course.total)
-                    adjoint = _adjoint_of_end(job, end, asked)
+                if step == until - 1:
+                    end = job.forward(state, until)
+                    if way.adjoint is None:
+                        way.end, way.adjoint = end, _adjoint_of_end(job, end, asked)
                 ((epoch, rows),) = course.batches(step, step + 1)
-                adjoint, made = pull(course, state, epoch, rows, adjoint, per=job.per, mapped=mapped)
-                _check_finite(adjoint, step)
-                if step < stop:
-                    _subtract(job, values, epoch, rows, made)
-                if job.progress is not None:
-                    job.progress(1)
-    assert adjoint is not None
-    shaped = values if job.per == "visit" else values[0]
-    return Metagradient(shaped, adjoint.params, end, job.steps - before)
+                way.adjoint, made = pull(course, state, epoch, rows, way.adjoint, per=job.per, mapped=mapped)
+                _check_finite(way.adjoint, step)
+                if step < job.window[1]:
+                    _subtract(job, way.values, epoch, rows, made)
+                way.step = step
+                job.tell(1)
+                yield
 
 
 def _adjoint_of_end(job: _Job, end: State, asked: range) -> Adjoint:
@@ -382,7 +300,7 @@ def _maps(course: Course, params: Params, per: Per) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an operation that cannot be mapped is looped over with a warning
         try:
-            _along(losses, params, batch, torch.ones_like(losses(params, batch)), u, True)
+            along_losses(losses, params, batch, torch.ones_like(losses(params, batch)), u, True)
         except (RuntimeError, UserWarning):
             return False
     return True

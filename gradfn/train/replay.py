@@ -10,9 +10,9 @@ Every step is then taken at most r times. With a slot for every step, each is ta
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,6 +23,9 @@ from gradfn.errors import InputError, StorageError
 from gradfn.memory import free_memory
 from gradfn.train.optimizers import State
 from gradfn.types import Params
+
+STATES = "states-"
+"""What the names of folders of states begin with."""
 
 
 class Action(NamedTuple):
@@ -127,6 +130,10 @@ class Replay:
         folder: where they are kept, in files that are deleted at the end; None: in memory.
         query_chunk: the queries that share a replay; None: as many as fit in a quarter of the free memory.
         end: parameters to which the training must come, to the bit: those that are asked about. None: any.
+        states: functions that give states which are known, such as checkpoints, by the steps before them. No
+            step is taken to come to one; the steps from one to the next must come to the same bits.
+        resume: a folder for how far back it is, written once a minute. A process that is killed goes on
+            there. States that do not fit in memory are kept there too. Delete it when all is done.
 
     Raises:
         InputError: fewer than one slot, or query; a folder that is not there.
@@ -138,6 +145,8 @@ class Replay:
     folder: str | Path | None = None
     query_chunk: int | None = None
     end: Params | None = None
+    states: Mapping[int, Callable[[], State]] = field(default_factory=dict)
+    resume: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("slots", "query_chunk"):
@@ -150,9 +159,19 @@ class Replay:
         """The states to keep of a training of so many steps."""
         if self.slots is not None:
             return self.slots
-        device = next(iter(state.params.values())).device
-        free = free_memory(device) if self.folder is None else shutil.disk_usage(self.folder).free
+        place, device = self.place(state, steps), next(iter(state.params.values())).device
+        free = free_memory(device) if place is None else shutil.disk_usage(place).free
         return max(1, min(steps, free // 2 // state_bytes(state)))
+
+    def place(self, state: State, steps: int) -> Path | None:
+        """The folder where states of so many steps are kept; None: in memory."""
+        if self.folder is not None or self.resume is None:
+            return None if self.folder is None else Path(self.folder)
+        free = free_memory(next(iter(state.params.values())).device)
+        if (self.slots or steps) * state_bytes(state) <= free // 2:
+            return None
+        Path(self.resume).mkdir(parents=True, exist_ok=True)
+        return Path(self.resume)
 
     def queries_for(self, state: State, queries: int) -> int:
         """The queries that go back through the training together, each with about three states in memory."""
@@ -162,13 +181,13 @@ class Replay:
         return max(1, min(queries, free // 4 // (3 * state_bytes(state))))
 
     @contextmanager
-    def slots_like(self, like: State) -> Iterator["Slots"]:
-        """Slots for states of a training, on the device of one of them."""
-        if self.folder is None:
+    def slots_like(self, like: State, steps: int) -> Iterator["Slots"]:
+        """Slots for states of so many steps of a training, on the device of one of them."""
+        if (place := self.place(like, steps)) is None:
             yield Slots({})
             return
         device = next(iter(like.params.values())).device
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+        with tempfile.TemporaryDirectory(prefix=STATES, dir=place) as folder:
             yield Slots({}, Path(folder), device)
 
 

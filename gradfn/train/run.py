@@ -211,9 +211,17 @@ def open_training(run: str | Path) -> Trained:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The folders of checkpoints in a directory, in the order of their steps."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*")
-             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]  # fmt: skip
-    return [path for _, path in sorted(found)]
+    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps before a checkpoint.
+
+    >>> step_of(Path("run/checkpoint-100"))
+    100
+    """
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def write_values(run: str | Path, course: Course, *, overwrite: bool = False) -> Path:

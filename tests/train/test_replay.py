@@ -66,7 +66,7 @@ def test_a_long_training_is_planned_step_by_step():
 def test_states_come_back_to_the_bit_from_memory_and_from_a_folder(tmp_path):
     state = State({"w": torch.randn(3).double()}, ({"w": torch.zeros(3)},), torch.tensor(4), torch.tensor(9))
     for folder in (None, tmp_path):
-        with Replay(folder=folder).slots_like(state) as slots:
+        with Replay(folder=folder).slots_like(state, 2) as slots:
             slots.put(0, state)
             slots.put(1, state._replace(taken=torch.tensor(5)))
             slots.put(1, state._replace(taken=torch.tensor(6)))
@@ -98,7 +98,7 @@ def test_refusals(tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
         Replay(folder=tmp_path / "absent")
     state = State({"w": torch.ones(1)}, (), torch.tensor(0), torch.tensor(9))
-    with Replay(folder=tmp_path).slots_like(state) as slots:
+    with Replay(folder=tmp_path).slots_like(state, 2) as slots:
         assert slots.folder is not None
         slots.folder.rmdir()
         with pytest.raises(StorageError, match="cannot keep a state in"):

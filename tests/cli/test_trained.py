@@ -1,0 +1,101 @@
+"""`gradfn score --training RUN`: the model, the rows and the steps are those of a training."""
+
+import shlex
+import shutil
+
+import pytest
+import torch
+from tiny import DOCUMENTS, write_jsonl
+
+import gradfn as gf
+from gradfn.scores import Scores
+from gradfn.train.run import open_training
+
+
+@pytest.fixture(scope="module")
+def own(folder):
+    """Rows whose text has another column than is usual."""
+    return write_jsonl(folder / "own.jsonl", [{"words": row["text"]} for row in DOCUMENTS])
+
+
+@pytest.fixture(scope="module")
+def run(ok, folder, model, own):
+    ok("train", folder / "run", "--model", model, "--dataset", own, "--text-column", "words", "--split",
+       "train[:8]", "--loss-reduction", "sum", "--epochs", 3, "--batch-size", 4, "--save-every", 2,
+       "--learning-rate", 0.01, "--schedule", "linear")  # fmt: skip
+    return folder / "run"
+
+
+def scores_of(ok, out, *words):
+    ok("score", out, *words)
+    return Scores.load(out)
+
+
+def test_it_says_what_the_training_says_already(ok, run, own, queries, tmp_path):
+    short = scores_of(ok, tmp_path / "a", "--training", run, "--query", queries, "--method", "grad-cosine")
+    long = scores_of(
+        ok, tmp_path / "b", "--model", run / "checkpoint-6", "--dataset", own, "--text-column", "words",
+        "--split", "train[:8]", "--loss-reduction", "sum", "--query", queries, "--method", "grad-cosine",
+    )  # fmt: skip
+    assert torch.equal(short.values, long.values)
+    assert short.settings == long.settings
+    line = shlex.split(ok("info", tmp_path / "a", "--command"))
+    assert line[3:] == ["--training", str(run), "--query", str(queries), "--method", "grad-cosine"]
+    ok("rerun", tmp_path / "a", "--into", tmp_path / "c")
+    assert torch.equal(Scores.load(tmp_path / "c").values, short.values)
+
+
+def test_tracin_sums_the_learning_rates_before_each_checkpoint(ok, run, queries, tmp_path):
+    out = ok("score", tmp_path, "--training", run, "--query", queries, "--method", "tracin")
+    rates = open_training(run).steps["learning_rate"]
+    sums = rates.reshape(3, 2).sum(1)
+    assert f"{sums[0]:.4g}, {sums[1]:.4g}, {sums[2]:.4g}, of checkpoint-2, checkpoint-4, checkpoint-6" in out
+    parts = [Scores.load(tmp_path / f"checkpoint-{number}").values for number in (1, 2, 3)]
+    expected = sum(rate * part for rate, part in zip(sums, parts, strict=True))
+    torch.testing.assert_close(Scores.load(tmp_path).values, expected.float())
+    made = gf.open_store(tmp_path, "scores").settings
+    assert [one["path"] for one in made["checkpoints"]] == [str(run / f"checkpoint-{n}") for n in (2, 4, 6)]
+
+
+def test_checkpoints_that_are_named_stand_for_the_steps_since_the_one_before(ok, command, run, queries):
+    base = ("score", "--training", run, "--query", queries, "--method", "tracin", "--checkpoints")
+    rates = open_training(run).steps["learning_rate"]
+    out = ok(*base, f"{run}/checkpoint-6,{run}/checkpoint-4")
+    assert f"weights   {rates[:4].sum():.4g}, {rates[4:].sum():.4g}, of checkpoint-4, checkpoint-6" in out
+    assert "weights   1, of checkpoint-0" in ok(*base, run / "checkpoint-0", "--checkpoint-weights", "1")
+    for path in (run, f"{run}/checkpoint-0"):
+        result = command(*base, path)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert "behind a step: give some of these" in result.err
+
+
+@pytest.mark.parametrize(
+    "more", [("--model", "x"), ("--dataset", "x"), ("--text-column", "text"), ("--split", "train[:8]"),
+             ("--loss-reduction", "sum"), ("--precision", "fp64"), ("--task", "causal-lm"), ("--seed", 1)],
+)  # fmt: skip
+def test_what_the_training_decides_is_refused(command, run, queries, more):
+    result = command("score", "--training", run, "--query", queries, *more)
+    assert (result.status, result.err.count("\n"), result.out) == (2, 1, "")
+    assert result.err.startswith(f"gradfn: {more[0]} is of the training that --training names")
+
+
+def test_a_training_that_is_not_what_it_was(ok, command, run, own, store, queries, tmp_path):
+    def refused(run, words):
+        result = command("score", "--training", run, "--query", queries)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert words in result.err
+
+    refused(tmp_path / "absent", "does not exist")
+    refused(store, "training")
+    gone = shutil.copytree(run, tmp_path / "gone")
+    shutil.rmtree(gone / "checkpoint-6")
+    refused(gone, f"checkpoint-6 is gone, which the training in {gone} wrote: put it back, or train again")
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    (unfinished / "training.h5").unlink()
+    refused(unfinished, "is unfinished: run gradfn train")
+    before = own.read_text()
+    own.write_text(before.replace("Peru", "Chile", 1))
+    try:
+        refused(run, f"the rows of {own} are not those that {run} was trained on: put these back")
+    finally:
+        own.write_text(before)
