@@ -6,9 +6,10 @@ from gradfn.evaluate.lds import lds, lds_estimate
 from gradfn.evaluate.lexical import bm25_ranks
 from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
 from gradfn.evaluate.overlap import top_overlap
+from gradfn.evaluate.retraining import Retraining
 from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
 from gradfn.evaluate.subsets import leave_one_out, random_subsets
-from gradfn.evaluate.truth import Retraining, Truth, open_truth, retrain
+from gradfn.evaluate.truth import Truth, open_truth, retrain
 
 __all__ = [
     "Estimate",

@@ -9,8 +9,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import gradfn as gf
 from gradfn.cli import retrain as module
+from gradfn.evaluate.retraining import model_seed
 from gradfn.evaluate.subsets import random_subsets
-from gradfn.evaluate.truth import model_seed, open_truth
+from gradfn.evaluate.truth import open_truth
 from gradfn.model.params import params_of
 from gradfn.train import Training, train
 
