@@ -27,13 +27,13 @@ from gradfn.cli.options import (
     QueryOptions,
     RunOptions,
     SolverOptions,
-    SubsetOptions,
     TableOptions,
     TrainingOptions,
 )
 from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
+from gradfn.cli.subsets import SubsetOptions
 from gradfn.cli.training import RecordingOptions, TrainOptions
-from gradfn.cli.values import dims, found_projection
+from gradfn.cli.values import dims, found_projection, paths
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
 _SCORED = "What gradfn score RUN wrote"
@@ -306,7 +306,10 @@ class EvaluateRequest(Request):
 class ComparisonRequest(EvaluateRequest):
     """What a comparison with retrained models is asked."""
 
-    truth: str = argument("What gradfn retrain wrote.", file=found)
+    truth: tuple[str, ...] = argument(
+        "What gradfn retrain wrote; several with commas, a row of the table each.", parse=paths, commas=True,
+        file=found,
+    )  # fmt: skip
     runs: tuple[str, ...] = argument(f"{_SCORED}; several.", metavar="RUN", file=found)
     plot: Path | None = option(None, "Draw it here: a .png, .pdf or .svg.", parse=Path, file=os.path.abspath)
     seed: int = option(0, "Of intervals, and of the queries that dampings are chosen on.", panel="Evaluation")

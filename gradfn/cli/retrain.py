@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradfn.cli.commands import RetrainRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, check_run, check_trained, checked, recorded
-from gradfn.cli.options import SubsetOptions
 from gradfn.cli.queries import load_all
+from gradfn.cli.subsets import SubsetOptions
 from gradfn.data import Corpus
 from gradfn.errors import InputError
 from gradfn.evaluate.brittleness import brittleness_subsets
@@ -50,11 +51,11 @@ def run_retrain(request: RetrainRequest) -> None:
     start = params_of(loaded.model) if given else lambda: fresh(loaded.model)
     retraining = Retraining(
         start, loaded.subject.loss, training, subsets, query_loss=loaded.subject.query_loss,
-        seeds=options.seeds, seed=seed, seeding=options.seeding,
+        seeds=options.seeds, seed=seed, seeding=options.seeding, removal=options.removal,
     )  # fmt: skip
-    models = retraining.models().subsets
-    own = shard_of_models(len(models), shard)
-    total = training.epochs * int(models[own.start : own.stop].sum())
+    placed, _ = retraining.models().placed(options.removal)
+    own = shard_of_models(len(placed), shard)
+    total = training.epochs * int(placed[own.start : own.stop].sum())
     known = {key: value for key, value in loaded.settings().items() if key != "layers"}
     query_loss = {"query_loss": loaded.loss_settings(loaded.subject.query_loss)}
     with loaded.multiplying(), progress_bar("retraining", total, "examples") as progress:
@@ -73,8 +74,12 @@ def _check_subsets(request: RetrainRequest) -> None:
     if len(given) > 1:
         both = " and ".join(f"--{name.replace('_', '-')}" for name in given[:2])
         raise InputError(f"{both} both say what a subset is: give one of them")
-    if options.fraction is not None:
-        check_fraction(options.fraction)
+    for fraction in options.fraction or ():
+        check_fraction(fraction)
+    if len(set(options.fraction or ())) < len(options.fraction or ()):
+        raise InputError(
+            f"--fraction {', '.join(map(str, options.fraction or ()))} has one twice: give each once"
+        )
     if (options.remove_top is None) != (options.scores is None):
         raise InputError("--remove-top removes the best rows of --scores, a run: give both, or neither")
     if options.remove_top is not None and options.subsets is not None:
@@ -98,8 +103,9 @@ def _subsets(
     if options.leave_out is not None:
         masks = random_subsets(rows, number, leave_out=options.leave_out, seed=seed)
         return masks, {"leave_out": options.leave_out, "seed": seed}
-    fraction = 0.5 if options.fraction is None else options.fraction
-    return random_subsets(rows, number, fraction, seed=seed), {"fraction": fraction, "seed": seed}
+    shares = options.fraction or (0.5,)
+    masks = torch.cat([random_subsets(rows, number, fraction, seed=seed) for fraction in shares])
+    return masks, {"fraction": [*shares] if len(shares) > 1 else shares[0], "seed": seed}
 
 
 def _answer_tokens(queries: Corpus) -> int:
@@ -114,6 +120,7 @@ def _subject_facts(
     loaded: Loaded, train: Corpus, queries: Corpus, subsets: Tensor, request: RetrainRequest
 ) -> Facts:
     options, seeds = request.training, request.subsets.seeds
+    masked = ", others masked" if request.subsets.removal == "mask" else ""
     of_its_own = ", none shared" if request.subsets.seeding == "independent" else ""
     found = sorted({*subsets.sum(1).tolist()})
     of = f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
@@ -126,7 +133,7 @@ def _subject_facts(
         ("model", f"{loaded.name} ({count(numbers, 'parameter')}, all trained, from {init} weights)"),
         ("train", f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"),
         ("queries", f"{len(queries):,}"),
-        ("models", f"{len(subsets) * seeds:,} ({count(len(subsets), 'subset')} of {of} rows, "
+        ("models", f"{len(subsets) * seeds:,} ({count(len(subsets), 'subset')} of {of} rows{masked}, "
                    f"{count(seeds, 'seed')} each{of_its_own})"),
         ("training", f"{count(options.epochs, 'epoch')} of {options.optimizer}, batches of "
                      f"{options.batch_size}, learning rate {options.learning_rate:g}{schedule}"),

@@ -146,6 +146,21 @@ class Truth:
             weights=None if self.weights is None else self.weights[models],
         )  # fmt: skip
 
+    def by_fraction(self) -> "list[Truth]":
+        """The same of each size of random subsets, where several were asked for; else all of it.
+
+        >>> truth = Truth(torch.tensor([[True, True, False], [True, False, False]]), torch.tensor([0, 1]),
+        ...     torch.tensor([0, 0]), torch.zeros(2, 1).double(), torch.zeros(2).double(),
+        ...     torch.zeros(2, dtype=torch.bool), ["a", "b", "c"], ["q"],
+        ...     {"subsets": {"fraction": [0.67, 0.33]}})
+        >>> [len(part.seeds) for part in truth.by_fraction()]
+        [1, 1]
+        """
+        if not isinstance(self.settings.get("subsets", {}).get("fraction"), list):
+            return [self]
+        sizes = self.subsets.sum(1)
+        return [self.of_models(sizes == size) for size in sizes.unique().flip(0)]
+
     def leaving_one_out(self) -> "Truth":
         """The same of the models that were trained without one row each.
 

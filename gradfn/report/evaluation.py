@@ -49,7 +49,8 @@ def comparison_facts(
     """What scores are compared with."""
     kept = truth.of_models(truth.averaged())
     made = f"{count(subsets, 'subset')} x {_seeds(kept)}, of {count(len(truth.row_ids), 'row')}"
-    lines = [("truth", path), ("models", made), *_diverged(truth, kept)]
+    how = f"{removed(truth.subsets):.3g} of the rows, {'masked' if truth.removal == 'mask' else 'dropped'}"
+    lines = [("truth", path), ("models", made), ("removed", how), *_diverged(truth, kept)]
     whole, reported = len(truth.query_ids), len(told.queries)
     if reported < whole:
         lines.append(
@@ -89,8 +90,28 @@ def _seeds(kept: Truth) -> str:
     return count(kept.replicates, f"{kept.seeding} seed")
 
 
-def comparison_table(told: Comparison, ceiling: Estimate | None) -> Table:
-    """Correlations of runs with retrained models, and the noise ceiling below them."""
+CEILING = "noise ceiling"
+
+
+def removed(subsets: Tensor) -> float:
+    """The mean share of the rows that subsets leave out.
+
+    >>> import torch
+    >>> removed(torch.tensor([[True, False], [True, True]]))
+    0.25
+    """
+    return 1 - float(subsets.double().mean())
+
+
+def comparison_lines(
+    told: Comparison, ceiling: Estimate | None, share: float | None = None
+) -> list[dict[str, str]]:
+    """Correlations of runs with retrained models, and the noise ceiling below them, as they are shown.
+
+    Args:
+        told, ceiling: of one size of subsets.
+        share: of the rows that are removed, where there are several sizes.
+    """
     lines = [
         {"run": one.name, "damping": one.damping, "LDS": f"{one.lds.value:.3f}",
          "95 % interval": between(one.lds), "of ceiling": _share(one.lds, ceiling),
@@ -98,11 +119,16 @@ def comparison_table(told: Comparison, ceiling: Estimate | None) -> Table:
         for one in told.runs
     ]  # fmt: skip
     if ceiling is not None:
-        lines.append(
-            {"run": "noise ceiling", "LDS": f"{ceiling.value:.3f}", "95 % interval": between(ceiling)}
-        )
-    names = ("run", "damping", "LDS", "95 % interval", "of ceiling", "Pearson", "95 % interval ")
-    return rows_table(lines, names)
+        lines.append({"run": CEILING, "LDS": f"{ceiling.value:.3f}", "95 % interval": between(ceiling)})
+    return lines if share is None else [{"removed": f"{share:.2%}", **line} for line in lines]
+
+
+def comparison_table(lines: Sequence[dict[str, str]]) -> Table:
+    """The lines of all sizes of subsets as a table."""
+    return rows_table(
+        lines,
+        ("removed", "run", "damping", "LDS", "95 % interval", "of ceiling", "Pearson", "95 % interval "),
+    )
 
 
 def _share(one: Estimate, ceiling: Estimate | None) -> str:
@@ -110,14 +136,15 @@ def _share(one: Estimate, ceiling: Estimate | None) -> str:
 
 
 def comparison_row(
-    one: Compared, told: Comparison, ceiling: Estimate | None, truth: Truth, subsets: int
+    one: Compared, told: Comparison, ceiling: Estimate | None, truth: Truth, subsets: Tensor
 ) -> dict[str, Any]:
     """A run in the exported table."""
     return {
         "run": one.name, "damping": one.damping,
         **columns("lds", one.lds), **columns("pearson", one.pearson), **columns("ceiling", ceiling),
         "share_of_ceiling": one.lds.value / ceiling.value if ceiling and ceiling.value > 0 else None,
-        "subsets": subsets, "models": len(truth.diverged), "diverged": int(truth.diverged.sum()),
+        "subsets": len(subsets), "removed": removed(subsets), "removal": truth.removal,
+        "models": len(truth.diverged), "diverged": int(truth.diverged.sum()),
         "seeding": truth.seeding, "queries": len(told.queries),
     }  # fmt: skip
 
