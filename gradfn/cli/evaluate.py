@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfn.cli.commands import (
+from gradfn.cli.console import console
+from gradfn.cli.evaluations import (
     BrittlenessRequest,
+    ChangeRequest,
     ComparisonRequest,
     LdsRequest,
     LooRequest,
@@ -17,10 +19,10 @@ from gradfn.cli.commands import (
     OverlapRequest,
     RecallRequest,
 )
-from gradfn.cli.console import console
 from gradfn.errors import InputError
 from gradfn.evaluate.bootstrap import Estimate, mean_estimate
 from gradfn.evaluate.brittleness import all_flips, brittleness, removals
+from gradfn.evaluate.change import Agreement, Changes, agreement, changes
 from gradfn.evaluate.comparison import Comparison, ceiling_of, compare, damping_curve
 from gradfn.evaluate.correlation import correlation
 from gradfn.evaluate.mislabel import check_k, marked
@@ -32,6 +34,8 @@ from gradfn.hf.datasets import load_rows, load_split, row_names
 from gradfn.report.evaluation import (
     CEILING,
     between,
+    change_facts,
+    change_line,
     columns,
     comparison_facts,
     comparison_lines,
@@ -46,7 +50,7 @@ from gradfn.report.evaluation import (
     removed,
 )
 from gradfn.report.exports import export_table
-from gradfn.report.plots import Point, check_plot, plot_lds, plot_runs
+from gradfn.report.plots import Point, check_plot, plot_changes, plot_lds, plot_runs
 from gradfn.report.tables import facts, rows_table
 from gradfn.report.words import count
 from gradfn.runs.provenance import DataSource
@@ -133,16 +137,51 @@ def _plot_fractions(
     plot_lds(points, plot, x_label="share of the rows removed", title=title)
 
 
+def run_change(request: ChangeRequest) -> None:
+    """What scores predict for models trained at other weights of rows, beside what came."""
+    _check_comparison(request)
+    runs, table, drawn = _opened(request.runs), list[dict[str, Any]](), dict[str, list[Changes]]()
+    for path in request.truth:
+        truth = _opened_truth(path)
+        if bool((truth.row_weights == 1).all(1).any()):
+            truth = truth.whole_seeds()
+        for number, (run, name) in enumerate(zip(runs, request.runs, strict=True)):
+            refuse_other_data(run, truth, name, path)
+            for damping, scores in zip(run.dampings, run.values, strict=True):
+                found = changes(scores, truth.weighed(), truth.targets()[1])
+                if not number and damping == run.dampings[0]:
+                    console().print(facts(change_facts(truth, path, found.of_all)))
+                parts = [found.of_size(size) for size in found.size.unique().tolist()]
+                table += [
+                    change_line(run.name, damping, float(part.size[0]), len(part.size),
+                                agreement(part, seed=request.seed))
+                    for part in parts
+                ]  # fmt: skip
+                drawn.setdefault(f"{run.name} {damping}".strip(), []).extend(parts)
+            if note := mismatch(run, truth):
+                console().print(facts([("note", note)]))
+    shown = [{**row, "step": f"{row['step']:.3g}", "models": f"{row['models']:,}"} for row in table]
+    told = [f"{name} (95 % interval)" for name in Agreement._fields]
+    console().print(rows_table(shown, ("run", "damping", "step", "models", *told)))
+    exported = [*dict.fromkeys(table[0])]
+    export_table(table, tuple(name for name in exported if name not in told), request.table.paths)
+    if request.plot is not None:
+        criterion = truth.settings.get("query_loss", truth.settings.get("loss", {})).get("criterion")
+        plot_changes(drawn, request.plot, unit="nats" if criterion == "cross_entropy" else "")
+        console().print(facts([("plot", str(request.plot))]))
+
+
 def run_brittleness(request: BrittlenessRequest) -> None:
     """What removing each query's best proponents does, beside removing random rows."""
     request.table.check(request.output.overwrite)
     truth = _opened_truth(request.truth)
     kept = truth.whole_seeds()
     subsets, losses = kept.targets()
-    full, parts = removals(subsets, losses)
+    together = bool(truth.settings.get("subsets", {}).get("together"))
+    full, parts = removals(subsets, losses, together=together)
     found = [brittleness(full, part, probabilities=kept.of_answers) for part in parts]
-    flipped = all_flips(kept.mean_margins(), subsets, len(parts))
-    console().print(facts(removal_facts(truth, kept, full, parts, flipped[0], request.truth)))
+    flipped = all_flips(kept.mean_margins(), subsets, len(parts), together=together)
+    console().print(facts(removal_facts(truth, kept, parts, full, flipped[0], request.truth)))
     each = [*zip([part.k for part in parts], found, flipped, strict=True)]
     shown, table = [removal_line(*one) for one in each], [removal_row(*one) for one in each]
     console().print(rows_table(shown, tuple(shown[0])))

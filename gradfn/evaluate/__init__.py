@@ -2,6 +2,7 @@
 
 from gradfn.evaluate.bootstrap import Estimate
 from gradfn.evaluate.ceiling import noise_ceiling, noise_ceiling_estimate
+from gradfn.evaluate.change import agreement, changes, step_weights
 from gradfn.evaluate.lds import lds, lds_estimate
 from gradfn.evaluate.lexical import bm25_ranks
 from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
@@ -15,9 +16,11 @@ __all__ = [
     "Estimate",
     "Retraining",
     "Truth",
+    "agreement",
     "auroc",
     "average_precision",
     "bm25_ranks",
+    "changes",
     "lds",
     "lds_estimate",
     "leave_one_out",
@@ -29,5 +32,6 @@ __all__ = [
     "recall_at",
     "reciprocal_rank",
     "retrain",
+    "step_weights",
     "top_overlap",
 ]

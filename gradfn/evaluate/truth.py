@@ -88,8 +88,12 @@ class Truth:
 
     def weighed(self) -> Float64[Tensor, "subsets rows"]:
         """The weights of the rows in the same subsets."""
-        weights = self.subsets.double() if self.weights is None else self.weights
-        return weights[self._firsts()]
+        return self.row_weights[self._firsts()]
+
+    @property
+    def row_weights(self) -> Float64[Tensor, "models rows"]:
+        """The weights of the rows in every model."""
+        return self.subsets.double() if self.weights is None else self.weights
 
     def _firsts(self) -> list[int]:
         """The first model of each subset that is averaged."""

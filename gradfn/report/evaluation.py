@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradfn.evaluate.bootstrap import Estimate, mean_estimate
 from gradfn.evaluate.brittleness import Brittleness, Flips, Removal
+from gradfn.evaluate.change import Agreement
 from gradfn.evaluate.comparison import Compared, Comparison
 from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
 from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
@@ -153,14 +154,16 @@ def comparison_row(
 
 
 def removal_facts(
-    truth: Truth, kept: Truth, full: Tensor, parts: Sequence[Removal], flipped: Flips | None, path: str
+    truth: Truth, kept: Truth, parts: Sequence[Removal], full: Tensor, flipped: Flips | None, path: str
 ) -> Facts:
     """What was removed."""
     queries = count(len(full), "query")
+    each = "all queries together" if truth.settings.get("subsets", {}).get("together") else queries
     controls = count(min(len(part.random) for part in parts), "random removal")
     lines = [
         ("truth", path),
-        ("models", f"{queries} x {count(len(parts), 'size')}, {controls} of each size, {_seeds(kept)}"),
+        ("models", f"{each} x {count(len(parts), 'size')}, {controls} of each size, {_seeds(kept)}"),
+        ("removed", f"rows are {'masked' if truth.removal == 'mask' else 'dropped'}"),
         ("full model", f"mean loss {float(full.mean()):.3f}"),
     ]
     if flipped is not None:
@@ -171,7 +174,8 @@ def removal_facts(
 def removal_line(k: int, one: Brittleness, flipped: Flips | None) -> dict[str, str]:
     """What removing `k` rows does, as it is shown."""
     rises = {"removed": f"{k:,}", "loss rises by": _signed(one.rise), "by chance": _signed(one.by_chance),
-             "above chance": f"{one.above_chance.value:.0%}"}  # fmt: skip
+             "above chance": f"{one.above_chance.value:.0%}",
+             "standard errors": _in_errors(one.in_errors)}  # fmt: skip
     if flipped is not None and flipped.flipped is not None and flipped.flipped_by_chance is not None:
         by_chance = f"{flipped.flipped_by_chance.value:.0%} by chance"
         return {**rises, "predictions flip": f"{flipped.flipped.value:.0%}, {by_chance}"}
@@ -189,8 +193,43 @@ def removal_row(k: int, one: Brittleness, flipped: Flips | None) -> dict[str, An
     return row
 
 
+def _in_errors(one: Estimate) -> str:
+    """How far above chance, in standard errors."""
+    if isnan(one.value):
+        return ""
+    return f"{one.value:+.1f}" + ("" if isnan(one.low) else f" ({one.low:.1f} to {one.high:.1f})")
+
+
 def _signed(one: Estimate) -> str:
     return f"{one.value:+.3f}" + ("" if isnan(one.low) else f" ({one.low:.3f} to {one.high:.3f})")
+
+
+# --- predicted and real changes
+
+
+def change_facts(truth: Truth, path: str, of_all: bool) -> Facts:
+    """What predicted changes are compared with."""
+    kept = truth.of_models(truth.averaged())
+    models = count(len(kept.numbers.unique()), "training")
+    return [
+        ("truth", path),
+        ("models", f"{models} x {_seeds(kept)}, rows {'masked' if truth.removal == 'mask' else 'dropped'}"),
+        ("changes", "from the model of all rows" if of_all else "from the mean over models"),
+        *_diverged(truth, kept),
+    ]
+
+
+def change_line(run: str, damping: str, size: float, models: int, told: Agreement) -> dict[str, Any]:
+    """How changes agree at one size of steps: numbers, and beside them what is shown."""
+    row: dict[str, Any] = {"run": run, "damping": damping, "step": size, "models": models}
+    for name, one in told._asdict().items():
+        row |= columns(name, one) | {f"{name} (95 % interval)": _between(one)}
+    return row
+
+
+def _between(one: Estimate) -> str:
+    """An estimate of either sign with its interval."""
+    return "" if isnan(one.value) else f"{one.value:.3f}" + ("" if isnan(one.low) else f" ({between(one)})")
 
 
 # --- known answers
