@@ -39,8 +39,9 @@ from torch.func import functional_call
 import gradfn as gf
 from gradfn.engine.stream import gather
 from gradfn.evaluate.comparison import Compared, ceiling_of, compare, damping_curve
+from gradfn.evaluate.retraining import Retraining, Seeding
 from gradfn.evaluate.subsets import random_subsets
-from gradfn.evaluate.truth import Retraining, Seeding, Truth, retrain
+from gradfn.evaluate.truth import Truth, retrain
 from gradfn.exact import cg, gauss_newton_product, params_of_blocks
 from gradfn.methods import RECIPES, Problem
 from gradfn.methods.recipes import times_doubt, weighted_sum

@@ -22,14 +22,15 @@ def write_scores(run, scores, *, dampings=("",), rows=None, queries=None, settin
 
 
 def write_truth(run, subsets, losses, numbers, *, diverged=(), rows=None, settings=None,
-                margins=None, independent=False):  # fmt: skip
+                margins=None, independent=False, weights=None):  # fmt: skip
     """What `gradfn retrain` writes."""
     lost = torch.isin(torch.arange(len(numbers)), torch.tensor(diverged, dtype=torch.int64))
     arrays = {"subsets": subsets[numbers], "numbers": numbers,
               "seeds": torch.arange(len(numbers)) % (10**9 if independent else numbers.bincount().max()),
               "losses": torch.where(lost[:, None], torch.nan, losses),
               "train_losses": torch.zeros(len(numbers)).double(), "diverged": lost,
-              **({} if margins is None else {"margins": margins})}  # fmt: skip
+              **({} if margins is None else {"margins": margins}),
+              **({} if weights is None else {"weights": weights[numbers]})}  # fmt: skip
     settings = {"data": {"fingerprint": "d"}, "query": {"fingerprint": "q"}, **(settings or {})}
     with open_writer(run, "truth", settings, len(numbers)) as writer:
         writer.write(0, len(numbers), {name: value.numpy() for name, value in arrays.items()})

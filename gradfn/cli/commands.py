@@ -3,14 +3,22 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from gradfn.cli.evaluations import (
+    ALONE,
+    BrittlenessRequest,
+    ChangeRequest,
+    LdsRequest,
+    LooRequest,
+    MislabelRequest,
+    OverlapRequest,
+    RecallRequest,
+)
 from gradfn.cli.options import (
     COMPONENTS,
     PROJECTION,
     QUERY_BY,
-    QUERY_SPLIT,
     STORED_BY,
     STORED_MODEL,
     UNWEIGHTED,
@@ -27,19 +35,16 @@ from gradfn.cli.options import (
     QueryOptions,
     RunOptions,
     SolverOptions,
-    SubsetOptions,
     TableOptions,
     TrainingOptions,
 )
 from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
+from gradfn.cli.subsets import SubsetOptions
 from gradfn.cli.training import RecordingOptions, TrainOptions
 from gradfn.cli.values import dims, found_projection
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
-_SCORED = "What gradfn score RUN wrote"
 _SEED = "Key of the projection, and what masked-lm masks."
-ALONE: dict[str, Any] = {"shard": None}
-"""A run that is not written in parts."""
 
 
 def run(help: str = _MADE, **how: Any) -> Any:
@@ -295,112 +300,6 @@ class TrainRequest(ModelRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRequest(Request):
-    """What every evaluation is asked."""
-
-    table: TableOptions = group(TableOptions, top=None, show=None, memory=None)
-    output: RunOptions = group(RunOptions, **ALONE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonRequest(EvaluateRequest):
-    """What a comparison with retrained models is asked."""
-
-    truth: str = argument("What gradfn retrain wrote.", file=found)
-    runs: tuple[str, ...] = argument(f"{_SCORED}; several.", metavar="RUN", file=found)
-    plot: Path | None = option(None, "Draw it here: a .png, .pdf or .svg.", parse=Path, file=os.path.abspath)
-    seed: int = option(0, "Of intervals, and of the queries that dampings are chosen on.", panel="Evaluation")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LdsRequest(ComparisonRequest):
-    """Show the linear datamodeling score, beside the noise ceiling.
-
-    For each query the rank correlation, over subsets, of the scores of a subset's rows with minus the loss of
-    models trained on it. Of several dampings one is chosen, on queries that are not reported.
-    """
-
-    COMMAND: ClassVar[str] = "evaluate lds"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LooRequest(ComparisonRequest):
-    """Show the correlation with models retrained without one row.
-
-    The truth is that of `gradfn retrain --leave-out 1`.
-    """
-
-    COMMAND: ClassVar[str] = "evaluate loo"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BrittlenessRequest(EvaluateRequest):
-    """Show what removing each query's best rows does.
-
-    Beside removing as many random ones: how far losses rise, and how many predictions of classes flip. The
-    truth is that of `gradfn retrain --remove-top K --scores RUN`.
-    """
-
-    COMMAND: ClassVar[str] = "evaluate brittleness"
-    truth: str = argument("What gradfn retrain wrote.", file=found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MislabelRequest(EvaluateRequest):
-    """Show whether self-influence finds rows that are wrong.
-
-    AUROC, average precision and precision at k.
-    """
-
-    COMMAND: ClassVar[str] = "evaluate mislabel"
-    PANEL: ClassVar[str] = "Data"
-    run: str = argument("What gradfn score RUN --self wrote.", file=found)
-    dataset: str | None = option(None, "The rows that were scored.", shown="as recorded", file=found)
-    split: str | None = option(None, "Split of a dataset.", shown="as recorded")
-    label_column: str = option("is_wrong", "Column with 1 for a row that is wrong and 0 for a right one.")
-    table: TableOptions = group(
-        TableOptions,
-        show=None,
-        memory=None,
-        top=option(None, "Rows of which the precision is told.", shown="as many as are wrong"),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecallRequest(EvaluateRequest):
-    """Show how often known sources are found.
-
-    Recall at 1 and at --top, and the mean reciprocal rank.
-    """
-
-    COMMAND: ClassVar[str] = "evaluate recall"
-    PANEL: ClassVar[str] = "Data"
-    runs: tuple[str, ...] = argument(f"{_SCORED}; several.", metavar="RUN", file=found)
-    query: str | None = option(
-        None, "The queries scored, with a column source: a row's id.", shown="as recorded", file=found
-    )
-    query_split: str | None = option(None, QUERY_SPLIT, shown="as recorded, or the only one")
-    table: TableOptions = group(
-        TableOptions, show=None, memory=None, top=option(5, "Rows among which a source counts as found.")
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OverlapRequest(EvaluateRequest):
-    """Show how far two runs agree.
-
-    On the strongest proponents, and on the order of all rows.
-    """
-
-    COMMAND: ClassVar[str] = "evaluate overlap"
-    run: str = argument(f"{_SCORED}.", file=found)
-    other: str = argument("Scores of the same rows and queries.", file=found)
-    table: TableOptions = group(
-        TableOptions, show=None, memory=None, top=option(10, "Proponents that are compared.")
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class InfoRequest(Request):
     """Show what a run holds and how it was made."""
 
@@ -470,6 +369,7 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     TrainRequest: (TRAINING, "train:run_train"),
     RetrainRequest: (TRUTH, "retrain:run_retrain"),
     LdsRequest: (OUTPUT, "evaluate:run_lds"),
+    ChangeRequest: (OUTPUT, "evaluate:run_change"),
     LooRequest: (OUTPUT, "evaluate:run_loo"),
     BrittlenessRequest: (OUTPUT, "evaluate:run_brittleness"),
     MislabelRequest: (OUTPUT, "evaluate:run_mislabel"),

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfn.cli.commands import (
+from gradfn.cli.console import console
+from gradfn.cli.evaluations import (
     BrittlenessRequest,
+    ChangeRequest,
     ComparisonRequest,
     LdsRequest,
     LooRequest,
@@ -17,22 +19,26 @@ from gradfn.cli.commands import (
     OverlapRequest,
     RecallRequest,
 )
-from gradfn.cli.console import console
 from gradfn.errors import InputError
-from gradfn.evaluate.bootstrap import mean_estimate
+from gradfn.evaluate.bootstrap import Estimate, mean_estimate
 from gradfn.evaluate.brittleness import all_flips, brittleness, removals
-from gradfn.evaluate.comparison import ceiling_of, compare, damping_curve
+from gradfn.evaluate.change import Agreement, Changes, agreement, changes
+from gradfn.evaluate.comparison import Comparison, ceiling_of, compare, damping_curve
 from gradfn.evaluate.correlation import correlation
 from gradfn.evaluate.mislabel import check_k, marked
 from gradfn.evaluate.overlap import jaccard, top_overlap
 from gradfn.evaluate.retrieval import known_sources
-from gradfn.evaluate.scored import evaluated_scores, in_words, made_of, refuse_other_data
+from gradfn.evaluate.scored import evaluated_scores, in_words, made_of, mismatch, refuse_other_data
 from gradfn.evaluate.truth import Truth, open_truth
 from gradfn.hf.datasets import load_rows, load_split, row_names
 from gradfn.report.evaluation import (
+    CEILING,
     between,
+    change_facts,
+    change_line,
     columns,
     comparison_facts,
+    comparison_lines,
     comparison_row,
     comparison_table,
     ends,
@@ -41,9 +47,10 @@ from gradfn.report.evaluation import (
     removal_facts,
     removal_line,
     removal_row,
+    removed,
 )
 from gradfn.report.exports import export_table
-from gradfn.report.plots import check_plot, plot_runs
+from gradfn.report.plots import Point, check_plot, plot_changes, plot_lds, plot_runs
 from gradfn.report.tables import facts, rows_table
 from gradfn.report.words import count
 from gradfn.runs.provenance import DataSource
@@ -53,15 +60,14 @@ from gradfn.scores import Scores
 def run_lds(request: LdsRequest) -> None:
     """Compare runs of scores with models retrained on subsets."""
     _check_comparison(request)
-    truth = _opened_truth(request.truth)
-    _compare(truth, _opened(request.runs), request, title="Linear datamodeling score")
+    _compare(_parts(request.truth), request, title="Linear datamodeling score")
 
 
 def run_loo(request: LooRequest) -> None:
     """The same for models retrained without one row each."""
     _check_comparison(request)
-    truth = _opened_truth(request.truth).leaving_one_out()
-    _compare(truth, _opened(request.runs), request, title="Leave-one-out correlation")
+    truths = [(path, _opened_truth(path).leaving_one_out()) for path in request.truth]
+    _compare(truths, request, title="Leave-one-out correlation")
 
 
 def _check_comparison(request: ComparisonRequest) -> None:
@@ -73,24 +79,95 @@ def _check_comparison(request: ComparisonRequest) -> None:
     request.table.check(request.output.overwrite, request.plot)
 
 
-def _compare(truth: Truth, runs: list[Scores], request: ComparisonRequest, *, title: str) -> None:
-    for run, path in zip(runs, request.runs, strict=True):
-        refuse_other_data(run, truth, path, request.truth)
-    subsets, losses = truth.targets()
-    comparison = compare(runs, subsets, losses, seed=request.seed)
-    ceiling = ceiling_of(truth, comparison.queries, request.seed)
-    console().print(facts(comparison_facts(truth, comparison, ceiling, len(subsets), request.truth)))
-    console().print(comparison_table(comparison, ceiling))
-    table = [comparison_row(one, comparison, ceiling, truth, len(subsets)) for one in comparison.runs]
+def _parts(paths: Sequence[str]) -> list[tuple[str, Truth]]:
+    """The ground truths, each size of subsets that was asked for on its own."""
+    return [(path, part) for path in paths for part in _opened_truth(path).by_fraction()]
+
+
+def _compare(truths: Sequence[tuple[str, Truth]], request: ComparisonRequest, *, title: str) -> None:
+    """Compare runs with ground truths: a table with a row for each of both."""
+    runs, told, table = _opened(request.runs), list[dict[str, str]](), list[dict[str, Any]]()
+    several, compared = len(truths) > 1, []
+    for path, truth in truths:
+        for run, name in zip(runs, request.runs, strict=True):
+            refuse_other_data(run, truth, name, path)
+        subsets, losses = truth.targets()
+        comparison = compare(runs, subsets, losses, seed=request.seed)
+        ceiling = ceiling_of(truth, comparison.queries, request.seed)
+        notes = [("note", note) for run in runs if (note := mismatch(run, truth))]
+        console().print(facts([*comparison_facts(truth, comparison, ceiling, len(subsets), path), *notes]))
+        told += comparison_lines(comparison, ceiling, removed(subsets) if several else None)
+        table += [comparison_row(one, comparison, ceiling, truth, subsets) for one in comparison.runs]
+        compared.append((truth, comparison, ceiling))
+    console().print(comparison_table(told))
     export_table(table, tuple(table[0]), request.table.paths)
     if request.plot is not None:
-        several = [run for run in runs if len(run.dampings) > 1]
-        plot_runs(
-            {one.name: one.lds for one in comparison.runs}, request.plot, ceiling=ceiling, title=title,
-            dampings={run.name: damping_curve(run, subsets, losses, comparison.queries, seed=request.seed)
-                      for run in several},
-            chosen={one.name: one.damping for one in comparison.runs},
-        )  # fmt: skip
+        if several:
+            _plot_fractions(compared, request.plot, title)
+        else:
+            _plot_runs(runs, *compared[0], request, title)
+        console().print(facts([("plot", str(request.plot))]))
+
+
+def _plot_runs(
+    runs: Sequence[Scores], truth: Truth, comparison: Comparison, ceiling: Estimate | None,
+    request: ComparisonRequest, title: str,
+) -> None:  # fmt: skip
+    """A bar a run, and its dampings."""
+    assert request.plot is not None
+    subsets, losses = truth.targets()
+    plot_runs(
+        {one.name: one.lds for one in comparison.runs}, request.plot, ceiling=ceiling, title=title,
+        dampings={run.name: damping_curve(run, subsets, losses, comparison.queries, seed=request.seed)
+                  for run in runs if len(run.dampings) > 1},
+        chosen={one.name: one.damping for one in comparison.runs},
+    )  # fmt: skip
+
+
+def _plot_fractions(
+    compared: Sequence[tuple[Truth, Comparison, Estimate | None]], plot: Path, title: str
+) -> None:
+    """A line a run over the shares of rows removed, and one for the ceilings."""
+    points = [
+        Point(name, removed(truth.subsets), *one)
+        for truth, comparison, ceiling in compared
+        for name, one in [*((run.name, run.lds) for run in comparison.runs), (CEILING, ceiling)]
+        if one is not None
+    ]
+    plot_lds(points, plot, x_label="share of the rows removed", title=title)
+
+
+def run_change(request: ChangeRequest) -> None:
+    """What scores predict for models trained at other weights of rows, beside what came."""
+    _check_comparison(request)
+    runs, table, drawn = _opened(request.runs), list[dict[str, Any]](), dict[str, list[Changes]]()
+    for path in request.truth:
+        truth = _opened_truth(path)
+        if bool((truth.row_weights == 1).all(1).any()):
+            truth = truth.whole_seeds()
+        for number, (run, name) in enumerate(zip(runs, request.runs, strict=True)):
+            refuse_other_data(run, truth, name, path)
+            for damping, scores in zip(run.dampings, run.values, strict=True):
+                found = changes(scores, truth.weighed(), truth.targets()[1])
+                if not number and damping == run.dampings[0]:
+                    console().print(facts(change_facts(truth, path, found.of_all)))
+                parts = [found.of_size(size) for size in found.size.unique().tolist()]
+                table += [
+                    change_line(run.name, damping, float(part.size[0]), len(part.size),
+                                agreement(part, seed=request.seed))
+                    for part in parts
+                ]  # fmt: skip
+                drawn.setdefault(f"{run.name} {damping}".strip(), []).extend(parts)
+            if note := mismatch(run, truth):
+                console().print(facts([("note", note)]))
+    shown = [{**row, "step": f"{row['step']:.3g}", "models": f"{row['models']:,}"} for row in table]
+    told = [f"{name} (95 % interval)" for name in Agreement._fields]
+    console().print(rows_table(shown, ("run", "damping", "step", "models", *told)))
+    exported = [*dict.fromkeys(table[0])]
+    export_table(table, tuple(name for name in exported if name not in told), request.table.paths)
+    if request.plot is not None:
+        criterion = truth.settings.get("query_loss", truth.settings.get("loss", {})).get("criterion")
+        plot_changes(drawn, request.plot, unit="nats" if criterion == "cross_entropy" else "")
         console().print(facts([("plot", str(request.plot))]))
 
 
@@ -100,10 +177,11 @@ def run_brittleness(request: BrittlenessRequest) -> None:
     truth = _opened_truth(request.truth)
     kept = truth.whole_seeds()
     subsets, losses = kept.targets()
-    full, parts = removals(subsets, losses)
+    together = bool(truth.settings.get("subsets", {}).get("together"))
+    full, parts = removals(subsets, losses, together=together)
     found = [brittleness(full, part, probabilities=kept.of_answers) for part in parts]
-    flipped = all_flips(kept.mean_margins(), subsets, len(parts))
-    console().print(facts(removal_facts(truth, kept, full, parts, flipped[0], request.truth)))
+    flipped = all_flips(kept.mean_margins(), subsets, len(parts), together=together)
+    console().print(facts(removal_facts(truth, kept, parts, full, flipped[0], request.truth)))
     each = [*zip([part.k for part in parts], found, flipped, strict=True)]
     shown, table = [removal_line(*one) for one in each], [removal_row(*one) for one in each]
     console().print(rows_table(shown, tuple(shown[0])))

@@ -15,7 +15,6 @@ from gradfn.cli.values import (
     found_projection,
     paths,
     shard,
-    sizes,
     weights,
     written,
 )
@@ -42,7 +41,6 @@ StoredBy = Literal["example", "head", "token"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "linear", "cosine"]
 Init = Literal["given", "random"]
-Seeding = Literal["shared", "independent"]
 
 IMAGES = "image_classification"
 """The task whose rows are images."""
@@ -97,7 +95,6 @@ _DAMPING = (
     "Of the curvature: 0.1 adds 0.1 mean(lambda); or absolute:, truncated:, tikhonov:, factored:NUMBER; "
     "several with commas. In datainf only one, which divides the scores and hardly changes their order."
 )
-_SEEDING = "Whether all subsets have the same seeds, or every model one of its own."
 _DIRECTIONS = "trackstar: directions of the queries to count less."
 _INCLUDE = (
     "Glob of layers to take; several may be given. All weight matrices but the LM head and embeddings, "
@@ -106,7 +103,6 @@ _INCLUDE = (
 _BY = "What a score belongs to: a row, in all or by module or attention head too; or a token of a row."
 _STORED_BY = "What a gradient belongs to: a row and module; one attention head of it; a token of a row."
 _SHARD = "I/N: do the I-th of N parts of the rows, or models, as an array's job; gradfn merge joins them."
-_REMOVE = "Instead of subsets at random: all rows, all but each query's so many best, and controls: 10,20."
 
 # --- groups
 
@@ -447,20 +443,6 @@ class RunOptions:
     PANEL: ClassVar[str] = OUTPUT
     shard: "Shard | None" = option(None, _SHARD, parse=shard)
     overwrite: bool = option(False, "Replace a table that is there, and a run that was made otherwise.")
-
-
-@dataclass(frozen=True)
-class SubsetOptions:
-    """Which subsets models are retrained on."""
-
-    PANEL: ClassVar[str] = "Subsets"
-    subsets: int | None = option(None, "How many subsets.", shown="50; with --leave-out 1, one a row")
-    fraction: float | None = option(None, "Share of the rows in a subset.", shown="0.5")
-    leave_out: int | None = option(None, "Instead of a share: rows to leave out; 1 leaves each out once.")
-    remove_top: tuple[int, ...] | None = option(None, _REMOVE, parse=sizes, commas=True)
-    scores: str | None = option(None, "For --remove-top: the run of scores that says which.", file=found)
-    seeds: int = option(2, "Models of each subset, whose losses are averaged.")
-    seeding: Seeding = option("shared", _SEEDING)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradfn.cli.commands import RetrainRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, check_run, check_trained, checked, recorded
-from gradfn.cli.options import SubsetOptions
 from gradfn.cli.queries import load_all
+from gradfn.cli.request import flag
+from gradfn.cli.subsets import SubsetOptions
 from gradfn.data import Corpus
 from gradfn.errors import InputError
 from gradfn.evaluate.brittleness import brittleness_subsets
+from gradfn.evaluate.change import step_weights
 from gradfn.evaluate.scored import single_scores
 from gradfn.evaluate.subsets import check_fraction, leave_one_out, random_subsets
 from gradfn.evaluate.truth import Retraining, Truth, retrain, shard_of_models
@@ -42,7 +45,7 @@ def run_retrain(request: RetrainRequest) -> None:
     loaded, train, asked = load_all(request)
     assert asked is not None
     queries, options, seed = asked.documents, request.subsets, request.seed
-    subsets, how = _subsets(options, seed, train, queries)
+    subsets, weights, how = _subsets(options, seed, train, queries)
     console().print(facts(_subject_facts(loaded, train, queries, subsets, request)))
     if hasattr(loaded.model, "peft_config"):
         raise InputError(f"{loaded.name} has adapters, and whole models are retrained: merge them into it")
@@ -50,11 +53,12 @@ def run_retrain(request: RetrainRequest) -> None:
     start = params_of(loaded.model) if given else lambda: fresh(loaded.model)
     retraining = Retraining(
         start, loaded.subject.loss, training, subsets, query_loss=loaded.subject.query_loss,
-        seeds=options.seeds, seed=seed, seeding=options.seeding,
+        seeds=options.seeds, seed=seed, seeding=options.seeding, removal=options.removed_by,
+        weights=weights,
     )  # fmt: skip
-    models = retraining.models().subsets
-    own = shard_of_models(len(models), shard)
-    total = training.epochs * int(models[own.start : own.stop].sum())
+    placed, _ = retraining.models().placed(options.removed_by)
+    own = shard_of_models(len(placed), shard)
+    total = training.epochs * int(placed[own.start : own.stop].sum())
     known = {key: value for key, value in loaded.settings().items() if key != "layers"}
     query_loss = {"query_loss": loaded.loss_settings(loaded.subject.query_loss)}
     with loaded.multiplying(), progress_bar("retraining", total, "examples") as progress:
@@ -69,37 +73,60 @@ def run_retrain(request: RetrainRequest) -> None:
 def _check_subsets(request: RetrainRequest) -> None:
     """Refuse sizes of subsets that do not go together."""
     options = request.subsets
-    given = [name for name in ("fraction", "leave_out", "remove_top") if getattr(options, name) is not None]
+    names = ("fraction", "leave_out", "remove_top", "step")
+    given = [flag(name) for name in names if getattr(options, name) is not None]
     if len(given) > 1:
-        both = " and ".join(f"--{name.replace('_', '-')}" for name in given[:2])
-        raise InputError(f"{both} both say what a subset is: give one of them")
-    if options.fraction is not None:
-        check_fraction(options.fraction)
-    if (options.remove_top is None) != (options.scores is None):
-        raise InputError("--remove-top removes the best rows of --scores, a run: give both, or neither")
-    if options.remove_top is not None and options.subsets is not None:
-        raise InputError("--remove-top says which subsets there are: leave out --subsets")
+        raise InputError(f"{' and '.join(given[:2])} both say what a subset is: give one of them")
+    for fraction in options.fraction or ():
+        check_fraction(fraction)
+    shares = options.fraction or ()
+    if len(set(shares)) < len(shares):
+        raise InputError(f"--fraction {','.join(map(str, shares))} has one twice: give each once")
+    scored = options.remove_top is not None or options.step is not None
+    if scored != (options.scores is not None):
+        raise InputError("--remove-top and --step go by a run, --scores: give both, or neither")
+    if scored and options.subsets is not None:
+        raise InputError(f"{given[0]} says which subsets there are: leave out --subsets")
+    if options.together and not scored:
+        raise InputError("--together is of --remove-top and --step: give one of them, or leave it out")
+    if options.step is not None and options.removal == "drop":
+        raise InputError("--step needs rows that keep their places: leave out --removal, or give mask")
 
 
 def _subsets(
     options: SubsetOptions, seed: int, train: Corpus, queries: Corpus
-) -> tuple[Tensor, dict[str, Any]]:
-    """The subsets, and how they were made."""
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """The subsets, the weights of rows in them if not 1, and how both were made."""
     rows, number = len(train), options.subsets
-    if options.remove_top is not None and options.scores is not None:
-        how = {"remove_top": list(options.remove_top), "scores": anchored(options.scores),
-               "first": "all rows", "seed": seed, "answer_tokens": _answer_tokens(queries)}  # fmt: skip
-        scores = single_scores(options.scores, train, queries)
-        return brittleness_subsets(scores, list(options.remove_top), seed=seed), how
+    if options.scores is not None:
+        return _scored(options, options.scores, seed, train, queries)
     if options.leave_out == 1:
         masks = leave_one_out(rows, rows if number is None else number, seed)
-        return masks, {"leave_out": 1, "seed": seed}
+        return masks, None, {"leave_out": 1, "seed": seed}
     number = SUBSETS if number is None else number
     if options.leave_out is not None:
         masks = random_subsets(rows, number, leave_out=options.leave_out, seed=seed)
-        return masks, {"leave_out": options.leave_out, "seed": seed}
-    fraction = 0.5 if options.fraction is None else options.fraction
-    return random_subsets(rows, number, fraction, seed=seed), {"fraction": fraction, "seed": seed}
+        return masks, None, {"leave_out": options.leave_out, "seed": seed}
+    shares = options.fraction or (0.5,)
+    masks = torch.cat([random_subsets(rows, number, fraction, seed=seed) for fraction in shares])
+    return masks, None, {"fraction": [*shares] if len(shares) > 1 else shares[0], "seed": seed}
+
+
+def _scored(
+    options: SubsetOptions, run: str, seed: int, train: Corpus, queries: Corpus
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """The same by scores: without the best rows, or at steps against their direction."""
+    scores, together = single_scores(run, train, queries), options.together
+    how: dict[str, Any] = {"scores": anchored(run), "first": "all rows"}
+    if together:
+        how["together"] = True
+    if options.step is not None:
+        weights = step_weights(scores, options.step, together=together)
+        return torch.ones_like(weights, dtype=torch.bool), weights, {"step": [*options.step], **how}
+    ks = [*(options.remove_top or ())]
+    how |= {"seed": seed, "answer_tokens": _answer_tokens(queries)}
+    masks = brittleness_subsets(scores, ks, controls=options.controls, seed=seed, together=together)
+    return masks, None, {"remove_top": ks, **how}
 
 
 def _answer_tokens(queries: Corpus) -> int:
@@ -114,6 +141,9 @@ def _subject_facts(
     loaded: Loaded, train: Corpus, queries: Corpus, subsets: Tensor, request: RetrainRequest
 ) -> Facts:
     options, seeds = request.training, request.subsets.seeds
+    masked = ", others masked" if request.subsets.removed_by == "mask" else ""
+    if request.subsets.step is not None:
+        masked = f" at weights of their own, {count(len(request.subsets.step), 'step')} a direction"
     of_its_own = ", none shared" if request.subsets.seeding == "independent" else ""
     found = sorted({*subsets.sum(1).tolist()})
     of = f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
@@ -126,7 +156,7 @@ def _subject_facts(
         ("model", f"{loaded.name} ({count(numbers, 'parameter')}, all trained, from {init} weights)"),
         ("train", f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"),
         ("queries", f"{len(queries):,}"),
-        ("models", f"{len(subsets) * seeds:,} ({count(len(subsets), 'subset')} of {of} rows, "
+        ("models", f"{len(subsets) * seeds:,} ({count(len(subsets), 'subset')} of {of} rows{masked}, "
                    f"{count(seeds, 'seed')} each{of_its_own})"),
         ("training", f"{count(options.epochs, 'epoch')} of {options.optimizer}, batches of "
                      f"{options.batch_size}, learning rate {options.learning_rate:g}{schedule}"),

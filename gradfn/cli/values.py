@@ -65,7 +65,7 @@ def paths(text: str) -> tuple[str, ...]:
     """
     named = tuple(part.strip() for part in text.split(","))
     if "" in named:
-        raise InputError(f"--checkpoints {text!r} names none, or an empty one: give them with commas between")
+        raise InputError(f"{text!r} names no path, or an empty one: give paths with commas between")
     return named
 
 

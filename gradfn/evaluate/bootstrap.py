@@ -52,7 +52,7 @@ def mean_estimate(values: Float[Tensor, " queries"], *, draws: int = DRAWS, seed
     if len(values) == 1:
         return Estimate(float(values), nan, nan)
     counts = counts_of_draws(len(values), draws, torch.Generator().manual_seed(seed)).double()
-    return Estimate(float(values.mean()), *_ends(values @ counts / len(values)))
+    return Estimate(float(values.mean()), *middle(values @ counts / len(values)))
 
 
 def grid_estimate(values: Float[Tensor, "rows queries"], *, draws: int = DRAWS, seed: int = 0) -> Estimate:
@@ -77,7 +77,7 @@ def grid_estimate(values: Float[Tensor, "rows queries"], *, draws: int = DRAWS, 
     generator = torch.Generator().manual_seed(seed)
     columns = counts_of_draws(queries, draws, generator).double() / queries
     lines = counts_of_draws(rows, draws, generator).double() / rows
-    return Estimate(float(values.mean()), *_ends(((values @ columns) * lines).sum(0)))
+    return Estimate(float(values.mean()), *middle(((values @ columns) * lines).sum(0)))
 
 
 def correlation_estimate(
@@ -126,10 +126,15 @@ def estimate_of(value: Tensor, draws: Float[Tensor, " draws"]) -> Estimate:
     Estimate(value=0.5, low=0.203125, high=0.796875)
     """
     moved = (draws.double() + value - draws.double().mean()).clamp(-1, 1)
-    return Estimate(float(value), *_ends(moved))
+    return Estimate(float(value), *middle(moved))
 
 
-def _ends(draws: Tensor) -> tuple[float, float]:
+def middle(draws: Float[Tensor, " draws"]) -> tuple[float, float]:
+    """The ends of the middle 95 % of draws.
+
+    >>> middle(torch.tensor([0.0] * 50 + [1.0] * 50))
+    (0.0, 1.0)
+    """
     ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     low, high = draws.double().quantile(ends).tolist()
     return low, high

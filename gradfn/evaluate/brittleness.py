@@ -19,7 +19,12 @@ _HALF = math.log(2)
 
 
 def brittleness_subsets(
-    scores: Float[Tensor, "rows queries"], ks: Sequence[int], *, controls: int = CONTROLS, seed: int = 0
+    scores: Float[Tensor, "rows queries"],
+    ks: Sequence[int],
+    *,
+    controls: int = CONTROLS,
+    seed: int = 0,
+    together: bool = False,
 ) -> Bool[Tensor, "subsets rows"]:
     """The subsets to train on for a test of brittleness; `removals` reads them.
 
@@ -31,6 +36,7 @@ def brittleness_subsets(
         ks: how many rows to remove, each once.
         controls: how many random removals of each size, three or more.
         seed: of the random removals.
+        together: remove the best proponents of all queries, by the sum of their scores, and not of each.
 
     Raises:
         InputError: the same k twice, or a k of no rows or of all; fewer than three controls.
@@ -40,13 +46,14 @@ def brittleness_subsets(
     """
     if len(set(ks)) < len(ks):
         raise InputError(f"the numbers of rows to remove, {list(ks)}, have one twice: give each once")
-    removed = without_top(scores, ks)
+    removed = without_top(scores.double().sum(1, keepdim=True) if together else scores, ks)
     random = [random_subsets(len(scores), controls, leave_out=k, seed=seed) for k in ks]
     return torch.cat([torch.ones(1, len(scores), dtype=torch.bool), removed, *random])
 
 
 class Removal(NamedTuple):
-    """Losses without k rows: each query's best ones `[queries]`, or random ones `[controls, queries]`."""
+    """Losses without k rows: the best ones of each query, or of all, `[queries]`; or random ones `[controls,
+    queries]`."""
 
     k: int
     top: Tensor
@@ -54,13 +61,17 @@ class Removal(NamedTuple):
 
 
 def removals(
-    subsets: Bool[Tensor, "subsets rows"], losses: Float[Tensor, "subsets queries"]
+    subsets: Bool[Tensor, "subsets rows"],
+    losses: Float[Tensor, "subsets queries"],
+    *,
+    together: bool = False,
 ) -> tuple[Float[Tensor, " queries"], list[Removal]]:
     """The losses of the full model, and those of each number of rows removed.
 
     Args:
         subsets: from `brittleness_subsets`.
         losses: of every query, of the models trained on these subsets.
+        together: as in `brittleness_subsets`.
 
     Raises:
         InputError: the subsets are not from `brittleness_subsets`.
@@ -73,31 +84,39 @@ def removals(
     missing = (~subsets).sum(1)
     ks = list(dict.fromkeys(missing[missing > 0].tolist()))
     queries = losses.shape[1]
-    end = 1 + queries * len(ks)
-    if not ks or missing[:end].tolist() != [0, *ks * queries]:
+    removed = 1 if together else queries
+    end = 1 + removed * len(ks)
+    if not ks or missing[:end].tolist() != [0, *ks * removed]:
         raise InputError(
             f"the {len(subsets)} subsets are not those of a test of brittleness (all rows, then each query's "
             "best ones removed, then random ones): make them with brittleness_subsets"
         )
     rest, missing = losses[end:], missing[end:]
-    by_query = losses[1:end].reshape(queries, len(ks), queries)
+    tops = losses[1:end].reshape(removed, len(ks), queries).unbind(1)
     return losses[0], [
-        Removal(k, by_query[:, place].diagonal(), rest[missing == k]) for place, k in enumerate(ks)
+        Removal(k, top[0] if together else top.diagonal(), rest[missing == k])
+        for k, top in zip(ks, tops, strict=True)
     ]
 
 
 class Brittleness(NamedTuple):
     """Means over queries: the rise of the loss, the rise by chance, and how often the first is larger.
 
-    `lost` and `lost_by_chance` are the shares of answers of probability 1/2 or more that fall below it.
+    `more` is the first less the second, and `in_errors` is that in units of the standard error over random
+    removals, `s sqrt(1 + 1 / controls)`: how far one more random removal would lie from the mean of the
+    others, s being the standard deviation of their mean loss. (The mean of a removal for each query varies
+    less, so the number is rather too small there.) `lost` and `lost_by_chance` are the shares of answers of
+    probability 1/2 or more that fall below it.
 
-    Intervals are over queries; those of `by_chance` and `above_chance` are over random removals too. They do
+    Intervals are over queries; those with random removals in them are over these too. They do
     not include the randomness of the one full model, which changes all rises alike.
     """
 
     rise: Estimate
     by_chance: Estimate
     above_chance: Estimate
+    more: Estimate
+    in_errors: Estimate
     lost: Estimate | None
     lost_by_chance: Estimate | None
 
@@ -132,9 +151,11 @@ def brittleness(
     if probabilities and sure.any():
         lost = mean_estimate((top > _HALF)[sure].double())
         by_chance = grid_estimate((random > _HALF)[:, sure].double())
+    more, error = grid_estimate(top - random), float(random.mean(1).std()) * (1 + 1 / len(random)) ** 0.5
+    in_errors = Estimate(*(value / error if error else math.nan for value in more))
     return Brittleness(
         mean_estimate(top - full), grid_estimate(random - full), grid_estimate((top > random).double()),
-        lost, by_chance,
+        more, in_errors, lost, by_chance,
     )  # fmt: skip
 
 
@@ -190,10 +211,14 @@ def flips(full: Float[Tensor, " queries"], removal: Removal) -> Flips:
 
 
 def all_flips(
-    margins: Float[Tensor, "subsets queries"] | None, subsets: Bool[Tensor, "subsets rows"], sizes: int
+    margins: Float[Tensor, "subsets queries"] | None,
+    subsets: Bool[Tensor, "subsets rows"],
+    sizes: int,
+    *,
+    together: bool = False,
 ) -> list[Flips | None]:
     """What becomes of predictions, for each number of rows removed; None where there are no classes."""
     if margins is None:
         return [None] * sizes
-    full, parts = removals(subsets, margins)
+    full, parts = removals(subsets, margins, together=together)
     return [flips(full, part) for part in parts]

@@ -83,6 +83,34 @@ def refuse_other_data(mine: Scores, theirs: Scores | Truth | Sides, what: str, o
             )
 
 
+def mismatch(scores: Scores, truth: Truth) -> str | None:
+    """What a person must know who compares scores with a ground truth that answers another question.
+
+    Args:
+        scores: whose settings say how they were made.
+        truth: the retrained models.
+
+    Returns:
+        A sentence, or None where nothing is amiss.
+    """
+    made = made_of(scores.settings)
+    magic = (made.method or {}).get("magic") or made.further.get("magic")
+    if magic is None and made.recipe != "inrun":
+        return None
+    name, seed = scores.name, made.seed if magic is None else magic.get("seed")
+    if truth.removal == "drop":
+        return (
+            f"{name} says what masking rows does to one training, and these models dropped them: retrain "
+            "with --removal mask"
+        )
+    if truth.seeding == "independent" or (seed is not None and seed not in truth.seeds):
+        return (
+            f"{name} is of the order of seed {seed}, which is not that of all of these models: retrain with "
+            f"--seed {seed}, and shared seeds"
+        )
+    return None
+
+
 def in_words(ids: Sequence[str], other: Sequence[str]) -> str:
     """How many ids there are, and the first of those that the other side has not in their place.
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Unpack, get_args
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -13,21 +13,19 @@ from torch import Tensor
 
 import gradfn
 from gradfn.errors import InputError
+from gradfn.evaluate.retraining import Retraining, Seeding
 from gradfn.evaluate.subsets import FEWEST, check_subsets
 from gradfn.methods.scoring import names_of
 from gradfn.model.losses import ModelLoss
-from gradfn.random import words
 from gradfn.runs.output import Output, WriteOptions
 from gradfn.runs.provenance import DataSource, Provenance, loss_source
 from gradfn.runs.shards import Shard, shard_rows
 from gradfn.store import Store, open_part, open_store, storable
 from gradfn.train import (
     Losses,
-    Progress,
-    Start,
     Table,
+    Trained,
     Trainer,
-    Training,
     alone_if_needed,
     initial_params,
     losses_at,
@@ -35,14 +33,11 @@ from gradfn.train import (
     stacked_losses,
     table_of,
 )
+from gradfn.train.step import Removal
 from gradfn.types import Data, LossFn, Params
 from gradfn.watch import Resumed
 
 KIND = "truth"
-MOST_SEEDS = 1000
-"""What the seeds of models have room for."""
-Seeding = Literal["shared", "independent"]
-"""Whether the k-th models of all subsets have one seed, or every model a seed of its own."""
 CLASSES = ("classification", "image_classification")
 """Tasks whose predictions are right or wrong."""
 
@@ -63,6 +58,7 @@ class Truth:
         looped: why the models were trained one by one, or empty where they stacked.
         margins: where there are classes, how far each query's right one is above the best of the others,
             `[models, queries]`; a prediction is right where that is above 0.
+        weights: what the losses of rows were multiplied by, `[models, rows]`; None: 1 in a subset, else 0.
 
     >>> truth = Truth(torch.tensor([[True, False], [True, False], [False, True]]), torch.tensor([0, 0, 1]),
     ...     torch.tensor([0, 1, 2]), torch.tensor([[1.0], [3.0], [5.0]]).double(), torch.zeros(3).double(),
@@ -84,12 +80,30 @@ class Truth:
     settings: dict[str, Any]
     looped: str = ""
     margins: Float64[Tensor, "models queries"] | None = None
+    weights: Float64[Tensor, "models rows"] | None = None
 
     def targets(self) -> tuple[Bool[Tensor, "subsets rows"], Float64[Tensor, "subsets queries"]]:
         """The subsets, and the mean loss of each query over a subset's seeds, of the models `averaged`."""
+        return self.subsets[self._firsts()], self._means(self.losses)
+
+    def weighed(self) -> Float64[Tensor, "subsets rows"]:
+        """The weights of the rows in the same subsets."""
+        return self.row_weights[self._firsts()]
+
+    @property
+    def row_weights(self) -> Float64[Tensor, "models rows"]:
+        """The weights of the rows in every model."""
+        return self.subsets.double() if self.weights is None else self.weights
+
+    def _firsts(self) -> list[int]:
+        """The first model of each subset that is averaged."""
         known = self.numbers[self.averaged()].unique()
-        firsts = [int((self.numbers == number).nonzero()[0]) for number in known]
-        return self.subsets[firsts], self._means(self.losses)
+        return [int((self.numbers == number).nonzero()[0]) for number in known]
+
+    @property
+    def removal(self) -> Removal:
+        """What became of rows outside a subset."""
+        return "mask" if self.settings.get("removal") == "mask" else "drop"
 
     @property
     def seeding(self) -> Seeding:
@@ -133,7 +147,23 @@ class Truth:
             losses=self.losses[models], train_losses=self.train_losses[models],
             diverged=self.diverged[models],
             margins=None if self.margins is None else self.margins[models],
+            weights=None if self.weights is None else self.weights[models],
         )  # fmt: skip
+
+    def by_fraction(self) -> "list[Truth]":
+        """The same of each size of random subsets, where several were asked for; else all of it.
+
+        >>> truth = Truth(torch.tensor([[True, True, False], [True, False, False]]), torch.tensor([0, 1]),
+        ...     torch.tensor([0, 0]), torch.zeros(2, 1).double(), torch.zeros(2).double(),
+        ...     torch.zeros(2, dtype=torch.bool), ["a", "b", "c"], ["q"],
+        ...     {"subsets": {"fraction": [0.67, 0.33]}})
+        >>> [len(part.seeds) for part in truth.by_fraction()]
+        [1, 1]
+        """
+        if not isinstance(self.settings.get("subsets", {}).get("fraction"), list):
+            return [self]
+        sizes = self.subsets.sum(1)
+        return [self.of_models(sizes == size) for size in sizes.unique().flip(0)]
 
     def leaving_one_out(self) -> "Truth":
         """The same of the models that were trained without one row each.
@@ -182,93 +212,6 @@ class Truth:
         return sums / counts[:, None]
 
 
-@dataclass(frozen=True, eq=False)
-class Retraining:
-    """Which models to retrain, and what is recorded of them.
-
-    Args:
-        start: what makes a model (called once a model, seeded), or the parameters that all start from.
-        loss: of a row in training, and of a query if that has no other.
-        training: optimizer, schedule, batches.
-        subsets: which rows to train on, see `random_subsets`.
-        query_loss: of a query; None: `loss`.
-        margin_loss: minus the margin of a query's right class, which is recorded too; None: that of a
-            `model_loss` of classification, and of other losses there is none.
-        seeds: models of each subset.
-        seed: of them all, see `model_seed`.
-        seeding: "shared": the k-th models of all subsets have one seed, so that subsets differ in their rows
-            and not in what chance adds. "independent": every model has a seed of its own, as in most
-            published ground truths; ceilings and scores are lower.
-        chunk: how many models train together, which changes no result; None: what fits.
-
-    Raises:
-        InputError: a subset without rows; no seeds, more than there is room for, or too large a seed; another
-            seeding.
-
-    >>> halves = torch.tensor([[True, False], [False, True]])
-    >>> start, training = {"w": torch.ones(1)}, Training(1, 1, 0.1)
-    >>> Retraining(start, lambda p, e: p["w"].sum(), training, halves, seeds=2).models().seeds
-    tensor([0, 1, 0, 1])
-    """
-
-    start: Start
-    loss: LossFn
-    training: Training
-    subsets: Bool[Tensor, "subsets rows"]
-    query_loss: LossFn | None = None
-    margin_loss: LossFn | None = None
-    seeds: int = 1
-    seed: int = 0
-    seeding: Seeding = "shared"
-    chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "subsets", self.subsets.cpu())
-        check_subsets(self.subsets)
-        if self.seeding not in get_args(Seeding):
-            raise InputError(f"no `seeding` {self.seeding!r}: choose {' or '.join(get_args(Seeding))}")
-        if not 1 <= self.seeds < MOST_SEEDS:
-            raise InputError(
-                f"there can be 1 to {MOST_SEEDS - 1} seeds a subset, not {self.seeds}: ask for others"
-            )
-        if abs(self.seed) >= 1 << 53:
-            raise InputError(f"the seed {self.seed} is too large for seeds of models: give one below 2^53")
-
-    def models(self) -> "Models":
-        """The models of all subsets, those of one side by side."""
-        numbers = torch.arange(len(self.subsets)).repeat_interleave(self.seeds)
-        replicates = list(range(self.seeds)) * len(self.subsets)
-        independent = self.seeding == "independent"
-        keys = [
-            model_seed(self.seed, replicate, number if independent else None)
-            for number, replicate in zip(numbers.tolist(), replicates, strict=True)
-        ]
-        return Models(self.subsets[numbers], numbers, torch.tensor(keys))
-
-
-class Models(NamedTuple):
-    """What models are trained on, and how they are seeded; see `Truth`."""
-
-    subsets: Tensor
-    numbers: Tensor
-    seeds: Tensor
-
-
-def model_seed(seed: int, replicate: int, subset: int | None = None) -> int:
-    """The seed of the `replicate`-th model of every subset, or of one subset alone.
-
-    Models that share it start alike and see the rows that they have in the same order (common random
-    numbers). The seed of a subset alone is the first word drawn by the key ("model", seed, subset,
-    replicate), without its last bit.
-
-    >>> model_seed(7, 1), model_seed(7, 1, subset=0) == model_seed(7, 1, subset=1)
-    (7001, False)
-    """
-    if subset is None:
-        return seed * MOST_SEEDS + replicate
-    return int(words(1, "model", seed, subset, replicate)[0] >> 1)
-
-
 def retrain(
     run: str | Path,
     retraining: Retraining,
@@ -298,7 +241,8 @@ def retrain(
     """
     output, models, training = Output(run, **options), retraining.models(), retraining.training
     trainer = make_trainer(retraining.start, retraining.loss, train, training)
-    trainer.check(retraining.subsets, models.seeds[:: retraining.seeds].tolist())
+    placed, weights = models.placed(retraining.removal)
+    trainer.check(placed, models.seeds.tolist(), weights)
     check_subsets(retraining.subsets, _classes(trainer.table))
     size = trainer.at_once(retraining.chunk)
     asked = _query_losses(retraining)
@@ -313,10 +257,14 @@ def retrain(
         missing = writer.missing(slices)
         if progress is not None:
             done = {*own} - {model for span in missing for model in range(*span)}
-            progress(Resumed(training.epochs * models.subsets[sorted(done)].sum()))
+            progress(Resumed(training.epochs * placed[sorted(done)].sum()))
         for begin, end in missing:
-            chosen = Models(*(of_all[begin:end] for of_all in models))
-            results = {**chosen._asdict(), **_losses(trainer, queries, chosen, progress)}
+            known = models.part(begin, end)
+            trained = trainer.train(
+                placed[begin:end], known["seeds"].tolist(), chunk=size, progress=progress,
+                weights=None if weights is None else weights[begin:end],
+            )  # fmt: skip
+            results = {**known, **_losses(trained, queries, training.batch_size)}
             writer.write(begin, end, {name: value.cpu().numpy() for name, value in results.items()})
         writer.finish({**names, "looped": [trainer.looped or ""]})
     with open_part(output.folder, KIND) as store:
@@ -367,16 +315,9 @@ def _queries(trainer: Trainer, losses: Mapping[str, LossFn], query: Data) -> _Qu
     return made
 
 
-def _losses(
-    trainer: Trainer, queries: _Queries, models: Models, progress: Progress | None
-) -> dict[str, Tensor]:
-    """Train a chunk of models; their losses and margins, NaN where they diverged."""
-    seeds = models.seeds.tolist()
-    trained = trainer.train(models.subsets, seeds, chunk=len(seeds), progress=progress)
-    made = {
-        name: query_losses(trained.params, *asked, trainer.training.batch_size)
-        for name, asked in queries.items()
-    }
+def _losses(trained: Trained, queries: _Queries, batch_size: int) -> dict[str, Tensor]:
+    """The losses and margins of trained models, NaN where they diverged."""
+    made = {name: query_losses(trained.params, *asked, batch_size) for name, asked in queries.items()}
     diverged = trained.diverged | ~torch.stack([values.isfinite().all(1) for values in made.values()]).all(0)
     finite = {name: torch.where(diverged[:, None], torch.nan, values) for name, values in made.items()}
     if "margins" in finite:
@@ -402,6 +343,8 @@ def _describe(
     """What the truth depends on."""
     given = isinstance(retraining.start, dict)
     masks = np.packbits(retraining.subsets.numpy()).tobytes()
+    if retraining.weights is not None:
+        masks += retraining.weights.cpu().numpy().tobytes()
     return Provenance(
         version=gradfn.__version__,
         data=DataSource(fingerprint=_fingerprint(train, trainer.table), rows=len(train)),
@@ -415,6 +358,7 @@ def _describe(
         seeds=retraining.seeds,
         seed=retraining.seed,
         seeding=retraining.seeding,
+        removal="mask" if retraining.removal == "mask" else None,  # earlier runs did not record it
     )
 
 

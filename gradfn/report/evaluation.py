@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradfn.evaluate.bootstrap import Estimate, mean_estimate
 from gradfn.evaluate.brittleness import Brittleness, Flips, Removal
+from gradfn.evaluate.change import Agreement
 from gradfn.evaluate.comparison import Compared, Comparison
 from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
 from gradfn.evaluate.retrieval import recall_at, reciprocal_rank
@@ -49,7 +50,8 @@ def comparison_facts(
     """What scores are compared with."""
     kept = truth.of_models(truth.averaged())
     made = f"{count(subsets, 'subset')} x {_seeds(kept)}, of {count(len(truth.row_ids), 'row')}"
-    lines = [("truth", path), ("models", made), *_diverged(truth, kept)]
+    how = f"{removed(truth.subsets):.3g} of the rows, {'masked' if truth.removal == 'mask' else 'dropped'}"
+    lines = [("truth", path), ("models", made), ("removed", how), *_diverged(truth, kept)]
     whole, reported = len(truth.query_ids), len(told.queries)
     if reported < whole:
         lines.append(
@@ -89,8 +91,28 @@ def _seeds(kept: Truth) -> str:
     return count(kept.replicates, f"{kept.seeding} seed")
 
 
-def comparison_table(told: Comparison, ceiling: Estimate | None) -> Table:
-    """Correlations of runs with retrained models, and the noise ceiling below them."""
+CEILING = "noise ceiling"
+
+
+def removed(subsets: Tensor) -> float:
+    """The mean share of the rows that subsets leave out.
+
+    >>> import torch
+    >>> removed(torch.tensor([[True, False], [True, True]]))
+    0.25
+    """
+    return 1 - float(subsets.double().mean())
+
+
+def comparison_lines(
+    told: Comparison, ceiling: Estimate | None, share: float | None = None
+) -> list[dict[str, str]]:
+    """Correlations of runs with retrained models, and the noise ceiling below them, as they are shown.
+
+    Args:
+        told, ceiling: of one size of subsets.
+        share: of the rows that are removed, where there are several sizes.
+    """
     lines = [
         {"run": one.name, "damping": one.damping, "LDS": f"{one.lds.value:.3f}",
          "95 % interval": between(one.lds), "of ceiling": _share(one.lds, ceiling),
@@ -98,11 +120,16 @@ def comparison_table(told: Comparison, ceiling: Estimate | None) -> Table:
         for one in told.runs
     ]  # fmt: skip
     if ceiling is not None:
-        lines.append(
-            {"run": "noise ceiling", "LDS": f"{ceiling.value:.3f}", "95 % interval": between(ceiling)}
-        )
-    names = ("run", "damping", "LDS", "95 % interval", "of ceiling", "Pearson", "95 % interval ")
-    return rows_table(lines, names)
+        lines.append({"run": CEILING, "LDS": f"{ceiling.value:.3f}", "95 % interval": between(ceiling)})
+    return lines if share is None else [{"removed": f"{share:.2%}", **line} for line in lines]
+
+
+def comparison_table(lines: Sequence[dict[str, str]]) -> Table:
+    """The lines of all sizes of subsets as a table."""
+    return rows_table(
+        lines,
+        ("removed", "run", "damping", "LDS", "95 % interval", "of ceiling", "Pearson", "95 % interval "),
+    )
 
 
 def _share(one: Estimate, ceiling: Estimate | None) -> str:
@@ -110,14 +137,15 @@ def _share(one: Estimate, ceiling: Estimate | None) -> str:
 
 
 def comparison_row(
-    one: Compared, told: Comparison, ceiling: Estimate | None, truth: Truth, subsets: int
+    one: Compared, told: Comparison, ceiling: Estimate | None, truth: Truth, subsets: Tensor
 ) -> dict[str, Any]:
     """A run in the exported table."""
     return {
         "run": one.name, "damping": one.damping,
         **columns("lds", one.lds), **columns("pearson", one.pearson), **columns("ceiling", ceiling),
         "share_of_ceiling": one.lds.value / ceiling.value if ceiling and ceiling.value > 0 else None,
-        "subsets": subsets, "models": len(truth.diverged), "diverged": int(truth.diverged.sum()),
+        "subsets": len(subsets), "removed": removed(subsets), "removal": truth.removal,
+        "models": len(truth.diverged), "diverged": int(truth.diverged.sum()),
         "seeding": truth.seeding, "queries": len(told.queries),
     }  # fmt: skip
 
@@ -126,14 +154,16 @@ def comparison_row(
 
 
 def removal_facts(
-    truth: Truth, kept: Truth, full: Tensor, parts: Sequence[Removal], flipped: Flips | None, path: str
+    truth: Truth, kept: Truth, parts: Sequence[Removal], full: Tensor, flipped: Flips | None, path: str
 ) -> Facts:
     """What was removed."""
     queries = count(len(full), "query")
+    each = "all queries together" if truth.settings.get("subsets", {}).get("together") else queries
     controls = count(min(len(part.random) for part in parts), "random removal")
     lines = [
         ("truth", path),
-        ("models", f"{queries} x {count(len(parts), 'size')}, {controls} of each size, {_seeds(kept)}"),
+        ("models", f"{each} x {count(len(parts), 'size')}, {controls} of each size, {_seeds(kept)}"),
+        ("removed", f"rows are {'masked' if truth.removal == 'mask' else 'dropped'}"),
         ("full model", f"mean loss {float(full.mean()):.3f}"),
     ]
     if flipped is not None:
@@ -144,7 +174,8 @@ def removal_facts(
 def removal_line(k: int, one: Brittleness, flipped: Flips | None) -> dict[str, str]:
     """What removing `k` rows does, as it is shown."""
     rises = {"removed": f"{k:,}", "loss rises by": _signed(one.rise), "by chance": _signed(one.by_chance),
-             "above chance": f"{one.above_chance.value:.0%}"}  # fmt: skip
+             "above chance": f"{one.above_chance.value:.0%}",
+             "standard errors": _in_errors(one.in_errors)}  # fmt: skip
     if flipped is not None and flipped.flipped is not None and flipped.flipped_by_chance is not None:
         by_chance = f"{flipped.flipped_by_chance.value:.0%} by chance"
         return {**rises, "predictions flip": f"{flipped.flipped.value:.0%}, {by_chance}"}
@@ -162,8 +193,43 @@ def removal_row(k: int, one: Brittleness, flipped: Flips | None) -> dict[str, An
     return row
 
 
+def _in_errors(one: Estimate) -> str:
+    """How far above chance, in standard errors."""
+    if isnan(one.value):
+        return ""
+    return f"{one.value:+.1f}" + ("" if isnan(one.low) else f" ({one.low:.1f} to {one.high:.1f})")
+
+
 def _signed(one: Estimate) -> str:
     return f"{one.value:+.3f}" + ("" if isnan(one.low) else f" ({one.low:.3f} to {one.high:.3f})")
+
+
+# --- predicted and real changes
+
+
+def change_facts(truth: Truth, path: str, of_all: bool) -> Facts:
+    """What predicted changes are compared with."""
+    kept = truth.of_models(truth.averaged())
+    models = count(len(kept.numbers.unique()), "training")
+    return [
+        ("truth", path),
+        ("models", f"{models} x {_seeds(kept)}, rows {'masked' if truth.removal == 'mask' else 'dropped'}"),
+        ("changes", "from the model of all rows" if of_all else "from the mean over models"),
+        *_diverged(truth, kept),
+    ]
+
+
+def change_line(run: str, damping: str, size: float, models: int, told: Agreement) -> dict[str, Any]:
+    """How changes agree at one size of steps: numbers, and beside them what is shown."""
+    row: dict[str, Any] = {"run": run, "damping": damping, "step": size, "models": models}
+    for name, one in told._asdict().items():
+        row |= columns(name, one) | {f"{name} (95 % interval)": _between(one)}
+    return row
+
+
+def _between(one: Estimate) -> str:
+    """An estimate of either sign with its interval."""
+    return "" if isnan(one.value) else f"{one.value:.3f}" + ("" if isnan(one.low) else f" ({between(one)})")
 
 
 # --- known answers

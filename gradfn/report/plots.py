@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from gradfn.errors import InputError, StorageError
 from gradfn.evaluate.bootstrap import Estimate
+from gradfn.evaluate.change import Changes, agreement
 
 FORMATS = ("png", "pdf", "svg")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
@@ -157,7 +158,66 @@ def plot_runs(
     return Path(path)
 
 
+def plot_changes(parts: Mapping[str, Sequence[Changes]], path: str | Path, *, unit: str = "") -> Path:
+    """Draw real changes of losses against predicted ones, a panel a size of steps, a colour a run.
+
+    Args:
+        parts: the changes of each run, one of each size.
+        path: a .png, .pdf or .svg.
+        unit: of the losses.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: see `check_plot`; nothing to draw.
+
+    >>> import tempfile, torch
+    >>> made = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    >>> one = Changes(torch.full((4,), 0.1).double(), made, made + made.square() / 9, True)
+    >>> plot_changes({"magic": [one]}, tempfile.mkdtemp() + "/changes.png", unit="nats").name
+    'changes.png'
+    """
+    sizes = sorted({float(one.size[0]) for found in parts.values() for one in found})
+    if not sizes:
+        raise InputError("there are no changes to draw: give at least one run with one size of steps")
+    with _figure(path, len(sizes), (0.4 + 4.0 * len(sizes), 4.2)) as axes:
+        colours = dict(zip(parts, _colours(len(parts)), strict=True))
+        for axis, size in zip(axes, sizes, strict=True):
+            there = {
+                name: one for name, found in parts.items() for one in found if float(one.size[0]) == size
+            }
+            _scatter(axis, f"step {size:.3g}", there, colours)
+            suffix = f" ({unit})" if unit else ""
+            axis.set(xlabel=f"predicted change of a query's loss{suffix}", ylabel=f"real change{suffix}")
+    return Path(path)
+
+
 # --- parts
+
+
+def _scatter(axis: Any, title: str, found: Mapping[str, Changes], colours: Mapping[str, str]) -> None:
+    """Points beside the diagonal; the figures of one run in the title, of several in the legend."""
+    axis.grid(color=GRID, linewidth=0.8)
+    for name, change in found.items():
+        told = agreement(change)
+        figures = f": slope {told.slope.value:.2f}, correlation {told.correlation.value:.3f}"
+        x, y = (side.flatten().tolist() for side in (change.predicted, change.real))
+        alone = len(found) == 1
+        axis.scatter(x, y, s=10, alpha=0.5, color=colours[name], linewidths=0, rasterized=True,
+                     label=name if alone else name + figures)  # fmt: skip
+        title += figures if alone else ""
+    low, high = _ends([change.predicted for change in found.values()])
+    axis.plot([low, high], [low, high], color=INK, linewidth=1.2, linestyle=(0, (4, 2)), label="as predicted")
+    axis.set_title(title)
+    axis.locator_params(axis="x", nbins=6)
+    for text in axis.legend(frameon=False, fontsize=8, handletextpad=0.4).get_texts():
+        text.set_parse_math(False)
+
+
+def _ends(values: Sequence[Any]) -> tuple[float, float]:
+    """The smallest and the largest of all numbers."""
+    return min(float(one.min()) for one in values), max(float(one.max()) for one in values)
 
 
 @contextmanager

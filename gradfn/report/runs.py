@@ -40,7 +40,8 @@ def contents(store: Store) -> Iterator[tuple[str, str]]:
         kept = store.read("blocks/kept")
         yield "mask", f"{count(len(kept), 'block')}, correlation {kept.mean():.3f} kept on average"
     elif store.header.kind == "truth":
-        yield "models", f"{store.rows:,}"
+        removed = "masked" if store.settings.get("removal") == "mask" else "dropped"
+        yield "models", f"{store.rows:,}, rows outside a subset {removed}"
     elif store.header.kind == "training":
         losses = store.read("steps/loss")
         yield "steps", f"{store.rows:,}, loss {losses[0]:.4g} at the first and {losses[-1]:.4g} at the last"

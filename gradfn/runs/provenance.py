@@ -140,8 +140,8 @@ class Provenance(Record):
         basis: of the second of two passes to a curvature, a digest of what the first gave.
         checkpoints: of joined scores.
         mask: how the coordinates of a mask were chosen.
-        query_loss, margin_loss, init, training, subsets, seeds, seed, seeding: of retrained models, see
-            `retrain`.
+        query_loss, margin_loss, init, training, subsets, seeds, seed, seeding, removal: of retrained models,
+            see `retrain`.
         request: what was asked for, such as a command with the options that were given. Two runs that
             differ only in this are the same.
 
@@ -177,6 +177,7 @@ class Provenance(Record):
     seeds: int | None = None
     seed: int | None = None
     seeding: str | None = None
+    removal: str | None = None
     request: Settings | None = None
 
     @classmethod

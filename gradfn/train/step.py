@@ -19,7 +19,7 @@ Losses = Callable[[Params, Batch], Tensor]
 """The losses of a batch at given parameters, `[batch]`; or of stacked ones, `[models, batch]`."""
 
 Removal = Literal["drop", "mask"]
-"""What the removal of rows does to a step that loses all of its rows; see `make_step`."""
+"""Whether a row that is removed has no place in a training, or keeps it with weight 0; see `make_step`."""
 
 
 def make_step(

@@ -36,13 +36,24 @@ CACHE_BYTES = 192 << 20
 STATE_COPIES = 10
 """Memory of a step in sizes of the parameters: parameters, gradients and moments, old, new and in between."""
 Progress = Callable[[int], None]
+Weights = Float[Tensor, "models rows"] | None
+"""What the losses of rows are multiplied by in each model; None: 1."""
 
 
 class Step(NamedTuple):
-    """One step: the state after it, the rows it took, their weights, and their losses before it."""
+    """One step of many models.
+
+    Args:
+        state: after it.
+        rows: that it took; where a model has fewer than others, one of its own fills the batch.
+        counts: how many of them are of the batch.
+        weights: what their losses were multiplied by, one over the size of the batch included.
+        losses: before the step.
+    """
 
     state: State
     rows: Int64[Tensor, "models batch"]
+    counts: Int64[Tensor, " models"]
     weights: Float[Tensor, "models batch"]
     losses: Float[Tensor, "models batch"]
 
@@ -53,7 +64,8 @@ class Trained:
 
     Args:
         params: `{name: [models, ...]}`.
-        losses: the mean loss over the rows of the last epoch, each before its step, `[models]`.
+        losses: the mean loss over the rows of the last epoch, each before its step, `[models]`; rows of
+            weight 0 are left out.
         diverged: whether a loss or a parameter is not finite, `[models]`.
     """
 
@@ -70,13 +82,15 @@ def train(
     seeds: Sequence[int],
     training: Training,
     *,
+    weights: Weights = None,
     chunk: int | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Train one model for each subset, many at a time.
 
     Model m starts from `start`, is seeded with `seeds[m]`, and is trained on the rows of `subsets[m]` in an
-    order that is a function of seed and epoch. All parameters are trained; dropout is off.
+    order that is a function of seed and epoch. All parameters are trained; dropout is off. A row outside a
+    subset is dropped: it has no place in a batch. A row of weight 0 is masked: it keeps its place.
 
     Args:
         start: what makes a model, called under `torch.manual_seed(seeds[m])`, or the parameters of the start.
@@ -85,6 +99,8 @@ def train(
         subsets: which rows each model sees.
         seeds: one a model.
         training: optimizer, schedule, batches.
+        weights: what the losses of rows are multiplied by; None: 1. They change no batch, no denominator and
+            no schedule, and a step is taken even where all of its rows have weight 0; see `Course`.
         chunk: how many models train together; it changes no result. None: as many as fit in memory.
         progress: called with the number of examples done since the last call.
 
@@ -101,7 +117,7 @@ def train(
     tensor([0.5000, 2.5000])
     """
     trainer = make_trainer(start, loss, data, training)
-    return trainer.train(subsets, seeds, chunk=chunk, progress=progress)
+    return trainer.train(subsets, seeds, weights=weights, chunk=chunk, progress=progress)
 
 
 def make_trainer(start: Start, loss: LossFn, data: Data, training: Training) -> "Trainer":
@@ -160,75 +176,92 @@ class Trainer:
         subsets: Bool[Tensor, "models rows"],
         seeds: Sequence[int],
         *,
+        weights: Weights = None,
         chunk: int | None = None,
         progress: Progress | None = None,
     ) -> Trained:
         """Train the models to the end, as many at a time as fit in memory; see `train`."""
-        self.check(subsets, seeds)
+        self.check(subsets, seeds, weights)
         size = self.at_once(chunk)
         parts = [
-            self._train_chunk(subsets[start : start + size], list(seeds[start : start + size]), progress)
-            for start in range(0, len(seeds), size)
+            self._train_chunk(
+                subsets[own], list(seeds[own]), weights if weights is None else weights[own], progress
+            )
+            for own in (slice(start, start + size) for start in range(0, len(seeds), size))
         ]
         return Trained(
             {name: torch.cat([part.params[name] for part in parts]) for name in parts[0].params},
             torch.cat([part.losses for part in parts]), torch.cat([part.diverged for part in parts]),
         )  # fmt: skip
 
-    def trajectory(self, subsets: Bool[Tensor, "models rows"], seeds: Sequence[int]) -> Iterator[Step]:
+    def trajectory(
+        self, subsets: Bool[Tensor, "models rows"], seeds: Sequence[int], weights: Weights = None
+    ) -> Iterator[Step]:
         """Train the models and yield every step; later steps do not change the states yielded before.
 
         Args:
             subsets: the rows of each model.
             seeds: of each model's initialisation and order.
+            weights: of the rows, see `train`.
 
         Raises:
-            InputError: subsets that do not fit the rows, the seeds or the batches.
+            InputError: subsets or weights that do not fit the rows, the seeds or the batches.
         """
-        self.check(subsets, seeds)
-        return self._steps(subsets, seeds, update)
+        self.check(subsets, seeds, weights)
+        return self._steps(subsets, seeds, weights, update)
 
-    def _train_chunk(self, subsets: Tensor, seeds: Sequence[int], progress: Progress | None) -> Trained:
+    def _train_chunk(
+        self, subsets: Tensor, seeds: Sequence[int], weights: Weights, progress: Progress | None
+    ) -> Trained:
         sizes = subsets.sum(1)
         last_epoch = (self.training.epochs - 1) * -(-int(sizes.max()) // self.training.batch_size)
         sums, params = torch.zeros(len(seeds), dtype=torch.float64), {}
-        alike = bool((sizes == sizes[0]).all())
-        for number, step in enumerate(self._steps(subsets, seeds, update_in_place if alike else update)):
-            params, real = step.state.params, step.weights > 0
+        seen = torch.zeros_like(sums)
+        move = update_in_place if bool((sizes == sizes[0]).all()) else update
+        for number, step in enumerate(self._steps(subsets, seeds, weights, move)):
+            params, real = step.state.params, step.weights != 0
             if number >= last_epoch:
                 sums = sums.to(real.device) + torch.where(real, step.losses, 0).sum(1, dtype=torch.float64)
+                seen = seen.to(real.device) + real.sum(1)
             if progress is not None:
-                progress(int(real.sum()))
-        losses = sums / sizes.to(sums.device)
+                progress(int(step.counts.sum()))
+        losses = sums / seen.clamp_min(1)
         finite = torch.stack([p[..., None].isfinite().flatten(1).all(1) for p in params.values()]).all(0)
         return Trained(params, losses, ~(finite & losses.isfinite()))
 
-    def _steps(self, subsets: Tensor, seeds: Sequence[int], move: Update) -> Iterator[Step]:
+    def _steps(self, subsets: Tensor, seeds: Sequence[int], weights: Weights, move: Update) -> Iterator[Step]:
         chosen = subsets.cpu().numpy()
         sizes = chosen.sum(1)
         params = stacked_params(self.start, seeds)
         device = next(iter(params.values())).device
         total = torch.from_numpy(self.training.epochs * -(-sizes // self.training.batch_size)).to(device)
         state = first_state(params, self.training, total)
+        weights = weights if weights is None else weights.to(device)
         for epoch in range(self.training.epochs):
             for rows, counts in batches(orders(chosen, seeds, epoch), sizes, self.training.batch_size):
-                step = self._step(state, torch.from_numpy(rows), torch.from_numpy(counts), move)
+                step = self._step(state, torch.from_numpy(rows), torch.from_numpy(counts), weights, move)
                 yield step
                 state = step.state
 
-    def _step(self, state: State, rows: Tensor, counts: Tensor, move: Update) -> Step:
-        """A step of many models: as `vmap` of `make_step`, but faster, by autograd of the summed losses."""
+    def _step(self, state: State, rows: Tensor, counts: Tensor, of_rows: Weights, move: Update) -> Step:
+        """A step of many models: as `vmap` of `make_step`, but faster, by autograd of the summed losses.
+
+        A model that has rows left takes the step, whatever their weights; `make_step` calls this "mask".
+        """
         leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
         device = next(iter(leaves.values())).device
         real = (torch.arange(rows.shape[1]) < counts[:, None]).to(device)
         with torch.enable_grad():
             losses = losses_at(self.losses, leaves, self.table, rows)
-            weights = (real.double() / counts.clamp_min(1)[:, None].to(device)).to(losses.dtype)
+            shares = real.double() / counts.clamp_min(1)[:, None].to(device)
+            if of_rows is not None:
+                shares = shares * of_rows.gather(1, rows.to(device))
+            weights = shares.to(losses.dtype)
             grads = torch.autograd.grad((losses * weights).sum(), [*leaves.values()], materialize_grads=True)
         with torch.no_grad():
             active = None if bool((counts > 0).all()) else (counts > 0).to(device)
             state = move(self.training, state, dict(zip(leaves, grads, strict=True)), active)
-        return Step(state, rows, weights, losses.detach())
+        return Step(state, rows, counts, weights, losses.detach())
 
     def at_once(self, chunk: int | None = None) -> int:
         """How many models train together: `chunk`, or what fits in memory and, on a CPU, in its caches."""
@@ -246,8 +279,8 @@ class Trainer:
         room = free_memory(device) // 2
         return max(1, (min(room, CACHE_BYTES) if device.type == "cpu" else room) // one)
 
-    def check(self, subsets: Tensor, seeds: Sequence[int]) -> None:
-        """Refuse subsets that do not fit the rows, the seeds or the batches."""
+    def check(self, subsets: Tensor, seeds: Sequence[int], weights: Weights = None) -> None:
+        """Refuse subsets or weights that do not fit the rows, the seeds or the batches."""
         models, rows = subsets.shape
         if rows != len(self.table) or models != len(seeds) or not models:
             raise InputError(
@@ -261,6 +294,11 @@ class Trainer:
             raise InputError(
                 f"a batch of {self.training.batch_size} is larger than the smallest subset, of {smallest} "
                 f"rows: give a batch size of at most {smallest}"
+            )
+        if weights is not None and (weights.shape != subsets.shape or not bool(weights.isfinite().all())):
+            raise InputError(
+                f"expected `weights` of {[models, rows]} finite numbers, one for each row of each model, got "
+                f"{list(weights.shape)}"
             )
 
 

@@ -389,5 +389,8 @@ def test_one_query_has_no_interval(ok, world, tmp_path):
     assert "nan" not in out
 
 
-def test_info_tells_a_truth_by_its_models(ok, world):
-    assert "models 40" in " ".join(ok("info", world.truth).split())
+def test_info_tells_a_truth_by_its_models_and_what_was_removed(ok, world, tmp_path):
+    assert "models 40, rows outside a subset dropped" in " ".join(ok("info", world.truth).split())
+    masked = write_truth(tmp_path / "t", world.subsets, world.losses, world.numbers,
+                         settings={"removal": "mask"})  # fmt: skip
+    assert "models 40, rows outside a subset masked" in " ".join(ok("info", masked).split())

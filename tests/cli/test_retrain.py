@@ -9,10 +9,12 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import gradfn as gf
 from gradfn.cli import retrain as module
+from gradfn.evaluate.retraining import model_seed
 from gradfn.evaluate.subsets import random_subsets
-from gradfn.evaluate.truth import model_seed, open_truth
+from gradfn.evaluate.truth import open_truth
 from gradfn.model.params import params_of
 from gradfn.train import Training, train
+from gradfn.train.course import Course
 
 SMALL = ("--subsets", 3, "--epochs", 1, "--batch-size", 3)
 
@@ -64,6 +66,39 @@ def test_seeds_may_be_independent(ok, command, folder, base, told):
     assert result.status == 2
     assert "seeding" in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+def test_rows_may_be_masked_at_several_fractions(ok, command, folder, base, model, corpus, queries):
+    """The order is that of `gradfn train` with the seed, and so the models are those of its course."""
+    given = (
+        *base,
+        *SMALL,
+        "--batch-size",
+        7,
+        "--learning-rate",
+        0.01,
+        "--seed",
+        3,
+        "--fraction",
+        "0.75,0.25",
+    )
+    out = ok("retrain", folder / "masked", *given, "--removal", "mask")
+    assert "12 (6 subsets of 3 to 9 rows, others masked, 2 seeds each)" in " ".join(out.split())
+    truth = open_truth(folder / "masked")
+    assert truth.settings["subsets"]["fraction"] == [0.75, 0.25]
+    assert (truth.removal, truth.seeds.tolist()) == ("mask", [3, 4] * 6)
+    assert [part.subsets.sum(1).unique().tolist() for part in truth.by_fraction()] == [[9], [3]]
+    net, tokens = gf.load_model(model), gf.load_tokenizer(model)
+    rows = gf.tokenize(gf.load_rows(corpus), tokens)
+    asked = gf.tokenize(gf.load_rows(queries), tokens, prompt_column="prompt", completion_column="completion")
+    for number in (0, 7):
+        course = Course(gf.causal_lm_loss(net), rows, Training(1, 7, 0.01), seed=3 + number % 2,
+                        weights=truth.subsets[number].double())  # fmt: skip
+        *_, last = course.steps(course.start(params_of(net)))
+        wanted = course.row_losses(last.state.params, asked)
+        torch.testing.assert_close(truth.losses[number], wanted, rtol=1e-4, atol=1e-4)
+    assert "removal mask" in " ".join(ok("info", folder / "masked").split())
+    assert "larger than the smallest subset" in command("retrain", folder / "less", *given).err
 
 
 def test_new_weights_differ_from_model_to_model(ok, folder, base):
@@ -172,6 +207,8 @@ def test_models_that_do_not_stack_are_told(ok, folder, base, monkeypatch):
 
 @pytest.mark.parametrize(("more", "says"), [
     (("--subsets", 2), "at least 3 subsets"), (("--fraction", 0.01), "keeps 0 of 12 rows"),
+    (("--fraction", "0.5,a"), "--fraction 0.5,a are not numbers: give 0.99,0.95, say"),
+    (("--fraction", "0.5,0.5"), "has one twice"), (("--fraction", "0.5,2"), "above 0 and below 1, not 2"),
     (("--leave-out", 12), "leaving out 12 keeps 0"), (("--batch-size", 7), "larger than the smallest subset"),
     (("--fraction", 0.5, "--leave-out", 2), "give one of them"),
     (("--remove-top", "1"), "give both, or neither"),

@@ -45,6 +45,30 @@ def test_in_a_linear_world_the_rise_is_the_sum_of_the_influences_removed(influen
         assert (told.lost, told.lost_by_chance) == (None, None)
 
 
+def test_rows_may_be_removed_for_all_queries_together(influence):
+    """In a linear world the rise is exact, and the error is that of one more random removal."""
+    subsets = brittleness_subsets(influence, [2, 3], controls=4, together=True)
+    assert (~subsets).sum(1).tolist() == [0, 2, 3] + [2] * 4 + [3] * 4
+    losses = 5 - predicted(influence, subsets)
+    full, parts = removals(subsets, losses, together=True)
+    for part, k, first in zip(parts, (2, 3), (3, 7), strict=True):
+        told, best = brittleness(full, part), influence.sum(1).sort(descending=True).indices[:k]
+        chance = torch.stack([influence[~mask].sum(0) for mask in subsets[first : first + 4]])
+        assert told.rise.value == pytest.approx(influence[best].sum(0).mean().item())
+        more = told.rise.value - chance.mean().item()
+        assert told.more.value == pytest.approx(more)
+        error = chance.mean(1).std().item() * (1 + 1 / 4) ** 0.5
+        assert told.in_errors.value == pytest.approx(more / error)
+        assert told.in_errors.low == pytest.approx(told.more.low / error)
+    with pytest.raises(InputError, match="are not those of a test of brittleness"):
+        removals(subsets, losses)
+
+
+def test_random_removals_that_do_nothing_have_no_standard_error():
+    told = brittleness(torch.zeros(2), Removal(1, torch.ones(2), torch.zeros(3, 2)))
+    assert math.isnan(told.in_errors.value)
+
+
 def test_an_answer_is_lost_where_its_probability_falls_below_a_half():
     full, top = (-torch.tensor(p).log() for p in ([0.9, 0.6, 0.5, 0.45], [0.4, 0.7, 0.1, 0.1]))
     random = -torch.tensor([[0.9, 0.4, 0.6, 0.1], [0.9, 0.9, 0.6, 0.9]]).log()

@@ -8,8 +8,9 @@ from torch.func import functional_call
 
 from gradfn.errors import InputError
 from gradfn.evaluate import truth as module
+from gradfn.evaluate.retraining import Retraining, model_seed
 from gradfn.evaluate.subsets import random_subsets
-from gradfn.evaluate.truth import Retraining, Truth, model_seed, open_truth, retrain
+from gradfn.evaluate.truth import Truth, open_truth, retrain
 from gradfn.model.losses import model_loss
 from gradfn.runs.shards import Shard, join_shards
 from gradfn.train import Trainer, Training, initial_params, train

@@ -3,12 +3,14 @@ import struct
 from itertools import combinations, pairwise
 
 import pytest
+import torch
 from matplotlib.text import Text
 
 from gradfn.errors import InputError, StorageError
 from gradfn.evaluate.bootstrap import Estimate
+from gradfn.evaluate.change import Changes
 from gradfn.report import plots
-from gradfn.report.plots import Label, Point, apart, plot_lds, plot_runs
+from gradfn.report.plots import Label, Point, apart, plot_changes, plot_lds, plot_runs
 
 POINTS = [Point(name, k, y + k / 4e4, y + k / 4e4 - 0.02, y + k / 4e4 + 0.03)
           for name, y in (("GraSS", 0.3), ("SJLT", 0.31)) for k in (512, 2048, 8192)]  # fmt: skip
@@ -156,3 +158,21 @@ def test_what_cannot_be_plotted_is_refused_before_any_work(tmp_path, monkeypatch
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(StorageError, match=r"could not write .*lds.png: No such file"):
         plot_lds(POINTS, tmp_path / "gone" / "lds.png")
+
+
+def test_changes_have_a_panel_a_size_and_figures_of_each_run(tmp_path):
+    p = torch.arange(6.0).reshape(2, 3).double()
+    small, large = (Changes(torch.full((2,), size).double(), p, p * size * 20, True) for size in (0.05, 0.1))
+    drawn = words_of(plot_changes({"a $x run": [large, small]}, tmp_path / "one.svg", unit="nats"))
+    for text in ("step 0.05: slope 1.00, correlation 1.000", "step 0.1: slope 2.00, correlation 1.000",
+                 "predicted change of a query's loss (nats)", "a $x run", "as predicted"):  # fmt: skip
+        assert text in drawn
+    assert drawn.index("step 0.05: slope 1.00, correlation 1.000") < drawn.index(
+        "step 0.1: slope 2.00, correlation 1.000"
+    )
+    both = {"a": [small], "b": [large._replace(size=small.size)]}
+    two = words_of(plot_changes(both, tmp_path / "two.svg"))
+    for text in ("a: slope 1.00, correlation 1.000", "b: slope 2.00, correlation 1.000", "real change"):
+        assert text in two
+    with pytest.raises(InputError, match="no changes to draw"):
+        plot_changes({}, tmp_path / "none.svg")
