@@ -1,15 +1,20 @@
 """The subject of attribution: a model, its losses, and which weights are seen how finely, as one value."""
 
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
-from torch import nn
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor, nn
 
 from gradfn.errors import InputError
 from gradfn.model.sites import View
 from gradfn.model.tasks import default_loss
-from gradfn.types import LossFn
+from gradfn.types import Data, LossFn
 
+Normalize = Literal["rows", "tokens"]
+"""What a training step takes the mean over: the losses of its rows, or all of their supervised tokens."""
 TOKEN_BATCH_SIZE = 4096
 """Tokens a batch, padding included, unless told otherwise."""
 
@@ -104,3 +109,19 @@ def subject_of(model: nn.Module | Subject, **options: Unpack[SubjectOptions]) ->
         return model
     given = {name: value for name, value in options.items() if value is not None}
     return Subject(model, **given)  # pyright: ignore[reportArgumentType]
+
+
+def row_weights(
+    loss: LossFn, data: Data, rows: Int64[np.ndarray, " batch"], normalize: Normalize = "rows"
+) -> Float64[Tensor, " batch"]:
+    """What the losses of a step's rows are multiplied by: `1 / rows`, or their share of supervised tokens.
+
+    >>> row_weights(lambda p, e: p["w"], [], np.array([3, 1]))
+    tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    if normalize == "rows":
+        return torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    tokens = torch.from_numpy(np.asarray(data.supervised)[rows]).double()  # pyright: ignore
+    whole = tokens.sum().clamp_min(1)
+    # The loss of a row is the sum over its tokens, or their mean.
+    return (torch.ones_like(tokens) if getattr(loss, "reduction", "mean") == "sum" else tokens) / whole

@@ -42,6 +42,7 @@ TESTED_ELSEWHERE = {
     "model/left_out": "tests/model/test_layers.py",
     "model/trials": "tests/model/test_losses.py",
     "methods/attribution": "tests/methods/test_methods.py",
+    "methods/dynamics": "tests/methods/test_source.py",
     "methods/datainf": "tests/methods/test_methods.py",
     "methods/grad_cosine": "tests/methods/test_methods.py",
     "methods/grad_dot": "tests/methods/test_methods.py",

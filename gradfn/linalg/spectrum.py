@@ -4,7 +4,8 @@ A curvature is eigendecomposed once, `H = Q diag(lambda) Qᵀ`; every power and 
 elementwise function of `lambda`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Literal, get_args
 
@@ -210,6 +211,19 @@ class Spectrum:
         shares = ratio * scaled.sqrt(), scaled.sqrt() * _pseudo_inverse(ratio)
         return _pseudo_inverse((s + shares[1])[:, None] * (a + shares[0]))
 
+    def filtered(self, function: Callable[[Tensor], Tensor]) -> "Spectrum":
+        """A function of the curvature, `f(H) = Q f(lambda) Qᵀ`, in the same eigenbasis.
+
+        Args:
+            function: of the eigenvalues, elementwise.
+
+        >>> spectrum = Spectrum(None, torch.eye(2), torch.tensor([[0.0, 2.0]], dtype=torch.float64))
+        >>> spectrum.filtered(lambda x: torch.exp(-x)).dense()
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.1353]], dtype=torch.float64)
+        """
+        return replace(self, values=function(self.values), sides=None)
+
     def into(self, G: Float[Tensor, "rows out in"]) -> Float[Tensor, "rows _ _"]:
         """Coordinates in the eigenbasis, `Q_lᵀ G Q_r` (`[rows, 1, out in]` without Kronecker structure)."""
         if self.left is None:
@@ -223,9 +237,20 @@ class Spectrum:
         >>> spectrum.apply(torch.ones(1, 1, 2), torch.tensor([[2.0, 3.0]]))
         tensor([[[2., 3.]]])
         """
-        weighted = self.into(G) * weights.to(G)
-        back = weighted @ self.right.to(G).mT
-        return (back if self.left is None else self.left.to(G) @ back).view_as(G)
+        return self.back(self.into(G) * weights.to(G), (G.shape[-2], G.shape[-1]))
+
+    def back(
+        self, coordinates: Float[Tensor, "rows _ _"], shape: tuple[int, int]
+    ) -> Float[Tensor, "rows out in"]:
+        """Undo `into`.
+
+        Args:
+            coordinates: in the eigenbasis.
+            shape: of the block.
+        """
+        back = coordinates @ self.right.to(coordinates).mT
+        back = back if self.left is None else self.left.to(coordinates) @ back
+        return back.view(len(back), *shape)
 
     def dense(self) -> Float[Tensor, "n n"]:
         """The curvature as a matrix on the flattened block, float64.

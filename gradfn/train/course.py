@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from math import isfinite
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from gradfn.engine.stream import labelled, lengths_of
 from gradfn.engine.tap import Tapped
 from gradfn.errors import InputError
 from gradfn.exact.products import forward_mode
-from gradfn.subject import TOKEN_BATCH_SIZE
+from gradfn.subject import TOKEN_BATCH_SIZE, Normalize, row_weights
 from gradfn.train.dots import Values
 from gradfn.train.in_run import Kind, step_direction
 from gradfn.train.optimizers import State, clip_scale, first_state, learning_rate, update
@@ -34,8 +34,6 @@ from gradfn.train.step import Losses, losses_of
 from gradfn.train.table import orders
 from gradfn.types import Data, LossFn, Params
 
-Normalize = Literal["rows", "tokens"]
-"""What a step takes the mean over: the losses of its rows, or all of their supervised tokens."""
 DIRECTIONS_BYTES = 1 << 30
 """Memory of the validation gradients that are taken at a time; a single one may be larger."""
 
@@ -442,22 +440,6 @@ class Course:
     def lengths(self) -> np.ndarray:
         """The tokens of every row."""
         return lengths_of(self.data)
-
-
-def row_weights(
-    loss: LossFn, data: Data, rows: Int64[np.ndarray, " batch"], normalize: Normalize = "rows"
-) -> Float64[Tensor, " batch"]:
-    """What the losses of a step's rows are multiplied by: `1 / rows`, or their share of supervised tokens.
-
-    >>> row_weights(lambda p, e: p["w"], [], np.array([3, 1]))
-    tensor([0.5000, 0.5000], dtype=torch.float64)
-    """
-    if normalize == "rows":
-        return torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-    tokens = torch.from_numpy(np.asarray(data.supervised)[rows]).double()  # pyright: ignore
-    whole = tokens.sum().clamp_min(1)
-    # The loss of a row is the sum over its tokens, or their mean.
-    return (torch.ones_like(tokens) if getattr(loss, "reduction", "mean") == "sum" else tokens) / whole
 
 
 def _grads(leaves: Params) -> Params:

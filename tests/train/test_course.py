@@ -15,9 +15,10 @@ from gradfn.errors import InputError
 from gradfn.model.losses import causal_lm_loss
 from gradfn.model.params import params_of
 from gradfn.runs.provenance import Provenance
+from gradfn.subject import row_weights
 from gradfn.testing.strategies import randomize
 from gradfn.train import Training, first_state, in_run, make_trainer, update
-from gradfn.train.course import Course, Diverged, Valuing, row_weights
+from gradfn.train.course import Course, Diverged, Valuing
 from gradfn.train.watched import Recording
 
 CLIPPED = replace(SETTINGS["adamw"], max_grad_norm=0.1)
