@@ -77,6 +77,8 @@ FLAGS = {
     "`gf.project(32)`": "--projection-dim 32",
     "`normalize=gf.hf.load_optimizer_state(...)`": "--optimizer-state",
     "leave out `normalize`": "leave out --optimizer-state",
+    "`slots`": "--replay-slots",
+    "`window`": "--steps",
     "`components`": "--target-downweight-components",
     "without `shard`": "without --shard",
     "end the transform in `unit_normalize()`": "add --unit-normalize",

@@ -20,6 +20,7 @@ from gradfn.methods.attribution import Attribution, Scorer
 from gradfn.methods.inner_product import InnerProduct, damping_names
 from gradfn.methods.recipes import RECIPES, Persist, Problem, Recipe
 from gradfn.methods.scoring import extremes_of, shares_of
+from gradfn.model.sites import View
 from gradfn.report.progress import rows_bar
 from gradfn.report.rankings import ShownQueries, ranks_needed
 from gradfn.report.rows import Ranked
@@ -105,7 +106,8 @@ class Job:
         wanted = {**loaded.settings(), "transform": stages.base.settings()}
         method_line = ("method", f"{self.name}, {gradients_line(stages.base)}")
         part = shard_facts(self.train, self.shard)
-        loaded.introduce(self.train, *part, method_line, *self._unlike_less())
+        seen = replace(loaded.subject, view=View(("*",))) if self.recipe.whole else loaded.subject
+        replace(loaded, subject=seen).introduce(self.train, *part, method_line, *self._unlike_less())
         train = CachedRows(self.train, stages.base)
         method = self._method(loaded, stages, wanted, train, run)
         if lines := self._unlike_trackstar(stages, method):

@@ -300,6 +300,27 @@ class TrainRequest(ModelRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SmoothnessRequest(Request):
+    """Show whether derivatives through a training predict what removing rows does.
+
+    The training is taken again at random weights of its rows, twice for each direction, to measure how
+    straight its end moves. The result is kept in RUN, where `gradfn score --method magic` finds it.
+    """
+
+    COMMAND: ClassVar[str] = "smoothness"
+    PANEL: ClassVar[str] = "Training"
+    FIRST: ClassVar[tuple[str, ...]] = ("query", "fraction", "directions")
+    run: str = argument("What gradfn train wrote.", file=found)
+    query: QueryOptions = group(QueryOptions, query_path=None, group_column=None)
+    model: ModelOptions = group(
+        ModelOptions, path=None, revision=None, task=None, tokenizer=None, precision=None, attention=None,
+        no_special_tokens=None, token_batch_size=None,
+    )  # fmt: skip
+    fraction: float = option(0.05, "Share of the rows whose removal is asked about.")
+    directions: int = option(3, "Random directions in the weights of the rows; each takes two trainings.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InfoRequest(Request):
     """Show what a run holds and how it was made."""
 
@@ -367,6 +388,7 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     MixRequest: (CURVATURE, "hessian:run_mix"),
     MaskFitRequest: (CURVATURE, "mask:run_mask_fit"),
     TrainRequest: (TRAINING, "train:run_train"),
+    SmoothnessRequest: (TRAINING, "smoothness:run_smoothness"),
     RetrainRequest: (TRUTH, "retrain:run_retrain"),
     LdsRequest: (OUTPUT, "evaluate:run_lds"),
     ChangeRequest: (OUTPUT, "evaluate:run_change"),

@@ -15,6 +15,7 @@ from gradfn.cli.values import (
     found_projection,
     paths,
     shard,
+    steps,
     weights,
     written,
 )
@@ -69,8 +70,8 @@ _QUERY = (
 QUERY_SPLIT = 'Split of a dataset in --query, or a part of one: "test[:100]".'
 _METHOD = (
     "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
-    "relatif, trak, datainf, cg, lissa, inrun (what gradfn train RUN --values measured), or FILE.py:NAME for "
-    "your own."
+    "relatif, trak, datainf, cg, lissa, inrun (what gradfn train RUN --values measured), magic (exact, back "
+    "through the training of --training), or FILE.py:NAME for your own."
 )
 _CHECKPOINTS = (
     "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."
@@ -80,6 +81,8 @@ _TRAINING = (
     "A run of gradfn train: its last checkpoint is the model, its rows are the dataset, read as then; "
     "tracin takes all checkpoints, with the learning rates before each."
 )
+_SLOTS = "States of the training that magic keeps, in memory or RUN; fewer take more time, not other results."
+_STEPS = "Only these steps of the training count, for magic: 100:200, or 100: for all from 100 on."
 _OPTIMIZER = "Scale gradients as the optimizer does: its state_dict, a Trainer checkpoint, or safetensors."
 PROJECTION = (
     "'gaussian:64x64' projects both sides of each layer's gradient, 'sjlt:4096' the flattened gradient; "
@@ -284,6 +287,8 @@ class MethodOptions:
         False, "Instead of queries: rows' influence on themselves, for outliers.", name="self", panel="Query"
     )
     training: str | None = option(None, _TRAINING, file=found)
+    steps: tuple[int, int | None] | None = option(None, _STEPS, parse=steps, shown="all")
+    replay_slots: int | None = option(None, _SLOTS, shown="as many as fit")
     checkpoints: tuple[str, ...] | None = option(None, _CHECKPOINTS, parse=paths, commas=True, file=found)
     checkpoint_weights: tuple[float, ...] | None = option(
         None, _WEIGHTS, parse=weights, commas=True, shown="1 / number of checkpoints"

@@ -8,10 +8,12 @@ from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, check_run, checked, with_example
 from gradfn.cli.inrun import show_values
+from gradfn.cli.magic import MAGIC, check_magic, remove_kept, with_magic
 from gradfn.cli.method import recipe_of
 from gradfn.cli.options import UNWEIGHTED, MethodOptions
 from gradfn.cli.queries import answers_of, classes_of, load_all
 from gradfn.cli.request import flag
+from gradfn.cli.smoothness import known_smoothness
 from gradfn.cli.stages import projection_of
 from gradfn.cli.trained import open_recorded, training_facts, with_training
 from gradfn.errors import InputError
@@ -41,8 +43,11 @@ def run_score(request: ScoreRequest) -> None:
         request = with_training(request, trained)
     elif request.model.path is None and request.data.dataset is None:
         request = with_example(request)
+    check_magic(request, trained)
     request = checked(request, "give both --model and --dataset, or neither for the example")
     name, recipe = recipe_of(request)
+    if trained is not None and name == MAGIC:
+        recipe = with_magic(recipe, request, trained)
     _check_shard(request, name, recipe)
     curvature, masks = request.curvature.path, request.model.task == "masked_lm"
     projection = projection_of(request.gradients, request.seed, recipe.projection, curvature, masks)
@@ -57,9 +62,12 @@ def run_score(request: ScoreRequest) -> None:
     loaded, train, asked = load_all(request)
     if trained is not None:
         trained.check_rows(train)
-        console().print(facts(training_facts(trained, request.method)))
+        smooth = known_smoothness(trained, request.query.query) if name == MAGIC else []
+        console().print(facts([*training_facts(trained, request.method), *smooth]))
     job = Job(request, name, recipe, projection, train, asked)
     shown, ranked = score_checkpoints(job, loaded, weighted) if joins else score_model(job, loaded)
+    if name == MAGIC:
+        remove_kept(request.run)
     if ranked is not None:
         _show(job, loaded, shown, ranked)
 

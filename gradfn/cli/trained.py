@@ -88,6 +88,7 @@ def open_recorded(run: str) -> Recorded:
             "and --dataset, or train with gradfn train"
         )
     given = checked(TrainRequest, asked["given"], f"the record of {run}")
+    run = run if Path(run).is_dir() else str(done.path.parent)
     return Recorded(run, make(TrainRequest, given), made, done)
 
 

@@ -88,6 +88,22 @@ def sizes(text: str) -> tuple[int, ...]:
         raise InputError(f"--remove-top {text} are not whole numbers: give 10,20, say") from None
 
 
+def steps(text: str) -> tuple[int, int | None]:
+    """A part of the steps of a training.
+
+    Raises:
+        InputError: it is not spelled so.
+
+    >>> steps("100:200"), steps("100:"), steps(":200")
+    ((100, 200), (100, None), (0, 200))
+    """
+    if not (match := re.fullmatch(r"(\d{0,9}):(\d{0,9})", text, re.ASCII)):
+        raise InputError(
+            f"--steps {text!r} is no part of the steps: give 100:200, or 100: for those from 100 on"
+        )
+    return int(match[1] or 0), int(match[2]) if match[2] else None
+
+
 def found_method(text: str) -> str:
     """`FILE.py:NAME` with the path of the file absolute.
 

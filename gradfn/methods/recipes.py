@@ -153,6 +153,7 @@ class Recipe:
         fits: the kind of curvature that it fits, and takes where one is given; None: any, or none.
         norm: what its rows are divided by: "none", "cosine" or "relative".
         solves: whether it solves for given queries.
+        whole: whether it is of all parameters.
         file: 16 hex digits of the file that it is from; None: gradfn's own.
     """
 
@@ -164,6 +165,7 @@ class Recipe:
     fits: str | None = None
     norm: Norm = "none"
     solves: bool = False
+    whole: bool = False
     file: str | None = None
 
     @property
@@ -249,6 +251,15 @@ def _exact(name: str, problem: Problem) -> InnerProduct:
     return InnerProduct(problem.stage, problem.stage, solve=solve)
 
 
+def _of_training(what: str) -> Recipe:
+    """A method that looks at a training, which a problem does not have."""
+
+    def refuse(problem: Problem) -> InnerProduct:
+        raise InputError(what)
+
+    return Recipe(refuse, projection="none", curvature=False, solves=True, whole=True)
+
+
 RECIPES: Mapping[str, Recipe] = {
     "grad_dot": Recipe(lambda problem: grad_dot(problem.stage), curvature=False),
     "grad_cosine": Recipe(lambda problem: grad_cosine(problem.stage), curvature=False, norm="cosine"),
@@ -272,6 +283,13 @@ RECIPES: Mapping[str, Recipe] = {
     "datainf": Recipe(_datainf, solves=True),
     "cg": Recipe(partial(_exact, "cg"), projection="none", solves=True),
     "lissa": Recipe(partial(_exact, "lissa"), projection="none", solves=True),
+    "inrun": _of_training(
+        "inrun is what a training measured: read it with gradfn score RUN --method inrun, of gradfn train"
+    ),
+    "magic": _of_training(
+        "magic goes back through a training: give `gf.train.Magic(course, start)` as the `method`, or "
+        "gradfn score --training RUN"
+    ),
 }
 
 

@@ -65,7 +65,7 @@ class Kept:
         if self.folder is None or not Path(self.folder).is_dir():
             return None
         for stale in Path(self.folder).glob(f"{STATES}*"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)
         chunk = None
         for path in self._files():
             held = self._read(path, torch.device("cpu"))

@@ -1,7 +1,7 @@
 """Whether a training is smooth in the weights of its rows, so that a derivative says what a removal does."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,10 @@ from gradfn.errors import InputError
 from gradfn.random import normals
 from gradfn.train.course import Course
 from gradfn.types import Data, LossFn, Params
+from gradfn.watch import WATCH
+
+Verdict = Literal["smooth", "between", "rough"]
+"""Whether derivatives predict what removals do: they do, for part of it, or they do not."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,17 @@ class Smoothness:
     bend: float
     movement: float
     h: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """In a word: rough where the derivative changes by its own size on the way.
+
+        >>> Smoothness(agreement=0.8, curvature=25.0, bend=1.7, movement=0.3, h=0.1).verdict
+        'rough'
+        """
+        if self.agreement < 0.9 or not self.bend <= 1:
+            return "rough"
+        return "smooth" if self.agreement >= 0.97 and self.bend <= 0.5 else "between"
 
 
 class _Seen(NamedTuple):
@@ -94,14 +109,18 @@ def metasmoothness(
     asked = course if query_loss is None else replace(course, loss=query_loss, normalize="rows")
 
     def end(weights: Tensor) -> tuple[Tensor, Tensor]:
-        *_, last = replace(course, weights=weights).steps(course.start(start))
-        return _flat(last.state.params), asked.row_losses(last.state.params, queries)
+        state = course.start(start)
+        for taken in replace(course, weights=weights).steps(state):
+            state = taken.state
+            told(1)
+        return _flat(state.params), asked.row_losses(state.params, queries)
 
-    first = end(weights)
     seen = []
-    for number in range(directions):
-        v = torch.from_numpy(normals(rows, "metasmoothness", seed, number))
-        seen.append(_compare(h, first, end(weights + h * v), end(weights + 2 * h * v)))
+    with WATCH.get()("trainings", (1 + 2 * directions) * course.total, "steps") as told:
+        first = end(weights)
+        for number in range(directions):
+            v = torch.from_numpy(normals(rows, "metasmoothness", seed, number))
+            seen.append(_compare(h, first, end(weights + h * v), end(weights + 2 * h * v)))
     agreement, curvature, slope, movement = (torch.stack(part).mean() for part in zip(*seen, strict=True))
     whole = (first[0] - _flat(start)).abs().sum()
     return Smoothness(
