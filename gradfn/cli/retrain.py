@@ -109,7 +109,7 @@ def _subsets(
         return masks, None, {"leave_out": options.leave_out, "seed": seed}
     shares = (0.5,) if options.fraction is None else options.fraction
     masks = torch.cat([random_subsets(rows, number, fraction, seed=seed) for fraction in shares])
-    return masks, None, {"fraction": [*shares] if len(shares) > 1 else shares[0], "seed": seed}
+    return masks, None, {"fraction": shares[0] if len(shares) == 1 else [*shares], "seed": seed}
 
 
 def _scored(
