@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,15 @@ def _check_comparison(request: ComparisonRequest) -> None:
     request.table.check(request.output.overwrite, request.plot)
 
 
+class _Compared(NamedTuple):
+    """Runs beside one ground truth."""
+
+    path: str
+    truth: Truth
+    told: Comparison
+    ceiling: Estimate | None
+
+
 def _parts(paths: Sequence[str]) -> list[tuple[str, Truth]]:
     """The ground truths, each size of subsets that was asked for on its own."""
     return [(path, part) for path in paths for part in _opened_truth(path).by_fraction()]
@@ -87,7 +96,7 @@ def _parts(paths: Sequence[str]) -> list[tuple[str, Truth]]:
 def _compare(truths: Sequence[tuple[str, Truth]], request: ComparisonRequest, *, title: str) -> None:
     """Compare runs with ground truths: a table with a row for each of both."""
     runs, told, table = _opened(request.runs), list[dict[str, str]](), list[dict[str, Any]]()
-    several, compared = len(truths) > 1, []
+    several, compared = len(truths) > 1, list[_Compared]()
     for path, truth in truths:
         for run, name in zip(runs, request.runs, strict=True):
             refuse_other_data(run, truth, name, path)
@@ -96,44 +105,44 @@ def _compare(truths: Sequence[tuple[str, Truth]], request: ComparisonRequest, *,
         ceiling = ceiling_of(truth, comparison.queries, request.seed)
         notes = [("note", note) for run in runs if (note := mismatch(run, truth))]
         console().print(facts([*comparison_facts(truth, comparison, ceiling, len(subsets), path), *notes]))
-        told += comparison_lines(comparison, ceiling, removed(subsets) if several else None)
-        table += [comparison_row(one, comparison, ceiling, truth, subsets) for one in comparison.runs]
-        compared.append((truth, comparison, ceiling))
+        which = {"truth": path} if len(request.truth) > 1 else {}
+        which |= {"removed": f"{removed(subsets):.2%}"} if several else {}
+        told += [{**which, **line} for line in comparison_lines(comparison, ceiling)]
+        rows = [comparison_row(one, comparison, ceiling, truth, subsets) for one in comparison.runs]
+        table += [{"truth": path, **row} for row in rows]
+        compared.append(_Compared(path, truth, comparison, ceiling))
     console().print(comparison_table(told))
     export_table(table, tuple(table[0]), request.table.paths)
     if request.plot is not None:
         if several:
             _plot_fractions(compared, request.plot, title)
         else:
-            _plot_runs(runs, *compared[0], request, title)
+            _plot_runs(runs, compared[0], request, title)
         console().print(facts([("plot", str(request.plot))]))
 
 
-def _plot_runs(
-    runs: Sequence[Scores], truth: Truth, comparison: Comparison, ceiling: Estimate | None,
-    request: ComparisonRequest, title: str,
-) -> None:  # fmt: skip
+def _plot_runs(runs: Sequence[Scores], compared: _Compared, request: ComparisonRequest, title: str) -> None:
     """A bar a run, and its dampings."""
     assert request.plot is not None
-    subsets, losses = truth.targets()
+    (subsets, losses), told = compared.truth.targets(), compared.told
     plot_runs(
-        {one.name: one.lds for one in comparison.runs}, request.plot, ceiling=ceiling, title=title,
-        dampings={run.name: damping_curve(run, subsets, losses, comparison.queries, seed=request.seed)
+        {one.name: one.lds for one in told.runs}, request.plot, ceiling=compared.ceiling, title=title,
+        dampings={run.name: damping_curve(run, subsets, losses, told.queries, seed=request.seed)
                   for run in runs if len(run.dampings) > 1},
-        chosen={one.name: one.damping for one in comparison.runs},
+        chosen={one.name: one.damping for one in told.runs},
     )  # fmt: skip
 
 
-def _plot_fractions(
-    compared: Sequence[tuple[Truth, Comparison, Estimate | None]], plot: Path, title: str
-) -> None:
-    """A line a run over the shares of rows removed, and one for the ceilings."""
+def _plot_fractions(compared: Sequence[_Compared], plot: Path, title: str) -> None:
+    """A line a run over the shares of rows removed, and one for the ceilings, for each removal."""
+    removals = {one.truth.removal for one in compared}
     points = [
-        Point(name, removed(truth.subsets), *one)
-        for truth, comparison, ceiling in compared
-        for name, one in [*((run.name, run.lds) for run in comparison.runs), (CEILING, ceiling)]
+        Point(name if len(removals) == 1 else f"{name} ({part.truth.removal})",
+              removed(part.truth.subsets), *one)
+        for part in compared
+        for name, one in [*((run.name, run.lds) for run in part.told.runs), (CEILING, part.ceiling)]
         if one is not None
-    ]
+    ]  # fmt: skip
     plot_lds(points, plot, x_label="share of the rows removed", title=title)
 
 
@@ -141,10 +150,12 @@ def run_change(request: ChangeRequest) -> None:
     """What scores predict for models trained at other weights of rows, beside what came."""
     _check_comparison(request)
     runs, table, drawn = _opened(request.runs), list[dict[str, Any]](), dict[str, list[Changes]]()
+    criteria = set()
     for path in request.truth:
         truth = _opened_truth(path)
         if bool((truth.row_weights == 1).all(1).any()):
             truth = truth.whole_seeds()
+        criteria.add(truth.settings.get("query_loss", truth.settings.get("loss", {})).get("criterion"))
         for number, (run, name) in enumerate(zip(runs, request.runs, strict=True)):
             refuse_other_data(run, truth, name, path)
             for damping, scores in zip(run.dampings, run.values, strict=True):
@@ -166,8 +177,7 @@ def run_change(request: ChangeRequest) -> None:
     exported = [*dict.fromkeys(table[0])]
     export_table(table, tuple(name for name in exported if name not in told), request.table.paths)
     if request.plot is not None:
-        criterion = truth.settings.get("query_loss", truth.settings.get("loss", {})).get("criterion")
-        plot_changes(drawn, request.plot, unit="nats" if criterion == "cross_entropy" else "")
+        plot_changes(drawn, request.plot, unit="nats" if criteria == {"cross_entropy"} else "")
         console().print(facts([("plot", str(request.plot))]))
 
 

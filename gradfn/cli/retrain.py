@@ -107,9 +107,9 @@ def _subsets(
     if options.leave_out is not None:
         masks = random_subsets(rows, number, leave_out=options.leave_out, seed=seed)
         return masks, None, {"leave_out": options.leave_out, "seed": seed}
-    shares = options.fraction or (0.5,)
+    shares = (0.5,) if options.fraction is None else options.fraction
     masks = torch.cat([random_subsets(rows, number, fraction, seed=seed) for fraction in shares])
-    return masks, None, {"fraction": [*shares] if len(shares) > 1 else shares[0], "seed": seed}
+    return masks, None, {"fraction": shares[0] if len(shares) == 1 else [*shares], "seed": seed}
 
 
 def _scored(

@@ -104,15 +104,8 @@ def removed(subsets: Tensor) -> float:
     return 1 - float(subsets.double().mean())
 
 
-def comparison_lines(
-    told: Comparison, ceiling: Estimate | None, share: float | None = None
-) -> list[dict[str, str]]:
-    """Correlations of runs with retrained models, and the noise ceiling below them, as they are shown.
-
-    Args:
-        told, ceiling: of one size of subsets.
-        share: of the rows that are removed, where there are several sizes.
-    """
+def comparison_lines(told: Comparison, ceiling: Estimate | None) -> list[dict[str, str]]:
+    """Correlations of runs with retrained models, and the noise ceiling below them, as they are shown."""
     lines = [
         {"run": one.name, "damping": one.damping, "LDS": f"{one.lds.value:.3f}",
          "95 % interval": between(one.lds), "of ceiling": _share(one.lds, ceiling),
@@ -121,15 +114,14 @@ def comparison_lines(
     ]  # fmt: skip
     if ceiling is not None:
         lines.append({"run": CEILING, "LDS": f"{ceiling.value:.3f}", "95 % interval": between(ceiling)})
-    return lines if share is None else [{"removed": f"{share:.2%}", **line} for line in lines]
+    return lines
 
 
 def comparison_table(lines: Sequence[dict[str, str]]) -> Table:
-    """The lines of all sizes of subsets as a table."""
-    return rows_table(
-        lines,
-        ("removed", "run", "damping", "LDS", "95 % interval", "of ceiling", "Pearson", "95 % interval "),
-    )
+    """The lines of all ground truths as a table."""
+    names = ("truth", "removed", "run", "damping", "LDS", "95 % interval", "of ceiling", "Pearson",
+             "95 % interval ")  # fmt: skip
+    return rows_table(lines, names, left=("truth", "run", "damping"))
 
 
 def _share(one: Estimate, ceiling: Estimate | None) -> str:

@@ -7,7 +7,7 @@ would become if it were trained alone.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -38,6 +38,14 @@ STATE_COPIES = 10
 Progress = Callable[[int], None]
 Weights = Float[Tensor, "models rows"] | None
 """What the losses of rows are multiplied by in each model; None: 1."""
+
+
+class TogetherOptions(TypedDict, total=False):
+    """What may be said of models that train together, as keywords; see `train`."""
+
+    weights: Weights
+    chunk: int | None
+    progress: Progress | None
 
 
 class Step(NamedTuple):
@@ -81,10 +89,7 @@ def train(
     subsets: Bool[Tensor, "models rows"],
     seeds: Sequence[int],
     training: Training,
-    *,
-    weights: Weights = None,
-    chunk: int | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[TogetherOptions],
 ) -> Trained:
     """Train one model for each subset, many at a time.
 
@@ -99,10 +104,11 @@ def train(
         subsets: which rows each model sees.
         seeds: one a model.
         training: optimizer, schedule, batches.
-        weights: what the losses of rows are multiplied by; None: 1. They change no batch, no denominator and
-            no schedule, and a step is taken even where all of its rows have weight 0; see `Course`.
-        chunk: how many models train together; it changes no result. None: as many as fit in memory.
-        progress: called with the number of examples done since the last call.
+        options: `weights`, what the losses of rows are multiplied by, `[models, rows]`; 1 unless told. They
+            change no batch, no denominator and no schedule, and a step is taken even where all of its rows
+            have weight 0, see `Course`. `chunk`, how many models train together, which changes no result; as
+            many as fit in memory unless told. `progress`, called with the number of examples done since the
+            last call.
 
     Raises:
         InputError: subsets, batches or a chunk that do not fit; see `make_trainer`.
@@ -117,7 +123,7 @@ def train(
     tensor([0.5000, 2.5000])
     """
     trainer = make_trainer(start, loss, data, training)
-    return trainer.train(subsets, seeds, weights=weights, chunk=chunk, progress=progress)
+    return trainer.train(subsets, seeds, **options)
 
 
 def make_trainer(start: Start, loss: LossFn, data: Data, training: Training) -> "Trainer":

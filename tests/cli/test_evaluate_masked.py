@@ -49,8 +49,14 @@ def test_each_fraction_of_a_truth_is_a_row_of_the_table(ok, world, tmp_path):
 
 def test_several_truths_are_rows_of_one_table(ok, command, world, tmp_path):
     other = write_truth(tmp_path / "other", world.subsets, world.losses, world.numbers, settings=MASK)
-    out = ok("evaluate", "lds", f"{world.truth},{other}", world.close, "--jsonl", tmp_path / "t.jsonl")
-    assert [row["removal"] for row in rows_of(tmp_path / "t.jsonl")] == ["drop", "mask"]
+    out = ok("evaluate", "lds", f"{world.truth},{other}", world.close, "--jsonl", tmp_path / "t.jsonl",
+             "--plot", tmp_path / "p.svg")  # fmt: skip
+    table = rows_of(tmp_path / "t.jsonl")
+    assert [row["removal"] for row in table] == ["drop", "mask"]
+    assert [row["truth"] for row in table] == [str(world.truth), str(other)]
+    drawn = (tmp_path / "p.svg").read_text()
+    for name in ("close (drop)", "close (mask)", "noise ceiling (mask)"):
+        assert name in drawn
     assert out.count("of the rows, dropped") == out.count("of the rows, masked") == 1
     assert "names no path, or an empty one" in refused(command, "lds", f"{world.truth},", world.close)
 
