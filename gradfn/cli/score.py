@@ -11,6 +11,7 @@ from gradfn.cli.inrun import show_values
 from gradfn.cli.method import recipe_of
 from gradfn.cli.options import MethodOptions
 from gradfn.cli.queries import answers_of, classes_of, load_all
+from gradfn.cli.source import SOURCE, check_source, score_source
 from gradfn.cli.stages import projection_of
 from gradfn.errors import InputError
 from gradfn.evaluate.truth import CLASSES
@@ -37,6 +38,7 @@ def run_score(request: ScoreRequest) -> None:
         request = with_example(request)
     request = checked(request, "give both --model and --dataset, or neither for the example")
     name, recipe = recipe_of(request)
+    check_source(request, name)
     _check_shard(request, name, recipe)
     curvature, masks = request.curvature.path, request.model.task == "masked_lm"
     projection = projection_of(request.gradients, request.seed, recipe.projection, curvature, masks)
@@ -50,7 +52,10 @@ def run_score(request: ScoreRequest) -> None:
     _check_joined(request, recipe, weighted, joins)
     loaded, train, asked = load_all(request)
     job = Job(request, name, recipe, projection, train, asked)
-    shown, ranked = score_checkpoints(job, loaded, weighted) if joins else score_model(job, loaded)
+    if name == SOURCE:
+        shown, ranked = score_source(job, loaded, weighted)
+    else:
+        shown, ranked = score_checkpoints(job, loaded, weighted) if joins else score_model(job, loaded)
     if ranked is None:
         return
     known = loaded_rows(train, loaded.reads.tokenizer, str(request.layers.by))

@@ -249,6 +249,13 @@ def _exact(name: str, problem: Problem) -> InnerProduct:
     return InnerProduct(problem.stage, problem.stage, solve=solve)
 
 
+def _source(problem: Problem) -> Attribution:
+    raise InputError(
+        "source goes through the checkpoints of a training, which its name does not tell: make it with "
+        "gf.methods.source(checkpoints, train)"
+    )
+
+
 RECIPES: Mapping[str, Recipe] = {
     "grad_dot": Recipe(lambda problem: grad_dot(problem.stage), curvature=False),
     "grad_cosine": Recipe(lambda problem: grad_cosine(problem.stage), curvature=False, norm="cosine"),
@@ -272,6 +279,7 @@ RECIPES: Mapping[str, Recipe] = {
     "datainf": Recipe(_datainf, solves=True),
     "cg": Recipe(partial(_exact, "cg"), projection="none", solves=True),
     "lissa": Recipe(partial(_exact, "lissa"), projection="none", solves=True),
+    "source": Recipe(_source, projection="none", solves=True),
 }
 
 
