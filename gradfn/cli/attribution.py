@@ -326,8 +326,16 @@ def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[Sho
     if scores.shape[1] != len(shown.ids):
         shown = shown.joined(job.name)
         columns = Columns(shown.ids, shown.texts)
-    if run is not None:
-        path = _write_joined(job, run, weighted, columns, Rows(scores, results[-1].losses))
+    return show_joined(job, weighted, shown, columns, Rows(scores, results[-1].losses), resumed)
+
+
+def show_joined(
+    job: Job, weighted: Weighted, shown: ShownQueries, columns: Columns, result: Rows, resumed: int
+) -> tuple[ShownQueries, Ranked | None]:
+    """Write the scores that those of checkpoints make, if there is a run, and rank them, if they are all."""
+    scores: Any = result.values
+    if (run := job.request.run) is not None:
+        path = _write_joined(job, run, weighted, columns, result)
         lines = [*scores_facts(path, len(scores), scores.shape[1]), *resumed_facts(resumed, job.noun)]
         console().print(facts([*lines, *job.next()]))
     if job.shard is not None:

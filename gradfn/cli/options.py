@@ -11,6 +11,7 @@ from gradfn.cli.values import (
     STDOUT,
     dampings,
     device_named,
+    dynamics,
     found_method,
     found_projection,
     paths,
@@ -24,6 +25,7 @@ from gradfn.errors import InputError
 if TYPE_CHECKING:
     from gradfn.hf.texts import Columns
     from gradfn.linalg.spectrum import Damping
+    from gradfn.methods.dynamics import Dynamics
     from gradfn.runs.shards import Shard
     from gradfn.train.spec import Training
 
@@ -42,6 +44,7 @@ StoredBy = Literal["example", "head", "token"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "linear", "cosine"]
 Init = Literal["given", "random"]
+Normalize = Literal["rows", "tokens"]
 
 IMAGES = "image_classification"
 """The task whose rows are images."""
@@ -70,19 +73,25 @@ _QUERY = (
 QUERY_SPLIT = 'Split of a dataset in --query, or a part of one: "test[:100]".'
 _METHOD = (
     "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
-    "relatif, trak, datainf, cg, lissa, inrun (what gradfn train RUN --values measured), magic (exact, back "
-    "through the training of --training), or FILE.py:NAME for your own."
+    "relatif, trak, datainf, cg, lissa, source (through the checkpoints of a training), magic (exact, back "
+    "through the training of --training), inrun (what gradfn train RUN --values measured), or FILE.py:NAME "
+    "for your own."
 )
 _CHECKPOINTS = (
     "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."
 )
-_WEIGHTS = "A weight for each checkpoint, such as its learning rate."
+_WEIGHTS = "A weight for each: its learning rate; in source the sum of those of the steps that it stands for."
 _TRAINING = (
-    "A run of gradfn train: its last checkpoint is the model, its rows are the dataset, read as then; "
-    "tracin takes all checkpoints, with the learning rates before each."
+    "A run of gradfn train: its last checkpoint is the model, its rows are the dataset, read as then; tracin "
+    "and source take all checkpoints, with the learning rates before each."
 )
 _SLOTS = "States of the training that magic keeps, in memory or RUN; fewer take more time, not other results."
 _STEPS = "Only these steps of the training count, for magic: 100:200, or 100: for all from 100 on."
+_SEGMENTS = "source: parts of the training, each with one curvature of the checkpoints in it."
+_TRAINED = (
+    "source: what the training stepped with: sgd, adam or adamw, and behind a colon its settings, such as "
+    "sgd:momentum=0.9,weight_decay=0.01; learning_rate=0.1 where all steps had this one."
+)
 _OPTIMIZER = "Scale gradients as the optimizer does: its state_dict, a Trainer checkpoint, or safetensors."
 PROJECTION = (
     "'gaussian:64x64' projects both sides of each layer's gradient, 'sjlt:4096' the flattened gradient; "
@@ -293,6 +302,9 @@ class MethodOptions:
     checkpoint_weights: tuple[float, ...] | None = option(
         None, _WEIGHTS, parse=weights, commas=True, shown="1 / number of checkpoints"
     )
+    segments: int | None = option(None, _SEGMENTS, shown="3, or a checkpoint each")
+    optimizer: "Dynamics | None" = option(None, _TRAINED, parse=dynamics, shown="sgd")
+    normalize: Normalize = option("rows", "source: what a step took the mean over, as in gradfn train.")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from gradfn.cli.options import UNWEIGHTED, MethodOptions
 from gradfn.cli.queries import answers_of, classes_of, load_all
 from gradfn.cli.request import flag
 from gradfn.cli.smoothness import known_smoothness
+from gradfn.cli.source import SOURCE, check_source, score_source
 from gradfn.cli.stages import projection_of
 from gradfn.cli.trained import open_recorded, training_facts, with_training
 from gradfn.errors import InputError
@@ -48,6 +49,7 @@ def run_score(request: ScoreRequest) -> None:
     name, recipe = recipe_of(request)
     if trained is not None and name == MAGIC:
         recipe = with_magic(recipe, request, trained)
+    check_source(request, name)
     _check_shard(request, name, recipe)
     curvature, masks = request.curvature.path, request.model.task == "masked_lm"
     projection = projection_of(request.gradients, request.seed, recipe.projection, curvature, masks)
@@ -65,7 +67,10 @@ def run_score(request: ScoreRequest) -> None:
         smooth = known_smoothness(trained, request.query.query) if name == MAGIC else []
         console().print(facts([*training_facts(trained, request.method), *smooth]))
     job = Job(request, name, recipe, projection, train, asked)
-    shown, ranked = score_checkpoints(job, loaded, weighted) if joins else score_model(job, loaded)
+    if name == SOURCE:
+        shown, ranked = score_source(job, loaded, weighted)
+    else:
+        shown, ranked = score_checkpoints(job, loaded, weighted) if joins else score_model(job, loaded)
     if name == MAGIC:
         remove_kept(request.run)
     if ranked is not None:

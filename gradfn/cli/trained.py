@@ -10,6 +10,7 @@ from gradfn.cli.app import torch_threads
 from gradfn.cli.commands import ScoreRequest, TrainRequest
 from gradfn.cli.options import MethodOptions
 from gradfn.cli.request import checked, flag, make, slots_of
+from gradfn.cli.source import SOURCE, of_training
 from gradfn.data import Corpus
 from gradfn.errors import InputError
 from gradfn.report.summaries import Facts
@@ -100,7 +101,8 @@ def with_training(request: ScoreRequest, trained: Recorded) -> ScoreRequest:
     """
     slots, asked = slots_of(ScoreRequest), trained.request
     for name in request.given:
-        if name == "seed" or (slots[name].owner in ("model", "data", "loss") and name not in FREE):
+        decided = name in ("seed", "optimizer", "normalize")
+        if decided or (slots[name].owner in ("model", "data", "loss") and name not in FREE):
             raise InputError(
                 f"{flag(name)} is of the training that --training names, which says it already: leave it out"
             )
@@ -142,10 +144,14 @@ def _at_checkpoints(method: MethodOptions, trained: Recorded) -> MethodOptions:
         chosen = sorted({after[path] for path in paths})
     elif (method.name or "").replace("-", "_") not in OVER_CHECKPOINTS:
         return method
-    rates, bounds = trained.done.steps["learning_rate"], [0, *chosen]
+    steps, bounds, source = trained.done.steps, [0, *chosen], method.name == SOURCE
+    rates = steps["learning_rate"] * (steps["clip"] if source else 1.0)
     sums = tuple(float(rates[a:b].sum()) for a, b in zip(bounds, chosen, strict=False))
-    given = method.checkpoint_weights if method.checkpoint_weights is not None else sums
     paths = tuple(str(trained.checkpoints[step]) for step in chosen)
+    given = sums if method.checkpoint_weights is None else method.checkpoint_weights
+    if source:
+        options = trained.request.training
+        return of_training(method, paths, given, options.training(), normalize=options.normalize)
     return replace(method, checkpoints=paths, checkpoint_weights=given)
 
 

@@ -4,14 +4,13 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from gradfn.cli.options import QUERY_SPLIT, TrainingOptions
+from gradfn.cli.options import QUERY_SPLIT, Normalize, TrainingOptions
 from gradfn.cli.request import found, option
 from gradfn.errors import InputError
 
 if TYPE_CHECKING:
     from gradfn.train.spec import Training
 
-Normalize = Literal["rows", "tokens"]
 ValueKind = Literal["influence", "shapley", "frozen", "before"]
 RowScale = Literal["none", "before", "after"]
 StoredDtype = Literal["float32", "float16"]

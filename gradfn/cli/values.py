@@ -34,6 +34,13 @@ def dampings(text: str) -> Any:
     return parse_dampings(text)
 
 
+def dynamics(text: str) -> Any:
+    """How an optimizer moves weights, as it is spelled."""
+    from gradfn.methods.dynamics import parse_dynamics
+
+    return parse_dynamics(text)
+
+
 def shard(text: str) -> Any:
     """A shard as it is spelled."""
     from gradfn.runs.shards import parse_shard

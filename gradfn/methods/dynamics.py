@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Spectrum
 from gradfn.subject import Normalize
+from gradfn.types import Blocks
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
@@ -115,6 +116,11 @@ class Dynamics:
         s = s / (1 - self.momentum)
         F = torch.where(x > 0, -torch.expm1(-s * x) / torch.where(x > 0, x, 1.0), s)
         return torch.stack([torch.exp(-s * x), F], -1)[..., None, :]
+
+    def begin(self, queries: Blocks) -> list[Blocks]:
+        """The states of queries at the end of a training, where no momentum counts."""
+        zeros = {name: torch.zeros_like(G) for name, G in queries.items()}
+        return [*[zeros] * (self.states - 1), queries]
 
     def back(self, H: Spectrum, s: float, adjoint: Sequence[Tensor]) -> list[Tensor]:
         """The states of queries before steps, from those after them, and at the end `F` of each, summed.

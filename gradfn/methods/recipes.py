@@ -283,6 +283,14 @@ RECIPES: Mapping[str, Recipe] = {
     "datainf": Recipe(_datainf, solves=True),
     "cg": Recipe(partial(_exact, "cg"), projection="none", solves=True),
     "lissa": Recipe(partial(_exact, "lissa"), projection="none", solves=True),
+    "source": replace(
+        _of_training(
+            "source goes through the checkpoints of a training, which its name does not tell: make it with "
+            "gf.methods.source(checkpoints, train)"
+        ),
+        curvature=True,
+        whole=False,
+    ),
     "inrun": _of_training(
         "inrun is what a training measured: read it with gradfn score RUN --method inrun, of gradfn train"
     ),

@@ -163,8 +163,7 @@ class Source:
         Args:
             queries: gradients at the end of the training.
         """
-        rest = [{name: torch.zeros_like(G) for name, G in queries.items()}] * (self.dynamics.states - 1)
-        adjoint = [*rest, queries]
+        adjoint = self.dynamics.begin(queries)
         for segment in reversed(self.segments):
             *adjoint, met = segment.back(self.dynamics, adjoint)
             yield segment, met

@@ -11,6 +11,8 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from gradfn.errors import InputError
+from gradfn.methods.dynamics import Dynamics
 from gradfn.train.spec import Training
 from gradfn.types import Params
 
@@ -51,6 +53,22 @@ def first_state(params: Params, training: Training, total: Tensor) -> State:
     count = 2 if training.optimizer != "sgd" else 1 if training.momentum else 0
     zeros = tuple({name: torch.zeros_like(value) for name, value in params.items()} for _ in range(count))
     return State(params, zeros, torch.zeros_like(total), total)
+
+
+def dynamics_of(training: Training) -> Dynamics:
+    """What its steps do near a minimum; powers of a step where all have one learning rate.
+
+    Raises:
+        InputError: adam with weight decay, or an `eps_root`, which no state of an optimizer tells.
+
+    >>> dynamics_of(Training(1, 1, 0.1, "sgd", momentum=0.9)).states
+    2
+    """
+    if training.eps_root:
+        raise InputError("source knows no eps_root, which no state of an optimizer tells: train without it")
+    even = training.optimizer == "sgd" and training.schedule == "constant" and not training.warmup
+    return Dynamics(training.optimizer, training.momentum, training.nesterov, training.weight_decay,
+                    training.learning_rate if even else None)  # fmt: skip
 
 
 def learning_rate(training: Training, taken: Tensor, total: Tensor) -> Float64[Tensor, "*models"]:

@@ -141,7 +141,8 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "target_downweight_components", "labels", "partitions", "shard", "show", "quiet", "threads", "memory",
     "no_biases",
     "trust_remote_code", "no_special_tokens", "revision", "dataset_revision", "tokenizer", "chunk_length",
-    "query_split", "product", "iterations", "tolerance", "scale", "minibatches",
+    "query_split", "product", "iterations", "tolerance", "scale", "minibatches", "segments", "optimizer",
+    "normalize",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 

@@ -23,6 +23,7 @@ from gradfn.transforms import reseeded
 from gradfn.transforms.projection import lenient
 
 TASKS = ("where", "who", "where")
+NAMED = [name for name in RECIPES if name not in ("source", "inrun", "magic")]  # which are of a training
 
 
 def scores_of(run):
@@ -119,10 +120,7 @@ def fitted(ok, folder, base):
 # --- methods by name
 
 
-OF_ROWS = [name for name in RECIPES if name not in ("inrun", "magic")]  # and not of a training
-
-
-@pytest.mark.parametrize("name", mostly_slow(OF_ROWS, "trackstar", "ekfac", "tracin", "datainf"))
+@pytest.mark.parametrize("name", mostly_slow(NAMED, "trackstar", "ekfac", "tracin", "datainf"))
 def test_every_method_gives_the_scores_of_its_recipe(ok, base, neox, queries, problem, tmp_path, name):
     # One joint matrix is large, and its eigenvectors take long.
     dim = 4 if name == "trak" else None

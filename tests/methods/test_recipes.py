@@ -307,9 +307,10 @@ def test_shampoo_second_moment_and_labels_of_the_model():
     assert second_moment().gives_curvature
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in RECIPES if name not in ("trak", "lissa", "inrun", "magic")]
-)
+OF_TRAININGS = ("source", "inrun", "magic")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("trak", "lissa", *OF_TRAININGS)])
 def test_a_method_by_its_name(name):
     p = problem()
     p = replace(p, projection=lenient(parse_projection(RECIPES[name].projection)))
@@ -327,6 +328,7 @@ def test_names_that_cannot_be_taken():
     for asked, query, words in (
         ("ekfak", p.query, "no method 'ekfak': choose grad_dot"),
         ("ekfac", rows, "takes queries and not their gradients"),
+        ("source", p.query, "make it with gf.methods.source"),
     ):
         with pytest.raises(InputError, match=words):
             method_of(asked, p.subject, p.train, query)

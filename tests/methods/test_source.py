@@ -1,5 +1,6 @@
 """SOURCE against exact derivatives, and what its functions of a curvature are in their limits."""
 
+import copy
 import re
 from dataclasses import replace
 
@@ -18,6 +19,9 @@ from gradfn.methods.source import Checkpoint, Segment, Source, cut, fit_curvatur
 from gradfn.model.params import params_of
 from gradfn.statistics.curvature import Curvature, dense_spectrum
 from gradfn.subject import Subject, row_weights
+from gradfn.train import Training
+from gradfn.train.course import Course
+from gradfn.train.optimizers import dynamics_of
 
 ROWS, WIDTH, STEPS, ETA = 24, 6, 120, 0.2
 
@@ -296,3 +300,41 @@ def test_summed_and_averaged_losses_of_tokens_are_one_objective():
 def test_what_has_no_sense_is_refused(make, words):
     with pytest.raises(InputError, match=re.escape(words)):
         make()
+
+
+# --- against retraining
+
+
+@pytest.mark.slow
+def test_rows_are_ranked_as_retraining_does_where_the_influence_function_does_not():
+    """Two epochs of a small network, far from converged; 30 trainings with rows masked."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    means = 0.7 * torch.randn(4, 8).double()
+
+    def rows(count):
+        y = torch.randint(4, (count,))
+        return [{"x": means[own] + torch.randn(8).double(), "y": own} for own in y]
+
+    def at(params):
+        other = copy.deepcopy(net)
+        other.load_state_dict(params)
+        return Subject(other, lambda p, e: nn.functional.cross_entropy(
+            torch.func.functional_call(other, p, e["x"]), e["y"]))  # fmt: skip
+
+    data, queries, start = rows(160), rows(10), {n: p.clone() for n, p in params_of(net).items()}
+    course = Course(at(start).loss, data, Training(2, 20, 0.05, "sgd"))
+    states = [{**taken.state.params} for taken in course.steps(course.start(start))]
+    points = [Checkpoint(at(states[step]), 0.2) for step in range(3, 16, 4)]
+    method = source(points, data, segments=2, dynamics=dynamics_of(course.training), labels="data")
+    influence = gf.influence(gf.fit(gf.ekfac(), at(states[-1]), data))
+    subsets, losses = gf.evaluate.random_subsets(len(data), 30, fraction=0.8), []
+    for kept in subsets:
+        *_, last = replace(course, weights=kept.double()).steps(course.start(start))
+        losses.append(course.row_losses(last.state.params, queries))
+    found = []
+    for one in (method, influence):
+        scores = gf.score(at(states[-1]), data, queries, method=one).matrix.float()
+        found.append(float(gf.evaluate.lds(scores, subsets, torch.stack(losses)).mean()))
+    assert found[0] > 0.97
+    assert found[1] < 0.9
