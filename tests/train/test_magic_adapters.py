@@ -34,8 +34,8 @@ def slope(course, start, queries, v, h=1e-5):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_adapters_on_a_frozen_model():
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model = randomize(peft.get_peft_model(language_model("llama"), config), 0).double()
+    config = peft.LoraConfig(r=2, target_modules=["query_key_value", "dense"], init_lora_weights=False)
+    model = randomize(peft.get_peft_model(language_model("gpt_neox"), config), 0)
     start = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     assert start
     assert all("lora_" in name for name in start)
