@@ -1,10 +1,6 @@
 """`gradfn score --training RUN --method magic`: exact derivatives through a recorded training."""
 
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -113,27 +109,6 @@ def test_killed_it_goes_on_and_ends_with_the_same_bits(ok, command, whole, base,
     assert steps == [5, 4, 3, 2, 1, 0]
     assert torch.equal(Scores.load(tmp_path).matrix, whole[1].matrix)
     assert not (tmp_path / "replay").exists()
-
-
-@pytest.mark.slow
-def test_killed_for_real_it_ends_with_the_same_bits(whole, base, tmp_path):
-    program = "import gradfn.train.kept as k; k.SECONDS = 0; from gradfn.cli import main; main()"
-    words = [sys.executable, "-c", program, "score", str(tmp_path / "out"), *map(str, base)]
-    kept, killed = tmp_path / "out/replay/queries-0.pt", 0
-    while True:
-        seen = kept.stat().st_mtime_ns if kept.exists() else 0
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not kept.exists() or kept.stat().st_mtime_ns == seen):
-            time.sleep(0.001)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += 1
-    assert process.returncode == 0
-    assert killed >= 2
-    assert torch.equal(Scores.load(tmp_path / "out").matrix, whole[1].matrix)
-    assert not kept.parent.exists()
 
 
 @pytest.mark.parametrize(
