@@ -132,7 +132,7 @@ def test_arguments_that_look_like_options_stand_behind_two_dashes(monkeypatch):
     line = command_line(LdsRequest, {"truth": "-t", "runs": ["a", "-b"], "seed": -1})
     assert line == "gradfn evaluate lds --seed=-1 -- -t a -b"
     request = parsed(monkeypatch, *shlex.split(line)[1:])
-    assert (request.truth, request.runs, request.seed) == ("-t", ("a", "-b"), -1)
+    assert (request.truth, request.runs, request.seed) == (("-t",), ("a", "-b"), -1)
 
 
 def test_requests_compare_by_their_values_and_not_by_what_was_given():
