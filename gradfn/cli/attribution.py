@@ -6,6 +6,9 @@ from itertools import count as counting
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, at_checkpoint, recorded
@@ -322,25 +325,43 @@ def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[Sho
             else:
                 resumed += prepared.write(part, progress).resumed
                 results.append(read_part(part, job.shard)[0])
-    scores = job.recipe.combine(results, [weight for _, weight in weighted])
-    if scores.shape[1] != len(shown.ids):
-        shown = shown.joined(job.name)
-        columns = Columns(shown.ids, shown.texts)
+    weights = [weight for _, weight in weighted]
+    if job.request.layers.by == "time":
+        scores: Any = over_time(
+            weighted, [one.values * weight for one, weight in zip(results, weights, strict=True)]
+        )
+    else:
+        scores = job.recipe.combine(results, weights)
+        if scores.shape[1] != len(shown.ids):
+            shown = shown.joined(job.name)
+            columns = Columns(shown.ids, shown.texts)
     return show_joined(job, weighted, shown, columns, Rows(scores, results[-1].losses), resumed)
+
+
+def over_time(weighted: Weighted, parts: Sequence[Tensor]) -> Blocks:
+    """What checkpoints add to scores, by their names, or if these are not different, with numbers."""
+    names = ["the model" if path is None else Path(path).name for path, _ in weighted]
+    if len({*names}) < len(names):
+        names = [f"{number} {name}" for number, name in enumerate(names, 1)]
+    return dict(zip(names, parts, strict=True))
 
 
 def show_joined(
     job: Job, weighted: Weighted, shown: ShownQueries, columns: Columns, result: Rows, resumed: int
 ) -> tuple[ShownQueries, Ranked | None]:
     """Write the scores that those of checkpoints make, if there is a run, and rank them, if they are all."""
-    scores: Any = result.values
+    shares = result.values if isinstance(result.values, dict) else None
+    scores: Any = result.values if shares is None else torch.stack([*shares.values()]).sum(0)
     if (run := job.request.run) is not None:
         path = _write_joined(job, run, weighted, columns, result)
         lines = [*scores_facts(path, len(scores), scores.shape[1]), *resumed_facts(resumed, job.noun)]
         console().print(facts([*lines, *job.next()]))
     if job.shard is not None:
         return shown, None
-    return shown, Ranked(*extremes([scores], ranks_needed(job.top)))
+    ranked = Ranked(*extremes([scores], ranks_needed(job.top)), in_order=shares is not None)
+    if shares is None:
+        return shown, ranked
+    return shown, ranked.with_shares(job.top, lambda row: {name: v[row] for name, v in shares.items()})
 
 
 def _write_joined(job: Job, run: str, weighted: Weighted, columns: Columns, result: Rows) -> Path:

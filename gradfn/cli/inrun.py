@@ -1,5 +1,7 @@
 """`gradfn score RUN --method inrun`: what a training measured, shown like any other scores."""
 
+from dataclasses import replace
+
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.request import flag, slots_of
@@ -11,8 +13,8 @@ from gradfn.report.summaries import scores_facts
 from gradfn.report.tables import facts
 from gradfn.report.words import count
 from gradfn.runs.provenance import Provenance
-from gradfn.runs.scores import score_chunks
-from gradfn.scores import KIND, columns_of, extremes
+from gradfn.runs.scores import row_shares, score_chunks
+from gradfn.scores import KIND, SHARES, columns_of, extremes
 from gradfn.store import Store, open_store
 from gradfn.store.directory import index_path
 from gradfn.train.run import INRUN
@@ -24,30 +26,37 @@ ALLOWED = ("run", "method", "overwrite", "quiet", "threads")
 
 def show_values(request: ScoreRequest) -> None:
     """Read the sums of the rows' values over the steps of a training, and show them."""
-    run, top = _checked_run(request), request.table.top or 0
+    run, top, by = _checked_run(request), request.table.top or 0, str(request.layers.by)
     request.table.check(request.output.overwrite)
     with _open_values(run) as store:
         how, columns = Provenance.of(store).method or {}, columns_of(store)
         lines = scores_facts(store.path, store.rows, len(columns.query_ids))
         steps = "every step" if how["every"] == 1 else f"every {how['every']:,} steps"
         lines.append(("method", f"{INRUN}, {how['kind']}, {steps}"))
+        if by == "time" and not store.names(SHARES):
+            raise InputError(
+                f"the training in {run} has one epoch, and so no parts over time: leave out --by"
+            )
         if zero := int(store.read("rows/zero").sum()):
             lines.append(("note", f"{count(zero, 'row')} have values of 0, as in steps that were not valued"))
         console().print(facts(lines))
         texts = columns.query_texts or [""] * len(columns.query_ids)
-        best = extremes(score_chunks(run, memory=request.table.memory << 20), ranks_needed(top))
+        best = Ranked(*extremes(score_chunks(run, memory=request.table.memory << 20), ranks_needed(top)))
+        if by == "time":
+            best = replace(best.with_shares(top, lambda row: row_shares(store, row)), in_order=True)
         table = print_rankings(
-            console(), ShownQueries(columns.query_ids, texts), Ranked(*best),
+            console(), ShownQueries(columns.query_ids, texts), best,
             stored_rows(store, None, "example"), top, show=request.table.show,
         )  # fmt: skip
-    export_ranking(table, request.table.paths, "example")
+    export_ranking(table, request.table.paths, by)
 
 
 def _checked_run(request: ScoreRequest) -> str:
     """The run; refuses options of scores that are computed."""
     slots = slots_of(ScoreRequest)
     for name in request.given:
-        if name not in ALLOWED and slots[name].owner != "table":
+        allowed = name in ALLOWED or slots[name].owner == "table"
+        if not allowed and not (name == "by" and request.layers.by == "time"):
             raise InputError(
                 f"{flag(name)} is of scores that are computed, and --method {INRUN} shows what a training "
                 "measured: leave it out"

@@ -39,8 +39,9 @@ Reduction = Literal["mean", "sum"]
 Kind = Literal["second_moment", "kfac", "ekfac", "shampoo", "tkfac"]
 Labels = Literal["data", "model"]
 Product = Literal["fisher", "gauss_newton", "hessian"]
-By = Literal["example", "module", "head", "token"]
+By = Literal["example", "module", "head", "time", "token"]
 StoredBy = Literal["example", "head", "token"]
+QueryBy = Literal["example", "module", "head", "token"]
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["constant", "linear", "cosine"]
 Init = Literal["given", "random"]
@@ -113,6 +114,8 @@ _INCLUDE = (
     "unless told."
 )
 _BY = "What a score belongs to: a row, in all or by module or attention head too; or a token of a row."
+_BY_TIME = f"{_BY[:-1]}; time: a row in all, and what each checkpoint (of inrun, each epoch) adds to it."
+
 _STORED_BY = "What a gradient belongs to: a row and module; one attention head of it; a token of a row."
 _SHARD = "I/N: do the I-th of N parts of the rows, or models, as an array's job; gradfn merge joins them."
 
@@ -395,7 +398,7 @@ class LayerOptions:
     PANEL: ClassVar[str] = "Layers"
     include: tuple[str, ...] = option((), _INCLUDE)
     exclude: tuple[str, ...] = option((), "Glob of layers to leave out; several may be given.")
-    by: By | None = option("example", _BY)
+    by: By | None = option("example", _BY_TIME)
     no_biases: bool = option(False, "Leave out biases, which else are a column of their layer's gradient.")
 
     @property
@@ -405,7 +408,7 @@ class LayerOptions:
 
 
 STORED_BY: Any = option("example", _STORED_BY, type=StoredBy)
-QUERY_BY: Any = option(None, _BY, shown="the store's")
+QUERY_BY: Any = option(None, _BY, shown="the store's", type=QueryBy)
 
 
 @dataclass(frozen=True)

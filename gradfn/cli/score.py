@@ -178,6 +178,11 @@ def _check_joined(request: ScoreRequest, recipe: Recipe, weighted: Weighted, joi
         if path is not None:
             locate_model(path)
     by = request.layers.by
+    if by == "time" and (not joins or recipe.combine is not weighted_sum):
+        raise InputError(
+            "scores have parts over time where they are sums over checkpoints: give several --checkpoints, "
+            "or --training with tracin or source"
+        )
     if request.layers.by_block and joins:
         raise InputError(f"joined scores are not told apart by {by}: use --by example or token")
     if recipe.combine is not times_doubt:

@@ -7,13 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gradfn.cli.attribution import Job, Weighted, show_joined
+import torch
+
+from gradfn.cli.attribution import Job, Weighted, over_time, show_joined
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.inputs import Loaded, at_checkpoint, recorded
 from gradfn.cli.options import MethodOptions
 from gradfn.errors import InputError
 from gradfn.hf.optimizer_state import load_optimizer_state
-from gradfn.methods.attribution import weighted_sum
 from gradfn.methods.dynamics import Dynamics
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.source import Checkpoint, Segment, cut, fit_curvature, shares_of
@@ -141,9 +142,10 @@ def score_source(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[ShownQue
             made[stop.number] = Rows(rows.values * (stop.point.rate / segment.rate), rows.losses)
             resumed += there
         adjoint = cache(partial(_before, passed))
+    shares = shares_of(loaded.subject, job.train, dynamics)[:, None].float()
     results = [made[stop.number] for stop in stops]
-    shares = shares_of(loaded.subject, job.train, dynamics)
-    scores = weighted_sum(results, [1.0] * len(results)) * shares[:, None].float()
+    parts = over_time(weighted, [one.values * shares for one in results])  # pyright: ignore
+    scores: Any = parts if job.request.layers.by == "time" else torch.stack([*parts.values()]).sum(0)
     return show_joined(job, weighted, end.shown, end.columns, Rows(scores, results[-1].losses), resumed)
 
 

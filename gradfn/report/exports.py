@@ -15,7 +15,7 @@ from gradfn.shown import SAID
 
 Row = Mapping[str, Any]
 EXPORTED: tuple[str, ...] = ("query", "side", "rank", "score", "row", "id", "text")
-FURTHER = {"module": ("module", "share"), "head": ("module", "share"),
+FURTHER = {"module": ("module", "share"), "head": ("module", "share"), "time": ("time", "share"),
            "token": ("document", "position", "token")}  # fmt: skip
 """Columns of an export that there are only where scores are told apart so finely."""
 CLASSES = ("label", "predicted")
@@ -68,11 +68,11 @@ def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[st
 
 def _lines(row: Row) -> list[dict[str, Any]]:
     """A row of the table as lines of the export: one, or one a share."""
-    line = {key: value for key, value in row.items() if key != "shares"}
+    line = {key: value for key, value in row.items() if key not in ("shares", "shown")}
     line["text"] = line["text"].replace(SAID, " → ")
     if "shares" not in row:
         return [line]
-    return [{**line, "module": name, "share": share} for name, share in row["shares"]]
+    return [{**line, "module": name, "time": name, "share": share} for name, share in row["shares"]]
 
 
 def _put_csv(rows: Sequence[Row], columns: Sequence[str], file: Any) -> None:

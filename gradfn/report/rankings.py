@@ -10,7 +10,7 @@ from gradfn.data import Corpus
 from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
 from gradfn.hf.answers import Answer
 from gradfn.report.rows import DocumentRows, Ranked, ShownRows, top_shares
-from gradfn.report.tables import NAME_WIDTH, Piped, excerpt, facts, ranking
+from gradfn.report.tables import NAME_WIDTH, SHOWN_SHARES, Piped, excerpt, facts, ranking
 from gradfn.report.words import clean, count
 
 KNOWN_RANKS = 5
@@ -115,7 +115,11 @@ def _lines(ranked: Ranked, known: ShownRows, query: int, query_id: str, top: int
     """The table of one query, proponents first."""
     table = []
     for side, rank, row, score in ranked.shown(query, top):
-        shares = {} if ranked.shares is None else {"shares": top_shares(ranked.shares[row, query])}
+        found = None if ranked.shares is None else ranked.shares[row, query]
+        shares = {}
+        if found is not None:
+            told = [*found.items()] if ranked.in_order else top_shares(found)
+            shares = {"shares": told, "shown": len(told) if ranked.in_order else SHOWN_SHARES}
         table.append({"query": query_id, "side": side, "rank": rank, "score": score,
                       **known.cells(row), **shares})  # fmt: skip
     return table

@@ -22,11 +22,13 @@ class Ranked:
         proponents, opponents: rows and scores, the strongest first.
         shares: of the rows that are shown for a query the share of each block in the score, by
             `(row, query)`; None where not asked for.
+        in_order: whether shares are of times, and shown in their order; else the largest are shown.
     """
 
     proponents: TopK
     opponents: TopK
     shares: Mapping[tuple[int, int], Mapping[str, float]] | None = None
+    in_order: bool = False
 
     def shown(self, query: int, top: int) -> Iterator[tuple[str, int, int, float]]:
         """Side, rank, row and score of the first `top` that have the sign of their side."""

@@ -88,7 +88,7 @@ def ranking(rows: Sequence[Row], width: int | None) -> Table:
     """Proponents and opponents of one query: rank, score, id and an excerpt that fits in the width.
 
     Before the excerpt of a row that has a `label` stands the model's own class, if it is another.
-    Below a row that has `shares` stand the largest of them.
+    Below a row that has `shares` stand the first `shown` of them.
 
     Args:
         width: in terminal cells; None: as wide as the ids and texts are.
@@ -103,7 +103,7 @@ def ranking(rows: Sequence[Row], width: int | None) -> Table:
     name, room = (None, None) if width is None else _room(width, sides, scores, ids)
     for row, side, score, which in zip(rows, sides, scores, ids, strict=True):
         table.add_row(side, score, _cut(which, name), Text(excerpt(_text(row), room)))
-        for block, share in row.get("shares", ())[:SHOWN_SHARES]:
+        for block, share in row.get("shares", ())[: row.get("shown")]:
             table.add_row("", _signed(share), "", _cut(clean(block), room))
     return table
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from gradfn.errors import InputError
 from gradfn.train.course import Course, row_weights
 from gradfn.train.magic import metagradient
-from gradfn.train.replay import Replay
 from gradfn.train.step import losses_of
 from gradfn.types import Data, Example, LossFn, Params
 
@@ -119,19 +118,16 @@ def _steps(
     rule: Rule,
     groups: Tensor,
 ) -> Iterator[Descended]:
-    for step in range(steps + 1):
-        course = replace(course, weights=weights)
-        if step == steps:
-            *_, last = course.steps(course.start(start))
-            params = last.state.params
-        else:
-            made = metagradient(course, start, [{"rows": torch.zeros(())}], mean, replay=Replay())
-            params = made.end.params
+    def told(step: int, params: Params) -> Descended:
         with torch.no_grad():
-            loss = float(mean(params, {}))
-        yield Descended(step, weights, loss, params)
-        if step < steps:
-            weights = _moved(weights, made.values[:, 0], rate, rule, groups)
+            return Descended(step, weights, float(mean(params, {})), params)
+
+    for step in range(steps):
+        made = metagradient(replace(course, weights=weights), start, [{"rows": torch.zeros(())}], mean)
+        yield told(step, made.end.params)
+        weights = _moved(weights, made.values[:, 0], rate, rule, groups)
+    *_, last = replace(course, weights=weights).steps(course.start(start))
+    yield told(steps, last.state.params)
 
 
 def _moved(weights: Tensor, values: Tensor, rate: float, rule: Rule, groups: Tensor) -> Tensor:

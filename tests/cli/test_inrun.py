@@ -10,13 +10,13 @@ from gradfn.scores import Scores
 
 @pytest.fixture(scope="module")
 def base(model, corpus):
-    return ("--model", model, "--dataset", corpus, "--epochs", 1, "--batch-size", 6)
+    return ("--model", model, "--dataset", corpus, "--batch-size", 6)
 
 
 @pytest.fixture(scope="module")
 def valued(folder, ok, base, queries):
     """A training that valued the first of its two steps."""
-    told = ok("train", folder / "valued", *base, "--values", queries, "--values-every", 2,
+    told = ok("train", folder / "valued", *base, "--epochs", 1, "--values", queries, "--values-every", 2,
               "--values-kind", "influence")  # fmt: skip
     assert told.splitlines()[-1] == f"next    gradfn score {folder}/valued --method inrun"
     return folder / "valued"
@@ -24,7 +24,7 @@ def valued(folder, ok, base, queries):
 
 @pytest.fixture(scope="module")
 def plain(folder, ok, base):
-    ok("train", folder / "plain", *base)
+    ok("train", folder / "plain", *base, "--epochs", 1)
     return folder / "plain"
 
 
@@ -43,6 +43,19 @@ def test_values_are_shown_ranked_and_exported(ok, valued, tmp_path):
     assert [row["id"] for row in mine] == [scores.row_ids[row] for row in best.rows[column]]
     assert scores.query_texts[0].split("\xa0")[0] in out
     assert table[0]["text"] in out
+
+
+def test_what_each_epoch_adds_to_a_value(ok, command, valued, base, queries, tmp_path):
+    ok("train", tmp_path / "two", *base, "--epochs", 2, "--values", queries)
+    out = ok("score", tmp_path / "two", "--method", "inrun", "--by", "time", "--top", 1, "--show", 1)
+    scores = Scores.load(tmp_path / "two")
+    assert [*scores.shares] == ["epoch 1", "epoch 2"]
+    row = int(scores.top(1).rows[0, 0])
+    for share in scores.shares.values():
+        assert f"{share[0, row, 0]:+.4g}" in out
+    result = command("score", valued, "--method", "inrun", "--by", "time")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "has one epoch, and so no parts over time" in result.err
 
 
 def test_a_run_without_values_is_refused(command, valued, plain, store, tmp_path):

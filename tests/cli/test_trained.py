@@ -99,3 +99,38 @@ def test_a_training_that_is_not_what_it_was(ok, command, run, own, store, querie
         refused(run, f"the rows of {own} are not those that {run} was trained on: put these back")
     finally:
         own.write_text(before)
+
+
+def test_what_each_checkpoint_adds_to_a_score(ok, command, run, queries, tmp_path):
+    base = ("--training", run, "--query", queries, "--method", "tracin")
+    out = ok(
+        "score", tmp_path / "a", *base, "--by", "time", "--top", 1, "--show", 1, "--csv", tmp_path / "t.csv"
+    )
+    found = Scores.load(tmp_path / "a")
+    assert [*found.shares] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    torch.testing.assert_close(torch.stack([*found.shares.values()]).sum(0), found.values)
+    torch.testing.assert_close(found.values, scores_of(ok, tmp_path / "b", *base).values)
+    assert out.index("checkpoint-2", out.rindex("query ")) < out.index("checkpoint-4", out.rindex("query "))
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    assert lines[0].endswith(",time,share")
+    assert ",checkpoint-2," in lines[1]
+    for more in (("--method", "grad-dot"), ("--method", "less", "--checkpoints", f"{run}/checkpoint-4")):
+        result = command("score", "--training", run, "--query", queries, *more, "--by", "time")
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert "parts over time where they are sums over checkpoints" in result.err
+
+
+def test_source_goes_through_the_training_as_it_was_recorded(ok, command, run, own, queries, tmp_path):
+    short = scores_of(ok, tmp_path / "a", "--training", run, "--query", queries, "--method", "source")
+    rates = open_training(run).steps["learning_rate"].reshape(3, 2).sum(1)
+    long = scores_of(
+        ok, tmp_path / "b", "--model", run / "checkpoint-6", "--dataset", own, "--text-column", "words",
+        "--split", "train[:8]", "--loss-reduction", "sum", "--query", queries, "--method", "source",
+        "--checkpoints", ",".join(f"{run}/checkpoint-{n}" for n in (2, 4, 6)),
+        "--checkpoint-weights", ",".join(str(rate) for rate in rates), "--optimizer", "adamw",
+    )  # fmt: skip
+    torch.testing.assert_close(short.values, long.values, rtol=1e-4, atol=1e-9)
+    result = command(
+        "score", "--training", run, "--query", queries, "--method", "source", "--optimizer", "sgd"
+    )
+    assert result.err.startswith("gradfn: --optimizer is of the training that --training names")
