@@ -346,7 +346,10 @@ def curved(folder, ok, model, corpus, queries):
         ),
         (["--self"], "--self has no queries: leave out --query"),
         (["--group-column", "task"], "--group-column groups the queries of a dataset: give one with --query"),
-        (["--checkpoints", "a, ,b"], "--checkpoints 'a, ,b' names none, or an empty one: give them with com"),
+        (
+            ["--checkpoints", "a, ,b"],
+            "'a, ,b' names no path, or an empty one: give paths with commas between",
+        ),
         (["--checkpoints", "a,b", "--checkpoint-weights", "1"], "1 --checkpoint-weights for 2 --checkpoints"),
         (["--checkpoint-weights", "1"], "1 --checkpoint-weights for 0 --checkpoints: give one for each"),
         (
