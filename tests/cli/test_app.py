@@ -71,7 +71,7 @@ def test_the_list_of_commands_is_not_cut_short(ok, name):
         (["score", "--top"], r"'--top' requires an argument: see gradfn --help"),
         (["score", "a", "b"], r"unexpected extra argument.*b.*: see gradfn score --help"),
         (["build"], r"Missing argument 'run': see gradfn build --help"),
-        (["score", "--method", "magic"], r"no method 'magic': choose grad_dot, .*, or FILE\.py:NAME"),
+        (["score", "--method", "wizard"], r"no method 'wizard': choose grad_dot, .*, or FILE\.py:NAME"),
         (
             ["score", "--precision", "int4"],
             r"'int4' is not one of 'fp32', 'tf32', 'bf16', 'fp16', 'fp64': see",
@@ -80,7 +80,10 @@ def test_the_list_of_commands_is_not_cut_short(ok, name):
             ["score", "--projection", "cauchy"],
             r"no projection 'cauchy' in 'cauchy': choose rademacher, gaussian, orthonormal, mask",
         ),
-        (["score", "--by", "word"], r"'word' is not one of 'example', 'module', 'head', 'token': see"),
+        (
+            ["score", "--by", "word"],
+            r"'word' is not one of 'example', 'module', 'head', 'time', 'token': see",
+        ),
         (["build", "r", "--by", "module"], r"'module' is not one of 'example', 'head', 'token': see"),
         (["score", "--loss", "hinge"], r"'hinge' is not one of 'cross-entropy', 'log-odds', 'kl': see"),
         (["score", "--query-loss", "hinge"], r"'hinge' is not one of 'cross-entropy', 'log-odds', 'kl': see"),
@@ -142,7 +145,7 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "no_biases",
     "trust_remote_code", "no_special_tokens", "revision", "dataset_revision", "tokenizer", "chunk_length",
     "query_split", "product", "iterations", "tolerance", "scale", "minibatches", "segments", "optimizer",
-    "normalize",
+    "normalize", "training", "steps", "replay_slots",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 
