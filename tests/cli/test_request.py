@@ -66,7 +66,7 @@ def test_the_help_shows_every_option_once_in_a_panel(ok, request_type):
 @pytest.mark.parametrize("request_type", REQUESTS, ids=lambda r: r.COMMAND)
 def test_every_option_says_what_it_is(request_type):
     for slot in slots_of(request_type).values():
-        assert slot.about.help[0].isupper() or slot.about.help[0] in "'01234cdglt", slot.about.help
+        assert slot.about.help[0].isupper() or slot.about.help[0] in "'01234cdglst", slot.about.help
         assert slot.about.help[-1] in ".'" or slot.about.help.endswith(": 10,20"), slot.about.help
         assert slot.panel
         assert not (isinstance(slot.type, str) and slot.about.parse is None), f"{slot.name} has no type"
