@@ -209,20 +209,22 @@ class CausalLMLoss(_Weighted):
         No attention mask is needed: padding stands after every supervised position of a causal model.
         """
         targets = shifted_labels(_labels(batch))
-        return self._weigh(self._reduce(self._at_positions(batch, targets), targets), batch)
+        return self._weigh(self._reduce(self._at_positions(batch, targets, self.fused_head), targets), batch)
 
     def by_token(self, batch: Batch) -> Float[Tensor, "batch tokens"]:
         """Each token's part of `batched`, at the token that is predicted; the parts of a row add up to it."""
         targets = shifted_labels(_labels(batch))
         count = self._count(targets)
-        parts = self._at_positions(batch, targets) / (count if isinstance(count, int) else count[:, None])
+        parts = self._at_positions(batch, targets, False) / (
+            count if isinstance(count, int) else count[:, None]
+        )
         return F.pad(self._weigh(parts.T, batch).T[:, :-1], (1, 0))
 
-    def _at_positions(self, batch: Batch, targets: Tensor) -> Float[Tensor, "batch tokens"]:
-        """The loss of every position, 0 where nothing is supervised."""
+    def _at_positions(self, batch: Batch, targets: Tensor, fused: bool) -> Float[Tensor, "batch tokens"]:
+        """The loss of every position, 0 where nothing is supervised; fused, the head gets no gradient."""
         ids, head = batch["input_ids"], output_head(self.model)
         chunked = self.chunked_head and not fits(ids.numel(), head.weight)  # pyright: ignore
-        if not (self.fused_head or chunked):
+        if not (fused or chunked):
             logits = self.model(input_ids=ids, use_cache=False).logits
             theirs = None if self.reference is None else self._reference_logits(ids)
             return self._positions(logits, theirs, targets)
