@@ -36,11 +36,10 @@ from gradfn.cli.options import (
     RunOptions,
     SolverOptions,
     TableOptions,
-    TrainingOptions,
 )
 from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
 from gradfn.cli.subsets import SubsetOptions
-from gradfn.cli.training import RecordingOptions, TrainOptions
+from gradfn.cli.training import RecordingOptions, TrainingOptions, TrainOptions
 from gradfn.cli.values import dims, found_projection
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."

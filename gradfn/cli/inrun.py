@@ -56,6 +56,10 @@ def _checked_run(request: ScoreRequest) -> str:
     slots = slots_of(ScoreRequest)
     for name in request.given:
         allowed = name in ALLOWED or slots[name].owner == "table"
+        if name == "training":
+            raise InputError(
+                f"--method {INRUN} shows what a training measured: give its run as RUN, and no --training"
+            )
         if not allowed and not (name == "by" and request.layers.by == "time"):
             raise InputError(
                 f"{flag(name)} is of scores that are computed, and --method {INRUN} shows what a training "

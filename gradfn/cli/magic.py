@@ -67,8 +67,8 @@ def check_magic(request: ScoreRequest, trained: Recorded | None) -> None:
     first, stop = request.method.steps or (0, None)
     if not first < (trained.total if stop is None else stop) <= trained.total:
         raise InputError(
-            f"--steps is no part of a training of {trained.total} steps: give its first step, from 0, and "
-            "the one behind its last"
+            f"--steps {first}:{'' if stop is None else stop} is no part of a training of {trained.total} "
+            "steps: give its first step, from 0, and the one behind its last"
         )
     check_repeats(trained)
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from gradfn.linalg.spectrum import Damping
     from gradfn.methods.dynamics import Dynamics
     from gradfn.runs.shards import Shard
-    from gradfn.train.spec import Training
 
 Task = Literal[
     "causal_lm", "seq2seq_lm", "classification", "image_classification", "regression", "masked_lm"
@@ -42,9 +41,6 @@ Product = Literal["fisher", "gauss_newton", "hessian"]
 By = Literal["example", "module", "head", "time", "token"]
 StoredBy = Literal["example", "head", "token"]
 QueryBy = Literal["example", "module", "head", "token"]
-Optimizer = Literal["sgd", "adam", "adamw"]
-Schedule = Literal["constant", "linear", "cosine"]
-Init = Literal["given", "random"]
 Normalize = Literal["rows", "tokens"]
 
 IMAGES = "image_classification"
@@ -463,31 +459,3 @@ class RunOptions:
     PANEL: ClassVar[str] = OUTPUT
     shard: "Shard | None" = option(None, _SHARD, parse=shard)
     overwrite: bool = option(False, "Replace a table that is there, and a run that was made otherwise.")
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How models are retrained."""
-
-    PANEL: ClassVar[str] = "Training"
-    epochs: int = option(3, "Passes over a subset.")
-    batch_size: int = option(8, "Rows a step.")
-    optimizer: Optimizer = option("adamw", "As in torch.optim.")
-    learning_rate: float = option(1e-3, "Before the schedule.")
-    momentum: float = option(0.0, "Of sgd.")
-    weight_decay: float = option(0.0, "In the convention of the optimizer.")
-    schedule: Schedule = option("constant", "Of the learning rate after the warmup; down to 0.")
-    warmup: int = option(0, "Steps over which the learning rate rises from 0.")
-    eps_root: float = option(0.0, "Of adam and adamw: added to the second moment inside its root.")
-    max_grad_norm: float | None = option(None, "Scale gradients down to this norm over all parameters.")
-    init: Init = option("given", "Start from the weights of --model, or from new ones of its architecture.")
-
-    def training(self) -> "Training":
-        """The training, refused before anything is loaded where it makes no sense."""
-        from gradfn.train.spec import Training
-
-        return Training(
-            self.epochs, self.batch_size, self.learning_rate, self.optimizer, momentum=self.momentum,
-            weight_decay=self.weight_decay, schedule=self.schedule, warmup=self.warmup,
-            eps_root=self.eps_root, max_grad_norm=self.max_grad_norm,
-        )  # fmt: skip

@@ -64,7 +64,7 @@ def run_score(request: ScoreRequest) -> None:
     loaded, train, asked = load_all(request)
     if trained is not None:
         trained.check_rows(train)
-        smooth = known_smoothness(trained, request.query.query) if name == MAGIC else []
+        smooth = known_smoothness(trained, request) if name == MAGIC else []
         console().print(facts([*training_facts(trained, request.method), *smooth]))
     job = Job(request, name, recipe, projection, train, asked)
     if name == SOURCE:
@@ -181,7 +181,7 @@ def _check_joined(request: ScoreRequest, recipe: Recipe, weighted: Weighted, joi
     if by == "time" and (not joins or recipe.combine is not weighted_sum):
         raise InputError(
             "scores have parts over time where they are sums over checkpoints: give several --checkpoints, "
-            "or --training with tracin or source"
+            "or --training, and --method tracin or source"
         )
     if request.layers.by_block and joins:
         raise InputError(f"joined scores are not told apart by {by}: use --by example or token")

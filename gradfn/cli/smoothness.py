@@ -72,11 +72,13 @@ def run_smoothness(request: SmoothnessRequest) -> None:
     ]))  # fmt: skip
 
 
-def known_smoothness(trained: Recorded, query: str | None) -> Facts:
+def known_smoothness(trained: Recorded, request: ScoreRequest) -> Facts:
     """What is known of how smooth a training is, and what to do where nothing is, or it is rough."""
     if (held := _read(trained)) is None:
-        asked = command_line(SmoothnessRequest, {"run": trained.run, "query": query})
-        return [("note", f"whether these derivatives say what removals do is not known: {asked} tells")]
+        asked = {name: value for name, value in request.given.items()
+                 if name in ("query", "query_split", "completion")}  # fmt: skip
+        told = command_line(SmoothnessRequest, {"run": trained.run, **asked})
+        return [("note", f"whether these derivatives say what removals do is told by: {told}")]
     fraction, found = held
     numbers = (
         f"agreement {found.agreement:.3f}, bend {found.bend:.3f}, removals of {fraction:.3g} of the rows"

@@ -158,6 +158,9 @@ def _at_checkpoints(method: MethodOptions, trained: Recorded) -> MethodOptions:
 def training_facts(trained: Recorded, method: MethodOptions) -> Facts:
     """Which training is asked about, and how its checkpoints are weighed."""
     lines = [("training", f"{trained.run}, {count(trained.total, 'step')}")]
+    if method.steps is not None:
+        first, stop = method.steps
+        lines.append(("counted", f"steps {first + 1} to {stop or trained.total} of {trained.total}"))
     if method.checkpoints is not None:
         weights = ", ".join(f"{weight:.4g}" for weight in method.checkpoint_weights or ())
         names = ", ".join(Path(path).name for path in method.checkpoints)

@@ -1,16 +1,19 @@
-"""The options of `gradfn train`: those of `gradfn retrain`, and what only a single model has."""
+"""The options of `gradfn retrain` and `gradfn train`: how models are trained."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from gradfn.cli.options import QUERY_SPLIT, Normalize, TrainingOptions
+from gradfn.cli.options import QUERY_SPLIT, Normalize
 from gradfn.cli.request import found, option
 from gradfn.errors import InputError
 
 if TYPE_CHECKING:
     from gradfn.train.spec import Training
 
+Optimizer = Literal["sgd", "adam", "adamw"]
+Schedule = Literal["constant", "linear", "cosine"]
+Init = Literal["given", "random"]
 ValueKind = Literal["influence", "shapley", "frozen", "before"]
 RowScale = Literal["none", "before", "after"]
 StoredDtype = Literal["float32", "float16"]
@@ -50,12 +53,41 @@ def save_every(text: str) -> int | Literal["epoch"]:
 
 
 @dataclass(frozen=True)
-class TrainOptions(TrainingOptions):
-    """How one model is trained, and when it is saved."""
+class TrainingOptions:
+    """How models are retrained."""
 
+    PANEL: ClassVar[str] = "Training"
+    epochs: int = option(3, "Passes over a subset.")
+    batch_size: int = option(8, "Rows a step.")
+    optimizer: Optimizer = option("adamw", "As in torch.optim.")
+    learning_rate: float = option(1e-3, "Before the schedule.")
+    momentum: float = option(0.0, "Of sgd.")
     nesterov: bool = option(False, "Of sgd, with a momentum.")
     betas: tuple[float, float] = option("0.9,0.999", _BETAS, parse=betas, commas=True)
     eps: float = option(1e-8, "Of adam and adamw: added to the root of the second moment.")
+    weight_decay: float = option(0.0, "In the convention of the optimizer.")
+    schedule: Schedule = option("constant", "Of the learning rate after the warmup; down to 0.")
+    warmup: int = option(0, "Steps over which the learning rate rises from 0.")
+    eps_root: float = option(0.0, "Of adam and adamw: added to the second moment inside its root.")
+    max_grad_norm: float | None = option(None, "Scale gradients down to this norm over all parameters.")
+    init: Init = option("given", "Start from the weights of --model, or from new ones of its architecture.")
+
+    def training(self) -> "Training":
+        """The training, refused before anything is loaded where it makes no sense."""
+        from gradfn.train.spec import Training
+
+        return Training(
+            self.epochs, self.batch_size, self.learning_rate, self.optimizer, momentum=self.momentum,
+            weight_decay=self.weight_decay, schedule=self.schedule, warmup=self.warmup,
+            eps_root=self.eps_root, max_grad_norm=self.max_grad_norm, nesterov=self.nesterov,
+            betas=self.betas, eps=self.eps,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainOptions(TrainingOptions):
+    """How one model is trained, and when it is saved."""
+
     normalize: Normalize = option("rows", _NORMALIZE)
     from_scratch: bool = option(False, "Start from new weights, of --seed: --model needs but a config.json.")
     save_every: int | Literal["epoch"] = option("epoch", _SAVE, parse=save_every)
@@ -70,10 +102,6 @@ class TrainOptions(TrainingOptions):
         "shapley", "How the optimizer's part in a step is shared out over its rows."
     )
     values_every: int = option(1, "Steps from one that is valued to the next.")
-
-    def training(self) -> "Training":
-        """The training, refused before anything is loaded where it makes no sense."""
-        return replace(super().training(), nesterov=self.nesterov, betas=self.betas, eps=self.eps)
 
 
 @dataclass(frozen=True)

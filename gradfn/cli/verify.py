@@ -30,6 +30,10 @@ def run_verify(request: VerifyRequest) -> None:
     if not wrong:
         older = [one for one in checked if one.header is not None and one.header.format < FORMAT]
         lines = [("verified", f"{files} of {run}: {'no damage found' if older else 'all as written'}")]
+        if models := [*Path(run).glob("checkpoint-*/config.json")]:
+            lines.append(
+                ("note", f"the weights of {count(len(models), 'checkpoint')} have no digest: not checked")
+            )
         if older:
             commands = " and ".join(dict.fromkeys(_again(one.path) for one in older))
             lines.append(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.evaluate.bootstrap import Estimate, grid_estimate, mean_estimate
-from gradfn.evaluate.subsets import random_subsets, without_top
+from gradfn.evaluate.subsets import FEWEST, random_subsets, without_top
 
 CONTROLS = 5
 """The default number of random removals of each size."""
@@ -46,6 +46,8 @@ def brittleness_subsets(
     """
     if len(set(ks)) < len(ks):
         raise InputError(f"the numbers of rows to remove, {list(ks)}, have one twice: give each once")
+    if controls < FEWEST:
+        raise InputError(f"`controls` must be {FEWEST} or more, not {controls}, for their spread is measured")
     removed = without_top(scores.double().sum(1, keepdim=True) if together else scores, ks)
     random = [random_subsets(len(scores), controls, leave_out=k, seed=seed) for k in ks]
     return torch.cat([torch.ones(1, len(scores), dtype=torch.bool), removed, *random])
@@ -89,7 +91,7 @@ def removals(
     if not ks or missing[:end].tolist() != [0, *ks * removed]:
         raise InputError(
             f"the {len(subsets)} subsets are not those of a test of brittleness (all rows, then each query's "
-            "best ones removed, then random ones): make them with brittleness_subsets"
+            "best ones removed, then random ones): make them with `brittleness_subsets`"
         )
     rest, missing = losses[end:], missing[end:]
     tops = losses[1:end].reshape(removed, len(ks), queries).unbind(1)
@@ -163,7 +165,7 @@ def _check_controls(removal: Removal) -> None:
     if not len(removal.random):
         raise InputError(
             f"no model was trained without {removal.k} random rows, with which to compare: train on all "
-            "subsets of brittleness_subsets"
+            "subsets of `brittleness_subsets`"
         )
 
 

@@ -108,6 +108,12 @@ def mismatch(scores: Scores, truth: Truth) -> str | None:
             f"{name} is of the order of seed {seed}, which is not that of all of these models: retrain with "
             f"--seed {seed}, and shared seeds"
         )
+    own, theirs = magic or made.training or {}, truth.settings.get("training") or {}
+    if differ := [key for key in theirs if key in own and own[key] != theirs[key]]:
+        pairs = ", ".join(f"{key} {own[key]} and {theirs[key]}" for key in differ)
+        return (
+            f"{name} and these models are of trainings that differ ({pairs}): retrain with the same options"
+        )
     return None
 
 

@@ -63,6 +63,8 @@ def comparison_facts(
         why = "unknown, with one seed left of each subset: retrain with a lower --learning-rate"
         if truth.replicates == 1:
             why = "unknown, with one seed a subset: gradfn retrain --seeds 2 tells it"
+            if truth.removal == "mask":
+                why = "none, for one training that is repeated but for its masked rows has no noise"
         lines.append(("noise ceiling", why))
     for one in told.runs:
         if one.constant:

@@ -175,8 +175,8 @@ class _Job:
         if self.seen.setdefault(number, bits) != bits:
             raise InputError(
                 f"step {number} came to another state than before, but a replay must repeat the training to "
-                "the bit: use the device, the number of threads and the libraries of the first time, "
-                "torch.use_deterministic_algorithms(True), and a loss that is not random"
+                "the bit: use the checkpoints as they were written, the device, threads and libraries of the "
+                "first time, torch.use_deterministic_algorithms(True), and a loss that is not random"
             )
 
 

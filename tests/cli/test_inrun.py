@@ -24,8 +24,8 @@ def valued(folder, ok, base, queries):
 
 @pytest.fixture(scope="module")
 def plain(folder, ok, base):
-    ok("train", folder / "plain", *base, "--epochs", 1)
-    return folder / "plain"
+    ok("train", folder / "unvalued", *base, "--epochs", 1)
+    return folder / "unvalued"
 
 
 def test_values_are_shown_ranked_and_exported(ok, valued, tmp_path):

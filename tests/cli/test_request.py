@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from gradfn import statistics
-from gradfn.cli import options
+from gradfn.cli import options, training
 from gradfn.cli.app import app
 from gradfn.cli.commands import COMMANDS, BuildRequest, LdsRequest, MaskFitRequest, ScoreRequest
 from gradfn.cli.console import ARGUMENTS, OPTIONS
@@ -76,8 +76,8 @@ def test_choices_are_the_librarys():
     assert set(get_args(options.Precision)) == {*PRECISIONS, "tf32"}
     assert set(get_args(options.Attention)) == set(ATTENTION)
     assert all(callable(getattr(statistics, kind)) for kind in get_args(options.Kind))
-    for name in get_args(options.Optimizer):
-        for schedule in get_args(options.Schedule):
+    for name in get_args(training.Optimizer):
+        for schedule in get_args(training.Schedule):
             assert Training(1, 1, 0.1, name, schedule=schedule).optimizer == name
 
 

@@ -32,8 +32,8 @@ def test_it_is_the_librarys_and_scores_know_it(ok, run, model, rows, queries, tm
     score = ("score", "--training", run, "--query", queries, "--method", "magic", "--show", 0)
     note = facts_of(ok(*score))["note"]
     assert note == (
-        f"whether these derivatives say what removals do is not known: gradfn smoothness {run} --query "
-        f"{queries} tells"
+        f"whether these derivatives say what removals do is told by: gradfn smoothness {run} --query "
+        f"{queries}"
     )
     lines = facts_of(ok("smoothness", run, "--query", queries, "--fraction", 0.04, "--directions", 1))
     net, tokens = gf.load_model(model), gf.load_tokenizer(model)
@@ -58,7 +58,7 @@ def test_it_is_the_librarys_and_scores_know_it(ok, run, model, rows, queries, tm
     assert "agreement 0.600, bend" in warning
     for damaged in ("{", json.dumps({**rough, "training": "another"}), json.dumps({"bend": 1})):
         (run / "smoothness.json").write_text(damaged)
-        assert "is not known" in facts_of(ok(*score))["note"]
+        assert "is told by: gradfn smoothness" in facts_of(ok(*score))["note"]
 
 
 def test_a_rough_training_is_told_what_helps(ok, model, rows, queries, tmp_path):

@@ -20,9 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import gradfn as gf
 from gradfn.cli.commands import RetrainRequest, TrainRequest
-from gradfn.cli.options import TrainingOptions
 from gradfn.cli.request import slots_of
-from gradfn.cli.training import TrainOptions
+from gradfn.cli.training import TrainingOptions, TrainOptions
 from gradfn.scores import Scores
 from gradfn.train import Training
 from gradfn.train.course import Course
