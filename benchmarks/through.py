@@ -3,7 +3,8 @@
     python benchmarks/through.py --queries 1 4 16 50 --slots all 10 --rounds 3 --peer PEER/bin/python
 
 A GPT-NeoX with random weights (2 layers x width 64, vocabulary 512) learns 64 rows of 64 random tokens in 5
-epochs of batches of 8, AdamW with eps 1e-6. A side is a process of its own; the sides take turns. `cost` is
+epochs of batches of 8, AdamW with eps 1e-6 and eps_root 1e-10. (Without the latter bergson's scores are NaN:
+the root of a second moment of 0 has no derivative, which gradfn takes as 0.) A side is a process of its own; the sides take turns. `cost` is
 the processor time of a metagradient, its own forward passes included, over that of the training in the same
 process; `slots` are the states that are kept. PEER is an environment with bergson, whose magic is given the
 same model, rows and order, with all states saved to disk; it goes back once a query. "over peer" is gradfn's
@@ -24,7 +25,8 @@ from typing import Any
 
 import torch
 
-LAYERS, WIDTH, VOCABULARY, TOKENS, ROWS, BATCH, EPOCHS, RATE, EPS = 2, 64, 512, 64, 64, 8, 5, 1e-3, 1e-6
+LAYERS, WIDTH, VOCABULARY, TOKENS, ROWS, BATCH, EPOCHS, RATE = 2, 64, 512, 64, 64, 8, 5, 1e-3
+EPS, EPS_ROOT = 1e-6, 1e-10
 
 
 def prepare(folder: Path, queries: int) -> None:
@@ -57,7 +59,7 @@ def ours(folder: Path, queries: int, slots: int | None) -> dict[str, Any]:
     data = torch.load(folder / "data.pt", weights_only=True)
     model = gf.load_model(folder / "model")
     rows, asked = (make_documents(data[name].tolist()) for name in ("rows", "queries"))
-    course = Course(gf.causal_lm_loss(model), rows, Training(EPOCHS, BATCH, RATE, eps=EPS))
+    course = Course(gf.causal_lm_loss(model), rows, Training(EPOCHS, BATCH, RATE, eps=EPS, eps_root=EPS_ROOT))
     start = {name: value.clone() for name, value in params_of(model).items()}
 
     def train() -> None:
@@ -94,7 +96,7 @@ def theirs(folder: Path, queries: int) -> dict[str, Any]:
     def whole(count: int, save: Path | None) -> tuple[Any, Any, Any]:
         stream = DataStream(dataset, BATCH)
         stream.requires_grad = False
-        optimizer = torchopt.adamw(RATE, eps=EPS, weight_decay=0.0)
+        optimizer = torchopt.adamw(RATE, eps=EPS, eps_root=EPS_ROOT, weight_decay=0.0)
         trainer, state = Trainer.initialize(copy_of(model), optimizer)
         mode = "final" if save is None else "all"
         return trainer, stream, trainer.train(state, stream, inplace=True, save_dir=save, save_mode=mode)

@@ -58,6 +58,23 @@ def _errors(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return p, p.scatter_add(1, targets[:, None], -torch.ones_like(p[:, :1]))
 
 
+class _Last(torch.autograd.Function):
+    """A function that is not differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "the head in chunks has no third derivative, and forward mode through it no gradient: compute "
+            "the logits"
+        )
+
+
 class _Losses(torch.autograd.Function):
     """`l`."""
 
@@ -114,10 +131,8 @@ class _Slopes(torch.autograd.Function):
         return dx, dweight, dbias, None, dg
 
 
-class _Bends(torch.autograd.Function):
-    """`dx, dW, db, dg` at cotangents of the slopes; not differentiated again."""
-
-    generate_vmap_rule = True
+class _Bends(_Last):
+    """`dx, dW, db, dg` at cotangents of the slopes."""
 
     @staticmethod
     def forward(x, weight, bias, targets, g, a, A, c):
@@ -132,19 +147,9 @@ class _Bends(torch.autograd.Function):
             dweight, dbias = dweight + q.mT @ x[part] + e.mT @ a[part], dbias + q.sum(0)
         return torch.cat(dx) if dx else torch.zeros_like(x), dweight, dbias, torch.cat(dg) if dg else g
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("the head in chunks has no third derivative: compute the logits")
-
-
-class _Along(torch.autograd.Function):
-    """`l'` along tangents; not differentiated again."""
-
-    generate_vmap_rule = True
+class _Along(_Last):
+    """`l'` along tangents."""
 
     @staticmethod
     def forward(x, weight, bias, targets, x1, weight1, bias1):
@@ -153,11 +158,3 @@ class _Along(torch.autograd.Function):
             _, e = _errors(F.linear(x[part], weight, bias), targets[part])
             made.append((e * (F.linear(x1[part], weight, bias1) + x[part] @ weight1.mT)).sum(1))
         return torch.cat(made) if made else x.new_zeros(0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("forward mode through the head in chunks has no gradient: compute the logits")

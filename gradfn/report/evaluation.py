@@ -63,7 +63,7 @@ def comparison_facts(
         why = "unknown, with one seed left of each subset: retrain with a lower --learning-rate"
         if truth.replicates == 1:
             why = "unknown, with one seed a subset: gradfn retrain --seeds 2 tells it"
-            if truth.removal == "mask":
+            if truth.removal == "mask" and truth.seeding == "shared":
                 why = "none, for one training that is repeated but for its masked rows has no noise"
         lines.append(("noise ceiling", why))
     for one in told.runs:
@@ -205,9 +205,12 @@ def change_facts(truth: Truth, path: str, of_all: bool) -> Facts:
     """What predicted changes are compared with."""
     kept = truth.of_models(truth.averaged())
     models = count(len(kept.numbers.unique()), "training")
+    how = "masked" if truth.removal == "mask" else "dropped"
+    if truth.weights is not None:
+        how = "at weights of their own"
     return [
         ("truth", path),
-        ("models", f"{models} x {_seeds(kept)}, rows {'masked' if truth.removal == 'mask' else 'dropped'}"),
+        ("models", f"{models} x {_seeds(kept)}, rows {how}"),
         ("changes", "from the model of all rows" if of_all else "from the mean over models"),
         *_diverged(truth, kept),
     ]

@@ -4,9 +4,10 @@ from gradfn.train.descend import Descended, descend
 from gradfn.train.dots import Values, optimizer_state, values
 from gradfn.train.hf_trainer import record_trainer
 from gradfn.train.in_run import InRun, InRunTotals, Totals, in_run, step_direction
-from gradfn.train.magic import Adjoint, Magic, Metagradient, metagradient, pull
+from gradfn.train.magic import Magic, Metagradient, metagradient
 from gradfn.train.optimizers import State, first_state, learning_rate, update
 from gradfn.train.parts import RecordOptions
+from gradfn.train.pull import Adjoint, pull
 from gradfn.train.record import Recorder, recording
 from gradfn.train.replay import Replay
 from gradfn.train.select import reweight, select

@@ -27,14 +27,12 @@ from gradfn.subject import Subject
 from gradfn.train.course import Course, Diverged, slope_of
 from gradfn.train.kept import Kept, Way, key_of
 from gradfn.train.optimizers import State
-from gradfn.train.pull import Adjoint, Per, along_losses, pull, pull_update
+from gradfn.train.pull import Adjoint, Per, along_losses, pull
 from gradfn.train.replay import Replay, copied, schedule
 from gradfn.train.stacked import check_repeatable
 from gradfn.train.step import losses_of
 from gradfn.types import Batch, Data, LossFn, Params, Rows
 from gradfn.watch import WATCH, Resumed
-
-__all__ = ["Adjoint", "Magic", "Metagradient", "Per", "metagradient", "pull", "pull_update"]
 
 
 class Metagradient(NamedTuple):

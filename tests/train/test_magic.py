@@ -22,7 +22,8 @@ from gradfn.random import normals
 from gradfn.testing.strategies import randomize
 from gradfn.train import Training, first_state
 from gradfn.train.course import Course, Diverged
-from gradfn.train.magic import Adjoint, Magic, metagradient, pull, pull_update
+from gradfn.train.magic import Magic, metagradient
+from gradfn.train.pull import Adjoint, pull, pull_update
 from gradfn.train.replay import Replay, forward_steps
 
 SMALL = Training(2, 2, 0.1, "sgd", momentum=0.5)
