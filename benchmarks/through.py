@@ -3,13 +3,13 @@
     python benchmarks/through.py --queries 1 4 16 50 --slots all 10 --rounds 3 --peer PEER/bin/python
 
 A GPT-NeoX with random weights (2 layers x width 64, vocabulary 512) learns 64 rows of 64 random tokens in 5
-epochs of batches of 8, AdamW with eps 1e-6 and eps_root 1e-10. (Without the latter bergson's scores are NaN:
-the root of a second moment of 0 has no derivative, which gradfn takes as 0.) A side is a process of its own; the sides take turns. `cost` is
-the processor time of a metagradient, its own forward passes included, over that of the training in the same
-process; `slots` are the states that are kept. PEER is an environment with bergson, whose magic is given the
-same model, rows and order, with all states saved to disk; it goes back once a query. "over peer" is gradfn's
-processor time a query over bergson's, both with their training, in the same rounds; `cosine` is that between
-both scores. Peak memory is over what is resident before.
+epochs of batches of 8, AdamW with eps 1e-6 and eps_root 1e-10. Without the latter bergson's scores are NaN:
+the root of a second moment of 0 has no derivative, which gradfn takes for 0. A side is a process of its own;
+the sides take turns. `cost` is the processor time of a metagradient, its own forward passes included, over
+that of the training in the same process; `slots` are the states that are kept. PEER is an environment with
+bergson, whose magic is given the same model, rows and order, with all states saved to disk; it goes back once
+a query. "over peer" is gradfn's processor time over bergson's, both with their training, in the same rounds;
+`cosine` is that between both scores. Peak memory is over what is resident before.
 """
 
 import argparse
