@@ -113,34 +113,41 @@ def ok():
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def shared(tmp_path_factory):
+    """Where what all files of tests read lies; only the fixtures below write here."""
     return tmp_path_factory.mktemp("tiny")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory of one file of tests, in which its fixtures may give any name."""
+    return tmp_path_factory.mktemp("file")
+
+
 @pytest.fixture(scope="session")
-def model(folder):
+def model(shared):
     """A Llama with a tokenizer that adds a first token."""
-    return save(folder / "llama", make_model(), make_tokenizer())
+    return save(shared / "llama", make_model(), make_tokenizer())
 
 
 @pytest.fixture(scope="session")
-def neox(folder):
+def neox(shared):
     """A GPT-NeoX, with biases, and a tokenizer that adds nothing."""
-    return save(folder / "neox", make_model("neox"), make_tokenizer(first=False))
+    return save(shared / "neox", make_model("neox"), make_tokenizer(first=False))
 
 
 @pytest.fixture(scope="session")
-def corpus(folder):
-    return write_jsonl(folder / "corpus.jsonl", DOCUMENTS)
+def corpus(shared):
+    return write_jsonl(shared / "corpus.jsonl", DOCUMENTS)
 
 
 @pytest.fixture(scope="session")
-def queries(folder):
-    return write_jsonl(folder / "queries.jsonl", QUERIES)
+def queries(shared):
+    return write_jsonl(shared / "queries.jsonl", QUERIES)
 
 
 @pytest.fixture(scope="session")
-def store(folder, ok, model, corpus):
+def store(shared, ok, model, corpus):
     """What `gradfn build` wrote, with nothing but the defaults."""
-    ok("build", folder / "store", "--model", model, "--dataset", corpus)
-    return folder / "store"
+    ok("build", shared / "store", "--model", model, "--dataset", corpus)
+    return shared / "store"

@@ -223,15 +223,14 @@ def test_a_loss_that_is_not_finite(refused, command, corpus, data, tmp_path):
 # --- stores that do not fit
 
 
-def test_a_store_of_another_model(refused, store, neox, folder, command):
+def test_a_store_of_another_model(refused, store, neox, folder, corpus):
     other = save(folder / "other", make_model(seed=1), make_tokenizer())
     words = (
         r"was made differently, .* \(model is \S*llama, fp32 there and \S*other, fp32 here; the first tensor "
         r"that differs is lm_head.weight\)"
     )
     refused(words, "query", store, *ASK, "--model", other)
-    data = folder / "corpus.jsonl"
-    refused(words, "score", "run", "--model", other, "--dataset", data, "--query-path", store)
+    refused(words, "score", "run", "--model", other, "--dataset", corpus, "--query-path", store)
 
 
 def test_a_store_of_another_tokenizer(refused, store, model, folder):

@@ -46,7 +46,7 @@ def test_changes_are_those_of_the_library_for_each_size_run_and_damping(ok, worl
         assert row["correlation"] == pytest.approx(told.correlation.value)
         assert f"{told.slope.value:.3f} ({told.slope.low:.2f} to {told.slope.high:.2f})" in out
     shown = " ".join(out.split())
-    assert "17 trainings x 1 shared seed, rows masked" in shown
+    assert "17 trainings x 1 shared seed, rows at weights of their own" in shown
     assert "changes from the model of all rows" in shown
     drawn = (tmp_path / "p.svg").read_text()
     assert "predicted change of a query's loss (nats)" in drawn

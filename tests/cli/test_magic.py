@@ -116,7 +116,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bits(ok, command, whole, base,
     [(("--projection-dim", 4), "--projection-dim does not go with"), (("--self",), "--self does not go"),
      (("--damping", "0.1"), "--damping does not"), (("--include", "*mlp*"), "--include does not"),
      (("--by", "module"), "use --by example, or token"), (("--shard", "1/2"), "--shard does not"),
-     (("--steps", "4:9"), "--steps is no part of a training of 6 steps"), (("--steps", "x"), "give 100:200"),
+     (("--steps", "4:9"), "--steps 4:9 is no part of a training of 6"), (("--steps", "x"), "give 100:200"),
      (("--replay-slots", 0), "--replay-slots must be 1 or more"), (("--labels", "model"), "--labels does"),
      (("--query-path", "x"), "--query-path does not"), (("--dataset", "x"), "--dataset is of the training")],
 )  # fmt: skip
