@@ -1,5 +1,7 @@
 """Models, losses, rows and trainings that the tests of training share."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -27,10 +29,14 @@ SETTINGS = {
     "adamw": Training(2, 4, 0.01, "adamw", weight_decay=0.1, schedule="cosine", warmup=1),
     "clipped": Training(2, 4, 0.1, "sgd", momentum=0.5, weight_decay=0.1, max_grad_norm=0.7),
     "rooted": Training(2, 4, 0.01, "adamw", weight_decay=0.1, eps_root=1e-3, eps=1e-4, max_grad_norm=0.7),
+    "muon": Training(2, 4, 0.02, "muon", momentum=0.9, nesterov=True, weight_decay=0.1, eps=1e-4),
 }
 
 
 OPTIMIZERS = pytest.mark.parametrize("training", SETTINGS.values(), ids=SETTINGS)
+ELEMENTWISE = pytest.mark.parametrize(
+    "training", [SETTINGS[n] for n in SETTINGS if n != "muon"], ids=[n for n in SETTINGS if n != "muon"]
+)
 
 
 def subsets(*sizes, rows=ROWS):
@@ -110,9 +116,34 @@ class RootedAdamW(torch.optim.Optimizer):
             p.mul_(1 - rate * group["decay"]).sub_(rate * m / (1 - b1**t) / (root + group["eps"]))
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for matrices that are no embedding or head, in their own type, and AdamW for the others."""
+
+    def __init__(self, named, training):
+        named = [*named]
+        super().__init__([p for _, p in named], {"lr": training.learning_rate})
+        apart = ("wte", "wpe", "embed", "head")
+        inner = {n for n, p in named if p.ndim == 2 and not any(word in n for word in apart)}
+        groups = [[p for n, p in named if (n in inner) is own] for own in (True, False)]
+        rate, decay = training.learning_rate, training.weight_decay
+        self.inner = [
+            torch.optim.Muon(groups[0], rate, decay, training.momentum, training.nesterov,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(groups[1], rate, training.betas, training.eps, decay),
+        ]  # fmt: skip
+
+    def step(self):
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+            for each in self.inner:
+                each.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+                each.step()
+
+
 def torch_optimizer(model, training, steps):
     """What a person would write."""
-    if training.optimizer == "sgd":
+    if training.optimizer == "muon":
+        made = MuonAndAdamW(model.named_parameters(), training)
+    elif training.optimizer == "sgd":
         made = torch.optim.SGD(model.parameters(), training.learning_rate, training.momentum,
                                weight_decay=training.weight_decay, nesterov=training.nesterov)  # fmt: skip
     elif training.eps_root:

@@ -11,14 +11,14 @@ from gradfn.errors import InputError
 if TYPE_CHECKING:
     from gradfn.train.spec import Training
 
-Optimizer = Literal["sgd", "adam", "adamw"]
+Optimizer = Literal["sgd", "adam", "adamw", "muon"]
 Schedule = Literal["constant", "linear", "cosine"]
 Init = Literal["given", "random"]
 ValueKind = Literal["influence", "shapley", "frozen", "before"]
 RowScale = Literal["none", "before", "after"]
 StoredDtype = Literal["float32", "float16"]
 
-_BETAS = "Of adam and adamw: the decays of the mean of gradients and of their squares."
+_BETAS = "Of all but sgd: the decays of the mean of gradients and of their squares."
 _SAVE = "Steps between checkpoints, or epoch: one after each. The last step always has one."
 _VALUES = "Queries: what each row does to their losses is summed over the steps, to scores.h5 in RUN."
 _RECORD = "Write the gradient of every row at every step to this run; the training stays the same."
@@ -59,16 +59,18 @@ class TrainingOptions:
     PANEL: ClassVar[str] = "Training"
     epochs: int = option(3, "Passes over a subset.")
     batch_size: int = option(8, "Rows a step.")
-    optimizer: Optimizer = option("adamw", "As in torch.optim.")
+    optimizer: Optimizer = option(
+        "adamw", "As in torch.optim; muon leaves embeddings, heads and vectors to adamw."
+    )
     learning_rate: float = option(1e-3, "Before the schedule.")
-    momentum: float = option(0.0, "Of sgd.")
-    nesterov: bool = option(False, "Of sgd, with a momentum.")
+    momentum: float = option(0.0, "Of sgd, and of muon, which needs one: .95, say.")
+    nesterov: bool = option(False, "Of sgd and muon, with a momentum.")
     betas: tuple[float, float] = option("0.9,0.999", _BETAS, parse=betas, commas=True)
-    eps: float = option(1e-8, "Of adam and adamw: added to the root of the second moment.")
+    eps: float = option(1e-8, "Of all but sgd: added to the root of the second moment.")
     weight_decay: float = option(0.0, "In the convention of the optimizer.")
     schedule: Schedule = option("constant", "Of the learning rate after the warmup; down to 0.")
     warmup: int = option(0, "Steps over which the learning rate rises from 0.")
-    eps_root: float = option(0.0, "Of adam and adamw: added to the second moment inside its root.")
+    eps_root: float = option(0.0, "Of all but sgd: added to the second moment inside its root.")
     max_grad_norm: float | None = option(None, "Scale gradients down to this norm over all parameters.")
     init: Init = option("given", "Start from the weights of --model, or from new ones of its architecture.")
 

@@ -15,11 +15,12 @@ from gradfn.errors import InputError
 from gradfn.hf.hub import quiet, summary
 from gradfn.model.params import params_of
 from gradfn.train import State, Training, first_state
+from gradfn.train.optimizers import orthogonalised
 from gradfn.types import Params
 
 OPTIMIZER, MARK = "optimizer.pt", "gradfn.json"
-KEYS = {0: (), 1: ("momentum_buffer",), 2: ("exp_avg", "exp_avg_sq")}
-"""What `torch.optim` calls the moments of sgd, and of adam and adamw."""
+MOMENTUM = ("momentum_buffer",)
+ADAM = ("exp_avg", "exp_avg_sq")
 
 
 def take_params(model: nn.Module) -> Params:
@@ -83,11 +84,12 @@ class Checkpoints:
             state = first_state(params, self.training, torch.tensor(int(mark["of"]), device=device))
             if mark["step"] == 0:
                 return state
-            names = saved["param_groups"][0]["param_names"]
+            names = [name for group in saved["param_groups"] for name in group["param_names"]]
             held = {name: saved["state"].get(number, {}) for number, name in enumerate(names)}
-            moments = tuple({name: _like(value, held[name][key]) for name, value in params.items()}
-                            for key in KEYS[len(state.moments)])  # fmt: skip
-            return state._replace(moments=moments, taken=torch.tensor(int(mark["step"]), device=device))
+            for name, value in params.items():
+                for key, moment in zip(_keys(self.training, name, value.ndim), state.moments, strict=False):
+                    moment[name] = _like(value, held[name][key])
+            return state._replace(taken=torch.tensor(int(mark["step"]), device=device))
         except (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError, PickleError) as error:
             raise InputError(
                 f"{folder} is no checkpoint that this training wrote ({summary(error)}): delete the run and "
@@ -98,7 +100,8 @@ class Checkpoints:
 def as_torch_optimizer(training: Training, state: State) -> dict[str, Any]:
     """The `state_dict` of the optimizer of `torch.optim` that would have taken the same steps, with names.
 
-    Before the first step it has no state, as in torch.
+    That of muon has the groups of two, the parameters of AdamW before those of Muon. Before the first step
+    there is no state, as in torch.
 
     >>> training = Training(1, 1, 0.1, "adam")
     >>> state = first_state({"w": torch.ones(2)}, training, torch.tensor(1))
@@ -106,24 +109,46 @@ def as_torch_optimizer(training: Training, state: State) -> dict[str, Any]:
     >>> made["param_groups"][0]["param_names"], sorted(made["state"][0])
     (['w'], ['exp_avg', 'exp_avg_sq', 'step'])
     """
-    named = [(name, torch.empty(0)) for name in state.params]
+    shapes = {name: p.ndim for name, p in state.params.items()}
+    muon = [
+        name for name, dims in shapes.items() if training.optimizer == "muon" and orthogonalised(name, dims)
+    ]
+    groups: list[Any] = []
+    for names in ([name for name in shapes if name not in muon], muon):
+        if names:
+            groups += _optimizer(training, names, muon=names is muon).state_dict()["param_groups"]
+    held: dict[int, Any] = {}
+    for group in groups:  # numbered through, as torch numbers the groups of one optimizer
+        group["params"] = list(range(len(held), len(held) + len(group["params"])))
+        for name in group["param_names"]:
+            keys = _keys(training, name, shapes[name])
+            held[len(held)] = {
+                **({"step": state.taken.float().cpu()} if keys == ADAM else {}),
+                **{key: moment[name].cpu() for key, moment in zip(keys, state.moments, strict=False)},
+            }
+    return {"state": {n: h for n, h in held.items() if h and state.taken}, "param_groups": groups}
+
+
+def _optimizer(training: Training, names: list[str], *, muon: bool) -> torch.optim.Optimizer:
+    """The optimizer of torch for parameters of these names."""
+    rate, decay = training.learning_rate, training.weight_decay
+    if muon:
+        return torch.optim.Muon(
+            [(name, torch.empty(0, 0)) for name in names], rate, decay, training.momentum, training.nesterov,
+            adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
+    named = [(name, torch.empty(0)) for name in names]
     if training.optimizer == "sgd":
-        made = torch.optim.SGD(named, training.learning_rate, training.momentum, nesterov=training.nesterov,
-                               weight_decay=training.weight_decay)  # fmt: skip
-    else:
-        kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-        made = kind(named, training.learning_rate, training.betas, training.eps, training.weight_decay)
-    keys, counts = KEYS[len(state.moments)], {} if training.optimizer == "sgd" else {"step": _count(state)}
-    held = {
-        number: {**counts, **{k: m[name].cpu() for k, m in zip(keys, state.moments, strict=True)}}
-        for number, name in enumerate(state.params) if keys and state.taken
-    }  # fmt: skip
-    return {"state": held, "param_groups": made.state_dict()["param_groups"]}
+        return torch.optim.SGD(named, rate, training.momentum, nesterov=training.nesterov, weight_decay=decay)
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    return kind(named, rate, training.betas, training.eps, decay)
 
 
-def _count(state: State) -> Tensor:
-    """The steps taken, as Adam holds them."""
-    return state.taken.float().cpu()
+def _keys(training: Training, name: str, dims: int) -> tuple[str, ...]:
+    """What `torch.optim` calls the moments of a parameter."""
+    if training.optimizer == "sgd":
+        return MOMENTUM if training.momentum else ()
+    return MOMENTUM if training.optimizer == "muon" and orthogonalised(name, dims) else ADAM
 
 
 def _like(value: Tensor, saved: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from gradfn.errors import InputError
 from gradfn.exact.products import forward_mode
 from gradfn.subject import TOKEN_BATCH_SIZE, Normalize, row_weights
 from gradfn.train.dots import Values
-from gradfn.train.in_run import Kind, step_direction
+from gradfn.train.in_run import Kind, check_values, step_direction
 from gradfn.train.optimizers import State, clip_scale, first_state, learning_rate, update
 from gradfn.train.record import Recorder
 from gradfn.train.spec import Training
@@ -173,6 +173,8 @@ class Course:
                 f"the warmup of {training.warmup} steps is longer than the training, of {self.total}: give "
                 "fewer steps, or more epochs"
             )
+        if self.valuing is not None:
+            check_values(training, self.valuing.kind)
         if self.normalize not in get_args(Normalize):
             raise InputError(f"no `normalize` {self.normalize!r}: choose {' or '.join(get_args(Normalize))}")
         if self.normalize == "tokens" and not hasattr(self.data, "supervised"):

@@ -68,7 +68,7 @@ def step_direction(
         `{name: ...}` like `query_grads`.
 
     Raises:
-        InputError: an unknown kind, or no `grads` where they are needed.
+        InputError: an unknown kind, muon, or no `grads` where they are needed.
 
     >>> from gradfn.train import first_state
     >>> training, params = Training(1, 1, 0.5, "sgd"), {"w": torch.ones(2)}
@@ -80,8 +80,7 @@ def step_direction(
     Source: Data Shapley in one training run, arXiv:2406.11011, section 4; Aumann and Shapley, Values of
     non-atomic games, 1974.
     """
-    if kind not in get_args(Kind):
-        raise InputError(f"no kind {kind!r} of value: choose {', '.join(get_args(Kind))}")
+    check_values(training, kind)
     if grads is None and kind != "before":
         raise InputError(f'the {kind} value needs `grads`, those of the batch: give them, or kind="before"')
     if kind in ("frozen", "before"):
@@ -97,6 +96,19 @@ def step_direction(
     along = torch.stack(shares).sum(0)
     return {name: u - along.reshape((*along.shape, *[1] * grads[name].ndim)) * grads[name]
             for name, u in pulled.items()}  # fmt: skip
+
+
+def check_values(training: Training, kind: str) -> None:
+    """Refuse values of a kind, or with an optimizer, that there are not.
+
+    >>> check_values(Training(1, 1, 0.1, "muon", momentum=0.95), "shapley")
+    Traceback (most recent call last):
+    gradfn.errors.InputError: values know no muon, whose step is of whole matrices: train with adamw or sgd
+    """
+    if kind not in get_args(Kind):
+        raise InputError(f"no kind {kind!r} of value: choose {', '.join(get_args(Kind))}")
+    if training.optimizer == "muon":
+        raise InputError("values know no muon, whose step is of whole matrices: train with adamw or sgd")
 
 
 def _inner(of_parameter: Tensor, of_queries: Tensor) -> Tensor:

@@ -239,8 +239,8 @@ def _adjoint_of_end(job: _Job, end: State, asked: range) -> Adjoint:
     losses = losses_of(job.query_loss)
     slopes = [slope_of(losses, job.queries, query, end.params) for query in asked]
     params = {name: torch.stack([slope[name] for slope in slopes]) for name in end.params}
-    nothing = {name: torch.zeros_like(value) for name, value in params.items()}
-    return Adjoint(params, tuple(nothing for _ in end.moments))
+    nothing = [{name: v.new_zeros((len(asked), *v.shape)) for name, v in m.items()} for m in end.moments]
+    return Adjoint(params, tuple(nothing))
 
 
 def _zeros(job: _Job, queries: int) -> Tensor:

@@ -16,13 +16,18 @@ from gradfn.methods.dynamics import Dynamics
 from gradfn.train.spec import Training
 from gradfn.types import Params
 
+MUON_LEAVES = ("embed", "wte", "wpe", "shared", "head", "score", "classifier")
+"""Words in the names of matrices that muon leaves to adamw: embeddings and heads, as its author has it."""
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, NEWTON_SCHULZ_EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
+
 
 class State(NamedTuple):
     """A model in training. Many models are stacked: then every tensor has a leading axis of models.
 
     Args:
         params: the parameters.
-        moments: what the optimizer remembers: nothing, the momentum, or Adam's two moments.
+        moments: what the optimizer remembers: nothing, the momentum, or Adam's two moments; of a matrix that
+            muon steps the momentum, and a zero in place of the second.
         taken: the number of steps taken so far.
         total: the number of steps of the whole training, which the schedule needs.
     """
@@ -50,20 +55,36 @@ def first_state(params: Params, training: Training, total: Tensor) -> State:
     >>> len(state.moments), state.taken
     (2, tensor(0))
     """
-    count = 2 if training.optimizer != "sgd" else 1 if training.momentum else 0
-    zeros = tuple({name: torch.zeros_like(value) for name, value in params.items()} for _ in range(count))
-    return State(params, zeros, torch.zeros_like(total), total)
+    count = 1 if training.optimizer == "sgd" else 2
+    moments: list[Params] = [{name: torch.zeros_like(p) for name, p in params.items()} for _ in range(count)]
+    if training.optimizer == "sgd" and not training.momentum:
+        moments = []
+    for name, p in params.items() if training.optimizer == "muon" else ():
+        if orthogonalised(name, p.ndim - total.ndim):
+            moments[1][name] = p.new_zeros(total.shape)
+    return State(params, tuple(moments), torch.zeros_like(total), total)
+
+
+def orthogonalised(name: str, dims: int) -> bool:
+    """Whether muon steps a parameter by itself: a matrix whose name is not that of an embedding or a head.
+
+    >>> orthogonalised("h.0.mlp.c_fc.weight", 2), orthogonalised("wte.weight", 2), orthogonalised("bias", 1)
+    (True, False, False)
+    """
+    return dims == 2 and not any(word in name for word in MUON_LEAVES)
 
 
 def dynamics_of(training: Training) -> Dynamics:
     """What its steps do near a minimum; powers of a step where all have one learning rate.
 
     Raises:
-        InputError: adam with weight decay, or an `eps_root`, which no state of an optimizer tells.
+        InputError: muon; adam with weight decay; an `eps_root`, which no state of an optimizer tells.
 
     >>> dynamics_of(Training(1, 1, 0.1, "sgd", momentum=0.9)).states
     2
     """
+    if training.optimizer == "muon":
+        raise InputError("source knows no muon, whose step is of whole matrices: take metagradients")
     if training.eps_root:
         raise InputError("source knows no eps_root, which no state of an optimizer tells: train without it")
     even = training.optimizer == "sgd" and training.schedule == "constant" and not training.warmup
@@ -103,6 +124,10 @@ def update(training: Training, state: State, grads: Params, active: Tensor | Non
     * adam: `m' = b1 m + (1 - b1) g`, `v' = b2 v + (1 - b2) g²`,
       `p' = p - lr m' / (1 - b1^t) / (sqrt(v' / (1 - b2^t) + eps_root) + eps)`, with `g` for `g + decay p`
     * adamw: the same, with `(1 - lr decay) p` for `p`, and without decay in `g`
+    * muon, of matrices `[a, b]` that are neither embeddings nor heads (`orthogonalised`):
+      `m' = mu m + (1 - mu) g`, `p' = (1 - lr decay) p - 0.2 sqrt(max(a, b)) lr NS(m')`, with nesterov
+      `NS((1 - mu) g + mu m')`. NS is five steps of Newton and Schulz towards the nearest orthogonal matrix,
+      in the type of `p`. The factor gives a step the size of adamw's, which all else takes at the same rate.
 
     With `max_grad_norm`, `g` is what `clipped` gives.
 
@@ -115,6 +140,8 @@ def update(training: Training, state: State, grads: Params, active: Tensor | Non
     >>> state = first_state({"w": torch.ones(1)}, Training(1, 1, 0.5, "sgd"), torch.tensor(1))
     >>> update(Training(1, 1, 0.5, "sgd"), state, {"w": torch.ones(1)}).params["w"]
     tensor([0.5000])
+
+    Source: Adam, arXiv:1412.6980; AdamW, arXiv:1711.05101; Muon, arXiv:2502.16982, section 2.
     """
 
     def chosen(new: Tensor, old: Tensor) -> Tensor:
@@ -122,11 +149,16 @@ def update(training: Training, state: State, grads: Params, active: Tensor | Non
 
     grads = clipped(training, grads, stacked=state.taken.ndim > 0)
     lr, taken = learning_rate(training, state.taken, state.total), state.taken + 1
-    step = _sgd if training.optimizer == "sgd" else _adam
+    models = state.taken.ndim
     parts = [state.params, *state.moments]
     made: list[Params] = [{} for _ in parts]
     for name in state.params:
         old = [part[name] for part in parts]
+        if training.optimizer == "sgd":
+            step = _sgd
+        else:
+            muon = training.optimizer == "muon" and orthogonalised(name, old[0].ndim - models)
+            step = _muon if muon else _adam
         for part, new, before in zip(made, step(training, grads[name], old, lr, taken), old, strict=True):
             part[name] = chosen(new, before)
     return State(made[0], tuple(made[1:]), chosen(taken, state.taken), state.total)
@@ -194,6 +226,27 @@ def _adam(training: Training, g: Tensor, old: list[Tensor], lr: Tensor, t: Tenso
     return [torch.addcmul(p, direction, _align(-size.to(p.dtype), p)), m, v]
 
 
+def _muon(training: Training, g: Tensor, old: list[Tensor], lr: Tensor, t: Tensor) -> list[Tensor]:
+    p, m, nothing = old
+    m = torch.lerp(m, g, 1 - training.momentum)
+    along = torch.lerp(g, m, training.momentum) if training.nesterov else m
+    p = p * _align((1 - lr * training.weight_decay).to(p.dtype), p) if training.weight_decay else p
+    size = lr * 0.2 * max(p.shape[-2:]) ** 0.5
+    return [torch.addcmul(p, _orthogonal(along), _align(-size.to(p.dtype), p)), m, nothing]
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """`matrix = U S Vᵀ` with its singular values brought near 1, most of them to between .7 and 1.2."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / _root(x.square().sum((-2, -1), keepdim=True)).clamp_min(NEWTON_SCHULZ_EPS)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 def _root(v: Tensor) -> Tensor:
     """`sqrt(v)` with the derivative 0 at 0. The root has an infinite one there, but Adam's step is smooth."""
     if not torch.is_grad_enabled():
@@ -205,7 +258,7 @@ def update_in_place(training: Training, state: State, grads: Params, active: Ten
     """The step of `update` for stacked models that all take it at the same count, written into the state.
 
     PyTorch's fused optimizers do it in one pass over the memory of parameters and moments. They have no
-    `eps_root`: with one, this is `update`.
+    `eps_root` and no muon: with these, this is `update`.
 
     Args:
         training, state, grads: see `update`.
@@ -216,7 +269,7 @@ def update_in_place(training: Training, state: State, grads: Params, active: Ten
     tensor([[0.5000]])
     """
     assert active is None
-    if training.eps_root:
+    if training.eps_root or training.optimizer == "muon":
         return update(training, state, grads)
     grads = clipped(training, grads, stacked=True)
     lr = float(learning_rate(training, state.taken[0].cpu(), state.total[0].cpu()))

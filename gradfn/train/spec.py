@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from gradfn.errors import InputError
 
-Optimizer = Literal["sgd", "adam", "adamw"]
+Optimizer = Literal["sgd", "adam", "adamw", "muon"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -18,17 +18,20 @@ class Training:
         epochs: passes over the rows.
         batch_size: rows a step; the last step of an epoch takes the rows that are left.
         learning_rate: before the schedule.
-        optimizer: "sgd", "adam" (weight decay is added to the gradient) or "adamw" (it shrinks the weights).
-        momentum, nesterov: of sgd.
-        betas, eps: of adam and adamw.
+        optimizer: "sgd", "adam" (weight decay is added to the gradient), "adamw" (it shrinks the weights) or
+            "muon" (it steps matrices along their orthogonalised momentum, and the rest by adamw; see
+            `gradfn.train.update`).
+        momentum, nesterov: of sgd and muon.
+        betas, eps: of adam, adamw, and the part of muon that is adamw.
         weight_decay: in the convention of the optimizer.
         schedule: of the learning rate after the warmup: "constant", or "linear" or "cosine" down to zero.
         warmup: steps over which the learning rate rises from zero.
-        eps_root: of adam and adamw: added to the second moment before its root, after the bias correction.
+        eps_root: like eps; added to the second moment before its root, after the bias correction.
         max_grad_norm: the gradient is scaled down to this norm, taken over all parameters; None: never.
 
     Raises:
-        InputError: a number out of its range, an unknown name, momentum without sgd, eps_root with it.
+        InputError: a number out of its range, an unknown name, momentum with adam or adamw, muon without,
+            eps_root with sgd.
 
     >>> Training(epochs=3, batch_size=8, learning_rate=0.1, optimizer="sgd").momentum
     0.0
@@ -67,15 +70,15 @@ class Training:
         ):  # fmt: skip
             if not valid:
                 raise InputError(f"{name} must be {wanted}, not {getattr(self, name)}")
-        if self.optimizer != "sgd" and (self.momentum or self.nesterov):
+        if self.optimizer in ("adam", "adamw") and (self.momentum or self.nesterov):
             raise InputError(
-                f"momentum and nesterov are settings of sgd, but the optimizer is {self.optimizer}: leave "
-                "them out, or use sgd"
+                f"momentum and nesterov are settings of sgd and muon, but the optimizer is {self.optimizer}: "
+                "leave them out, or use one of these"
             )
+        if self.optimizer == "muon" and not self.momentum:
+            raise InputError("muon needs a momentum above 0: give 0.95, which is usual, with nesterov")
         if self.optimizer == "sgd" and self.eps_root:
-            raise InputError(
-                "eps_root is a setting of adam and adamw, but the optimizer is sgd: leave it out"
-            )
+            raise InputError("eps_root is no setting of sgd, which has no second moment: leave it out")
         if self.nesterov and not self.momentum:
             raise InputError("nesterov needs a momentum above 0: give one, or leave nesterov out")
 

@@ -125,9 +125,11 @@ class Recording:
 
     def check(self, course: Course) -> None:
         """Refuse what cannot be recorded, before any work."""
-        if self.options.get("normalize", "none") != "none" and course.training.optimizer == "sgd":
+        optimizer = course.training.optimizer
+        if self.options.get("normalize", "none") != "none" and optimizer not in ("adam", "adamw"):
             raise InputError(
-                "sgd has no second moments to divide rows by: leave the division out, or train with adamw"
+                f"{optimizer} has no second moments of all weights to divide rows by: leave the division "
+                "out, or train with adamw"
             )
         if hidden := unseen(self.model, course.loss, course.data, self.options.get("view") or View()):
             raise InputError(

@@ -33,7 +33,7 @@ def copy(state):
     return State({**state.params}, tuple({**part} for part in state.moments), state.taken, state.total)
 
 
-@pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw", "muon"])
 @pytest.mark.parametrize(("kind", "steps"), [("llama", 2), ("neox", 2), ("neox", 0)])
 def test_a_state_is_read_as_it_was_written(tmp_path, name, kind, steps):
     training, model = SETTINGS[name], make_model(kind)
@@ -75,6 +75,25 @@ def test_the_optimizer_is_that_of_torch(tmp_path):
     shapes = {site.block: site.spec.shape for site in find_sites(model)}
     G = {path: torch.ones(1, *shape) for path, shape in shapes.items()}
     torch.testing.assert_close(scale(G)[block][0], 1 / (v.sqrt() + training.eps))
+
+
+def test_the_optimizers_of_muon_are_those_of_torch():
+    training, model = SETTINGS["muon"], make_model()
+    state = taken(training, model, 3)
+    saved = as_torch_optimizer(training, state)
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    assert sorted(saved["state"]) == [*range(sum(sizes))]
+    kinds = (torch.optim.AdamW, 0), (torch.optim.Muon, sizes[0])
+    for (kind, first), group in zip(kinds, saved["param_groups"], strict=True):
+        named = [(name, torch.nn.Parameter(state.params[name])) for name in group["param_names"]]
+        made, numbers = kind(named), range(first, first + len(named))
+        held = {number - first: saved["state"][number] for number in numbers}
+        made.load_state_dict({"state": held, "param_groups": [{**group, "params": [*range(len(named))]}]})
+        for p, (name, _) in zip(made.param_groups[0]["params"], named, strict=True):
+            key = "momentum_buffer" if kind is torch.optim.Muon else "exp_avg"
+            assert torch.equal(made.state[p][key], state.moments[0][name]), name
+    matrices = {n for n in saved["param_groups"][1]["param_names"]}
+    assert matrices == {n for n, p in state.params.items() if p.ndim == 2 and ".layers." in n}
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

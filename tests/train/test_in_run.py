@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vjp, vmap
-from train_problems import OPTIMIZERS, SETTINGS
+from train_problems import ELEMENTWISE, SETTINGS
 
 import gradfn as gf
 from gradfn.model.params import params_of
 from gradfn.testing.strategies import randomize
 from gradfn.train import InRunTotals, Training, first_state, in_run, make_step, step_direction, update
+from gradfn.train.course import Course, Valuing
 
 NET = randomize(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), 0)
 ROWS, WEIGHT = 6, torch.full((6,), 1 / 6, dtype=torch.float64)
@@ -91,7 +92,7 @@ def clipped_tightly(training):
     return gf.train.Training(**{**training.__dict__, "max_grad_norm": 0.05})
 
 
-@OPTIMIZERS
+@ELEMENTWISE
 @pytest.mark.parametrize("tight", [False, True])
 def test_influence_is_the_adjoint_of_a_step(training, tight):
     training = clipped_tightly(training) if tight else training
@@ -102,7 +103,7 @@ def test_influence_is_the_adjoint_of_a_step(training, tight):
         torch.testing.assert_close(made[name], value, rtol=1e-12, atol=1e-15)
 
 
-@OPTIMIZERS
+@ELEMENTWISE
 def test_influence_is_what_autograd_pulls_back_where_some_numbers_never_moved(training):
     state = deepcopy(after_steps(training))
     g, w = batch_grads(state.params), batch_grads(state.params, batch=draw(ROWS, 7))
@@ -115,7 +116,7 @@ def test_influence_is_what_autograd_pulls_back_where_some_numbers_never_moved(tr
         torch.testing.assert_close(made[name], value, rtol=1e-12, atol=1e-15)
 
 
-@OPTIMIZERS
+@ELEMENTWISE
 @pytest.mark.parametrize("tight", [False, True])
 def test_influence_is_the_derivative_of_the_loss_after_the_step(training, tight):
     training = clipped_tightly(training) if tight else training
@@ -134,7 +135,7 @@ def test_influence_is_the_derivative_of_the_loss_after_the_step(training, tight)
     torch.testing.assert_close(inner(row_grads(state.params), u), slopes, rtol=1e-6, atol=1e-9)
 
 
-@OPTIMIZERS
+@ELEMENTWISE
 @pytest.mark.parametrize("tight", [False, True])
 def test_shapley_values_add_up_to_what_the_batch_did_beside_an_empty_step(training, tight):
     training = clipped_tightly(training) if tight else training
@@ -212,7 +213,7 @@ def test_the_second_order_of_plain_sgd_is_the_formula_of_in_run_shapley():
         torch.testing.assert_close(second[:, q], first[:, q] - 0.3**2 / 2 * share, rtol=1e-10, atol=1e-14)
 
 
-@OPTIMIZERS
+@ELEMENTWISE
 def test_rows_that_are_alike_have_one_value_and_a_row_without_a_gradient_has_none(training):
     state = after_steps(training)
     batch = {key: value.clone() for key, value in BATCH.items()}
@@ -226,7 +227,7 @@ def test_rows_that_are_alike_have_one_value_and_a_row_without_a_gradient_has_non
         assert torch.equal(values[2], torch.zeros(3, dtype=torch.float64))
 
 
-@OPTIMIZERS
+@ELEMENTWISE
 def test_the_step_is_the_one_without_values_to_the_bit(training):
     state = after_steps(training)
     made = in_run(loss, training, state, BATCH, WEIGHT, QUERIES)
@@ -325,3 +326,11 @@ def test_totals_are_sums_by_row_whatever_the_parts(tmp_path):
     scores = gf.Scores.load(tmp_path)
     assert (scores.row_ids, scores.query_ids) == (fold.row_ids, fold.query_ids)
     torch.testing.assert_close(scores.matrix, want.float())
+
+
+def test_muon_has_no_values():
+    training = SETTINGS["muon"]
+    with pytest.raises(gf.errors.InputError, match="values know no muon"):
+        step_direction(training, first_state({"w": torch.ones(2, 2)}, training, torch.tensor(1)), None, {})
+    with pytest.raises(gf.errors.InputError, match="values know no muon"):
+        Course(loss, [{}] * ROWS, training, valuing=Valuing([{}], loss))

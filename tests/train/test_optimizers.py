@@ -53,6 +53,41 @@ def test_the_step_in_place_is_the_pure_one(training):
         in_place = State({n: p.clone() for n, p in in_place.params.items()}, *in_place[1:])
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_muon_is_torchs(nesterov, monkeypatch):
+    """Which orthogonalises in bfloat16; here in the type of the parameters, as a derivative needs."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    training = Training(2, 1, 0.02, "muon", momentum=0.9, nesterov=nesterov, weight_decay=0.3, eps=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (4, 3), "b": (3, 5), "embed": (4, 3), "bias": (4,), "kernel": (2, 3, 2)}
+
+    def draw():
+        return {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+
+    params = draw()
+    own = {name: torch.nn.Parameter(p.clone()) for name, p in params.items()}
+    matrices, rest = [own["a"], own["b"]], [own["embed"], own["bias"], own["kernel"]]
+    optimizers = [
+        torch.optim.Muon(matrices, 0.02, 0.3, 0.9, nesterov, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, 0.02, eps=1e-4, weight_decay=0.3),
+    ]
+    state = first_state(params, training, torch.tensor(3))
+    stacked = first_state(
+        {n: p.expand(2, *p.shape) for n, p in params.items()}, training, torch.full((2,), 3)
+    )
+    for _ in range(3):
+        grads = draw()
+        for name, p in own.items():
+            p.grad = grads[name].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        state = update(training, state, grads)
+        stacked = update(training, stacked, {n: g.expand(2, *g.shape) for n, g in grads.items()})
+        for name, p in own.items():
+            torch.testing.assert_close(state.params[name], p.detach(), rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(stacked.params[name][1], state.params[name], rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 2, 5])
 def test_the_learning_rate_rises_over_the_warmup_and_then_follows_the_schedule(schedule, warmup):

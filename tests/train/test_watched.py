@@ -263,7 +263,7 @@ def test_a_span_that_is_made_again_is_not_recorded_twice(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(InputError, match="sgd has no second moments to divide rows by"):
+    with pytest.raises(InputError, match="sgd has no second moments of all weights to divide rows by"):
         recorded(tmp_path, training=SETTINGS["sgd"], normalize="before")
     run, _ = recorded(tmp_path)
     with pytest.raises(InputError, match="is the run of the training itself"):
