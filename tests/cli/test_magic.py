@@ -1,6 +1,9 @@
 """`gradfn score --training RUN --method magic`: exact derivatives through a recorded training."""
 
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +110,38 @@ def test_killed_it_goes_on_and_ends_with_the_same_bits(ok, command, whole, base,
     until[0] = 99
     ok("score", tmp_path, *base)
     assert steps == [5, 4, 3, 2, 1, 0]
+    assert torch.equal(Scores.load(tmp_path).matrix, whole[1].matrix)
+    assert not (tmp_path / "replay").exists()
+
+
+DYING = """
+import atexit, os, signal, sys
+import torch
+torch.set_num_threads(int(sys.argv.pop(1)))
+left = int(sys.argv.pop(1))
+import gradfn.train.kept, gradfn.train.magic
+from gradfn.cli import main
+gradfn.train.kept.SECONDS, pull = 0.0, gradfn.train.magic.pull
+def dying(*args, **how):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pull(*args, **how)
+gradfn.train.magic.pull = dying
+atexit.register(lambda: print("steps left", left, file=sys.stderr))
+main()
+"""
+
+
+@pytest.mark.slow
+def test_killed_by_the_system_it_goes_on_and_ends_with_the_same_bits(whole, base, tmp_path):
+    """Six steps in five processes: four are killed in the middle, one of them before it did anything."""
+    for steps in (1, 0, 2, 1, 99):
+        line = [sys.executable, "-c", DYING, torch.get_num_threads(), steps, "score", tmp_path, *base]
+        ended = subprocess.run([str(word) for word in line], capture_output=True, text=True)
+        assert ended.returncode == (0 if steps == 99 else -signal.SIGKILL), ended.stderr
+    assert "steps left 97" in ended.stderr
     assert torch.equal(Scores.load(tmp_path).matrix, whole[1].matrix)
     assert not (tmp_path / "replay").exists()
 
