@@ -98,19 +98,20 @@ class Job:
         """What follows on a part."""
         return next_facts(str(self.request.run), self.shard, ", and this without --shard shows the rows")
 
-    def prepare(self, loaded: Loaded, run: str | None) -> "Prepared":
+    def prepare(self, loaded: Loaded, run: str | None, *, first: bool = True) -> "Prepared":
         """What is needed to score at one checkpoint.
 
         Args:
             run: the checkpoint's own run directory, which keeps the curvature that the method fits.
+            first: introduce it; of the checkpoints after it nothing is said but their names.
         """
         request = self.request
         stages = load_stages(loaded, self.projection, request.gradients.optimizer_state, request.curvature)
         wanted = {**loaded.settings(), "transform": stages.base.settings()}
-        method_line = ("method", f"{self.name}, {gradients_line(stages.base)}")
-        part = shard_facts(self.train, self.shard)
-        seen = replace(loaded.subject, view=View(("*",))) if self.recipe.whole else loaded.subject
-        replace(loaded, subject=seen).introduce(self.train, *part, method_line, *self._unlike_less())
+        if first:
+            self._introduce(loaded, stages)
+        else:
+            console().print(facts([("model", loaded.name)]))
         train = CachedRows(self.train, stages.base)
         method = self._method(loaded, stages, wanted, train, run)
         if lines := self._unlike_trackstar(stages, method):
@@ -121,6 +122,13 @@ class Job:
         known = {"recipe": self.name, **self._own(method, stages), **stages.settings, **queries.settings,
                  **recorded(request)}  # fmt: skip
         return Prepared(self, loaded, train, queries, method, Provenance.of(loaded.settings()).merged(known))
+
+    def _introduce(self, loaded: Loaded, stages: Stages) -> None:
+        """Print the first lines."""
+        of = "exact derivatives" if self.recipe.whole else gradients_line(stages.base)
+        lines = [*shard_facts(self.train, self.shard), ("method", f"{self.name}, {of}"), *self._unlike_less()]
+        seen = replace(loaded.subject, view=View(("*",))) if self.recipe.whole else loaded.subject
+        replace(loaded, subject=seen).introduce(self.train, *lines)
 
     def _method(
         self, loaded: Loaded, stages: Stages, wanted: Mapping[str, Any], train: Data, run: str | None
@@ -317,7 +325,7 @@ def score_checkpoints(job: Job, loaded: Loaded, weighted: Weighted) -> tuple[Sho
         part = None if run is None else str(Path(run) / f"checkpoint-{number}")
         if part is not None:
             refuse_links(Path(part))
-        prepared = replace(job, projection=projection).prepare(one, part)
+        prepared = replace(job, projection=projection).prepare(one, part, first=number == 1)
         shown, columns = prepared.shown, prepared.columns
         with one.multiplying(), rows_bar("scores", job.train, job.shard) as progress:
             if part is None:

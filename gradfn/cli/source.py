@@ -210,7 +210,7 @@ def _score(
     run = job.request.run
     part = None if run is None else str(Path(run) / f"checkpoint-{stop.number}")
     one = stop.load()
-    prepared = job.prepare(one, part)
+    prepared = job.prepare(one, part, first=False)
     queries = replace(prepared.queries, make=lambda: passed()[-1])
     prepared = replace(prepared, queries=queries, settings=prepared.settings.merged(known))
     with one.multiplying(), rows_bar("scores", job.train) as progress:
