@@ -18,6 +18,9 @@ DATA = [
 ]
 
 
+MOMENTA = {"sgd": [0.0, 0.9], "adam": [0.0], "adamw": [0.0], "muon": [0.5, 0.9]}
+
+
 def loss(params, example):
     return F.cross_entropy(functional_call(NET, params, (example["x"],)), example["y"])
 
@@ -29,10 +32,10 @@ def make_net():
 @st.composite
 def cases(draw):
     """A trainer, subsets (of one size or not) and seeds."""
-    optimizer = draw(st.sampled_from(["sgd", "adam", "adamw"]))
+    optimizer = draw(st.sampled_from(["sgd", "adam", "adamw", "muon"]))
     training = Training(
         draw(st.integers(1, 3)), draw(st.integers(1, 3)), 0.05, optimizer,
-        momentum=draw(st.sampled_from([0.0, 0.9])) if optimizer == "sgd" else 0.0,
+        momentum=draw(st.sampled_from(MOMENTA[optimizer])),
         weight_decay=draw(st.sampled_from([0.0, 0.1])),
         schedule=draw(st.sampled_from(["constant", "linear", "cosine"])), warmup=draw(st.integers(0, 3)),
     )  # fmt: skip
