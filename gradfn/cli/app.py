@@ -1,6 +1,7 @@
 """The Typer application: a command for every request, and how errors are told."""
 
 import errno
+import os
 import re
 import sys
 import threading
@@ -222,6 +223,15 @@ def _loading(quiet: bool) -> Iterator[None]:
         timer.cancel()
 
 
+def _processes(made: Any, command: Callable[[Any], None]) -> None:
+    """Run a command in this one of the processes that torchrun started."""
+    from gradfn.cli.together import run_together
+    from gradfn.runs.processes import started
+
+    processes = started()
+    command(made) if processes is None else run_together(made, command, processes)
+
+
 def runner(request: type[Request]) -> Callable[[Any], None]:
     """What runs a request; its file is loaded when it does."""
     file, function = COMMANDS[request][1].split(":")
@@ -238,7 +248,7 @@ def runner(request: type[Request]) -> Callable[[Any], None]:
         WATCH.set(progress_bar)
         SPOKEN.set("nowhere" if made.quiet else "err" if STDOUT in tables else "out")
         try:
-            command(made)
+            _processes(made, command) if "LOCAL_RANK" in os.environ else command(made)
         except KeyboardInterrupt as stop:  # typer makes status 130 of it, without a word
             print(f"gradfn: stopped; {stop}" if str(stop) else "gradfn: stopped", file=sys.stderr)
             raise

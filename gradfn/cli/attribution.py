@@ -38,6 +38,7 @@ from gradfn.report.summaries import (
 )
 from gradfn.report.tables import facts
 from gradfn.runs.curvatures import hessian
+from gradfn.runs.processes import TOGETHER, hessian_together
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.queries import check_stored
 from gradfn.runs.rows import Summary, unprobed
@@ -223,11 +224,12 @@ class Job:
             place = next(places)
             if place != run:  # the run itself may be a link, which the user gave
                 refuse_links(Path(place))
-            return hessian(
-                place, replace(loaded.subject, view=view), train, fold, transform, labels=fit.labels,
-                seed=self.request.seed, partitions=fit.partitions, settings=settings,
-                overwrite=self.overwrite, progress=progress,
-            )  # fmt: skip
+            how: Any = {"labels": fit.labels, "seed": self.request.seed, "partitions": fit.partitions,
+                        "settings": settings, "overwrite": self.overwrite, "progress": progress}  # fmt: skip
+            given = place, replace(loaded.subject, view=view), train, fold, transform
+            if (processes := TOGETHER.get()) is not None:
+                return hessian_together(*given, processes=processes, **how)
+            return hessian(*given, **how)
 
         return persist
 

@@ -1,11 +1,14 @@
 """`gradfn merge`: the parts of an array job, joined."""
 
+from collections.abc import Sequence
+
 from gradfn.cli.commands import MergeRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import check_run
+from gradfn.report.summaries import Facts
 from gradfn.report.tables import facts
 from gradfn.report.words import count
-from gradfn.runs.merge import Joined, merge_run
+from gradfn.runs.merge import BASIS, Joined, merge_run
 
 AGAIN = "that was the first of two passes: run every shard of gradfn hessian again, then merge"
 
@@ -14,10 +17,12 @@ def run_merge(request: MergeRequest) -> None:
     """Join, report."""
     check_run(request.run)
     joined = merge_run(request.run, overwrite=request.output.overwrite)
-    console().print(facts([line for one in joined for line in _lines(one)]))
+    again = [("next", AGAIN)] if any(one.kind == BASIS for one in joined) else []
+    console().print(facts([*merged_facts(joined), *again]))
 
 
-def _lines(one: Joined) -> list[tuple[str, str]]:
-    label = "curvature" if one.kind in ("hessian", "basis") else one.kind
-    line = (label, f"{one.path} [{count(one.shards, 'shard')}]")
-    return [line, ("next", AGAIN)] if one.kind == "basis" else [line]
+def merged_facts(joined: Sequence[Joined]) -> Facts:
+    """What was made of how many parts."""
+    labels = ("curvature" if one.kind in ("hessian", BASIS) else one.kind for one in joined)
+    return [(label, f"{one.path} [{count(one.shards, 'shard')}]")
+            for label, one in zip(labels, joined, strict=True)]  # fmt: skip

@@ -101,7 +101,7 @@ _OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "max-tokens"): _refused("take the first rows with --split 'train[:1000]'"),
     (ANY, "fsdp"): _refused("a process runs one whole model: split rows with --shard I/N", 0),
     (ANY, "nproc-per-node nnode"): _refused(
-        "split the rows with --shard I/N, and join them with gradfn merge"
+        "it is an option of torchrun: torchrun --nproc-per-node N -m gradfn ..."
     ),
     (ANY, "peft-init-kwargs"): _refused(
         "make the adapter with peft, save it, and give its folder as --model"

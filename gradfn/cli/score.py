@@ -26,6 +26,7 @@ from gradfn.report.exports import export_ranking
 from gradfn.report.rankings import ShownQueries, print_rankings
 from gradfn.report.rows import DocumentRows, LabelledRows, Ranked, loaded_rows
 from gradfn.report.tables import facts
+from gradfn.runs.processes import TOGETHER
 from gradfn.store.directory import segments_of
 from gradfn.train.run import INRUN
 from gradfn.train.run import KIND as TRAINING
@@ -133,7 +134,7 @@ def _check_shard(request: ScoreRequest, name: str, recipe: Recipe) -> None:
             f"a shard shows no table: leave out {given}, and give it to the command without --shard, "
             "after gradfn merge"
         )
-    if recipe.curvature and request.curvature.path is None:
+    if recipe.curvature and request.curvature.path is None and TOGETHER.get() is None:
         raise InputError(
             f"{name} fits over all training rows, which a shard does not see: fit its curvature with gradfn "
             "hessian --shard and gradfn merge, and give it with --hessian-path; or leave out --shard"

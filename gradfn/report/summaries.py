@@ -12,6 +12,7 @@ from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import results_per_row
 from gradfn.model.losses import CausalLMLoss
 from gradfn.report.words import count, size_of
+from gradfn.runs.processes import TOGETHER
 from gradfn.runs.rows import Summary, layer_summary
 from gradfn.runs.shards import Shard, shard_rows
 from gradfn.statistics.curvature import Curvature
@@ -192,7 +193,7 @@ def shard_facts(train: Corpus, shard: Shard | None) -> Facts:
 
 def next_facts(run: str, shard: Shard | None, then: str = "") -> Facts:
     """What is to be done when all parts are there."""
-    if shard is None:
+    if shard is None or TOGETHER.get() is not None:
         return []
     return [("next", f"when all {shard.count} are there: gradfn merge {run}{then}")]
 

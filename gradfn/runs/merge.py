@@ -183,6 +183,19 @@ def merge_run(run: str | Path, *, overwrite: bool = False) -> list[Joined]:
     return [joined for plan in plans for joined in _carried_out(plan, overwrite)]
 
 
+def merge_fit(run: str | Path, *, overwrite: bool = False) -> Path:
+    """Join the sums of a curvature alone, and leave what other parts there are; see `merge_run`.
+
+    Returns:
+        The path of the curvature, or of the first of two passes.
+    """
+    plan = _planned(Path(run), overwrite, SUMS)
+    if plan is None:
+        raise InputError(f"{run} has no sums of a curvature: write them with hessian_shard")
+    (joined,) = _carried_out(plan, overwrite)
+    return joined.path
+
+
 @dataclass(frozen=True, eq=False)
 class _Fit:
     """A curvature, or the first of two passes to one, and the sums that it is made of."""
@@ -218,9 +231,13 @@ class _Plan:
     recorded: Sequence[Store] = ()
 
 
-def _planned(run: Path, overwrite: bool) -> _Plan | None:
-    """What is to be done in a run directory; None where it has no parts. Refuses all that will not do."""
-    kinds = shards_of(run)
+def _planned(run: Path, overwrite: bool, only: Sequence[str] | None = None) -> _Plan | None:
+    """What is to be done in a run directory; None where it has no parts. Refuses all that will not do.
+
+    Args:
+        only: the kinds of parts to join; None: all.
+    """
+    kinds = [kind for kind in shards_of(run) if only is None or kind in only]
     if not kinds:
         return None
     recorded = recorded_shards(run) if "store" in kinds else []

@@ -53,6 +53,19 @@ class Shard:
         return f"{self.number}/{self.count}"
 
 
+class TooManyShards(InputError):
+    """There are fewer rows than parts.
+
+    Args:
+        message: the sentence.
+        parts: the most that there may be.
+    """
+
+    def __init__(self, message: str, parts: int):
+        super().__init__(message)
+        self.parts = parts
+
+
 def parse_shard(text: str | None) -> Shard | None:
     """Read a shard that is spelled I/N.
 
@@ -77,16 +90,17 @@ def shard_rows(sizes: Int[np.ndarray, " rows"], shard: Shard) -> range:
         shard: which part; all parts together are all rows.
 
     Raises:
-        InputError: more parts than rows.
+        TooManyShards: more parts than rows.
 
     >>> [shard_rows(np.array([9, 1, 1, 1, 6]), Shard(number, 3)) for number in (1, 2, 3)]
     [range(0, 1), range(1, 4), range(4, 5)]
     """
     rows, count = len(sizes), shard.count
     if count > rows:
-        raise InputError(
+        raise TooManyShards(
             f"{rows} rows do not go into {count} shards: give "
-            f"`shard=Shard(I, {max(rows, 1)})`, or fewer shards"
+            f"`shard=Shard(I, {max(rows, 1)})`, or fewer shards",
+            rows,
         )
     ends = np.concatenate([[0], np.cumsum(np.maximum(sizes, 1), dtype=np.float64)])
     middles = (ends[:-1] + ends[1:]) / 2

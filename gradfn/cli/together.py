@@ -1,0 +1,112 @@
+"""A command that torchrun started in several processes: each does a part, the first joins and shows them."""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gradfn import statistics as kinds
+from gradfn.cli.commands import BuildRequest, HessianRequest, RetrainRequest, ScoreRequest
+from gradfn.cli.console import SPOKEN, console
+from gradfn.cli.merge import merged_facts
+from gradfn.cli.request import make
+from gradfn.errors import InputError
+from gradfn.report.progress import QUIET
+from gradfn.report.tables import facts
+from gradfn.runs.merge import Joined, merge_run
+from gradfn.runs.processes import TOGETHER, Processes
+from gradfn.runs.shards import FOLDER, TooManyShards, shards_of
+from gradfn.statistics.fold import passes
+
+SHOWN = ("csv", "jsonl", "parquet")
+OTHERS_WAIT_S = 3.0
+"""What is wrong for all processes the first one tells, and the others are ended before they tell it too."""
+
+
+def run_together(made: Any, command: Callable[[Any], None], processes: Processes) -> None:
+    """Run a command in all processes, and tell an error once."""
+    try:
+        _check(made, processes)
+        _share(made, command, processes)
+    except (InputError, OSError, RuntimeError):
+        if processes.rank:
+            time.sleep(OTHERS_WAIT_S)
+            print(f"gradfn: process {processes.rank} of {processes.count}:", file=sys.stderr)
+        raise
+
+
+def _check(made: Any, processes: Processes) -> None:
+    """Refuse what one process must do, before anything is loaded."""
+    if not isinstance(made, BuildRequest | HessianRequest | RetrainRequest | ScoreRequest):
+        raise InputError(
+            f"gradfn {made.COMMAND} is the work of one process: run it without torchrun (in several run "
+            "build, hessian, score and retrain)"
+        )
+    if made.run is None:
+        raise InputError("processes write their parts to a run directory: give RUN")
+    if made.output.shard is not None:
+        raise InputError("--shard is a part of one's own, and torchrun makes the parts: leave it out")
+    if isinstance(made, ScoreRequest):
+        made.table.check(made.output.overwrite)
+        if made.method.training is not None:
+            raise InputError(
+                "scores of a --training go through its steps one by one: run them without torchrun"
+            )
+    counts = {shard.count for shards in shards_of(made.run).values() for shard in shards}
+    if counts and max(counts) > processes.count and not made.output.overwrite:
+        raise InputError(
+            f"{made.run} has the parts of {max(counts)} processes: start as many, or give `overwrite=True` "
+            "to begin again"
+        )
+
+
+def _share(made: Any, command: Callable[[Any], None], processes: Processes) -> None:
+    """Do this process's part, and in the first one what follows on all of them."""
+    first, run, overwrite = processes.rank == 0, Path(made.run), made.output.overwrite
+    there = (run / f"{made.WRITES}.h5").exists() and not overwrite
+    processes.wait()  # so that all of them have looked
+    if first and overwrite:
+        shutil.rmtree(run / FOLDER, ignore_errors=True)
+    processes.wait()
+    times = 0 if there else passes(getattr(kinds, made.kind)()) if isinstance(made, HessianRequest) else 1
+    joined = list[Joined]()
+    for number in range(times):
+        quiet = not first or number > 0 or isinstance(made, ScoreRequest)
+        try:
+            _do_part(made, command, processes, quiet=quiet)
+        except TooManyShards as few:
+            fewer = processes.first(few.parts)
+            if fewer is None:
+                return
+            processes = fewer
+            _do_part(made, command, processes, quiet=quiet)
+        processes.wait()
+        if first:
+            joined = merge_run(run, overwrite=overwrite)
+        processes.wait()
+    if not first:
+        return
+    if joined:
+        console().print(facts(merged_facts(joined)))
+        shutil.rmtree(run / FOLDER, ignore_errors=True)
+    if there or isinstance(made, ScoreRequest):
+        command(made)
+
+
+def _do_part(made: Any, command: Callable[[Any], None], processes: Processes, *, quiet: bool) -> None:
+    """Run the command for the part of a process."""
+    given = {name: value for name, value in made.given.items() if name not in SHOWN}
+    if made.model.device == "cuda":
+        given["device"] = f"cuda:{processes.local}"
+    part = make(type(made), {**given, "shard": str(processes.shard)})
+    silent, spoken = QUIET.set(processes.rank > 0 or made.quiet), SPOKEN.get()
+    together = TOGETHER.set(processes)
+    SPOKEN.set("nowhere" if quiet else spoken)
+    try:
+        command(part)
+    finally:
+        QUIET.reset(silent)
+        SPOKEN.set(spoken)
+        TOGETHER.reset(together)
