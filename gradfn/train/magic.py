@@ -107,6 +107,10 @@ def metagradient(
         raise InputError("there are no queries: give one or more")
     if per not in get_args(Per):
         raise InputError(f"no `per` {per!r}: choose {', '.join(get_args(Per))}")
+    if course.by_token and per != "token":
+        raise InputError(
+            "the tokens of the course have weights, so derivatives are in these: give per='token'"
+        )
     window = _window(course, window)
     _check(course, state.params)
     key = "" if replay.resume is None else key_of(course, state, queries, query_loss, (per, *window))

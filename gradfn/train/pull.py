@@ -70,8 +70,8 @@ def pull(
         The adjoint of the state before the step, and the derivatives of the query losses in the weights.
     """
     shares, device = course.shares(rows), next(iter(state.params.values())).device
-    weights = shares * course.weights_of(epoch, rows)
-    grads, _ = course.gradient(losses_of(course.loss, fused=True), state.params, rows, weights)
+    weights = course.weights_of(epoch, rows)
+    grads, _ = course.gradient(course.losses(fused=True), state.params, rows, weights)
     before, u = pull_update(course.training, state, grads, adjoint)
     params, queries = before.params, len(next(iter(u.values())))
     longest = (int(course.lengths[rows].max()),) if per == "token" else ()
@@ -80,7 +80,7 @@ def pull(
     for places, batch in course.parts(rows, device, times=queries if mapped else 1):
         own = weights[places].to(device)
         if per == "token":
-            own = own[:, None].expand(batch["input_ids"].shape)
+            own = own.reshape(len(places), -1)[:, : (shape := batch["input_ids"].shape)[1]].expand(shape)
         curved, along = along_losses(losses, state.params, batch, own, u, mapped)
         params = {name: value + curved[name] for name, value in params.items()}
         made = along.movedim(0, -1).double().cpu()
