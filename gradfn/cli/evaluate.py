@@ -22,13 +22,20 @@ from gradfn.cli.evaluations import (
 from gradfn.errors import InputError
 from gradfn.evaluate.bootstrap import Estimate, mean_estimate
 from gradfn.evaluate.brittleness import all_flips, brittleness, removals
-from gradfn.evaluate.change import Agreement, Changes, agreement, changes
+from gradfn.evaluate.change import Agreement, Changes, agreement, changes, flat_weights
 from gradfn.evaluate.comparison import Comparison, ceiling_of, compare, damping_curve
 from gradfn.evaluate.correlation import correlation
 from gradfn.evaluate.mislabel import check_k, marked
 from gradfn.evaluate.overlap import jaccard, top_overlap
 from gradfn.evaluate.retrieval import known_sources
-from gradfn.evaluate.scored import evaluated_scores, in_words, made_of, mismatch, refuse_other_data
+from gradfn.evaluate.scored import (
+    evaluated_scores,
+    in_words,
+    made_of,
+    mismatch,
+    refuse_other_data,
+    sides_of,
+)
 from gradfn.evaluate.truth import Truth, open_truth
 from gradfn.hf.datasets import load_rows, load_split, row_names
 from gradfn.report.evaluation import (
@@ -149,17 +156,19 @@ def _plot_fractions(compared: Sequence[_Compared], plot: Path, title: str) -> No
 def run_change(request: ChangeRequest) -> None:
     """What scores predict for models trained at other weights of rows, beside what came."""
     _check_comparison(request)
-    runs, table, drawn = _opened(request.runs), list[dict[str, Any]](), dict[str, list[Changes]]()
+    runs, table = _opened(request.runs, tokens=True), list[dict[str, Any]]()
+    drawn = dict[str, list[Changes]]()
     criteria = set()
     for path in request.truth:
         truth = _opened_truth(path)
-        if bool((truth.row_weights == 1).all(1).any()):
+        if bool((truth.row_weights == 1).flatten(1).all(1).any()):
             truth = truth.whole_seeds()
         criteria.add(truth.settings.get("query_loss", truth.settings.get("loss", {})).get("criterion"))
         for number, (run, name) in enumerate(zip(runs, request.runs, strict=True)):
-            refuse_other_data(run, truth, name, path)
+            refuse_other_data(sides_of(run), truth, name, path)
+            weights = _weights_of(run, truth, name, path)
             for damping, scores in zip(run.dampings, run.values, strict=True):
-                found = changes(scores, truth.weighed(), truth.targets()[1])
+                found = changes(scores, weights, truth.targets()[1])
                 if not number and damping == run.dampings[0]:
                     console().print(facts(change_facts(truth, path, found.of_all)))
                 parts = [found.of_size(size) for size in found.size.unique().tolist()]
@@ -179,6 +188,17 @@ def run_change(request: ChangeRequest) -> None:
     if request.plot is not None:
         plot_changes(drawn, request.plot, unit="nats" if criteria == {"cross_entropy"} else "")
         console().print(facts([("plot", str(request.plot))]))
+
+
+def _weights_of(run: Scores, truth: Truth, name: str, path: str) -> Tensor:
+    """The weights of what a run scores, rows or tokens, in a ground truth."""
+    weights = truth.weighed()
+    if (weights.ndim == 3) != (run.documents is not None):
+        mine, theirs, by = ("rows", "tokens", "token") if weights.ndim == 3 else ("tokens", "rows", "example")
+        raise InputError(
+            f"{name} scores {mine}, and the models of {path} have weights of {theirs}: score with --by {by}"
+        )
+    return weights if run.documents is None else flat_weights(weights, run.documents.bincount())
 
 
 def run_brittleness(request: BrittlenessRequest) -> None:
@@ -279,11 +299,11 @@ def _opened_truth(path: str) -> Truth:
     return truth
 
 
-def _opened(paths: Sequence[str]) -> list[Scores]:
+def _opened(paths: Sequence[str], *, tokens: bool = False) -> list[Scores]:
     """The runs, by the last part of their path, or the whole of it where that names two."""
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise InputError(f"a run is given twice in {', '.join(paths)}: give each once")
-    runs = [evaluated_scores(path) for path in paths]
+    runs = [evaluated_scores(path, tokens=tokens) for path in paths]
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs

@@ -31,7 +31,7 @@ from gradfn.types import Data
 MAGIC = "magic"
 FOLDER = "replay"
 """What is kept in a run until its scores are there, to go on after a kill."""
-OWN = ("steps", "replay_slots")
+OWN = ("steps", "replay_slots", "curvature")
 WITHOUT = (
     "include", "exclude", "no_biases", "self", "query_path", "group_column", "shard", "checkpoints",
     "checkpoint_weights",
@@ -96,7 +96,8 @@ def with_magic(recipe: Recipe, request: ScoreRequest, trained: Recorded) -> Reci
         if request.run is not None:
             resume = Path(request.run) / FOLDER
             refuse_links(resume)
-        replay = Replay(request.method.replay_slots, states=states, resume=resume)
+        replay = Replay(request.method.replay_slots, states=states, resume=resume,
+                        curvature=request.method.curvature)  # fmt: skip
         return Magic(course, states[0]().params, request.method.steps or (0, None), replay)
 
     return replace(recipe, method=method)

@@ -38,6 +38,7 @@ Reduction = Literal["mean", "sum"]
 Kind = Literal["second_moment", "kfac", "ekfac", "shampoo", "tkfac"]
 Labels = Literal["data", "model"]
 Product = Literal["fisher", "gauss_newton", "hessian"]
+Adjoint = Literal["hessian", "gauss_newton"]
 By = Literal["example", "module", "head", "time", "token"]
 StoredBy = Literal["example", "head", "token"]
 QueryBy = Literal["example", "module", "head", "token"]
@@ -84,6 +85,7 @@ _TRAINING = (
 )
 _SLOTS = "States of the training that magic keeps, in memory or RUN; fewer take more time, not other results."
 _STEPS = "Only these steps of the training count, for magic: 100:200, or 100: for all from 100 on."
+_ADJOINT = "What magic takes for the Hessian of a step; gauss_newton is biased, for trainings that are rough."
 _SEGMENTS = "source: parts of the training, each with one curvature of the checkpoints in it."
 _TRAINED = (
     "source: what the training stepped with: sgd, adam or adamw, and behind a colon its settings, such as "
@@ -301,6 +303,7 @@ class MethodOptions:
     checkpoint_weights: tuple[float, ...] | None = option(
         None, _WEIGHTS, parse=weights, commas=True, shown="1 / number of checkpoints"
     )
+    curvature: Adjoint = option("hessian", _ADJOINT)
     segments: int | None = option(None, _SEGMENTS, shown="3, or a checkpoint each")
     optimizer: "Dynamics | None" = option(None, _TRAINED, parse=dynamics, shown="sgd")
     normalize: Normalize = option("rows", "source: what a step took the mean over, as in gradfn train.")

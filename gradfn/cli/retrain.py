@@ -14,7 +14,7 @@ from gradfn.cli.subsets import SubsetOptions
 from gradfn.data import Corpus
 from gradfn.errors import InputError
 from gradfn.evaluate.brittleness import brittleness_subsets
-from gradfn.evaluate.change import step_weights
+from gradfn.evaluate.change import padded_weights, step_weights
 from gradfn.evaluate.scored import single_scores
 from gradfn.evaluate.subsets import check_fraction, leave_one_out, random_subsets
 from gradfn.evaluate.truth import Retraining, Truth, retrain, shard_of_models
@@ -116,16 +116,19 @@ def _scored(
     options: SubsetOptions, run: str, seed: int, train: Corpus, queries: Corpus
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """The same by scores: without the best rows, or at steps against their direction."""
-    scores, together = single_scores(run, train, queries), options.together
+    scored, together = single_scores(run, train, queries, tokens=options.step is not None), options.together
     how: dict[str, Any] = {"scores": anchored(run), "first": "all rows"}
     if together:
         how["together"] = True
     if options.step is not None:
-        weights = step_weights(scores, options.step, together=together)
-        return torch.ones_like(weights, dtype=torch.bool), weights, {"step": [*options.step], **how}
+        weights = step_weights(scored.matrix, options.step, together=together)
+        if scored.documents is not None:
+            weights, how["by"] = padded_weights(weights, scored.documents.bincount()), "token"
+        everywhere = torch.ones(len(weights), len(train), dtype=torch.bool)
+        return everywhere, weights, {"step": [*options.step], **how}
     ks = [*(options.remove_top or ())]
     how |= {"seed": seed, "answer_tokens": _answer_tokens(queries)}
-    masks = brittleness_subsets(scores, ks, controls=options.controls, seed=seed, together=together)
+    masks = brittleness_subsets(scored.matrix, ks, controls=options.controls, seed=seed, together=together)
     return masks, None, {"remove_top": ks, **how}
 
 

@@ -11,8 +11,8 @@ Seeding = Literal["shared", "independent"]
 Removal = Literal["drop", "mask"]
 
 _STEP = (
-    "Instead of subsets: train at weights 1 - s u of the rows, u the direction of a query's --scores (root "
-    "mean square 1), for each s: 0.05,0.1."
+    "Instead of subsets: train at weights 1 - s u of the rows, or tokens, u the direction of a query's "
+    "--scores of them (root mean square 1), for each s: 0.05,0.1."
 )
 _TOGETHER = (
     "Of --remove-top and --step: one removal or direction for all queries, by the sum of their scores."

@@ -161,6 +161,8 @@ def training_facts(trained: Recorded, method: MethodOptions) -> Facts:
     if method.steps is not None:
         first, stop = method.steps
         lines.append(("counted", f"steps {first + 1} to {stop or trained.total} of {trained.total}"))
+    if method.curvature != "hessian":
+        lines.append(("curvature", f"{method.curvature}, so the derivatives are not exact"))
     if method.checkpoints is not None:
         weights = ", ".join(f"{weight:.4g}" for weight in method.checkpoint_weights or ())
         names = ", ".join(Path(path).name for path in method.checkpoints)

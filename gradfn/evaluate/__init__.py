@@ -2,7 +2,7 @@
 
 from gradfn.evaluate.bootstrap import Estimate
 from gradfn.evaluate.ceiling import noise_ceiling, noise_ceiling_estimate
-from gradfn.evaluate.change import agreement, changes, step_weights
+from gradfn.evaluate.change import agreement, changes, flat_weights, padded_weights, step_weights
 from gradfn.evaluate.lds import lds, lds_estimate
 from gradfn.evaluate.lexical import bm25_ranks
 from gradfn.evaluate.mislabel import auroc, average_precision, precision_at
@@ -21,12 +21,14 @@ __all__ = [
     "average_precision",
     "bm25_ranks",
     "changes",
+    "flat_weights",
     "lds",
     "lds_estimate",
     "leave_one_out",
     "noise_ceiling",
     "noise_ceiling_estimate",
     "open_truth",
+    "padded_weights",
     "precision_at",
     "random_subsets",
     "recall_at",

@@ -5,7 +5,7 @@ from math import isfinite, nan
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from gradfn.errors import InputError
@@ -16,6 +16,8 @@ def step_weights(
     scores: Float[Tensor, "rows queries"], steps: Sequence[float], *, together: bool = False
 ) -> Float64[Tensor, "models rows"]:
     """The weights to train at for a test of steps: all 1, then `1 - s u` for each query and each s.
+
+    Rows may be tokens, see `padded_weights`.
 
     u is the direction of a query's scores, scaled to a root mean square of 1, so that s is how far weights
     move in the mean. Masking a share f of the rows moves them by `sqrt(f)`.
@@ -45,6 +47,35 @@ def step_weights(
         )
     moved = torch.stack([1 - s * u for u in (along / size).T for s in steps])
     return torch.cat([torch.ones_like(moved[:1]), moved])
+
+
+def padded_weights(
+    weights: Float64[Tensor, "models all"], lengths: Int64[Tensor, " rows"]
+) -> Float64[Tensor, "models rows tokens"]:
+    """Weights of tokens, those of one row after those of another, as a training takes them; 1 behind a row.
+
+    >>> padded_weights(torch.tensor([[0.1, 0.2, 0.3]]).double(), torch.tensor([1, 2]))
+    tensor([[[0.1000, 1.0000],
+             [0.2000, 0.3000]]], dtype=torch.float64)
+    """
+    made = torch.ones(len(weights), len(lengths), int(lengths.max()), dtype=torch.float64)
+    made[:, _inside(lengths)] = weights
+    return made
+
+
+def flat_weights(
+    weights: Float64[Tensor, "models rows tokens"], lengths: Int64[Tensor, " rows"]
+) -> Float64[Tensor, "models all"]:
+    """The other way round.
+
+    >>> flat_weights(torch.tensor([[[0.1, 1.0], [0.2, 0.3]]]).double(), torch.tensor([1, 2]))
+    tensor([[0.1000, 0.2000, 0.3000]], dtype=torch.float64)
+    """
+    return weights[:, _inside(lengths)]
+
+
+def _inside(lengths: Tensor) -> Bool[Tensor, "rows tokens"]:
+    return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 class Changes(NamedTuple):

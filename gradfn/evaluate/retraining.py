@@ -44,7 +44,8 @@ class Retraining:
             metagradients differentiate. The k-th models (k = 0, 1, ..) then have the seed `seed + k`, and so
             the order of `Course(seed=seed + k)`.
         weights: with "mask", what the losses of the rows of each subset are multiplied by, float64
-            `[subsets, rows]`; None: 1.
+            `[subsets, rows]`; or the parts of their tokens, `[subsets, rows, tokens]`, as many as the longest
+            row has, of a loss that is told apart by token; None: 1.
 
     Raises:
         InputError: a subset without rows; no seeds, more than there is room for, or too large a seed; another
@@ -94,17 +95,19 @@ class Retraining:
             else model_seed(self.seed, replicate, number if self.seeding == "independent" else None)
             for number, replicate in zip(numbers.tolist(), replicates, strict=True)
         ]
-        weights = None if self.weights is None else self.weights.cpu()[numbers] * self.subsets[numbers]
-        return Models(self.subsets[numbers], numbers, torch.tensor(keys), weights)
+        weights, chosen = self.weights, self.subsets[numbers]
+        if weights is not None:
+            weights = weights.cpu()[numbers] * (chosen if weights.ndim == 2 else chosen[..., None])
+        return Models(chosen, numbers, torch.tensor(keys), weights)
 
 
 def _check_weights(weights: Tensor, subsets: Tensor, removal: Removal) -> None:
     if removal == "drop":
         raise InputError("rows that are dropped have no `weights`: give `removal='mask'`, or no weights")
-    if weights.shape != subsets.shape:
+    if weights.shape[:2] != subsets.shape or weights.ndim not in (2, 3):
         raise InputError(
-            f"`weights` are one weight a row of each of the {len(subsets)} subsets, {[*subsets.shape]}, and "
-            f"got {[*weights.shape]}: give others"
+            f"`weights` are one weight a row of each of the {len(subsets)} subsets, {[*subsets.shape]}, or "
+            f"one a token of them, and got {[*weights.shape]}: give others"
         )
     if not bool(weights.isfinite().all()):
         raise InputError("`weights` hold NaN or infinity: give finite numbers")

@@ -4,9 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
-from torch import Tensor
-
 from gradfn.errors import InputError
 from gradfn.evaluate.truth import Truth
 from gradfn.runs.provenance import Provenance
@@ -24,20 +21,38 @@ class Sides(NamedTuple):
     settings: Mapping[str, Any]
 
 
-def evaluated_scores(run: str | Path) -> Scores:
+def evaluated_scores(run: str | Path, *, tokens: bool = False) -> Scores:
     """Read the scores of a run for an evaluation.
+
+    Args:
+        run: the directory.
+        tokens: allow scores of tokens.
 
     Raises:
         InputError: there are none, they are of tokens, or they are not finite.
     """
     scores = Scores.load(run)
-    if scores.documents is not None:
+    if scores.documents is not None and not tokens:
         raise InputError(f"{run} scores tokens, not rows: score with `View(tokens=False)` to evaluate")
     if wrong := int((~scores.values.isfinite()).sum()):
         raise InputError(
             f"{wrong:,} scores in {run} are no finite numbers: score again in a higher precision"
         )
     return scores
+
+
+def sides_of(scores: Scores) -> Sides:
+    """The sides of scores; of those of tokens, the rows that these are of.
+
+    >>> import torch
+    >>> one = Scores(torch.zeros(1, 3, 1), ["a", "a", "b"], ["q"], documents=torch.tensor([0, 0, 1]))
+    >>> sides_of(one).row_ids
+    ['a', 'b']
+    """
+    ids, of = scores.row_ids, scores.documents
+    if of is not None:
+        ids = [name for token, name in enumerate(ids) if not token or of[token] != of[token - 1]]
+    return Sides(ids, scores.query_ids, scores.settings)
 
 
 def made_of(settings: Mapping[str, Any]) -> Provenance:
@@ -50,7 +65,7 @@ def made_of(settings: Mapping[str, Any]) -> Provenance:
     return (made.checkpoints[0].settings if made.checkpoints else None) or made
 
 
-def refuse_other_data(mine: Scores, theirs: Scores | Truth | Sides, what: str, other: str) -> None:
+def refuse_other_data(mine: Scores | Sides, theirs: Scores | Truth | Sides, what: str, other: str) -> None:
     """Refuse to compare two of which the rows, the queries or the training data differ.
 
     Args:
@@ -128,19 +143,19 @@ def in_words(ids: Sequence[str], other: Sequence[str]) -> str:
     return f"{len(ids):,} ({named})" if named else f"{len(ids):,}"
 
 
-def single_scores(run: str | Path, train: Any, query: Any) -> Float[Tensor, "rows queries"]:
-    """Read scores of one damping, which must be of these rows and queries.
+def single_scores(run: str | Path, train: Any, query: Any, *, tokens: bool = False) -> Scores:
+    """Read scores of one damping, which must be of these rows, or of their tokens, and queries.
 
     Raises:
         InputError: they are of others, or of several dampings.
     """
-    scored = evaluated_scores(run)
+    scored = evaluated_scores(run, tokens=tokens)
     prints = {"data": {"fingerprint": train.fingerprint()}, "query": {"fingerprint": query.fingerprint()}}
     here = Sides(list(train.ids), list(query.ids), prints)
-    refuse_other_data(scored, here, str(run), "what is retrained")
+    refuse_other_data(sides_of(scored), here, str(run), "what is retrained")
     if len(scored.dampings) > 1:
         raise InputError(
             f"{run} has scores for {len(scored.dampings)} dampings, and rows are removed by one: score with "
             "one `damping`"
         )
-    return scored.values[0]
+    return scored

@@ -58,7 +58,8 @@ class Truth:
         looped: why the models were trained one by one, or empty where they stacked.
         margins: where there are classes, how far each query's right one is above the best of the others,
             `[models, queries]`; a prediction is right where that is above 0.
-        weights: what the losses of rows were multiplied by, `[models, rows]`; None: 1 in a subset, else 0.
+        weights: what the losses of rows were multiplied by, `[models, rows]`, or the parts of their tokens,
+            `[models, rows, tokens]`; None: 1 in a subset, else 0.
 
     >>> truth = Truth(torch.tensor([[True, False], [True, False], [False, True]]), torch.tensor([0, 0, 1]),
     ...     torch.tensor([0, 1, 2]), torch.tensor([[1.0], [3.0], [5.0]]).double(), torch.zeros(3).double(),
@@ -80,19 +81,19 @@ class Truth:
     settings: dict[str, Any]
     looped: str = ""
     margins: Float64[Tensor, "models queries"] | None = None
-    weights: Float64[Tensor, "models rows"] | None = None
+    weights: Float64[Tensor, "models rows *tokens"] | None = None
 
     def targets(self) -> tuple[Bool[Tensor, "subsets rows"], Float64[Tensor, "subsets queries"]]:
         """The subsets, and the mean loss of each query over a subset's seeds, of the models `averaged`."""
         return self.subsets[self._firsts()], self._means(self.losses)
 
-    def weighed(self) -> Float64[Tensor, "subsets rows"]:
-        """The weights of the rows in the same subsets."""
+    def weighed(self) -> Float64[Tensor, "subsets rows *tokens"]:
+        """The weights of the rows, or tokens, in the same subsets."""
         return self.row_weights[self._firsts()]
 
     @property
-    def row_weights(self) -> Float64[Tensor, "models rows"]:
-        """The weights of the rows in every model."""
+    def row_weights(self) -> Float64[Tensor, "models rows *tokens"]:
+        """The weights of the rows, or of their tokens, in every model."""
         return self.subsets.double() if self.weights is None else self.weights
 
     def _firsts(self) -> list[int]:

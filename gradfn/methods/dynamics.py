@@ -114,8 +114,9 @@ class Dynamics:
     def _flow(self, x: Tensor, s: float) -> Tensor:
         """The exponential's, of the displacement alone."""
         s = s / (1 - self.momentum)
-        F = torch.where(x > 0, -torch.expm1(-s * x) / torch.where(x > 0, x, 1.0), s)
-        return torch.stack([torch.exp(-s * x), F], -1)[..., None, :]
+        y = s * x  # whose rounding, where it is next to 0, then does not count
+        F = s * torch.where(y > 0, -torch.expm1(-y) / torch.where(y > 0, y, 1.0), 1.0)
+        return torch.stack([torch.exp(-y), F], -1)[..., None, :]
 
     def begin(self, queries: Blocks) -> list[Blocks]:
         """The states of queries at the end of a training, where no momentum counts."""

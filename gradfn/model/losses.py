@@ -214,10 +214,25 @@ class CausalLMLoss(_Weighted):
     def by_token(self, batch: Batch) -> Float[Tensor, "batch tokens"]:
         """Each token's part of `batched`, at the token that is predicted; the parts of a row add up to it."""
         targets = shifted_labels(_labels(batch))
+        return self._by_token(self._at_positions(batch, targets, False), targets, batch)
+
+    def logits(self, batch: Batch) -> Float[Tensor, "batch tokens vocab"]:
+        """What the model makes of a right-padded batch."""
+        return self.model(input_ids=batch["input_ids"], use_cache=False).logits
+
+    def tokens_of_logits(self, logits: Tensor, batch: Batch) -> Float[Tensor, "batch tokens"]:
+        """`by_token` as a function of the logits; not of "kl", which needs those of another model too."""
+        targets = shifted_labels(_labels(batch))
+        return self._by_token(self._positions(logits, None, targets), targets, batch)
+
+    def of_logits(self, logits: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
+        """`batched` as a function of the logits; not of "kl"."""
+        return self.tokens_of_logits(logits, batch).sum(1)
+
+    def _by_token(self, losses: Tensor, targets: Tensor, batch: Batch) -> Tensor:
+        """The parts of rows' losses, from those of positions, at the tokens that are predicted."""
         count = self._count(targets)
-        parts = self._at_positions(batch, targets, False) / (
-            count if isinstance(count, int) else count[:, None]
-        )
+        parts = losses / (count if isinstance(count, int) else count[:, None])
         return F.pad(self._weigh(parts.T, batch).T[:, :-1], (1, 0))
 
     def _at_positions(self, batch: Batch, targets: Tensor, fused: bool) -> Float[Tensor, "batch tokens"]:
@@ -225,9 +240,8 @@ class CausalLMLoss(_Weighted):
         ids, head = batch["input_ids"], output_head(self.model)
         chunked = self.chunked_head and not fits(ids.numel(), head.weight)  # pyright: ignore
         if not (fused or chunked):
-            logits = self.model(input_ids=ids, use_cache=False).logits
             theirs = None if self.reference is None else self._reference_logits(ids)
-            return self._positions(logits, theirs, targets)
+            return self._positions(self.logits(batch), theirs, targets)
         kept = (targets != IGNORED).nonzero(as_tuple=True)
         of_head = chunked_cross_entropy if chunked else linear_cross_entropy
         hidden = hidden_states(self.model, ids)
@@ -282,11 +296,11 @@ class ModelLoss(_Weighted):
         """The definition: the batch of one example at other parameters."""
         batch = {key: value[None] for key, value in example.items()}
         logits = call(self.model, params, **self._inputs(batch)).logits
-        return self._losses(logits, batch)[0]
+        return self.of_logits(logits, batch)[0]
 
     def batched(self, batch: Batch) -> Float[Tensor, " batch"]:
         """The same for a padded batch in one forward; `attention_mask` says what is padding."""
-        return self._losses(self.logits(batch), batch)
+        return self.of_logits(self.logits(batch), batch)
 
     def logits(self, batch: Batch) -> Tensor:
         """What the model makes of a padded batch."""
@@ -330,7 +344,8 @@ class ModelLoss(_Weighted):
         pad, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
         return pad if pad is not None and 0 <= pad < (size or pad + 1) else None
 
-    def _losses(self, logits: Tensor, batch: Batch) -> Tensor:
+    def of_logits(self, logits: Tensor, batch: Batch) -> Float[Tensor, " batch"]:
+        """`batched` as a function of the logits."""
         labels = batch["labels"]
         if self.task == "regression":
             wide = logits.to(_wide(logits.dtype)).flatten(1)

@@ -205,12 +205,12 @@ def change_facts(truth: Truth, path: str, of_all: bool) -> Facts:
     """What predicted changes are compared with."""
     kept = truth.of_models(truth.averaged())
     models = count(len(kept.numbers.unique()), "training")
-    how = "masked" if truth.removal == "mask" else "dropped"
+    how = "rows masked" if truth.removal == "mask" else "rows dropped"
     if truth.weights is not None:
-        how = "at weights of their own"
+        how = f"{'rows' if truth.weights.ndim == 2 else 'tokens'} at weights of their own"
     return [
         ("truth", path),
-        ("models", f"{models} x {_seeds(kept)}, rows {how}"),
+        ("models", f"{models} x {_seeds(kept)}, {how}"),
         ("changes", "from the model of all rows" if of_all else "from the mean over models"),
         *_diverged(truth, kept),
     ]

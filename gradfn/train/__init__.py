@@ -13,6 +13,7 @@ from gradfn.train.replay import Replay
 from gradfn.train.select import reweight, select
 from gradfn.train.smoothness import Smoothness, metasmoothness
 from gradfn.train.spec import Training
+from gradfn.train.split import SplitLoss
 from gradfn.train.stacked import Start, alone_if_needed, initial_params, losses_at, stacked_losses
 from gradfn.train.step import Losses, losses_of, make_step
 from gradfn.train.table import Table, table_of
@@ -31,6 +32,7 @@ __all__ = [
     "Recorder",
     "Replay",
     "Smoothness",
+    "SplitLoss",
     "Start",
     "State",
     "Step",

@@ -32,6 +32,7 @@ from gradfn.train.spec import Training
 from gradfn.train.stacked import check_start
 from gradfn.train.step import Losses, losses_of
 from gradfn.train.table import orders
+from gradfn.train.weights import placed_weights
 from gradfn.types import Data, LossFn, Params
 
 DIRECTIONS_BYTES = 1 << 30
@@ -132,13 +133,15 @@ class Course:
         pads: whether rows of unequal length may share a batch, see `gradfn.engine.stream.pads`.
         valuing: what the rows of each step are valued by.
         recorded: what the gradients of the rows are told to.
-        weights: what the losses of rows are multiplied by, `[rows]`, or `[epochs, rows]`; None: 1. They
-            change no batch, no denominator and no schedule, so a row of weight 0 is masked, and a step is
-            taken even where all of its rows are. The parameters are a continuous function of the weights.
+        weights: what the losses of rows are multiplied by, `[rows]`, or `[epochs, rows]`; or what the parts
+            of its tokens are, `[rows, tokens]`, as many as the longest row has; see `placed_weights`. None:
+            1. They change no batch, no denominator and no schedule, so a row of weight 0 is masked, and a
+            step is taken even where all of its rows are. The parameters are continuous in the weights.
 
     Raises:
         InputError: a batch that is larger than the rows; a warmup longer than the training; tokens to
-            normalize by, in data that has none; weights that are not one finite number a row.
+            normalize by, in data that has none; weights that are not one finite number for each row, visit
+            or token; weights of tokens, of a loss that is not told apart by token.
 
     >>> def loss(p, e):
     ...     return (p["w"] * e["x"] - e["y"]).square()
@@ -158,7 +161,7 @@ class Course:
     pads: bool = True
     valuing: Valuing | None = None
     recorded: Recorded | None = None
-    weights: Float64[Tensor, "*epochs rows"] | None = None
+    weights: Float64[Tensor, "*axes"] | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.data)
@@ -179,15 +182,9 @@ class Course:
             raise InputError(f"no `normalize` {self.normalize!r}: choose {' or '.join(get_args(Normalize))}")
         if self.normalize == "tokens" and not hasattr(self.data, "supervised"):
             raise InputError("the data does not say which tokens are supervised: normalize by rows")
-        if self.weights is not None:
-            shape = tuple(self.weights.shape)
-            if shape not in ((rows,), (training.epochs, rows)) or not bool(self.weights.isfinite().all()):
-                raise InputError(
-                    f"expected `weights` of {[rows]} or {[training.epochs, rows]} finite numbers, one for "
-                    f"each row or for each of its visits, got {list(shape)}"
-                )
-            if self.recorded is not None:
-                raise InputError("a row of weight 0 leaves no gradient to record: record without `weights`")
+        if self.placed is not None and self.recorded is not None:
+            raise InputError("a row of weight 0 leaves no gradient to record: record without `weights`")
+        self.losses()
 
     @property
     def per_epoch(self) -> int:
@@ -229,9 +226,9 @@ class Course:
         Raises:
             Diverged: a loss or a gradient is not finite; the step is named, and is not taken.
         """
-        losses, first = losses_of(self.loss, fused=True), int(state.taken)
+        losses, first = self.losses(fused=True), int(state.taken)
         for number, (epoch, rows) in enumerate(self.batches(first, stop), first):
-            weights = self.shares(rows) * self.weights_of(epoch, rows)
+            weights = self.weights_of(epoch, rows)
             asked = self.valuing is not None and number % self.valuing.every == 0
             told = self.recorded if self.recorded and number >= self.recorded.recorder.number else None
             if told is not None:
@@ -240,7 +237,7 @@ class Course:
             seen = recorder.tapped if recorder else self._held(rows) if asked else None
             with self._seen_by(seen):
                 grads, made = self.gradient(losses, state.params, rows, weights, recorder)
-            loss, (scale, norm) = float(weights @ made), clip_scale(self.training, grads)
+            loss, (scale, norm) = float(weights.flatten() @ made.flatten()), clip_scale(self.training, grads)
             if not (isfinite(loss) and bool(norm.isfinite())):
                 what = f"the loss of step {number + 1} is {loss:g} and the norm of its gradient {norm:g}"
                 raise Diverged(f"{what}: give a lower `learning_rate`, or a longer `warmup`")
@@ -251,10 +248,8 @@ class Course:
             state = self._moved(state, grads)
             if told is not None:
                 told.end(state, epoch, float(scale))
-            tokens = int(self.lengths[rows].sum())
-            yield Taken(
-                state, rows, epoch, rate, loss, float(norm), float(scale), tokens, made.numpy(), values
-            )
+            tokens, made = int(self.lengths[rows].sum()), (made if made.ndim == 1 else made.sum(1)).numpy()
+            yield Taken(state, rows, epoch, rate, loss, float(norm), float(scale), tokens, made, values)
 
     def mean_loss(self, params: Params, data: Data) -> float:
         """The loss of all rows of other data, normalized like that of a step.
@@ -279,17 +274,38 @@ class Course:
         """What a step multiplies the losses of its rows by, beside their weights; see `row_weights`."""
         return row_weights(self.loss, self.data, rows, self.normalize)
 
-    def weights_of(self, epoch: int, rows: np.ndarray) -> Float64[Tensor, " batch"]:
-        """The weights of rows in an epoch."""
+    def weights_of(self, epoch: int, rows: np.ndarray) -> Float64[Tensor, "batch *tokens"]:
+        """What a step multiplies the losses of rows, or the parts of tokens, by: `shares` times weights."""
+        shares = self.shares(rows)
+        if self.placed is None:
+            return shares
+        own = self.placed[epoch if len(self.placed) > 1 else 0].cpu()[rows]
+        return shares[:, None] * own[:, : self.lengths[rows].max()] if self.by_token else shares * own[:, 0]
+
+    @cached_property
+    def placed(self) -> Float64[Tensor, "visits rows tokens"] | None:
+        """The weights on three axes; see `placed_weights`."""
         if self.weights is None:
-            return torch.ones(len(rows), dtype=torch.float64)
-        return (self.weights if self.weights.ndim == 1 else self.weights[epoch]).cpu()[rows]
+            return None
+        longest = int(self.lengths.max())
+        return placed_weights(self.weights, self.training.epochs, len(self.data), longest)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens have weights."""
+        return self.placed is not None and self.placed.shape[2] > 1
+
+    def losses(self, *, fused: bool = False) -> Losses:
+        """The losses of a batch, see `losses_of`: by token where these have weights."""
+        return losses_of(self.loss, fused=fused, tokens=self.by_token)
 
     @property
     def weights_digest(self) -> str | None:
         """16 hex digits of the weights; None where all are 1."""
-        given = self.weights
-        return None if given is None else sha256(given.cpu().numpy().tobytes()).hexdigest()[:16]
+        if self.weights is None:
+            return None
+        shape = str(self.placed.shape) if self.by_token and self.placed is not None else ""
+        return sha256(self.weights.cpu().numpy().tobytes() + shape.encode()).hexdigest()[:16]
 
     def parts(
         self, rows: np.ndarray, device: torch.device, data: Data | None = None, times: int = 1
@@ -333,7 +349,7 @@ class Course:
             losses: of a batch, see `losses_of`.
             params: before the step.
             rows: of the step.
-            weights: what their losses are multiplied by, `shares * weights_of`.
+            weights: what their losses are multiplied by, or the parts of their tokens; see `weights_of`.
             recorder: which is told the losses.
         """
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
@@ -351,17 +367,16 @@ class Course:
     ) -> Tensor:
         """The losses of some rows, and a backward pass of their weighted sum for each micro-batch."""
         device = _device(params)
-        found = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        found = torch.zeros(weights.shape, dtype=torch.float64, device=device)
         for places, batch in self.parts(rows, device, data):
-            own = weights[places].to(device)
             with torch.enable_grad():
                 made = losses(params, batch)
                 if recorder is not None:
                     made = recorder.loss(made, rows[places])
-                (made * own.to(made.dtype)).sum().backward()
+                (made * _like(made, weights[places]).to(made)).sum().backward()
             if recorder is not None:
                 recorder.substep()
-            found[torch.from_numpy(places).to(device)] = made.detach().double()
+            _like(made, found)[torch.from_numpy(places).to(device)] = made.detach().double()
         return found
 
     def _values(
@@ -378,7 +393,7 @@ class Course:
             u = step_direction(self.training, state, grads, slopes, kind=self.valuing.kind)
             del slopes
             if probes is None:
-                values[:, part] = -self._forward(state.params, u, rows) * weights[:, None]
+                values[:, part] = -self._forward(state.params, u, rows, weights)
                 continue
             order = torch.from_numpy(np.concatenate(self._plan(self.data, rows)))
             if self._held(rows) is not None:
@@ -417,16 +432,18 @@ class Course:
             made.append(_grads(leaves))
         return {name: torch.stack([one[name] for one in made]) for name in params}
 
-    def _forward(self, params: Params, u: Params, rows: np.ndarray) -> Tensor:
-        """`<u_q, g_i>` of every row with every direction, `[rows, queries]`, by forward mode."""
-        losses, count = losses_of(self.loss), len(next(iter(u.values())))
+    def _forward(self, params: Params, u: Params, rows: np.ndarray, weights: Tensor) -> Tensor:
+        """`w_i <u_q, g_i>` of every row with every direction, `[rows, queries]`, by forward mode."""
+        losses, count = self.losses(), len(next(iter(u.values())))
         along = torch.zeros(len(rows), count, dtype=torch.float64)
         for places, batch in self.parts(rows, _device(params)):
             for query in range(count):
                 own = {name: d[query] for name, d in u.items()}
                 with self._seen_by(None), forward_mode():
                     made = torch.func.jvp(lambda p, batch=batch: losses(p, batch), (params,), (own,))[1]
-                along[places, query] = made.double().cpu()
+                made = made.double().cpu()
+                made = made * _like(made, weights[places])
+                along[places, query] = made.reshape(len(places), -1).sum(1)
         return along
 
     def _plan(self, data: Data, rows: np.ndarray, times: int = 1) -> list[np.ndarray]:
@@ -458,6 +475,11 @@ def slope_of(losses: Losses, data: Data, row: int, params: Params) -> Params:
     """
     batch = _batch(data, np.array([row]), _device(params))
     return torch.func.grad(lambda params: losses(params, batch).sum())(params)
+
+
+def _like(made: Tensor, given: Tensor) -> Tensor:
+    """Numbers of rows, or of as many of their tokens as there are in a batch: a view."""
+    return given[:, : made.shape[1]] if made.ndim == 2 else given
 
 
 def _device(params: Params) -> torch.device:

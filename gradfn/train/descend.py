@@ -72,7 +72,7 @@ def descend(
 
     Raises:
         InputError: no validation rows, a rate that is not above 0, groups that are not one number a row,
-            weights of visits; whatever `metagradient` refuses.
+            weights of visits or tokens; whatever `metagradient` refuses.
 
     >>> from gradfn.train import Training
     >>> def loss(p, e):
@@ -97,7 +97,7 @@ def descend(
             f"0, and one of {', '.join(get_args(Rule))}"
         )
     if weights.shape != (rows,):
-        raise InputError("weights that differ from epoch to epoch cannot be moved: give one number a row")
+        raise InputError("weights of visits or of tokens cannot be moved: give one number a row")
     if groups is not None and (groups.shape != (rows,) or int(groups.min()) < 0):
         raise InputError(
             f"expected `groups` of {rows} numbers from 0 on, one a row, got {list(groups.shape)}"

@@ -349,7 +349,7 @@ class _Watch:
             )
         elif self.task in ("classification", "regression", "image_classification"):
             task: Any = self.task
-            losses = ModelLoss(self.model, task)._losses(outputs.logits, batch)
+            losses = ModelLoss(self.model, task).of_logits(outputs.logits, batch)
             return losses.float(), torch.ones_like(losses)
         else:
             labels = shifted_labels(batch["labels"]) if self.task == "causal_lm" else batch["labels"]

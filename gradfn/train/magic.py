@@ -27,8 +27,8 @@ from gradfn.subject import Subject
 from gradfn.train.course import Course, Diverged, slope_of
 from gradfn.train.kept import Kept, Way, key_of
 from gradfn.train.optimizers import State
-from gradfn.train.pull import Adjoint, Per, along_losses, pull
-from gradfn.train.replay import Replay, copied, schedule
+from gradfn.train.pull import Adjoint, Per, along_of, pull
+from gradfn.train.replay import Curvature, Replay, copied, schedule
 from gradfn.train.stacked import check_repeatable
 from gradfn.train.step import losses_of
 from gradfn.types import Batch, Data, LossFn, Params, Rows
@@ -80,7 +80,8 @@ def metagradient(
             language model's loss has; it is the token that is predicted).
         window: steps whose weights count, `(first, behind the last)`; None: to the end. A training that is
             not smooth may have derivatives that say nothing of its first steps.
-        replay: which states are kept, and how many queries go together; None: as many as fit.
+        replay: which states are kept, and how many queries go together; None: as many as fit. Its
+            `curvature` may be the Gauss-Newton matrix, and then the derivative is not exact.
         progress: called with the number of steps that were gone back through, one query chunk after another.
 
     Returns:
@@ -88,7 +89,8 @@ def metagradient(
 
     Raises:
         InputError: a model that cannot be trained, is random, or multiplies rounded numbers; no queries; a
-            window that is not of the training; a replay that comes to other states than before.
+            loss that cannot be split for the Gauss-Newton matrix; a window that is not of the training; a
+            replay that comes to other states than before.
         Diverged: a number is not finite; the step and the parameter are named.
 
     >>> from gradfn.train import Training
@@ -107,9 +109,15 @@ def metagradient(
         raise InputError("there are no queries: give one or more")
     if per not in get_args(Per):
         raise InputError(f"no `per` {per!r}: choose {', '.join(get_args(Per))}")
+    if course.by_token and per != "token":
+        raise InputError(
+            "the tokens of the course have weights, so derivatives are in these: give per='token'"
+        )
     window = _window(course, window)
     _check(course, state.params)
-    key = "" if replay.resume is None else key_of(course, state, queries, query_loss, (per, *window))
+    along_of(course.loss, per, replay.curvature)
+    asked = (per, *window, replay.curvature)
+    key = "" if replay.resume is None else key_of(course, state, queries, query_loss, asked)
     kept = Kept(replay.resume, key)
     chunk = kept.chunk() or replay.queries_for(state, len(queries))
     asked = [range(first, min(first + chunk, len(queries))) for first in range(0, len(queries), chunk)]
@@ -191,7 +199,7 @@ def _sweep(job: _Job, asked: range) -> Way:
         job.seen.update(way.seen)
         job.tell(Resumed(course.total - way.step))
     way.seen, before = job.seen, before - way.steps
-    mapped = len(asked) > 1 and _maps(course, job.start.params, job.per)
+    mapped = len(asked) > 1 and _maps(course, job.start.params, job.per, job.replay.curvature)
     for begin in [*sorted((n for n in job.replay.states if first < n < way.step), reverse=True), first]:
         if begin < way.step:
             for _ in _back(job, way, begin, asked, mapped):
@@ -219,7 +227,8 @@ def _back(job: _Job, way: Way, begin: int, asked: range, mapped: bool) -> Iterat
                     if way.adjoint is None:
                         way.end, way.adjoint = end, _adjoint_of_end(job, end, asked)
                 ((epoch, rows),) = course.batches(step, step + 1)
-                way.adjoint, made = pull(course, state, epoch, rows, way.adjoint, per=job.per, mapped=mapped)
+                way.adjoint, made = pull(course, state, epoch, rows, way.adjoint, per=job.per, mapped=mapped,
+                                         curvature=job.replay.curvature)  # fmt: skip
                 _check_finite(way.adjoint, step)
                 if step < job.window[1]:
                     _subtract(job, way.values, epoch, rows, made)
@@ -290,7 +299,7 @@ def _first_rows(course: Course, device: torch.device) -> Batch:
     return batch
 
 
-def _maps(course: Course, params: Params, per: Per) -> bool:
+def _maps(course: Course, params: Params, per: Per, curvature: Curvature) -> bool:
     """Whether the model's code can be mapped over queries."""
     u = {name: torch.zeros_like(value).expand(2, *value.shape) for name, value in params.items()}
     batch = _first_rows(course, next(iter(params.values())).device)
@@ -298,8 +307,10 @@ def _maps(course: Course, params: Params, per: Per) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an operation that cannot be mapped is looped over with a warning
         try:
-            along_losses(losses, params, batch, torch.ones_like(losses(params, batch)), u, True)
-        except (RuntimeError, UserWarning):
+            along_of(course.loss, per, curvature)(
+                params, batch, torch.ones_like(losses(params, batch)), u, True
+            )
+        except (RuntimeError, UserWarning, InputError):
             return False
     return True
 
@@ -362,10 +373,11 @@ class Magic:
         return (None,)
 
     def settings(self) -> dict[str, Any]:
-        """The training, and the window."""
+        """The training, the window, and a curvature that is not the exact one."""
         course = self.course
         how = {"normalize": course.normalize, "seed": course.seed, "weights": course.weights_digest}
-        return {"magic": {**course.training.settings(), **how, "window": list(self.window)}}
+        other = {} if self.replay.curvature == "hessian" else {"curvature": self.replay.curvature}
+        return {"magic": {**course.training.settings(), **how, "window": list(self.window), **other}}
 
     def scorer(self, subject: Subject, query: Queries, *, by_block: bool = False) -> Scorer:
         """See `Attribution`; gradients of queries will not do, for they are of one state of the model.

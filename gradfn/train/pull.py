@@ -8,26 +8,32 @@ loss in the state behind the step to those in the state before it, and to those 
     lam_theta   = (d state_{t+1} / d theta_t)ᵀ lam + H u,    H = sum_i w_i c_i Hess l_i
 
 One vjp of `(theta, w) -> g` along u gives all `<u, grad l_i>` and H u, so no gradient of one row is made, and
-no graph of a step is kept.
+no graph of a step is kept. With the Gauss-Newton matrix, `H u = sum_i w_i c_i J_iᵀ (Hess_z l_i) J_i u`, where
+J_i is the Jacobian of the model's outputs z; all else is the same.
 
 Source: MAGIC, arXiv:2504.16430, section 3; REPLAY, arXiv:2503.13751, section 3.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
-from torch.func import grad, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradfn.exact.products import forward_mode
 from gradfn.train.course import Course
 from gradfn.train.optimizers import State, clipped, update
+from gradfn.train.replay import Curvature
 from gradfn.train.spec import Training
+from gradfn.train.split import Split, split_of
 from gradfn.train.step import Losses, losses_of
-from gradfn.types import Batch, Params
+from gradfn.types import Batch, LossFn, Params
 
 Per = Literal["row", "visit", "token"]
 """What has a weight: a row, a row in one epoch, or the loss of one token of a row."""
@@ -54,6 +60,7 @@ def pull(
     *,
     per: Per = "row",
     mapped: bool = True,
+    curvature: Curvature = "hessian",
 ) -> tuple[Adjoint, Float64[Tensor, "batch *tokens queries"]]:
     """The adjoint of one step of a course: back through the optimizer, and through the gradient.
 
@@ -65,23 +72,24 @@ def pull(
         adjoint: of the state behind the step.
         per: "token" gives the derivatives in the weights of tokens, of each row as many as the longest has.
         mapped: take all queries at once by `vmap`; else one by one, which gives the same numbers.
+        curvature: H, see `Replay`.
 
     Returns:
         The adjoint of the state before the step, and the derivatives of the query losses in the weights.
     """
     shares, device = course.shares(rows), next(iter(state.params.values())).device
-    weights = shares * course.weights_of(epoch, rows)
-    grads, _ = course.gradient(losses_of(course.loss, fused=True), state.params, rows, weights)
+    weights = course.weights_of(epoch, rows)
+    grads, _ = course.gradient(course.losses(fused=True), state.params, rows, weights)
     before, u = pull_update(course.training, state, grads, adjoint)
     params, queries = before.params, len(next(iter(u.values())))
     longest = (int(course.lengths[rows].max()),) if per == "token" else ()
     found = torch.zeros(len(rows), *longest, queries, dtype=torch.float64)
-    losses = losses_of(course.loss, tokens=per == "token")
+    along_them = along_of(course.loss, per, curvature)
     for places, batch in course.parts(rows, device, times=queries if mapped else 1):
         own = weights[places].to(device)
         if per == "token":
-            own = own[:, None].expand(batch["input_ids"].shape)
-        curved, along = along_losses(losses, state.params, batch, own, u, mapped)
+            own = own.reshape(len(places), -1)[:, : (shape := batch["input_ids"].shape)[1]].expand(shape)
+        curved, along = along_them(state.params, batch, own, u, mapped)
         params = {name: value + curved[name] for name, value in params.items()}
         made = along.movedim(0, -1).double().cpu()
         found[(places, *(slice(size) for size in made.shape[1:]))] = made
@@ -123,6 +131,22 @@ def pull_update(training: Training, state: State, grads: Params, adjoint: Adjoin
     return Adjoint(params, moments), u
 
 
+Along = Callable[[Params, Batch, Tensor, Params, bool], tuple[Params, Tensor]]
+"""`(params, batch, weights, u, mapped) -> (H u, derivatives of the losses along u)`, see `along_losses`."""
+
+
+def along_of(loss: LossFn, per: Per, curvature: Curvature) -> Along:
+    """`along_losses` of a loss, or `along_outputs` of its two parts.
+
+    Raises:
+        InputError: a loss that cannot be split, or is not told apart by token.
+    """
+    tokens = per == "token"
+    if curvature == "hessian":
+        return partial(along_losses, losses_of(loss, tokens=tokens))
+    return partial(along_outputs, split_of(loss, tokens=tokens))
+
+
 def along_losses(
     losses: Losses, params: Params, batch: Batch, weights: Tensor, u: Params, mapped: bool
 ) -> tuple[Params, Tensor]:
@@ -145,5 +169,34 @@ def along_losses(
             return vmap(back)(u)
         queries = len(next(iter(u.values())))
         made = [back({name: value[query] for name, value in u.items()}) for query in range(queries)]
+    curved = {name: torch.stack([one[name] for one, _ in made]) for name in params}
+    return curved, torch.stack([along for _, along in made])
+
+
+def along_outputs(
+    split: Split, params: Params, batch: Batch, weights: Tensor, u: Params, mapped: bool
+) -> tuple[Params, Tensor]:
+    """The same with the Gauss-Newton matrix for H: forward to the outputs, and back from them."""
+
+    def slope(z: Tensor) -> Tensor:
+        def total(z: Tensor) -> Tensor:
+            made = split.losses(z, batch)
+            return (made * weights.to(made.dtype)).sum()
+
+        return grad(total)(z)
+
+    def outputs(params: Params) -> Tensor:
+        return split.outputs(params, batch)
+
+    def product(u: Params) -> tuple[Params, Tensor]:
+        z, moved = jvp(outputs, (params,), (u,))[:2]
+        along = jvp(lambda z: split.losses(z, batch), (z,), (moved,))[1]
+        curved = jvp(slope, (z,), (moved,))[1]
+        return vjp(outputs, params)[1](curved)[0], along
+
+    with forward_mode():
+        if mapped:
+            return vmap(product)(u)
+        made = [product({n: v[query] for n, v in u.items()}) for query in range(len(next(iter(u.values()))))]
     curved = {name: torch.stack([one[name] for one, _ in made]) for name in params}
     return curved, torch.stack([along for _, along in made])

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -24,6 +24,8 @@ from gradfn.memory import free_memory
 from gradfn.train.optimizers import State
 from gradfn.types import Params
 
+Curvature = Literal["hessian", "gauss_newton"]
+"""What the adjoint of a step takes for the second derivative of its loss."""
 STATES = "states-"
 """What the names of folders of states begin with."""
 
@@ -123,7 +125,7 @@ def _times(steps: int, slots: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """How a training is gone through backwards. None of it changes a result.
+    """How a training is gone through backwards. Only `curvature` changes a result.
 
     Args:
         slots: the states that may be kept; None: as many as fit in half of the memory, or disk, that is free.
@@ -134,9 +136,13 @@ class Replay:
             step is taken to come to one; the steps from one to the next must come to the same bits.
         resume: a folder for how far back it is, written once a minute. A process that is killed goes on
             there. States that do not fit in memory are kept there too. Delete it when all is done.
+        curvature: H in the adjoint of a step, `lam <- lam + H u`. "hessian" is exact. "gauss_newton" takes
+            `Jᵀ (Hessian of the loss in the outputs) J`, J the Jacobian of the model's outputs. It is biased,
+            but it damps adjoints that explode in a training that is not smooth; for a model that is linear
+            in its parameters both are the same. It needs a loss that is split, see `split_of`.
 
     Raises:
-        InputError: fewer than one slot, or query; a folder that is not there.
+        InputError: fewer than one slot, or query; a folder that is not there; another curvature.
 
     >>> Replay(slots=10).folder
     """
@@ -147,8 +153,11 @@ class Replay:
     end: Params | None = None
     states: Mapping[int, Callable[[], State]] = field(default_factory=dict)
     resume: str | Path | None = None
+    curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
+        if self.curvature not in get_args(Curvature):
+            raise InputError(f"no `curvature` {self.curvature!r}: choose {' or '.join(get_args(Curvature))}")
         for name in ("slots", "query_chunk"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"`{name}` must be 1 or more, not {value}: leave it out for what fits")

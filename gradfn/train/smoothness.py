@@ -105,7 +105,7 @@ def metasmoothness(
             "an h above 0"
         )
     rows = len(course.data)
-    weights = torch.ones(rows, dtype=torch.float64) if course.weights is None else course.weights
+    weights = torch.ones(1, rows, 1, dtype=torch.float64) if course.placed is None else course.placed
     asked = course if query_loss is None else replace(course, loss=query_loss, normalize="rows")
 
     def end(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def metasmoothness(
     with WATCH.get()("trainings", (1 + 2 * directions) * course.total, "steps") as told:
         first = end(weights)
         for number in range(directions):
-            v = torch.from_numpy(normals(rows, "metasmoothness", seed, number))
+            v = torch.from_numpy(normals(rows, "metasmoothness", seed, number))[:, None]
             seen.append(_compare(h, first, end(weights + h * v), end(weights + 2 * h * v)))
     agreement, curvature, slope, movement = (torch.stack(part).mean() for part in zip(*seen, strict=True))
     whole = (first[0] - _flat(start)).abs().sum()

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.functional import pad
 
 from gradfn.engine.batching import full_gradients
 from gradfn.engine.reference import refuse_constant
@@ -92,6 +93,8 @@ def stacked_losses(
 def losses_at(losses: Losses, params: Params, table: Table, rows: Int64[Tensor, "models batch"]) -> Tensor:
     """The losses of rows of a table under stacked models, without padding where that would change them.
 
+    Those by token, `[models, batch, tokens]`, are then padded with 0.
+
     >>> from gradfn.train.table import table_of
     >>> table = table_of([{"x": torch.tensor(1.0)}, {"x": torch.tensor(3.0)}])
     >>> losses_at(vmap(lambda p, b: p["w"] * b["x"]), {"w": torch.ones(1)}, table, torch.tensor([[1, 0]]))
@@ -107,6 +110,9 @@ def losses_at(losses: Losses, params: Params, table: Table, rows: Int64[Tensor, 
             for places, batch in table.unpadded(own)
         ]
         order = torch.tensor([place for places, _ in parts for place in places]).argsort()
+        if parts[0][1].ndim == 2:
+            longest = table.columns["input_ids"].shape[1]
+            parts = [(places, pad(values, (0, longest - values.shape[1]))) for places, values in parts]
         made.append(torch.cat([values for _, values in parts])[order])
     return torch.stack(made)
 

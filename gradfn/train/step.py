@@ -84,7 +84,7 @@ def losses_of(loss: LossFn, *, fused: bool = False, tokens: bool = False) -> Los
     module = None
     if callable(getattr(loss, form, None)) and isinstance(getattr(loss, "model", None), nn.Module):
         own: Any = getattr(loss, "with_whole_logits" if fused else "with_chunked_head", None)
-        module = _LossModule(loss if own is None else own(), form)
+        module = LossModule(loss if own is None else own(), form)
     elif tokens:
         raise InputError(
             "the loss is not told apart by token: take the rows, or a loss of a language model, which has "
@@ -101,7 +101,7 @@ def losses_of(loss: LossFn, *, fused: bool = False, tokens: bool = False) -> Los
     return losses
 
 
-class _LossModule(nn.Module):
+class LossModule(nn.Module):
     """A loss and its model as one module, so that a call can replace the model's parameters."""
 
     def __init__(self, loss: Any, form: str):

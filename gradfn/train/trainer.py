@@ -7,11 +7,13 @@ would become if it were trained alone.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
+from torch.func import vmap
 
 from gradfn.errors import InputError
 from gradfn.memory import free_memory
@@ -36,8 +38,8 @@ CACHE_BYTES = 192 << 20
 STATE_COPIES = 10
 """Memory of a step in sizes of the parameters: parameters, gradients and moments, old, new and in between."""
 Progress = Callable[[int], None]
-Weights = Float[Tensor, "models rows"] | None
-"""What the losses of rows are multiplied by in each model; None: 1."""
+Weights = Float[Tensor, "models rows *tokens"] | None
+"""What the losses of rows, or the parts of their tokens, are multiplied by in each model; None: 1."""
 
 
 class TogetherOptions(TypedDict, total=False):
@@ -55,14 +57,15 @@ class Step(NamedTuple):
         state: after it.
         rows: that it took; where a model has fewer than others, one of its own fills the batch.
         counts: how many of them are of the batch.
-        weights: what their losses were multiplied by, one over the size of the batch included.
+        weights: what their losses, or the parts of their tokens, were multiplied by, one over the size of the
+            batch included.
         losses: before the step.
     """
 
     state: State
     rows: Int64[Tensor, "models batch"]
     counts: Int64[Tensor, " models"]
-    weights: Float[Tensor, "models batch"]
+    weights: Float[Tensor, "models batch *tokens"]
     losses: Float[Tensor, "models batch"]
 
 
@@ -104,9 +107,10 @@ def train(
         subsets: which rows each model sees.
         seeds: one a model.
         training: optimizer, schedule, batches.
-        options: `weights`, what the losses of rows are multiplied by, `[models, rows]`; 1 unless told. They
-            change no batch, no denominator and no schedule, and a step is taken even where all of its rows
-            have weight 0, see `Course`. `chunk`, how many models train together, which changes no result; as
+        options: `weights`, what the losses of rows are multiplied by, `[models, rows]`, or the parts of their
+            tokens, `[models, rows, tokens]`, as many as the longest row has; 1 unless told. They change no
+            batch, no denominator and no schedule, and a step is taken even where all of its rows have weight
+            0, see `Course`. `chunk`, how many models train together, which changes no result; as
             many as fit in memory unless told. `progress`, called with the number of examples done since the
             last call.
 
@@ -225,7 +229,7 @@ class Trainer:
         seen = torch.zeros_like(sums)
         move = update_in_place if bool((sizes == sizes[0]).all()) else update
         for number, step in enumerate(self._steps(subsets, seeds, weights, move)):
-            params, real = step.state.params, step.weights != 0
+            params, real = step.state.params, (step.weights.reshape(*step.losses.shape, -1) != 0).any(-1)
             if number >= last_epoch:
                 sums = sums.to(real.device) + torch.where(real, step.losses, 0).sum(1, dtype=torch.float64)
                 seen = seen.to(real.device) + real.sum(1)
@@ -257,17 +261,25 @@ class Trainer:
         leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
         device = next(iter(leaves.values())).device
         real = (torch.arange(rows.shape[1]) < counts[:, None]).to(device)
+        by_token = of_rows is not None and of_rows.ndim == 3
         with torch.enable_grad():
-            losses = losses_at(self.losses, leaves, self.table, rows)
+            losses = losses_at(self.token_losses if by_token else self.losses, leaves, self.table, rows)
             shares = real.double() / counts.clamp_min(1)[:, None].to(device)
             if of_rows is not None:
-                shares = shares * of_rows.gather(1, rows.to(device))
+                own = of_rows[torch.arange(len(rows), device=device)[:, None], rows.to(device)]
+                shares = shares[..., None] * own[..., : losses.shape[2]] if by_token else shares * own
             weights = shares.to(losses.dtype)
             grads = torch.autograd.grad((losses * weights).sum(), [*leaves.values()], materialize_grads=True)
         with torch.no_grad():
             active = None if bool((counts > 0).all()) else (counts > 0).to(device)
             state = move(self.training, state, dict(zip(leaves, grads, strict=True)), active)
-        return Step(state, rows, counts, weights, losses.detach())
+        return Step(state, rows, counts, weights, losses.detach().reshape(*rows.shape, -1).sum(2))
+
+    @cached_property
+    def token_losses(self) -> Losses:
+        """The losses of stacked models by token, `[models, batch, tokens]`."""
+        losses = losses_of(self.loss, tokens=True)
+        return vmap(losses) if self.looped is None else looped(losses)
 
     def at_once(self, chunk: int | None = None) -> int:
         """How many models train together: `chunk`, or what fits in memory and, on a CPU, in its caches."""
@@ -301,10 +313,16 @@ class Trainer:
                 f"a batch of {self.training.batch_size} is larger than the smallest subset, of {smallest} "
                 f"rows: give a batch size of at most {smallest}"
             )
-        if weights is not None and (weights.shape != subsets.shape or not bool(weights.isfinite().all())):
+        if weights is None:
+            return
+        if weights.ndim == 3:
+            losses_of(self.loss, tokens=True)
+        longest = [self.table.columns["input_ids"].shape[1]] if weights.ndim == 3 else []
+        if weights.shape != (models, rows, *longest) or not bool(weights.isfinite().all()):
+            each = "token of a row" if longest else "row"
             raise InputError(
-                f"expected `weights` of {[models, rows]} finite numbers, one for each row of each model, got "
-                f"{list(weights.shape)}"
+                f"expected `weights` of {[models, rows, *longest]} finite numbers, one for each {each} of "
+                f"each model, got {list(weights.shape)}"
             )
 
 

@@ -7,7 +7,7 @@ import torch
 from evaluated import QUERIES, ROWS, World, refused, write_scores, write_truth
 
 import gradfn as gf
-from gradfn.evaluate.change import agreement, changes, step_weights
+from gradfn.evaluate.change import agreement, changes, padded_weights, step_weights
 from gradfn.evaluate.truth import open_truth
 
 
@@ -97,6 +97,41 @@ def test_models_step_against_their_scores_from_the_command_line(ok, command, fol
         assert (result.status, len(result.err.strip().splitlines())) == (2, 1)
         assert says in result.err
     assert not (folder / "bad").exists()
+
+
+def test_models_step_against_scores_of_tokens(ok, command, folder, model, corpus, queries):
+    """Exact scores of one training predict what it would have lost at other weights of its tokens."""
+    asked, few = ("--query", queries, "--query-split", "train[:1]"), ("--epochs", 1, "--batch-size", 4)
+    how = (*few, "--learning-rate", 0.01, "--optimizer", "sgd")
+    rows = ("--model", model, "--dataset", corpus)
+    ok("train", folder / "course", *rows, *how)
+    ok(
+        "score",
+        folder / "exact",
+        "--training",
+        folder / "course",
+        *asked,
+        "--method",
+        "magic",
+        "--by",
+        "token",
+    )
+    given = (*rows, *asked, *how, "--scores", folder / "exact", "--seeds", 1)
+    ok("retrain", folder / "weighed", *given, "--init", "given", "--step", "0.01,0.02")
+    truth, scores = open_truth(folder / "weighed"), gf.Scores.load(folder / "exact")
+    weights, lengths = step_weights(scores.matrix, [0.01, 0.02]), scores.documents.bincount()
+    torch.testing.assert_close(truth.weights, padded_weights(weights, lengths))
+    assert truth.settings["subsets"]["by"] == "token"
+    out = " ".join(ok("evaluate", "change", folder / "weighed", folder / "exact", "--jsonl",
+                      folder / "weighed.jsonl").split())  # fmt: skip
+    assert "3 trainings x 1 shared seed, tokens at weights of their own" in out
+    assert [row["slope"] for row in rows_of(folder / "weighed.jsonl")] == pytest.approx([1, 1], abs=0.05)
+    ok("score", folder / "by-row", *rows, *asked)
+    says = "by-row scores rows, and the models of"
+    assert says in refused(command, "change", folder / "weighed", folder / "by-row")
+    result = command("retrain", folder / "bad", *given, "--remove-top", 1)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "exact scores tokens, not rows" in result.err
 
 
 def test_rows_are_removed_for_all_queries_together(ok, folder, model, corpus, queries):

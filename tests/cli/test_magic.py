@@ -14,6 +14,7 @@ from gradfn.scores import Scores
 from gradfn.train import Training, metagradient
 from gradfn.train.course import Course
 from gradfn.train.magic import Magic
+from gradfn.train.replay import Replay
 
 SMALL = ("--epochs", 2, "--batch-size", 3, "--save-every", 3, "--learning-rate", 0.01, "--schedule", "linear",
          "--normalize", "tokens", "--token-batch-size", 40, "--eps", 1e-4)  # fmt: skip
@@ -83,6 +84,22 @@ def test_what_changes_no_result_and_what_counts_some_steps(ok, folder, whole, ba
     ok("score", tmp_path / "late", *base, "--steps", "4:")
     late = metagradient(*library, window=(4, None)).values.float()
     torch.testing.assert_close(Scores.load(tmp_path / "late").matrix, late, rtol=1e-5, atol=1e-9)
+
+
+def test_another_curvature_is_that_of_the_library_and_goes_into_no_run_of_the_exact_one(
+    ok, command, folder, whole, base, library, tmp_path
+):
+    told = ok("score", tmp_path, *base, "--curvature", "gauss_newton")
+    assert "gauss_newton, so the derivatives are not exact" in " ".join(told.split())
+    made = metagradient(*library, replay=Replay(curvature="gauss_newton")).values.float()
+    scores = Scores.load(tmp_path)
+    torch.testing.assert_close(scores.matrix, made, rtol=1e-5, atol=1e-9)
+    assert (scores.matrix - whole[1].matrix).norm() > 1e-3 * whole[1].matrix.norm()
+    assert scores.settings["method"]["magic"]["curvature"] == "gauss_newton"
+    assert "curvature" not in whole[1].settings["method"]["magic"]
+    result = command("score", folder / "magic", *base, "--curvature", "gauss_newton")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "magic.curvature" in result.err
 
 
 def test_tokens_sum_to_rows(ok, whole, base, tmp_path):
@@ -167,6 +184,8 @@ def test_without_a_training_it_says_what_to_give(command, model, rows, asked):
     assert "goes back through a training: give the run of gradfn train with --training" in result.err
     result = command("score", "--model", model, "--dataset", rows, "--query", asked, "--steps", "1:")
     assert (result.status, result.err) == (2, "gradfn: --steps is of --method magic: leave it out\n")
+    result = command("score", "--model", model, "--dataset", rows, "--query", asked, "--curvature", "hessian")
+    assert (result.status, result.err) == (2, "gradfn: --curvature is of --method magic: leave it out\n")
     with pytest.raises(gf.errors.InputError, match=r"give `gf\.train"):
         gf.score(gf.load_model(model), [], [], method="magic")
 

@@ -1,10 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny import language_model
 
+from gradfn.data import make_documents
 from gradfn.errors import InputError
 from gradfn.evaluate.retraining import Retraining, model_seed
 from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import open_truth, retrain
+from gradfn.model.losses import causal_lm_loss
+from gradfn.model.params import params_of
 from gradfn.train import Training
 from gradfn.train.course import Course
 
@@ -39,6 +45,26 @@ def test_masked_models_are_those_of_a_course_at_these_weights(tmp_path):
             torch.testing.assert_close(result.losses[model], course.row_losses(last.state.params, ROWS[:5]))
 
 
+def test_weights_of_tokens_are_those_of_a_course_and_are_kept(tmp_path):
+    """The row that a subset leaves out has no weight, whatever those of its tokens."""
+    model, rows = language_model("llama"), make_documents([[1, 2, 3, 4], [5, 6, 7], [8, 9, 1, 2]])
+    subsets, weights = torch.tensor([[True] * 3, [True, False, True]]), torch.rand(2, 3, 4).double() + 0.5
+    given = Retraining(params_of(model), causal_lm_loss(model), Training(1, 2, 0.01), subsets, seeds=2,
+                       removal="mask", weights=weights)  # fmt: skip
+    result = retrain(tmp_path, given, rows, rows)
+    own = weights * subsets[..., None]
+    assert torch.equal(open_truth(tmp_path).weighed(), own)
+    for model in range(4):
+        course = Course(given.loss, rows, given.training, seed=model % 2, weights=own[model // 2])
+        *_, last = course.steps(course.start(given.start))
+        torch.testing.assert_close(result.losses[model], course.row_losses(last.state.params, rows))
+    with pytest.raises(InputError, match=r"subsets\.digest"):
+        retrain(tmp_path, replace(given, weights=weights.flip(0)), rows, rows)
+    with pytest.raises(InputError, match="not told apart by token"):
+        retrain(tmp_path / "mean", asked(weights=torch.ones(3, 12, 2).double()), ROWS, ROWS)
+    assert not (tmp_path / "mean").exists()
+
+
 def test_a_mask_may_leave_fewer_rows_than_a_batch(tmp_path):
     few = random_subsets(12, 3, fraction=0.2)
     assert retrain(tmp_path / "mask", asked(subsets=few), ROWS, ROWS).losses.isfinite().all()
@@ -63,7 +89,9 @@ def test_masked_models_may_have_seeds_of_their_own():
 @pytest.mark.parametrize(("weights", "how", "says"), [
     (torch.ones(3, 12), {"removal": "drop"}, "rows that are dropped have no `weights`: give `removal="),
     (torch.full((3, 12), torch.nan), {}, "`weights` hold NaN or infinity"),
-    (torch.ones(2, 12), {}, r"one weight a row of each of the 3 subsets, \[3, 12\], and got \[2, 12\]"),
+    (torch.ones(2, 12), {}, r"one weight a row of each of the 3 subsets, \[3, 12\], or one a token"),
+    (torch.ones(2, 12, 5), {}, r"and got \[2, 12, 5\]"),
+    (torch.ones(3, 12, 5, 1), {}, r"and got \[3, 12, 5, 1\]"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_refused(weights, how, says):
     with pytest.raises(InputError, match=says):

@@ -110,5 +110,5 @@ def test_bad_input_is_refused_before_a_training(how, said):
 
 def test_weights_of_visits_are_refused():
     course, start, _ = problem(weights=torch.ones(2, 40).double())
-    with pytest.raises(InputError, match="epoch to epoch"):
+    with pytest.raises(InputError, match="visits or of tokens"):
         descend(course, start, classes(2)[0], steps=1)
