@@ -126,7 +126,7 @@ class Job:
 
     def _introduce(self, loaded: Loaded, stages: Stages) -> None:
         """Print the first lines."""
-        of = "exact derivatives" if self.recipe.whole else gradients_line(stages.base)
+        of = "derivatives through the training" if self.recipe.whole else gradients_line(stages.base)
         lines = [*shard_facts(self.train, self.shard), ("method", f"{self.name}, {of}"), *self._unlike_less()]
         seen = replace(loaded.subject, view=View(("*",))) if self.recipe.whole else loaded.subject
         replace(loaded, subject=seen).introduce(self.train, *lines)

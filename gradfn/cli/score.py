@@ -16,7 +16,7 @@ from gradfn.cli.request import flag
 from gradfn.cli.smoothness import known_smoothness
 from gradfn.cli.source import SOURCE, check_source, score_source
 from gradfn.cli.stages import projection_of
-from gradfn.cli.trained import open_recorded, training_facts, with_training
+from gradfn.cli.trained import open_recorded, training_facts, unseen_facts, with_training
 from gradfn.errors import InputError
 from gradfn.evaluate.truth import CLASSES
 from gradfn.hf.locate import locate_model
@@ -66,7 +66,8 @@ def run_score(request: ScoreRequest) -> None:
     if trained is not None:
         trained.check_rows(train)
         smooth = known_smoothness(trained, request) if name == MAGIC else []
-        console().print(facts([*training_facts(trained, request.method), *smooth]))
+        unseen = [] if asked is None else unseen_facts(train, asked.documents, loaded.reads.tokenizer)
+        console().print(facts([*training_facts(trained, request.method), *smooth, *unseen]))
     job = Job(request, name, recipe, projection, train, asked)
     if name == SOURCE:
         shown, ranked = score_source(job, loaded, weighted)

@@ -6,12 +6,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gradfn.cli.app import torch_threads
 from gradfn.cli.commands import ScoreRequest, TrainRequest
 from gradfn.cli.options import MethodOptions
 from gradfn.cli.request import checked, flag, make, slots_of
 from gradfn.cli.source import SOURCE, of_training
-from gradfn.data import Corpus
+from gradfn.data import IGNORED, Corpus, Documents
 from gradfn.errors import InputError
 from gradfn.report.summaries import Facts
 from gradfn.report.words import count
@@ -168,3 +170,19 @@ def training_facts(trained: Recorded, method: MethodOptions) -> Facts:
         names = ", ".join(Path(path).name for path in method.checkpoints)
         lines.append(("weights", f"{weights}, of {names}"))
     return lines
+
+
+def unseen_facts(train: Corpus, queries: Corpus, tokenizer: Any) -> Facts:
+    """A note where queries ask for tokens that no row of the training has."""
+    if not (isinstance(train, Documents) and isinstance(queries, Documents)):
+        return []
+    asked = queries.labels != IGNORED
+    asked[queries.offsets[:-1]] &= queries.masked
+    unseen = asked & ~np.isin(queries.labels, train.input_ids)
+    if not unseen.any():
+        return []
+    which = np.unique(np.searchsorted(queries.offsets, np.flatnonzero(unseen), "right"))
+    words = [tokenizer.decode([int(token)]) for token in dict.fromkeys(queries.labels[unseen].tolist())]
+    shown = ", ".join(f'"{word}"' for word in words[:5]) + (", ..." if len(words) > 5 else "")
+    asks = "query asks" if len(which) == 1 else "queries ask"
+    return [("note", f"{len(which)} {asks} for tokens that no row of the training has ({shown})")]

@@ -68,7 +68,7 @@ def test_it_is_the_metagradient_of_the_library(ok, folder, whole, library, run):
     assert scores.matrix.abs().max() > 1e-4
     lines = dict(line.split(maxsplit=1) for line in told.splitlines() if line)
     assert lines["training"] == f"{run}, 6 steps"
-    assert lines["method"] == "magic, exact derivatives"
+    assert lines["method"] == "magic, derivatives through the training"
     assert "100% of" in told
     assert scores.settings["method"]["magic"]["window"] == [0, None]
     assert "magic" in ok("info", folder / "magic")

@@ -8,6 +8,8 @@ import torch
 from tiny import DOCUMENTS, write_jsonl
 
 import gradfn as gf
+from gradfn.cli.trained import unseen_facts
+from gradfn.data import make_documents
 from gradfn.scores import Scores
 from gradfn.train.run import open_training
 
@@ -134,3 +136,16 @@ def test_source_goes_through_the_training_as_it_was_recorded(ok, command, run, o
         "score", "--training", run, "--query", queries, "--method", "source", "--optimizer", "sgd"
     )
     assert result.err.startswith("gradfn: --optimizer is of the training that --training names")
+
+
+def test_tokens_that_no_row_of_the_training_has_are_told():
+    class Words:
+        def decode(self, ids):
+            return f"w{ids[0]}"
+
+    train = make_documents([[1, 2, 3], [4, 5]])
+    asked = make_documents([[9, 1, 2], [1, 7, 8, 7], [4, 6]])  # the first token of a row is not asked for
+    asked.labels[-1] = -100
+    words = '1 query asks for tokens that no row of the training has ("w7", "w8")'
+    assert unseen_facts(train, asked, Words()) == [("note", words)]
+    assert unseen_facts(train, train, Words()) == []
