@@ -34,6 +34,7 @@ from gradfn.cli.options import (
     ModelOptions,
     QueryOptions,
     RunOptions,
+    SearchOptions,
     SolverOptions,
     TableOptions,
 )
@@ -147,7 +148,7 @@ _STATE: Any = option(
 class QueryRequest(Request):
     """Search a store that `gradfn build` wrote.
 
-    The search is exact. Model, layers, loss and transform are the store's.
+    The search is exact, or by an index of FAISS. Model, layers, loss and transform are the store's.
     """
 
     COMMAND: ClassVar[str] = "query"
@@ -164,6 +165,7 @@ class QueryRequest(Request):
     )
     loss: LossOptions = group(LossOptions, criterion=None, label_smoothing=None, reduction=None)
     layers: LayerOptions = group(LayerOptions, include=None, exclude=None, no_biases=None, by=QUERY_BY)
+    search: SearchOptions = group(SearchOptions)
     table: TableOptions = group(TableOptions)
     output: RunOptions = group(RunOptions, **ALONE)
 

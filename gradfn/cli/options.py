@@ -67,6 +67,11 @@ _QUERY = (
     "A text in quotes, or a dataset of queries (a file, or a save_to_disk folder): its prompts and "
     "completions, or its texts."
 )
+_INDEX = (
+    "Search an index of FAISS, by its factory string: Flat, IVF1024,SQfp16, IVF4096,PQ64, HNSW32. It is made "
+    "beside the store where it is not there."
+)
+_NPROBE = "Of an index: cells (IVF) or rows (HNSW) that a search visits; more find more, and take longer."
 QUERY_SPLIT = 'Split of a dataset in --query, or a part of one: "test[:100]".'
 _METHOD = (
     "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
@@ -450,6 +455,24 @@ class TableOptions:
                 )
             if path.exists() and not overwrite:
                 raise InputError(f"{path} exists: give another name, or --overwrite to replace it")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How the best rows of a store are found."""
+
+    PANEL: ClassVar[str] = "Search"
+    index: str | None = option(None, _INDEX, shown="compare all rows")
+    nprobe: int | None = option(None, _NPROBE, shown="a sixteenth of the cells, or 64 rows")
+    check: bool = option(False, "Compare with the exact search: the share of its rows that are found.")
+
+    def check_given(self) -> None:
+        """Refuse, before any work, options of an index without one."""
+        for name in ("nprobe", "check"):
+            if self.index is None and getattr(self, name):
+                raise InputError(
+                    f"--{name} is of an index, and the search is exact: give --index, or leave it out"
+                )
 
 
 @dataclass(frozen=True)

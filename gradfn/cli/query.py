@@ -6,13 +6,14 @@ from typing import Any
 from gradfn.cli.commands import QueryRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, Settings, load_stored_subject
-from gradfn.cli.options import By, TableOptions, check_losses
+from gradfn.cli.options import By, SearchOptions, TableOptions, check_losses
 from gradfn.cli.queries import Queries, answers_of, load_asked, load_queries, query_rows_of
 from gradfn.cli.stages import dampings_of, normalizer
 from gradfn.errors import InputError
 from gradfn.hf.datasets import check_column
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.report.exports import export_ranking
+from gradfn.report.progress import progress_bar
 from gradfn.report.rankings import print_rankings, ranks_needed
 from gradfn.report.rows import Ranked, stored_rows
 from gradfn.report.summaries import device_facts
@@ -21,10 +22,10 @@ from gradfn.report.words import count
 from gradfn.runs.curvatures import curvature_for
 from gradfn.runs.gradients import GRADIENTS, ends_in_unit_norm, open_gradients
 from gradfn.runs.masks import LOADERS
+from gradfn.runs.nearest import Faiss, empty_index, find, recall
 from gradfn.runs.provenance import Provenance, rebuild, refuse_mismatch
-from gradfn.runs.scores import stored_scores, stored_shares
+from gradfn.runs.scores import stored_shares
 from gradfn.runs.search import searching
-from gradfn.scores import extremes
 from gradfn.store.directory import index_path
 from gradfn.store.reader import Store
 from gradfn.transforms import chain
@@ -36,6 +37,7 @@ def run_query(request: QueryRequest) -> None:
     top = request.table.top or 0
     request.table.check(request.output.overwrite)
     dampings_of(request.curvature)
+    index = _index_of(request.search)
     query_rows = query_rows_of(request.query)
     if query_rows is not None and request.gave("text_column"):
         check_column(query_rows, request.data.text_column, "give another text_column")
@@ -43,16 +45,22 @@ def run_query(request: QueryRequest) -> None:
         by = _stored_by(store, request)
         path = request.model.path or _recorded_model(request.store, store.settings)
         _check(store.settings, request)
+        if index is not None:
+            empty_index(store, index)
         loaded = load_stored_subject(request, path, store.settings)
         method, wanted = _method(loaded, store, request)
+        if index is not None:
+            method.sides()
         asked = load_asked(loaded, query_rows, request.query, request.data)
         queries, method = load_queries(loaded, asked, request.query, method, wanted)
         rows = count(store.rows, "token" if by == "token" else "row")
         lines = [("store", f"{index_path(request.store)} [{rows}]"), ("model", loaded.path)]
-        method_line = ("method", _in_words(method))
+        method_line = ("method", _in_words(method) + ("" if index is None else f", index {index.factory}"))
         console().print(facts([*device_facts(loaded.model, loaded.products), *lines, method_line]))
-        ranked = _ranked(store, queries, method, by, request.table)
+        ranked = _ranked(store, queries, method, by, request.table, index)
         shown = queries.shown.with_dampings(["none" if d is None else str(d) for d in method.damping])
+        if request.search.check:
+            _print_check(store, queries, method, ranked, request.table)
         table = print_rankings(
             console(), shown, ranked, stored_rows(store, loaded.reads.tokenizer, by), top,
             show=request.table.show, answers=answers_of(loaded, shown), texts=loaded.reads.processor is None,
@@ -118,13 +126,39 @@ def _method(loaded: Loaded, store: Store, request: QueryRequest) -> tuple[InnerP
     return searching(base, unit, H, dampings), wanted
 
 
-def _ranked(store: Store, queries: Queries, method: InnerProduct, by: By, table: TableOptions) -> Ranked:
+def _index_of(options: SearchOptions) -> Faiss | None:
+    """The index that is asked for."""
+    options.check_given()
+    return None if options.index is None else Faiss(options.index, options.nprobe)
+
+
+def _ranked(
+    store: Store, queries: Queries, method: InnerProduct, by: By, table: TableOptions, index: Faiss | None
+) -> Ranked:
     top, memory = table.top or 0, table.memory << 20
-    best = extremes(stored_scores(store, method.against(queries.gradients), memory=memory), ranks_needed(top))
+    gradients = queries.gradients
+    with progress_bar("index", store.rows, "rows", then="search") as progress:
+        ranked = Ranked(
+            *find(store, method, gradients, ranks_needed(top), index=index, memory=memory, progress=progress)
+        )
     if by not in ("module", "head"):
-        return Ranked(*best)
-    scorer = method.against(queries.gradients, by_block=True)
-    return Ranked(*best).with_shares(top, lambda row: stored_shares(store, row, scorer))
+        return ranked
+    scorer = method.against(gradients, by_block=True)
+    return ranked.with_shares(top, lambda row: stored_shares(store, row, scorer))
+
+
+def _print_check(
+    store: Store, queries: Queries, method: InnerProduct, ranked: Ranked, table: TableOptions
+) -> None:
+    """Which share of the exactly best rows an index found."""
+    found = ranked.proponents, ranked.opponents
+    count_of = found[0].rows.shape[1]
+    exact = find(store, method, queries.gradients, count_of, memory=table.memory << 20)
+    highest, lowest = (recall(one, other) for one, other in zip(found, exact, strict=True))
+    text = (
+        f"{highest:.1%} of the {count_of} highest rows of each query, {lowest:.1%} of the {count_of} lowest"
+    )
+    console().print(facts([("recall", text)]))
 
 
 def _in_words(method: InnerProduct) -> str:

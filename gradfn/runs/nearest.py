@@ -184,7 +184,7 @@ def open_index(
         StorageError: the disk is full or failed.
     """
     rows, _ = method.sides()
-    empty = _empty(index, _width(store), store.rows)
+    empty = empty_index(store, index)
     how = {"format": FORMAT, "factory": index.factory, "seed": index.seed, "rows": chain(rows).settings()}
     words = re.sub("[^A-Za-z0-9]+", "_", index.factory)[:40]
     kind = f"faiss-{words}-{_digest(how)}"
@@ -279,15 +279,16 @@ def _inside(index: Any) -> Iterator[Any]:
 # --- making one
 
 
-def _width(store: Store) -> int:
-    return sum(int(np.prod(store.shape(name)[1:])) for name in store.names(GRADIENTS))
+def empty_index(store: Store, index: Faiss) -> Any:
+    """An index of FAISS without rows, for those of a store.
 
-
-def _empty(index: Faiss, width: int, rows: int) -> Any:
-    """An index without rows; all that can be seen to be wrong is refused here."""
+    Raises:
+        InputError: all that can be seen to be wrong before a row is read; see `open_index`.
+    """
     import faiss
 
-    text = index.factory
+    text, rows = index.factory, store.rows
+    width = sum(int(np.prod(store.shape(name)[1:])) for name in store.names(GRADIENTS))
     try:
         empty = faiss.index_factory(width, text, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
