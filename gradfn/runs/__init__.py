@@ -10,6 +10,7 @@ from gradfn.runs.provenance import Provenance
 from gradfn.runs.scores import score_run
 from gradfn.runs.search import query, query_best
 from gradfn.runs.shards import Shard, parse_shard
+from gradfn.runs.trace import Traced, trace
 from gradfn.store import Store, open_store, open_writer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RunOptions",
     "Shard",
     "Store",
+    "Traced",
     "build",
     "find",
     "hessian",
@@ -36,4 +38,5 @@ __all__ = [
     "recall",
     "reduce",
     "score_run",
+    "trace",
 ]

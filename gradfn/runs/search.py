@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -25,13 +25,18 @@ from gradfn.transforms import Transform, chain, unit_normalize
 from gradfn.types import Data
 
 
-class QueryOptions(SubjectOptions, total=False):
-    """How a store is asked, as keywords; see `query`."""
+class CompareOptions(TypedDict, total=False):
+    """How stored rows are compared with queries, as keywords; see `query`."""
 
     curvature: Mapping[str, Spectrum] | None
     damping: tuple[Damping | None, ...]
     unit_norm: bool
     normalize: Transform | None
+
+
+class QueryOptions(SubjectOptions, CompareOptions, total=False):
+    """How a store is asked, as keywords; see `query`."""
+
     progress: Progress | None
 
 
@@ -136,19 +141,30 @@ class _Asked(NamedTuple):
 def _asked(run: str | Path, model: nn.Module | Subject, queries: Data, how: QueryOptions) -> _Asked:
     """Make the gradients of queries as those of the store's rows were made."""
     options: Any = {name: value for name, value in how.items() if name in SubjectOptions.__annotations__}
+    compared: Any = {name: value for name, value in how.items() if name in CompareOptions.__annotations__}
     store = open_gradients(run)
-    made, what = Provenance.of(store), f"the store {run}"
-    base = rebuild(made.without_tail(), how.get("normalize"), LOADERS)
+    made, base, method = method_of_store(store, compared)
     if not isinstance(model, Subject) and options.get("view") is None:
         options["view"] = View(**(made.layers or {}))
     subject = subject_of(model, **options)
     here = replace(describe(subject, queries, base), data=None, version=None)
-    refuse_mismatch(made.without_tail(), here, what)
-    unit = how.get("unit_norm", False) or bool(made.tail)
-    method = searching(base, unit, how.get("curvature"), how.get("damping", (Damping(),)))
+    refuse_mismatch(made, here, f"the store {run}")
     progress = how.get("progress")
     gradients = collect(subject.for_queries(), queries, method.query_transform, progress=progress)
     return _Asked(store, subject, method, gradients)
+
+
+def method_of_store(store: Store, how: CompareOptions) -> tuple[Provenance, Transform, InnerProduct]:
+    """How a store was made before any unit norm, its transform, and how its rows are compared.
+
+    Raises:
+        InputError: a transform that the store does not tell.
+    """
+    made = Provenance.of(store)
+    base = rebuild(made.without_tail(), how.get("normalize"), LOADERS)
+    unit = how.get("unit_norm", False) or bool(made.tail)
+    method = searching(base, unit, how.get("curvature"), how.get("damping", (Damping(),)))
+    return made.without_tail(), base, method
 
 
 def searching(
