@@ -4,7 +4,7 @@ from gradfn.runs.curvatures import hessian, load_curvature, mix_runs
 from gradfn.runs.gradients import build, reduce
 from gradfn.runs.masks import load_mask, mask_run, projection_named
 from gradfn.runs.merge import hessian_shard, merge_run
-from gradfn.runs.nearest import Faiss, find, recall
+from gradfn.runs.nearest import Faiss, find
 from gradfn.runs.output import RunOptions
 from gradfn.runs.provenance import Provenance
 from gradfn.runs.scores import score_run
@@ -35,7 +35,6 @@ __all__ = [
     "projection_named",
     "query",
     "query_best",
-    "recall",
     "reduce",
     "score_run",
     "trace",

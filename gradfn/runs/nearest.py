@@ -124,16 +124,6 @@ def find(
     return made.nearest(_vectors(_in_order(store, ask(queries))), k)
 
 
-def recall(found: TopK, exact: TopK) -> float:
-    """The share of the exactly best rows that a search found, over all queries.
-
-    >>> best = TopK(torch.tensor([[3.0, 2.0]]), torch.tensor([[7, 4]]))
-    >>> recall(TopK(torch.tensor([[3.0, 1.0]]), torch.tensor([[7, 5]])), best)
-    0.5
-    """
-    return float((found.rows[:, :, None] == exact.rows[:, None, :]).any(1).double().mean())
-
-
 # --- an index that is open
 
 

@@ -36,7 +36,7 @@ def test_an_index_of_all_rows_is_the_exact_search(ok, store, queries, folder, op
     assert "recall" not in exact
 
 
-def test_with_a_curvature(ok, store, model, corpus, queries, folder):
+def test_with_a_curvature(ok, command, store, model, corpus, queries, folder):
     ok("hessian", folder / "h", "--model", model, "--dataset", corpus, "--projection-dim", 16)
     ask = (store, "--query", queries, "--hessian-path", folder / "h")
     for options in (("--unit-normalize", "--damping", 0.2), ("--damping", "0.1,1")):
@@ -44,6 +44,9 @@ def test_with_a_curvature(ok, store, model, corpus, queries, folder):
         _, got = table(ok, folder / "b.jsonl", *ask, *options, "--index", "Flat")
         assert [line["row"] for line in got] == [line["row"] for line in want]
         np.testing.assert_allclose([l["score"] for l in got], [l["score"] for l in want], rtol=1e-3)
+    result = command("query", store, *ASK, "--hessian-path", folder / "h", "--rerank", 5)
+    assert (result.status, result.out) == (2, "")
+    assert "a curvature is of projected gradients: leave out --hessian-path, or --rerank" in result.err
 
 
 def test_less_effort_finds_fewer_and_says_so(ok, store, queries):
@@ -59,8 +62,8 @@ def test_less_effort_finds_fewer_and_says_so(ok, store, queries):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--nprobe", 3), "--nprobe is of an index, and the search is exact: give --index, or leave it out"),
-        (("--check",), "--check is of an index"),
+        (("--nprobe", 3), "--nprobe is of an index: give --index, or leave it out"),
+        (("--check",), "--check is of --index or --rerank, and this search is exact: leave it out"),
         (
             ("--index", "Flat", "--nprobe", 3),
             "--nprobe is how many cells (IVF) or rows (HNSW) a search visits",

@@ -10,9 +10,9 @@ import gradfn as gf
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping, Spectrum
 from gradfn.methods.inner_product import InnerProduct
-from gradfn.runs.nearest import Faiss, find, open_index, recall
+from gradfn.runs.nearest import Faiss, find, open_index
 from gradfn.runs.scores import stored_scores
-from gradfn.scores import extremes
+from gradfn.scores import extremes, recall
 from gradfn.store import open_writer
 from gradfn.transforms import chain
 
