@@ -22,6 +22,7 @@ from gradfn.report.summaries import device_facts
 from gradfn.report.tables import facts
 from gradfn.report.words import count
 from gradfn.runs.curvatures import curvature_for
+from gradfn.runs.exchange import IMPORTED, Imported
 from gradfn.runs.gradients import GRADIENTS, ends_in_unit_norm, open_gradients
 from gradfn.runs.masks import LOADERS
 from gradfn.runs.nearest import Faiss, empty_index, find
@@ -44,7 +45,7 @@ class Search:
     Args:
         request: what was asked for.
         store: whose rows are searched.
-        loaded: the store's model.
+        loaded: the store's model; None: another program made the rows.
         by: how finely scores are told apart.
         method: how stored rows are compared.
         wanted: what queries and curvatures must agree with.
@@ -54,7 +55,7 @@ class Search:
 
     request: QueryRequest
     store: Store
-    loaded: Loaded
+    loaded: Loaded | None
     by: By
     method: InnerProduct
     wanted: dict[str, Any]
@@ -65,11 +66,11 @@ class Search:
         """Print the first lines."""
         rows = count(self.store.rows, "token" if self.by == "token" else "row")
         index = "" if self.index is None else f", index {self.index.factory}"
-        lines = [
-            ("store", f"{index_path(self.request.store)} [{rows}]"), ("model", self.loaded.path),
-            ("method", _in_words(self.method) + index),
-        ]  # fmt: skip
-        console().print(facts([*device_facts(self.loaded.model, self.loaded.products), *lines]))
+        lines = [("store", f"{index_path(self.request.store)} [{rows}]")]
+        if self.loaded is not None:
+            device = device_facts(self.loaded.model, self.loaded.products)
+            lines = [*device, *lines, ("model", self.loaded.path)]
+        console().print(facts([*lines, ("method", _in_words(self.method) + index)]))
 
     def answer(self, asked: Asked | None) -> list[dict[str, Any]]:
         """Show the best rows of queries.
@@ -84,10 +85,11 @@ class Search:
         queries, method = load_queries(loaded, asked, self.request.query, self.method, self.wanted)
         ranked = self._ranked(queries, method, asked)
         shown = queries.shown.with_dampings(["none" if d is None else str(d) for d in method.damping])
+        reads = None if loaded is None else loaded.reads
         return print_rankings(
-            console(), shown, ranked, stored_rows(self.store, loaded.reads.tokenizer, self.by), top,
-            show=self.request.table.show, answers=answers_of(loaded, shown),
-            texts=loaded.reads.processor is None,
+            console(), shown, ranked, stored_rows(self.store, reads and reads.tokenizer, self.by), top,
+            show=self.request.table.show, answers=None if loaded is None else answers_of(loaded, shown),
+            texts=reads is None or reads.processor is None,
         )  # fmt: skip
 
     def _ranked(self, queries: Queries, method: InnerProduct, asked: Asked | None) -> Ranked:
@@ -126,11 +128,38 @@ def run_query(request: QueryRequest) -> None:
     if query_rows is not None and request.gave("text_column"):
         check_column(query_rows, request.data.text_column, "give another text_column")
     with open_gradients(request.store) as store:
-        search = _opened(store, request)
-        asked = load_asked(search.loaded, query_rows, request.query, request.data)
+        search = _imported(store, request) if IMPORTED in store.settings else _opened(store, request)
+        asked = None
+        if search.loaded is not None:
+            asked = load_asked(search.loaded, query_rows, request.query, request.data)
         search.introduce()
         table = search.answer(asked)
     export_ranking(table, request.table.paths, search.by)
+
+
+def _imported(store: Store, request: QueryRequest) -> Search:
+    """A store of rows that another program made, whose queries it made too."""
+    if request.query.query_path is None:
+        raise InputError(
+            f"{request.store} was imported, and its projections are another program's: give queries that "
+            "this program made, imported too, as --query-path"
+        )
+    if given := request.gave("rerank", "hessian_path", "model", "optimizer_state"):
+        raise InputError(f"{request.store} was imported, without a model: leave out {given}")
+    by, made = _stored_by(store, request), Provenance.of(store)
+    base = chain(*(Imported(stage) for stage in made.without_tail().stages))
+    method = searching(base, request.gradients.unit_normalize or bool(made.tail), None)
+    wanted = made.without_tail().settings()
+    return Search(request, store, None, by, method, wanted, _index_of(store, request), None)
+
+
+def _index_of(store: Store, request: QueryRequest) -> Faiss | None:
+    """The index that is asked for, if it can hold the rows."""
+    if request.search.index is None:
+        return None
+    index = Faiss(request.search.index, request.search.nprobe)
+    empty_index(store, index)
+    return index
 
 
 def _opened(store: Store, request: QueryRequest) -> Search:
@@ -139,10 +168,7 @@ def _opened(store: Store, request: QueryRequest) -> Search:
     path = request.model.path or _recorded_model(request.store, store.settings)
     _check(store.settings, request)
     check_rerank(request, by)
-    index = None
-    if request.search.index is not None:
-        index = Faiss(request.search.index, request.search.nprobe)
-        empty_index(store, index)
+    index = _index_of(store, request)
     loaded = load_stored_subject(request, path, store.settings)
     method, wanted, base = _method(loaded, store, request)
     if index is not None:
