@@ -148,7 +148,8 @@ _STATE: Any = option(
 class QueryRequest(Request):
     """Search a store that `gradfn build` wrote.
 
-    The search is exact, or by an index of FAISS. Model, layers, loss and transform are the store's.
+    The search is exact, or by an index of FAISS. Model, layers, loss and transform are the store's. Without a
+    query, on a terminal, queries are asked for one after the other.
     """
 
     COMMAND: ClassVar[str] = "query"

@@ -1,6 +1,6 @@
 """`gradfn query`: search in a store of gradients."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from gradfn.cli.inputs import Loaded, Settings, load_stored_subject
 from gradfn.cli.options import By, check_losses
 from gradfn.cli.queries import Asked, Queries, answers_of, load_asked, load_queries, query_rows_of
 from gradfn.cli.reranking import SecondStage, check_rerank, second_stage
+from gradfn.cli.session import HOW, at_a_terminal, converse
 from gradfn.cli.stages import dampings_of, normalizer
 from gradfn.errors import InputError
 from gradfn.hf.datasets import check_column
@@ -115,6 +116,8 @@ class Search:
     ) -> tuple[TopK, TopK]:
         """The rows that the store itself ranks highest and lowest."""
         gradients, memory = queries.gradients, self.request.table.memory << 20
+        if index is None:
+            return find(self.store, method, gradients, k, memory=memory)
         with progress_bar("index", self.store.rows, "rows", then="search") as progress:
             return find(self.store, method, gradients, k, index=index, memory=memory, progress=progress)
 
@@ -124,6 +127,8 @@ def run_query(request: QueryRequest) -> None:
     request.table.check(request.output.overwrite)
     request.search.check_given()
     dampings_of(request.curvature)
+    if request.query.query is None and request.query.query_path is None and at_a_terminal():
+        return _converse(request)
     query_rows = query_rows_of(request.query)
     if query_rows is not None and request.gave("text_column"):
         check_column(query_rows, request.data.text_column, "give another text_column")
@@ -135,6 +140,29 @@ def run_query(request: QueryRequest) -> None:
         search.introduce()
         table = search.answer(asked)
     export_ranking(table, request.table.paths, search.by)
+
+
+def _converse(request: QueryRequest) -> None:
+    """Ask for queries at the terminal, one after the other."""
+    if given := request.gave("completion", "query_split", *request.table.paths):
+        raise InputError(
+            f"{given} goes with a query, and a session asks for queries: give --query, or leave it out"
+        )
+    with open_gradients(request.store) as store:
+        search = _imported(store, request) if IMPORTED in store.settings else _opened(store, request)
+        loaded = search.loaded
+        assert loaded is not None
+        if loaded.reads.processor is not None:
+            raise InputError("images cannot be typed: give a folder of them as --query")
+        search.introduce()
+        console().print(facts([("session", HOW)]))
+
+        def answer(text: str, completion: str | None) -> None:
+            query = replace(request.query, query=text, completion=completion)
+            search.answer(load_asked(loaded, None, query, request.data))
+            console().print()
+
+        converse(answer)
 
 
 def _imported(store: Store, request: QueryRequest) -> Search:
