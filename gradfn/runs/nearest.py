@@ -92,8 +92,8 @@ def find(
         queries: `{block: [queries, ...]}`, after the method's `query_transform`.
         k: how many; fewer are returned where there are fewer rows.
         index: an index of FAISS, made if it is not there; None: all rows are compared.
-        memory: bytes that rows which are read, and a part of an index that is made, take at a time; None:
-            256 MiB.
+        memory: bytes that rows which are read take at a time, or a part of an index that is made; None: 256
+            MiB. Making an index takes up to twice as much, beside the centres of its cells.
         progress: called with the rows done, where an index is made.
 
     Returns:
@@ -325,7 +325,7 @@ def _make(
     size = _row_bytes(empty)
     check_disk(path.parent, store.rows * size, f"{store.rows:,} rows of an index {index.factory!r}")
     _train(store, rows, empty, index, memory)
-    most = max(1, memory // size)
+    most = max(1, memory // (2 * size))  # FAISS makes room for twice as many
 
     def fill(folder: Path) -> None:
         sizes = {}
@@ -345,7 +345,7 @@ def _parts(
     import faiss
 
     part = faiss.clone_index(empty)
-    for vectors in _read_vectors(store, rows, memory, most):
+    for vectors in _read_vectors(store, rows, memory // 4, most):
         if part.ntotal and part.ntotal + len(vectors) > most:
             yield part
             part = faiss.clone_index(empty)
@@ -374,16 +374,16 @@ def _train(store: Store, rows: Transform, empty: Any, index: Faiss, memory: int)
         return
     ivf = faiss.try_extract_index_ivf(empty)
     wanted = max(FEWEST_ROWS, ROWS_A_CELL * (0 if ivf is None else ivf.nlist))
-    fit = max(1 if ivf is None else ivf.nlist, memory // (4 * empty.d))
+    fit = max(1 if ivf is None else ivf.nlist, memory // (8 * empty.d))  # FAISS copies them
     count = min(store.rows, wanted, fit)
     chosen = np.sort(np.random.default_rng(index.seed).choice(store.rows, count, replace=False))
-    sample, start = [], 0
-    for vectors in _read_vectors(store, rows, memory):
+    sample, start = np.empty((count, empty.d), np.float32), 0
+    for vectors in _read_vectors(store, rows, memory // 4):
         first, last = np.searchsorted(chosen, [start, start + len(vectors)])
-        sample.append(vectors[chosen[first:last] - start])
+        sample[first:last] = vectors[chosen[first:last] - start]
         start += len(vectors)
     try:
-        empty.train(np.concatenate(sample))
+        empty.train(sample)
     except RuntimeError as error:
         raise InputError(
             f"FAISS cannot train {index.factory!r} on {count:,} rows ({_reason(error)}): give fewer cells or "
