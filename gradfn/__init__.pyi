@@ -22,7 +22,7 @@ from .hf import load_model, load_rows, load_tokenizer, text_query, tokenize
 from .linalg import Damping
 from .methods import best, grad_cosine, grad_dot, influence, relatif, score, top_k, trackstar
 from .model import View, causal_lm_loss, model_loss
-from .runs import build, hessian, open_store, query, reduce
+from .runs import build, hessian, open_store, query, reduce, trace
 from .scores import Scores
 from .statistics import (
     adam_moments,
@@ -112,6 +112,7 @@ __all__ = [
     "tkfac",
     "tokenize",
     "top_k",
+    "trace",
     "trackstar",
     "train",
     "transforms",

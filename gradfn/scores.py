@@ -300,6 +300,16 @@ def _columns_of_format_1(store: Store, texts: list[str]) -> Columns:
 # --- the rows that score highest
 
 
+def recall(found: TopK, exact: TopK) -> float:
+    """The share of the exactly best rows that a search found, over all queries.
+
+    >>> best = TopK(torch.tensor([[3.0, 2.0]]), torch.tensor([[7, 4]]))
+    >>> recall(TopK(torch.tensor([[3.0, 1.0]]), torch.tensor([[7, 5]])), best)
+    0.5
+    """
+    return float((found.rows[:, :, None] == exact.rows[:, None, :]).any(1).double().mean())
+
+
 def top_k(chunks: Iterable[Tensor], k: int, *, largest: bool = True) -> TopK:
     """The `k` best rows of every query from a stream of chunks of the score matrix, in row order.
 

@@ -34,6 +34,7 @@ from gradfn.cli.options import (
     ModelOptions,
     QueryOptions,
     RunOptions,
+    SearchOptions,
     SolverOptions,
     TableOptions,
 )
@@ -147,7 +148,8 @@ _STATE: Any = option(
 class QueryRequest(Request):
     """Search a store that `gradfn build` wrote.
 
-    The search is exact. Model, layers, loss and transform are the store's.
+    The search is exact, or by an index of FAISS. Model, layers, loss and transform are the store's. Without a
+    query, on a terminal, queries are asked for one after the other.
     """
 
     COMMAND: ClassVar[str] = "query"
@@ -164,6 +166,7 @@ class QueryRequest(Request):
     )
     loss: LossOptions = group(LossOptions, criterion=None, label_smoothing=None, reduction=None)
     layers: LayerOptions = group(LayerOptions, include=None, exclude=None, no_biases=None, by=QUERY_BY)
+    search: SearchOptions = group(SearchOptions)
     table: TableOptions = group(TableOptions)
     output: RunOptions = group(RunOptions, **ALONE)
 
@@ -358,6 +361,36 @@ class VerifyRequest(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportRequest(Request):
+    """Make a store of an index that Bergson wrote.
+
+    `gradfn query` searches it, with --query-path of another index that was imported: the projections are
+    Bergson's own, so no model can be asked.
+    """
+
+    COMMAND: ClassVar[str] = "import"
+    WRITES: ClassVar[str] = "store"
+    index: str = argument("The folder with info.json and gradients.bin.", file=found)
+    run: str = run()
+    output: RunOptions = group(RunOptions, **ALONE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest(Request):
+    """Write the gradients of a store to a file of numpy or Parquet.
+
+    A .npy file is a matrix, and a .json file beside it says which columns are those of a block. A .parquet
+    file has a column for each block, and the rows' ids and texts.
+    """
+
+    COMMAND: ClassVar[str] = "export"
+    store: str = argument("A run directory, or the store.h5 in it.", file=found)
+    path: str = argument("The file, .npy or .parquet.", file=os.path.abspath)
+    memory: int = option(256, "MiB that rows take at a time.")
+    output: RunOptions = group(RunOptions, **ALONE)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckRequest(ModelRequest):
     """Show what is attributed, whether it is right, and how noisy.
 
@@ -399,6 +432,8 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     CheckRequest: (RUNS, "check:run_check"),
     InfoRequest: (RUNS, "info:run_info"),
     RerunRequest: (RUNS, "rerun:run_rerun"),
+    ImportRequest: (RUNS, "exchange:run_import"),
+    ExportRequest: (RUNS, "exchange:run_export"),
     VerifyRequest: (RUNS, "verify:run_verify"),
     MergeRequest: (RUNS, "merge:run_merge"),
 }

@@ -5,6 +5,7 @@ accepted, with a line that says why they do nothing. What gradfn does by another
 answered with a sentence.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,6 @@ _OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "use-dataset-labels"): There("--labels data", values=0),
     (ANY, "module-partitions"): There("--partitions {}"),
     (ANY, "unit-norm"): There("--unit-normalize", values=0),
-    ("query", "index"): There("{}"),
     ("query", "top-k"): There("--top {}"),
     ("query", "record"): There("--csv {}"),
     (ANY, "query.dataset"): There("--query {}"),
@@ -117,13 +117,15 @@ _OPTIONS: dict[tuple[str, str], There] = {
     ),
     ("score", "score"): There("", "every query has a column of scores", names={"individual": ""}),
     (ANY, "token-influence"): There("", "scores by token are of gradients", names={"gradient": ""}),
-    ("query", "faiss index-factory nprobe num-shards"): _refused(
-        "the search is exact and streams from disk: leave it out"
-    ),
+    ("query", "faiss"): _refused("name the index by its factory string, --index Flat, say", 0),
+    ("query", "index-factory"): There("--index {}"),
+    ("query", "num-shards"): _nothing("--memory says how large a part of an index may be", 1),
+    ("query", "max-train-examples"): _nothing("an index is trained on as many rows as its cells need", 1),
+    ("query", "mmap-index"): _nothing("an index is read from disk"),
 }
 OPTIONS = {(command, name): there for (command, names), there in _OPTIONS.items() for name in names.split()}
 """Options of Bergson by the command here and their name there."""
-PREFIXES = ("data.", "index-cfg.", "hessian-cfg.", "preprocess-cfg.", "inversion-cfg.")
+PREFIXES = ("data.", "index-cfg.", "faiss-cfg.", "hessian-cfg.", "preprocess-cfg.", "inversion-cfg.")
 COMMANDS_THERE = {
     "trackstar": "gradfn score RUN --method trackstar --query QUERIES",
     "ekfac": "gradfn score RUN --method ekfac --query QUERIES",
@@ -162,6 +164,10 @@ def translated(arguments: Sequence[str]) -> list[str]:
     if command == "mix":
         named = [_take(words, name) for name in ("output-path", "query-path", "index-path")]
         words = [*filter(None, named), *words]
+    if command == "query" and (index := _take(words, "index")) is not None:
+        # There it is the store; here, FAISS's name of an index, which begins with a capital letter.
+        factory = index[:1].isupper() and not os.path.exists(index)
+        words = [*words, "--index", index] if factory else [index, *words]
     kind, factor = _take(words, "inversion"), _take(words, "damping-factor")
     if kind is not None and kind not in DAMPINGS:
         raise InputError(f"no inversion {kind!r}: choose {', '.join(DAMPINGS)}, or give --damping")

@@ -182,7 +182,7 @@ def classes_of(loaded: Loaded, train: Corpus, rows: list[int]) -> dict[int, tupl
 
 
 def load_queries(
-    loaded: Loaded, asked: Asked | None, options: QueryOptions, method: InnerProduct, wanted: Settings
+    loaded: Loaded | None, asked: Asked | None, options: QueryOptions, method: InnerProduct, wanted: Settings
 ) -> tuple[Queries, InnerProduct]:
     """Make (or read) the queries' gradients, and the method that takes them as they are.
 
@@ -190,7 +190,7 @@ def load_queries(
         asked: the queries' tokens; None: their gradients are stored.
         wanted: see `check_stored`.
     """
-    if asked is None:
+    if asked is None or loaded is None:
         return _read_queries(str(options.query_path), method, wanted)
     transform, groups, plain = (
         method.query_transform,

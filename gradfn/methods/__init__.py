@@ -8,7 +8,7 @@ from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import RECIPES, Problem, Recipe, over_checkpoints, recipe_named
-from gradfn.methods.scoring import best, dots, score
+from gradfn.methods.scoring import best, dots, rerank, score
 from gradfn.methods.source import Checkpoint, Segment, Source, source
 from gradfn.scores import TopK, extremes, top_k
 
@@ -35,6 +35,7 @@ __all__ = [
     "over_checkpoints",
     "recipe_named",
     "relatif",
+    "rerank",
     "score",
     "source",
     "top_k",

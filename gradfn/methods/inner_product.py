@@ -75,12 +75,49 @@ class InnerProduct:
             queries = unit_normalize()(queries) if self.norm == "cosine" else queries
             return chain(self.row_transform, Dot(queries, unit=self.norm != "none", by_block=by_block))
         if self.norm == "none":
-            powers = [precondition(H, -1.0, damping)(queries) for damping in self.damping]
-            return chain(self.row_transform, dot(_joined(powers), by_block=by_block))
+            return chain(self.row_transform, dot(self._powers(queries), by_block=by_block))
         rotate = chain(Rotate(H), RotateFlat(H))
         parts = [self._compared(rotate(queries), damping) for damping in self.damping]  # pyright: ignore
         targets, weights = (_joined([part[i] for part in parts]) for i in (0, 1))
         return chain(self.row_transform, rotate, Dot(targets, unit=True, by_block=by_block, weights=weights))
+
+    def sides(self) -> tuple[Transform, Callable[[Blocks], Blocks]]:
+        """What is done to rows and to queries, so that scores are plain inner products, `<A z, B q>`.
+
+        An inner product has `A = R` and `B = H^-1`, for every damping one after the other, so rows are the
+        same for all curvatures. A cosine has `unit(H^-1/2 .)` on both sides, and RelatIF `A = unit(H^-1 R .)`
+        and `B = 1`.
+
+        Returns:
+            `A`, of rows' gradients before `row_transform`; `B`, of queries' gradients after
+            `query_transform`.
+
+        Raises:
+            InputError: several dampings where rows are normalised behind the curvature.
+
+        >>> InnerProduct(chain(), chain(), norm="cosine").sides()
+        (Chain(stages=(UnitNormalize(),)), Chain(stages=(UnitNormalize(),)))
+        """
+        H, solve = self.curvature, self.solve or chain()
+        if self.norm == "none":
+            if H is None:
+                return chain(self.row_transform), solve  # pyright: ignore[reportReturnType]
+            return chain(self.row_transform), self._powers
+        if len(self.damping) > 1:
+            raise InputError(
+                "rows that are normalised behind a curvature are others for each damping: give one `damping`"
+            )
+        power = -0.5 if self.norm == "cosine" else -1.0
+        unit = chain(*([] if H is None else [precondition(H, power, *self.damping)]), unit_normalize())
+        rows = chain(self.row_transform, unit)
+        if self.norm == "relative":
+            return rows, solve  # pyright: ignore[reportReturnType]
+        return rows, unit if self.solve is None else lambda queries: unit(solve(queries))  # pyright: ignore
+
+    def _powers(self, queries: Blocks) -> Blocks:
+        """`H^-1 q`, for every damping one after the other."""
+        assert self.curvature is not None
+        return _joined([precondition(self.curvature, -1.0, damping)(queries) for damping in self.damping])
 
     def _compared(self, queries: Blocks, damping: Damping | None) -> tuple[Blocks, Blocks]:
         """In the eigenbasis: what rows meet, and the weights of the numbers in their norm, `[1, ...]`.

@@ -180,6 +180,76 @@ def best(
     return extremes_of(scorer, train, k, progress=progress)
 
 
+def rerank(
+    first: tuple[TopK, TopK],
+    model: nn.Module | Subject,
+    train: Data,
+    query: Queries,
+    k: int,
+    *,
+    method: Attribution | str,
+    **options: Unpack[SubjectOptions],
+) -> tuple[TopK, TopK]:
+    """The `k` best and the `k` lowest of candidates that a cheaper search found, by another method.
+
+    Scores of the candidates alone are computed, so a method without a projection costs no pass over all rows.
+    `recall(tuple of the first search, what this gives)` says how much the order changed: where much did, more
+    candidates may change it further.
+
+    Args:
+        first: proponents and opponents of a first search, `[queries, candidates]` each; those of both are
+            candidates for both. The row -1 is none.
+        k: how many of each.
+        model, train, query, method, options: see `score`; the view is not by token.
+
+    Returns:
+        Proponents and opponents, `[queries, k]`; fewer where all queries have fewer candidates. A place
+        without a row has the row -1 and an infinite score of the other sign.
+
+    Raises:
+        InputError: candidates of other queries than these, or rows that are tokens.
+
+    >>> from gradfn.methods import grad_dot
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
+    >>> data = [{"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([0.0, 2.0])}, {"x": torch.ones(2)}]
+    >>> found = TopK(torch.zeros(1, 2), torch.tensor([[0, 2]]))
+    >>> rerank((found, found), net, data, data[1:2], 1, method=grad_dot(), loss=loss)[0]
+    TopK(scores=tensor([[2.]]), rows=tensor([[2]]))
+    """
+    if k < 1:
+        raise InputError(f"top must be 1 or more, not {k}")
+    subject = subject_of(model, **options)
+    if subject.view.tokens:
+        raise InputError("candidates are re-ranked by example or by head, not by token: give another view")
+    wanted = torch.cat([found.rows for found in first], 1)
+    rows = wanted[wanted >= 0].unique()
+    if not len(rows):
+        raise InputError("there is no candidate to rank: let the first search find some")
+    select = getattr(train, "select", None)
+    chosen: Data = [train[row] for row in rows.tolist()] if select is None else select(rows.numpy())
+    values = method_of(method, subject, train, query).scorer(subject, query)(chosen).values
+    assert isinstance(values, Tensor)
+    if values.shape[1] != len(wanted):
+        raise InputError(
+            f"the candidates are of {len(wanted)} queries, and these have {values.shape[1]} scores a row: "
+            "give the queries that the first search had"
+        )
+    own = torch.zeros(len(rows), len(wanted), dtype=torch.bool)
+    query_of, place = (wanted >= 0).nonzero(as_tuple=True)
+    own[torch.searchsorted(rows, wanted[query_of, place]), query_of] = True
+    return _ranked(values, rows, own, k, -torch.inf), _ranked(values, rows, own, k, torch.inf)
+
+
+def _ranked(values: Float[Tensor, "rows queries"], rows: Tensor, own: Tensor, k: int, nothing: float) -> TopK:
+    """The best of each query's own rows; what is not its own scores `nothing`."""
+    k = min(k, int(own.sum(0).max()))
+    both = extremes_of_parts([(rows, values.cpu().masked_fill(~own, nothing))], k)
+    best = both[0] if nothing < 0 else both[1]
+    return TopK(best.scores, best.rows.masked_fill(best.scores == nothing, -1))
+
+
 def shares_of(
     scorer: Scorer, data: Data, asked: Mapping[int, Sequence[int]], *, progress: Progress | None = None
 ) -> dict[tuple[int, int], dict[str, float]]:

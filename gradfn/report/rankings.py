@@ -162,7 +162,9 @@ def _recall(
     there = set(ids)
     named = {number: source for number, source in enumerate(queries.sources) if source}
     asked = {number: source for number, source in named.items() if source in there}
-    gradients = [[ids[int(row)] for row in rows[:KNOWN_RANKS]] for rows in ranked.proponents.rows]
+    gradients = [
+        [ids[int(row)] for row in rows[:KNOWN_RANKS] if row != NOT_FOUND] for rows in ranked.proponents.rows
+    ]
     parts = [("gradients", f"damping {name}: " if name else "", gradients, number)
              for number, name in enumerate(queries.dampings)]  # fmt: skip
     if lexical is not None:

@@ -133,8 +133,13 @@ def read_gradients(store: Store, start: int = 0, stop: int | None = None) -> Blo
 
 
 def blocks_of(arrays: Mapping[str, np.ndarray]) -> Blocks:
-    """Arrays of a store as blocks."""
-    return {name.removeprefix(GRADIENTS): torch.from_numpy(array) for name, array in arrays.items()}
+    """Arrays of a store as blocks; numbers of 16 bits as float32, in which products are summed.
+
+    >>> blocks_of({"gradients/mlp": np.ones((1, 2), np.float16)})["mlp"].dtype
+    torch.float32
+    """
+    blocks = {name.removeprefix(GRADIENTS): torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: block.float() if block.dtype == torch.float16 else block for name, block in blocks.items()}
 
 
 def ends_in_unit_norm(transform: Transform) -> bool:

@@ -135,11 +135,21 @@ def stored_scores(
     if rows_per_chunk is None:
         zero = {name: np.zeros((1, *store.shape(name)[1:]), np.float32) for name in names}
         queries = scorer(blocks_of(zero)).shape[1]  # pyright: ignore[reportAttributeAccessIssue]
-        # The part before is held until the next one is there.
-        row_bytes = sum(2 * 4 * int(np.prod(store.shape(name)[1:])) for name in names)
-        rows_per_chunk = max(1, (memory or READ_BYTES) // (row_bytes + RANKED_BYTES * queries))
+        rows_per_chunk = rows_that_fit(store, memory, RANKED_BYTES * queries)
     for _, _, arrays in store.chunks(names, rows_per_chunk):
         yield scorer(blocks_of(arrays))  # pyright: ignore[reportReturnType]
+
+
+def rows_that_fit(store: Store, memory: int | None = None, beside: int = 0) -> int:
+    """How many stored rows of gradients to read at a time.
+
+    Args:
+        memory: bytes that they take; None: 256 MiB.
+        beside: what else a row takes.
+    """
+    # Two parts of float32, since the one before is held until the next is there; or of 16 bits, and a copy.
+    row_bytes = sum(2 * 4 * int(np.prod(store.shape(name)[1:])) for name in store.names(GRADIENTS))
+    return max(1, (memory or READ_BYTES) // (row_bytes + beside))
 
 
 def stored_shares(store: Store, row: int, scorer: Transform) -> Blocks:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -15,26 +15,36 @@ from gradfn.methods.scoring import names_of
 from gradfn.model.sites import View
 from gradfn.runs.gradients import open_gradients
 from gradfn.runs.masks import LOADERS
+from gradfn.runs.nearest import Faiss, find
 from gradfn.runs.provenance import Provenance, describe, rebuild, refuse_mismatch
 from gradfn.runs.scores import stored_scores
-from gradfn.scores import Scores
+from gradfn.scores import Scores, TopK
 from gradfn.store import Store
 from gradfn.subject import Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform, chain, unit_normalize
 from gradfn.types import Data
 
 
+class CompareOptions(TypedDict, total=False):
+    """How stored rows are compared with queries, as keywords; see `query`."""
+
+    curvature: Mapping[str, Spectrum] | None
+    damping: tuple[Damping | None, ...]
+    unit_norm: bool
+    normalize: Transform | None
+
+
+class QueryOptions(SubjectOptions, CompareOptions, total=False):
+    """How a store is asked, as keywords; see `query`."""
+
+    progress: Progress | None
+
+
 def query(
     run: str | Path,
     model: nn.Module | Subject,
     queries: Data,
-    *,
-    curvature: Mapping[str, Spectrum] | None = None,
-    damping: tuple[Damping | None, ...] = (Damping(),),
-    unit_norm: bool = False,
-    normalize: Transform | None = None,
-    progress: Progress | None = None,
-    **options: Unpack[SubjectOptions],
+    **options: Unpack[QueryOptions],
 ) -> Scores:
     """Score the rows of a store against queries, as `gradfn query` does.
 
@@ -68,23 +78,93 @@ def query(
     tensor([[1., 0.],
             [0., 4.]])
     """
-    with open_gradients(run) as store:
-        made, what = Provenance.of(store), f"the store {run}"
-        base = rebuild(made.without_tail(), normalize, LOADERS)
-        if not isinstance(model, Subject) and options.get("view") is None:
-            options["view"] = View(**(made.layers or {}))
-        subject = subject_of(model, **options)
-        here = replace(describe(subject, queries, base), data=None, version=None)
-        refuse_mismatch(made.without_tail(), here, what)
-        method = searching(base, unit_norm or bool(made.tail), curvature, damping)
-        gradients: Any = collect(subject.for_queries(), queries, method.query_transform, progress=progress)
-        values = torch.cat(list(stored_scores(store, method.against(gradients))))
-        dampings = damping_names(method)
-        by_damping = values.unflatten(1, (len(dampings), -1)).movedim(1, 0)
-        asked = describe(subject.for_queries(), queries, None)
-        settings = {**store.settings, "query": asked.to_json()["data"]}
-        names = names_of(queries)
-        return Scores(by_damping, query_ids=names, dampings=dampings, settings=settings, **_rows(store))
+    asked = _asked(run, model, queries, options)
+    store, method = asked.store, asked.method
+    values = torch.cat(list(stored_scores(store, method.against(asked.gradients))))
+    dampings = damping_names(method)
+    by_damping = values.unflatten(1, (len(dampings), -1)).movedim(1, 0)
+    about = describe(asked.subject.for_queries(), queries, None)
+    settings = {**store.settings, "query": about.to_json()["data"]}
+    names = names_of(queries)
+    return Scores(by_damping, query_ids=names, dampings=dampings, settings=settings, **_rows(store))
+
+
+def query_best(
+    run: str | Path,
+    model: nn.Module | Subject,
+    queries: Data,
+    k: int,
+    *,
+    index: Faiss | str | None = None,
+    memory: int | None = None,
+    **options: Unpack[QueryOptions],
+) -> tuple[TopK, TopK]:
+    """The `k` highest and the `k` lowest rows of a store for every query, in little memory.
+
+    Args:
+        run, model, queries: see `query`.
+        k, index, memory: see `find`; a text is the factory string of a `Faiss`.
+        options: `curvature`, `damping`, `unit_norm`, `normalize`, `progress` and those of a subject; see
+            `query`.
+
+    Returns:
+        Proponents and opponents, `[dampings * queries, k]` each.
+
+    Raises:
+        InputError: as `query`; an index that cannot hold these rows.
+
+    >>> import tempfile
+    >>> import gradfn as gf
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> def loss(params, e):
+    ...     return torch.func.functional_call(net, params, e["x"]).sum()
+    >>> run, data = tempfile.mkdtemp(), [{"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([0.0, 2.0])}]
+    >>> done = gf.build(run, net, data, loss=loss)
+    >>> query_best(run, net, data, 1, index="Flat", loss=loss)[0].rows
+    tensor([[0],
+            [1]])
+    """
+    index = Faiss(index) if isinstance(index, str) else index
+    asked = _asked(run, model, queries, options)
+    return find(asked.store, asked.method, asked.gradients, k, index=index, memory=memory)
+
+
+class _Asked(NamedTuple):
+    """Queries of a store: their gradients, and how rows are compared with them."""
+
+    store: Store
+    subject: Subject
+    method: InnerProduct
+    gradients: Any
+
+
+def _asked(run: str | Path, model: nn.Module | Subject, queries: Data, how: QueryOptions) -> _Asked:
+    """Make the gradients of queries as those of the store's rows were made."""
+    options: Any = {name: value for name, value in how.items() if name in SubjectOptions.__annotations__}
+    compared: Any = {name: value for name, value in how.items() if name in CompareOptions.__annotations__}
+    store = open_gradients(run)
+    made, base, method = method_of_store(store, compared)
+    if not isinstance(model, Subject) and options.get("view") is None:
+        options["view"] = View(**(made.layers or {}))
+    subject = subject_of(model, **options)
+    here = replace(describe(subject, queries, base), data=None, version=None)
+    refuse_mismatch(made, here, f"the store {run}")
+    progress = how.get("progress")
+    gradients = collect(subject.for_queries(), queries, method.query_transform, progress=progress)
+    return _Asked(store, subject, method, gradients)
+
+
+def method_of_store(store: Store, how: CompareOptions) -> tuple[Provenance, Transform, InnerProduct]:
+    """How a store was made before any unit norm, its transform, and how its rows are compared.
+
+    Raises:
+        InputError: a transform that the store does not tell.
+    """
+    made = Provenance.of(store)
+    base = rebuild(made.without_tail(), how.get("normalize"), LOADERS)
+    unit = how.get("unit_norm", False) or bool(made.tail)
+    method = searching(base, unit, how.get("curvature"), how.get("damping", (Damping(),)))
+    return made.without_tail(), base, method
 
 
 def searching(

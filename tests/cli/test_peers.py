@@ -55,6 +55,11 @@ REQUESTS = {request.COMMAND: request for request in COMMANDS}
         ),
         ("score s --query.dataset Q --query.split test", "score s --query Q --query-split test"),
         ("query --index=s --top_k=7 --record t.csv", "query s --top 7 --csv t.csv"),
+        (
+            "query --index s --faiss_cfg.index_factory IVF1024,SQfp16 --faiss_cfg.nprobe 10",
+            "query s --index IVF1024,SQfp16 --nprobe 10",
+        ),
+        ("query s --top 3 --index Flat", "query s --top 3 --index Flat"),
         ("score s --hessian_path H --damping_factor 0.2", "score s --hessian-path H --damping 0.2"),
         ("score s --inversion pseudoinverse", "score s --damping truncated:0.1"),
     ],
@@ -88,6 +93,7 @@ def test_a_line_says_why_an_option_does_nothing(command, model, corpus, tmp_path
     ("there", "words"),
     [
         ("query r --split test", "--split is no option here: the split of a dataset in --query is --query-s"),
+        ("query r --faiss", "--faiss is no option here: name the index by its factory string, --index Flat"),
         ("build r --projection_target global", "--projection 'joint > rademacher:512'"),
         ("score s --score nearest", "--score is no option here: every query has a column of scores"),
         ("score s --aggregation mean", "make one query of them with gradfn reduce"),

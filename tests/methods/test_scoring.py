@@ -9,9 +9,9 @@ from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import grad_cosine, grad_dot
 from gradfn.methods.inner_product import InnerProduct
-from gradfn.methods.scoring import best, dots
+from gradfn.methods.scoring import best, dots, rerank
 from gradfn.model.sites import View
-from gradfn.scores import extremes
+from gradfn.scores import TopK, extremes
 from gradfn.statistics import ekfac, kfac, second_moment
 from gradfn.statistics.fold import fit
 from gradfn.testing import assert_blocks_close
@@ -227,3 +227,48 @@ class TestCurvature:
         for i, damping in enumerate(dampings):
             there = rows if H is None else precondition(H, -1.0, damping)(rows)
             torch.testing.assert_close(got[:, i], dots(rows, there).diagonal())
+
+
+def test_candidates_are_ranked_by_the_full_method():
+    model = language_model("llama")
+    data = make_documents([[i % 11, (3 * i + 1) % 11, (i * i) % 11, 5] for i in range(12)])
+    method, queries = grad_cosine(), data.select([1, 3, 4])
+    every = score(model, data, queries, method=method)
+    first = best(model, data, queries, 4, method=grad_dot(project(2)))
+    got = rerank(first, model, data, queries, 3, method=method)
+    for query in range(3):
+        own = torch.cat([found.rows[query] for found in first]).unique()
+        for found, descending in zip(got, (True, False), strict=True):
+            order = every[own, query].argsort(descending=descending)[:3]
+            assert found.rows[query].tolist() == own[order].tolist()
+            torch.testing.assert_close(found.scores[query], every[own[order], query])
+
+
+def test_all_rows_as_candidates_are_the_whole_ranking():
+    candidates = TopK(torch.zeros(2, 5), torch.arange(5).expand(2, -1))
+    got = rerank((candidates, candidates), MODEL, ROWS, ROWS[:2], 5, method=grad_dot(), loss=LOSS)
+    for found, want in zip(got, best(MODEL, ROWS, ROWS[:2], 5, method=grad_dot(), loss=LOSS), strict=True):
+        assert found.rows.tolist() == want.rows.tolist()
+
+
+def test_a_query_with_fewer_candidates_has_places_without_a_row():
+    one = TopK(torch.zeros(2, 2), torch.tensor([[3, -1], [0, 1]]))
+    nothing = TopK(torch.zeros(2, 1), torch.tensor([[-1], [-1]]))
+    proponents, opponents = rerank((one, nothing), MODEL, ROWS, ROWS[:2], 4, method=grad_dot(), loss=LOSS)
+    assert proponents.rows[0].tolist() == opponents.rows[0].tolist() == [3, -1]
+    assert (proponents.scores[0, 1], opponents.scores[0, 1]) == (-torch.inf, torch.inf)
+    assert sorted(proponents.rows[1].tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        ([[0, 1]], {}, "candidates are of 1 queries, and these have 2 scores a row"),
+        ([[-1], [-1]], {}, "no candidate to rank"),
+        ([[0], [1]], {"view": View(tokens=True)}, "not by token"),
+    ],
+)
+def test_candidates_that_cannot_be_ranked_are_refused(rows, options, words):
+    found = TopK(torch.zeros(len(rows), len(rows[0])), torch.tensor(rows))
+    with pytest.raises(InputError, match=words):
+        rerank((found, found), MODEL, ROWS, ROWS[:2], 1, method=grad_dot(), loss=LOSS, **options)

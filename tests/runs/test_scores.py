@@ -1,5 +1,7 @@
 """Scores on disk, of a model and of stored gradients."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,9 @@ from gradfn.methods.attribution import Joined
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.model.sites import View
 from gradfn.runs import scores as runs
-from gradfn.scores import SHARES, Columns, Scores
+from gradfn.scores import SHARES, Columns, Scores, extremes
 from gradfn.statistics import ekfac
+from gradfn.store import open_writer
 from gradfn.types import Rows
 
 
@@ -132,6 +135,36 @@ def test_scores_at_hand_are_written_like_those_of_an_engine(llama, documents, tm
     assert torch.equal(again.values, made.values)
     assert (again.row_ids, again.query_ids) == (made.row_ids, made.query_ids)
     assert again.settings == made.settings
+
+
+def test_rows_of_16_bits_are_summed_in_more(tmp_path):
+    generator = np.random.default_rng(0)
+    rows = (1000 * generator.standard_normal((50, 8, 64))).astype(np.float16)
+    asked = (1000 * generator.standard_normal((3, 8, 64))).astype(np.float32)
+    settings = {"transform": {"chain": []}}
+    with open_writer(tmp_path, "store", settings, 50) as writer:
+        writer.write(0, 50, {"gradients/a": rows})
+        writer.finish()
+    want = np.einsum("roi,qoi->rq", rows.astype(np.float64), asked.astype(np.float64))
+    with gf.open_store(tmp_path) as store:
+        got = torch.cat(list(runs.stored_scores(store, gf.dot({"a": torch.from_numpy(asked)}))))
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+
+
+def test_a_large_store_is_read_in_little_memory(tmp_path):
+    rows, memory = np.ones((20_000, 32, 16), np.float16), 2 << 20
+    with open_writer(tmp_path, "store", {"transform": {"chain": []}}, 40_000) as writer:
+        for start in (0, 20_000):
+            writer.write(start, start + 20_000, {"gradients/a": rows})
+        writer.finish()
+    scorer = gf.grad_cosine().against({"a": torch.full((4, 32, 16), 512**-0.5)})
+    with gf.open_store(tmp_path) as store:
+        tracemalloc.start()
+        best, _ = extremes(runs.stored_scores(store, scorer, memory=memory), 5)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    np.testing.assert_allclose(best.scores.numpy(), 1.0, rtol=1e-5)
+    assert peak < 2 * memory < 2 * rows.nbytes / 8
 
 
 def test_shares_sum_to_the_scores(model, documents, tmp_path):

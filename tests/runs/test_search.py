@@ -7,6 +7,7 @@ from tiny import language_model
 import gradfn as gf
 from gradfn.data import make_documents
 from gradfn.errors import InputError
+from gradfn.runs import Faiss
 from gradfn.testing.strategies import randomize
 
 ROWS = make_documents([[1, 2, 3, 4], [5, 6, 7], [8, 9, 3, 2, 1]], ids=["a", "b", "c"])
@@ -70,3 +71,16 @@ def test_a_store_of_something_else_is_refused(model, tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             gf.query(tmp_path, other, ASKED, **options)
+
+
+@pytest.mark.parametrize("index", [None, "Flat", Faiss("IVF2,Flat", 2)])
+def test_the_best_rows_are_those_of_all_scores(model, tmp_path, index):
+    gf.build(tmp_path, model, ROWS, gf.project(2))
+    H = gf.fit(gf.second_moment(), model, ROWS, gf.project(2))
+    how = {"curvature": H, "damping": DAMPINGS[:1], "unit_norm": True}
+    scores = gf.query(tmp_path, model, ASKED, **how)
+    found = gf.runs.query_best(tmp_path, model, ASKED, 2, index=index, **how)
+    for best, largest in zip(found, (True, False), strict=True):
+        want = scores.top(2, largest=largest)
+        assert best.rows.tolist() == want.rows.tolist()
+        torch.testing.assert_close(best.scores.float(), want.scores.float(), rtol=1e-4, atol=1e-5)
