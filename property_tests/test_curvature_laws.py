@@ -318,8 +318,14 @@ def test_cosines_in_a_curvature_lie_in_the_unit_interval_and_are_1_with_oneself(
     assert bool((cosines.abs() <= 1 + 1e-9).all())
     assert_blocks_close(cosines, cosines.T)
     rows = before(naive_blocks(problem.reference, problem.model, problem.rows))
-    zero = flat(precondition(H, -0.5, damping)(rows)).square().sum(1) == 0
-    assert_blocks_close(cosines.diagonal(), (~zero).double())
+    sizes, raw = (flat(part).norm(dim=1) for part in (precondition(H, -0.5, damping)(rows), rows))
+    zero = sizes == 0
+    sure = zero | (
+        raw > 1e-12 * flat(naive_blocks(problem.reference, problem.model, problem.rows)).norm(dim=1)
+    )
+    assert_blocks_close(
+        cosines.diagonal()[sure], (~zero).double()[sure]
+    )  # else it is the cosine of roundings
 
 
 @given(problems(min_rows=2), st.sampled_from([second_moment, shampoo, mean]))
