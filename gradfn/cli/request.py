@@ -359,7 +359,7 @@ def read_config(request: type[Request], path: Path) -> dict[str, Any]:
         table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, object_pairs_hook=_pairs)
     except OSError as error:
         raise InputError(f"cannot read --config {path} ({error.strerror}): give a file of options") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--config {path} cannot be read as {path.suffix[1:]} ({error}): mend it") from error
     if not isinstance(table, dict):
         raise InputError(f'--config {path} is no table of options: write {{"top": 5}}, say')

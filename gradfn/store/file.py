@@ -328,6 +328,8 @@ def _unreadable(path: Path, error: Exception) -> Exception:
 @contextmanager
 def reading(path: Path) -> Iterator[h5py.File]:
     """Open a complete file to read from; an error of HDF5 becomes an `InputError` of one sentence."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise InputError(f"{path} is a folder or a device, and no file: give the directory of a run")
     try:
         # Complete files do not change, and HDF5's own locks fail on some network file systems.
         with h5py.File(path, "r", locking=False) as file:

@@ -223,3 +223,15 @@ def test_the_names_in_a_plot_are_only_text(tmp_path):
     assert not seen.getElementsByTagName("script")
     assert "alert(1)" in path.read_text()
     assert plot_runs({name: Estimate(0.4, 0.3, 0.5)}, tmp_path / "runs.png", title=name).exists()
+
+
+@pytest.mark.parametrize("value", ["False", "FALSE", "false", "no", "0", ""])
+def test_a_switch_that_is_set_to_false_is_not_on(command, corpus, model, tmp_path, value):
+    ask = ("score", "--model", model, "--dataset", corpus, *ASK, f"--quiet={value}")
+    result = command(*ask)
+    if value.lower() == "false":
+        assert result.status == 0
+        assert result.out
+    else:
+        assert result.status == 2
+        assert f"--quiet is true or false, not {value!r}: give it without a value" in result.err
