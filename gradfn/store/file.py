@@ -245,29 +245,6 @@ def create_file(path: Path, fill: Callable[[h5py.File], None]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def create_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder of files that appears as `path` complete and on disk, or not at all.
-
-    One that is there already is removed before.
-    """
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        with disk_errors(path):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            fill(partial)
-            for file in partial.iterdir():
-                with file.open("rb+") as content:
-                    os.fsync(content.fileno())
-            sync_directory(partial)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(partial, path)
-            sync_directory(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def link_or_copy(path: Path, target: Path) -> None:
     """Make a complete file appear under another name too: by a hard link, or else by a copy."""
     partial = target.with_name(f".{target.name}.tmp")

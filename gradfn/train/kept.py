@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -122,8 +123,11 @@ class Kept:
         if not path.is_file() or path.is_symlink():
             return None
         try:
+            with ZipFile(path) as file:
+                if file.testzip() is not None:  # torch does not compare the checksums
+                    return None
             held = torch.load(path, map_location=device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, PickleError):
+        except (OSError, RuntimeError, EOFError, PickleError, BadZipFile, ValueError, LookupError):
             return None
         return held if isinstance(held, dict) and held.get("key") == self.key else None
 
