@@ -98,7 +98,9 @@ def _digests(folder: Path, broken: dict[str, str] | None = None) -> dict[str, st
     try:
         found = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
         whole = found.pop("") == _digest_of(found)
-        if whole and not any(name.startswith("/") or ".." in PurePosixPath(name).parts for name in found):
+        texts = all(isinstance(digest, str) for digest in found.values())
+        leads_out = any(name.startswith("/") or ".." in PurePosixPath(name).parts for name in found)
+        if whole and texts and not leads_out:
             return found
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
