@@ -3,17 +3,21 @@
 The first process imports everything once. Every command is a fork of it, so that one takes a second or two.
 """
 
+import ctypes
+import fcntl
 import hashlib
 import io
 import itertools
 import json
 import os
+import random
 import re
 import select
 import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ LAB = Path(tempfile.mkdtemp(prefix="gradfn-lab-"))
 LAB.chmod(0o755)
 os.environ |= {"HF_HOME": str(LAB / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
+import h5py  # noqa: E402
 import torch  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402, F401
 
@@ -109,6 +114,32 @@ def gradfn(*arguments: Any) -> int:
 def command(*arguments: Any, kill_after: float | None = None) -> Ended:
     """Run a command in a process of its own."""
     return apart(lambda: gradfn(*arguments), kill_after)
+
+
+class Started:
+    """Some work in a process of its own that goes on beside this one; when the context ends, so has it."""
+
+    ended: Ended
+
+    def __init__(self, work: Callable[[], Any]):
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115
+        self.child = os.fork()
+        if self.child == 0:
+            for stream in (1, 2):
+                os.dup2(self.said.fileno(), stream)
+            _work(work, os.open(os.devnull, os.O_WRONLY))
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def runs(self) -> bool:
+        """Whether it still goes on."""
+        return os.waitid(os.P_PID, self.child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def __exit__(self, *_: object) -> None:
+        status = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        self.said.seek(0)
+        self.ended = Ended(status, self.said.read().decode(errors="replace"), None)
 
 
 # --- commands
@@ -205,6 +236,20 @@ def _arrays(path: Path) -> dict[str, str]:
 def _digest(array: Any) -> str:
     content = repr(array.tolist()).encode() if array.dtype == object else array.tobytes()
     return f"{array.dtype} {array.shape} {hashlib.sha256(content).hexdigest()}"
+
+
+def chunks_of(path: Path) -> list[tuple[int, int]]:
+    """Where the data of the arrays of a file lies: `(offset, bytes)`."""
+    found: list[tuple[int, int]] = []
+
+    def visit(_: str, one: Any) -> None:
+        if isinstance(one, h5py.Dataset) and one.chunks:
+            chunks = (one.id.get_chunk_info(number) for number in range(one.id.get_num_chunks()))
+            found.extend((chunk.byte_offset, chunk.size) for chunk in chunks)
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found
 
 
 def damaged(run: Path) -> list[str]:
@@ -321,3 +366,56 @@ def warm_up() -> None:
         gradfn("train", LAB / "warm", *DATA, "--epochs", 1, "--batch-size", 24, "--quiet")
     finally:
         sys.stdout = said
+
+
+# --- a disk, and a system
+
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+
+
+def on_small_disk(run: Path, size: int) -> None:
+    """Give this process a disk of so many bytes at the place of a run, which no other process sees.
+
+    Raises:
+        OSError: this machine does not allow it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    run.mkdir(parents=True, exist_ok=True)
+    alone = CLONE_NEWNS | (0 if os.getuid() == 0 else CLONE_NEWUSER)
+    for call in (
+        lambda: libc.unshare(alone),
+        lambda: libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None),  # what is mounted here stays here
+        lambda: libc.mount(b"tmpfs", str(run).encode(), b"tmpfs", 0, f"size={size}".encode()),
+    ):
+        if call() != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def grow_disk(run: Path, size: int) -> None:
+    """Make the disk of this process larger."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(run).encode(), b"tmpfs", 0x20, f"size={size}".encode()) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def as_nobody() -> None:
+    """Give up the rights of root, which no permission stops."""
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def jumping_clock(chance: random.Random) -> None:
+    """Let the time of day jump by up to a year, back or forth, at each look at it."""
+    real = time.time
+    time.time = lambda: real() + chance.uniform(-3e7, 3e7)
+
+
+def without_locks(code: int) -> None:
+    """A file system that has no locks."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    fcntl.flock = fcntl.lockf = fail

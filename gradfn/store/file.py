@@ -206,6 +206,24 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that another one came of; Rust tells its number in words alone.
+
+    >>> system_error(RuntimeError("io error: No space left on device (os error 28)"))
+    OSError(28, 'No space left on device')
+    >>> system_error(RuntimeError("no tensor"))
+    """
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and one.errno is not None:
+            return one
+        for number in DISK_FULL:
+            if os.strerror(number) in str(one) or f"os error {number})" in str(one):
+                return OSError(number, os.strerror(number))
+        one = one.__cause__ or one.__context__
+    return None
+
+
 def check_disk(path: Path, size: int, what: str) -> None:
     """Refuse to begin what the disk of `path` has no room for.
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gradfn.errors import InputError, LostFileError, StorageError
-from gradfn.store.file import DISK_FULL, disk_errors, sync_directory
+from gradfn.store.file import disk_errors, sync_directory, system_error
 from gradfn.store.guard import refuse_links
 
 DIGESTS = "digests.json"
@@ -54,11 +54,9 @@ def _fill(partial: Path, fill: Callable[[Path], None]) -> None:
     except (OSError, InputError):
         raise
     except Exception as error:
-        number = next((code for code in DISK_FULL if os.strerror(code) in str(error)), None)
-        number = number or next((code for code in DISK_FULL if f"os error {code}" in str(error)), None)
-        if number is None:
+        if (fault := system_error(error)) is None:
             raise
-        raise OSError(number, os.strerror(number)) from error
+        raise fault from error
 
 
 def digest_of(path: Path) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 import gradfn
 from gradfn.errors import StorageError
 from gradfn.runs.provenance import loss_source
+from gradfn.store.file import system_error
 from gradfn.train.course import Course
 from gradfn.train.optimizers import State
 from gradfn.train.pull import Adjoint
@@ -108,7 +109,7 @@ class Kept:
             partial.replace(path)
         except (OSError, RuntimeError) as error:
             raise StorageError(
-                f"cannot write {path} ({error}): free some space, or make it writable"
+                f"cannot write {path} ({system_error(error) or error}): free some space, or make it writable"
             ) from error
         self.written = time.monotonic()
 

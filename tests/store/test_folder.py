@@ -1,11 +1,13 @@
 """A folder appears complete or not at all, and every damage of a file in it is named."""
 
 import errno
+import io
 import json
 import os
 import random
 
 import pytest
+import torch
 
 from gradfn.errors import InputError, StorageError
 from gradfn.store import folder as module
@@ -86,7 +88,7 @@ def test_a_link_in_the_place_of_a_file_is_not_read(made, tmp_path):
 
 
 @pytest.mark.parametrize("error", [
-    RuntimeError("Error: I/O error: No space left on device (os error 28)"), ValueError("(os error 28)"),
+    RuntimeError("Error: I/O error: No space left on device (os error 28)"), ValueError("io (os error 28)"),
     Exception("io error: Disk quota exceeded"), OSError(errno.ENOSPC, "No space left on device"),
 ])  # fmt: skip
 def test_a_full_disk_is_one_sentence_whoever_writes(made, error):
@@ -100,6 +102,15 @@ def test_a_full_disk_is_one_sentence_whoever_writes(made, error):
     with pytest.raises(ZeroDivisionError):
         create_folder(made, lambda _: 1 / 0)
     check_folder(made)
+
+
+def test_a_full_disk_is_told_through_torch(made):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match="No space left on device"):
+        create_folder(made, lambda _: torch.save({"a": torch.ones(3)}, Full()))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
