@@ -412,10 +412,13 @@ def jumping_clock(chance: random.Random) -> None:
     time.time = lambda: real() + chance.uniform(-3e7, 3e7)
 
 
-def without_locks(code: int) -> None:
-    """A file system that has no locks."""
+def without_locks(run: Path, code: int) -> None:
+    """Let the file system of a run have no locks."""
+    real = fcntl.flock
 
-    def fail(*_: Any) -> None:
-        raise OSError(code, os.strerror(code))
+    def flock(file: Any, how: int) -> None:
+        if _is_below(run, file if isinstance(file, int) else file.fileno()):
+            raise OSError(code, os.strerror(code))
+        real(file, how)
 
-    fcntl.flock = fcntl.lockf = fail
+    fcntl.flock = flock

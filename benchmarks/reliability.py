@@ -96,9 +96,13 @@ def usual(job: Job) -> Usual:
     return made
 
 
-def problems(job: Job, run: Path) -> list[str]:
-    """What is wrong after a disturbance, and after the same command again; none: all is as promised."""
-    wrong = [f"after the fault: {one}" for one in damaged(run)]
+def problems(job: Job, run: Path, *, removed: bool = False) -> list[str]:
+    """What is wrong after a disturbance, and after the same command again; none: all is as promised.
+
+    Args:
+        removed: whether files were removed, which an index then misses.
+    """
+    wrong = [f"after the fault: {one}" for one in damaged(run) if not (removed and " is missing: " in one)]
     again = command(*job.of(run))
     if again.status:
         return [*wrong, f"the command again ended with status {again.status}: {again.said[-600:]}"]
@@ -264,38 +268,34 @@ def damage(asked: argparse.Namespace) -> Iterator[Row]:
         ended = command(*job.of(run))
         assert ended.status == 0, ended.said
         for path in files_below(run):
-            whole = path.read_bytes()
+            whole, places = path.read_bytes(), _places(path)
             for trials in (cuts, flips, flips):
                 content = bytearray(whole)
                 if trials is cuts:
                     del content[chance.randrange(len(content)) :]
                 else:
-                    place = _place_of_a_bit(path, content, chance)
-                    content[place] ^= 1 << chance.randrange(8)
+                    start, size = chance.choice(places)
+                    content[start + chance.randrange(size)] ^= 1 << chance.randrange(8)
                 path.write_bytes(content)
                 named = {str(one.path) for one in check_files(run) if one.wrong}
                 trials.add(f"{path.relative_to(run)} of {job.name}", _unlike(named, path, run))
             path.write_bytes(whole)
-        for path in chance.sample(files_below(run), 3):
+        for path in chance.sample(paths := files_below(run), min(4, len(paths))):
             path.write_bytes(path.read_bytes()[:-1])
             ended = command("verify", run, "--repair")
             wrong = [] if ended.status == 0 else [f"status {ended.status}: {ended.said[-500:]}"]
-            mended.add(f"{path.relative_to(run)} of {job.name}", wrong + problems(job, run))
+            mended.add(f"{path.relative_to(run)} of {job.name}", wrong + problems(job, run, removed=True))
         shutil.rmtree(run)
     yield cuts.row("named by `gradfn verify`")
     yield flips.row("named by `gradfn verify`")
     yield mended.row("the command makes it again")
 
 
-def _place_of_a_bit(path: Path, content: bytearray, chance: random.Random) -> int:
-    """A place in a file; of HDF5 one in the data of an array, since some bytes between are of no meaning."""
+def _places(path: Path) -> list[tuple[int, int]]:
+    """Where the content of a file lies, `(offset, bytes)`: in HDF5 some bytes between are of no meaning."""
     if path.suffix != ".h5":
-        return chance.randrange(len(content))
-    places = chunks_of(path)
-    if not places:  # an index that only links
-        return content.index(b"manifest")
-    start, size = chance.choice(places)
-    return start + chance.randrange(size)
+        return [(0, path.stat().st_size)]
+    return chunks_of(path) or [(path.read_bytes().index(b"manifest"), 8)]  # an index that only links
 
 
 def _unlike(named: set[str], path: Path, run: Path) -> list[str]:
@@ -323,20 +323,20 @@ def others(asked: argparse.Namespace) -> Iterator[Row]:
         for one in JOBS:
             run = LAB / "system"
             one.prepare(run)
-            ended = apart(lambda one=one, run=run, prepare=prepare: prepare() or gradfn(*one.of(run)))
+            ended = apart(lambda one=one, run=run, prepare=prepare: prepare(run) or gradfn(*one.of(run)))
             wrong = [] if ended.status == 0 else [f"status {ended.status}: {ended.said[-600:]}"]
             trials.add(one.name, wrong + problems(one, run))
             shutil.rmtree(run)
         yield trials.row("the same bits")
 
 
-def _systems(chance: random.Random) -> dict[str, Callable[[], None]]:
+def _systems(chance: random.Random) -> dict[str, Callable[[Path], None]]:
     few = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return {
-        "`ulimit -n 64`": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, few)),
-        "a clock that jumps": lambda: jumping_clock(chance),
-        "a file system without locks (ENOLCK)": lambda: without_locks(errno.ENOLCK),
-        "a file system without locks (ENOSYS)": lambda: without_locks(errno.ENOSYS),
+        "`ulimit -n 64`": lambda _: resource.setrlimit(resource.RLIMIT_NOFILE, (64, few)),
+        "a clock that jumps": lambda _: jumping_clock(chance),
+        "a file system without locks (ENOLCK)": lambda run: without_locks(run, errno.ENOLCK),
+        "a file system without locks (ENOSYS)": lambda run: without_locks(run, errno.ENOSYS),
     }
 
 

@@ -33,7 +33,7 @@ def create_folder(path: Path, fill: Callable[[Path], None]) -> None:
             files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
             digests = {file.relative_to(partial).as_posix(): digest_of(file) for file in files}
             text = json.dumps({**digests, "": _digest_of(digests)}, indent=1)
-            (partial / DIGESTS).write_text(text + "\n", encoding="utf-8")
+            (partial / DIGESTS).write_text(text, encoding="utf-8")
             for file in [*files, partial / DIGESTS]:
                 with file.open("rb+") as content:
                     os.fsync(content.fileno())
