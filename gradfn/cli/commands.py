@@ -353,11 +353,14 @@ class VerifyRequest(Request):
     """Show whether the files of a run hold what was written.
 
     Every file is read: of shards and checkpoints too. Damaged ones are named, and the command that makes them
-    again.
+    again. --repair removes them, and nothing else, so that the command computes only what they held.
     """
 
     COMMAND: ClassVar[str] = "verify"
     run: str = argument("A run directory, or an .h5 file in it.")
+    repair: bool = option(
+        False, "Remove what is damaged, if the run records the command that makes it again."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

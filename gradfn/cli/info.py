@@ -1,6 +1,5 @@
 """`gradfn info`: what a run holds and how it was made."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from gradfn.cli.rerun import recorded_request
 from gradfn.errors import InputError
 from gradfn.report.runs import contents, part_facts
 from gradfn.report.tables import facts
+from gradfn.report.words import as_json
 from gradfn.store.directory import index_path
 from gradfn.store.reader import Store, open_store
 
@@ -29,7 +29,7 @@ def run_info(request: InfoRequest) -> None:
     stores = dict(_stores(request.run, bool(shards)))
     if request.json:
         files = [_as_json(*found) for found in stores.items()]
-        print(json.dumps({"files": files, "shards": [state for _, state in shards]}, ensure_ascii=False))
+        print(as_json({"files": files, "shards": [state for _, state in shards]}))
         return
     if shards:
         console().print(facts(shards))

@@ -204,6 +204,8 @@ def _said(command: str, slots: Mapping[str, bool], words: list[str]) -> Iterator
             continue
         flagged = there.values == 0 if there else slots.get(key, False)
         values = [value] if equals else _values(words, there.values if there else 0, flagged)
+        if equals and flagged:
+            values = [_truth(spelled, value)]
         if there is None and flagged:
             yield from [f"--{key}"] if values != ["false"] else []
         elif there is None:
@@ -218,6 +220,15 @@ def _said(command: str, slots: Mapping[str, bool], words: list[str]) -> Iterator
             for part in parts if "{}" in there.here else [""]:
                 here = (there.names or {}).get(part, part)
                 yield from (one.replace("{}", here) for one in there.here.split(" "))
+
+
+def _truth(spelled: str, value: str) -> str:
+    """What a flag is set to, which a word that is neither must not switch on."""
+    if value.lower() not in ("true", "false"):
+        raise InputError(
+            f"{spelled} is true or false, not {value!r}: give it without a value, or leave it out"
+        )
+    return value.lower()
 
 
 def _looked_up(command: str, slots: Mapping[str, bool], key: str) -> tuple[str, There | None]:

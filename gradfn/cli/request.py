@@ -270,7 +270,24 @@ def command_line(request: type[Request], given: Given) -> str:
                 options += [f"{flag(name)}={part}"] if part.startswith("-") else [flag(name), part]
     dashed = any(part.startswith("-") for part in arguments)
     words = [*options, "--", *arguments] if dashed else [*arguments, *options]
-    return shlex.join(["gradfn", *request.COMMAND.split(), *words])
+    return " ".join(map(_quoted, ["gradfn", *request.COMMAND.split(), *words]))
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell; letters that cannot be printed are written as their numbers.
+
+    >>> print(_quoted("a b"), _quoted("it's\\x1b[2J"))
+    'a b' $'it\\'s\\u001b[2J'
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}
+    return "$'" + "".join(c if c.isprintable() and c not in letters else letters.get(c) or _numbered(c)
+                          for c in word) + "'"  # fmt: skip
+
+
+def _numbered(letter: str) -> str:
+    return f"\\u{ord(letter):04x}" if ord(letter) < 1 << 16 else f"\\U{ord(letter):08x}"
 
 
 # --- the command line
@@ -342,7 +359,7 @@ def read_config(request: type[Request], path: Path) -> dict[str, Any]:
         table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, object_pairs_hook=_pairs)
     except OSError as error:
         raise InputError(f"cannot read --config {path} ({error.strerror}): give a file of options") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--config {path} cannot be read as {path.suffix[1:]} ({error}): mend it") from error
     if not isinstance(table, dict):
         raise InputError(f'--config {path} is no table of options: write {{"top": 5}}, say')

@@ -11,7 +11,7 @@ from gradfn.cli.values import found_method
 from gradfn.errors import InputError
 from gradfn.report.tables import facts
 from gradfn.runs.shards import shard_run
-from gradfn.store import requests_of
+from gradfn.store import open_part, requests_of
 
 DROPPED = ("overwrite", "csv", "jsonl", "parquet")
 """What is not done twice."""
@@ -54,11 +54,20 @@ def run_rerun(request: RerunRequest) -> None:
         )
     made: Any = make(kind, given)
     lines = [("command", command_line(kind, given))]
-    if (shard_run(made.run, made.output.shard) / f"{kind.WRITES}.h5").exists():
+    if _is_complete(shard_run(made.run, made.output.shard), kind.WRITES):
         lines.append(("complete", "this run has all its rows, and nothing is computed again"))
     console().print(facts(lines))
     _refuse_unseen(request, made)
     runner(kind)(made)
+
+
+def _is_complete(run: Path, kind: str) -> bool:
+    """Whether a run has all its rows, in files that can be opened."""
+    try:
+        open_part(run, kind)
+    except InputError:
+        return False
+    return True
 
 
 def _refuse_unseen(request: RerunRequest, made: Any) -> None:

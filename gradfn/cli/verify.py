@@ -10,7 +10,9 @@ from gradfn.report.tables import facts
 from gradfn.report.words import clean, count
 from gradfn.runs.shards import shards_of
 from gradfn.store.file import FORMAT, place_of
+from gradfn.store.folder import DIGESTS, sealed_in
 from gradfn.store.reader import request_beside
+from gradfn.store.repair import TRAINING, repair
 from gradfn.store.verify import check_files, files_below
 
 NAMED = 8
@@ -18,7 +20,7 @@ NAMED = 8
 
 
 def run_verify(request: VerifyRequest) -> None:
-    """Read every file, name the damaged ones, and the commands that make them again."""
+    """Read every file, name the damaged ones or remove them, and the commands that make them again."""
     run, checked = request.run, []
     with progress_bar("verify", len(files_below(run)), "files") as progress:
         for one in check_files(run):
@@ -30,7 +32,8 @@ def run_verify(request: VerifyRequest) -> None:
     if not wrong:
         older = [one for one in checked if one.header is not None and one.header.format < FORMAT]
         lines = [("verified", f"{files} of {run}: {'no damage found' if older else 'all as written'}")]
-        if models := [*Path(run).glob("checkpoint-*/config.json")]:
+        folders = (path.parent for path in Path(run).glob("checkpoint-*/config.json"))
+        if models := [folder for folder in folders if not (folder / DIGESTS).exists()]:
             lines.append(
                 ("note", f"the weights of {count(len(models), 'checkpoint')} have no digest: not checked")
             )
@@ -44,12 +47,18 @@ def run_verify(request: VerifyRequest) -> None:
         console().print(facts(lines))
         return
     commands = list(dict.fromkeys(_again(one.path) for one in wrong))
+    if request.repair:
+        for path in repair(run, wrong):
+            print(clean(f"removed {path}"))
+        print(clean(f"now run {' and '.join(commands)}, which makes only what was removed"))
+        return
     for line in dict.fromkeys([*(one.wrong for one in wrong), *commands]):
         print(clean(line))  # whole, since a command that is cut is none
     named = ", ".join(str(one.path) for one in wrong[:NAMED])
     them, is_are = ("it", "is") if len(wrong) == 1 else ("them", "are")
+    remove = "give --repair" if any(map(sealed_in, (one.path for one in wrong))) else f"delete {them}"
     raise InputError(
-        f"{len(wrong):,} of {files} of {run} {is_are} damaged ({named}): delete {them} and run "
+        f"{len(wrong):,} of {files} of {run} {is_are} damaged ({named}): {remove} and run "
         f"{' and '.join(commands)}, which recomputes only what is gone"
     )
 
@@ -57,7 +66,9 @@ def run_verify(request: VerifyRequest) -> None:
 def _again(path: Path) -> str:
     """The command that makes a damaged file again, as another file of its kind records it."""
     folder, kind = place_of(path)
-    if kind in shards_of(folder):
+    if (checkpoint := sealed_in(path)) is not None:
+        path = checkpoint.parent / f"{TRAINING}.h5"
+    elif kind in shards_of(folder):
         return f"gradfn merge {folder}"
     request = request_beside(path)
     return spelled(request) if request else "the command that made it"

@@ -23,7 +23,7 @@ __all__ = [
     "summary",
 ]
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOLCK, errno.EMFILE, errno.ENFILE}
 """What is wrong with a machine, and not with the file that is read."""
 
 _PATIENCE = 3.0

@@ -85,7 +85,7 @@ def _check_readable(folder: Path) -> None:
                     )
     for index in folder.glob("*.index.json"):
         parts: set[str] = set()
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
             parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if absent := sorted(part for part in parts if not (folder / part).exists()):
             raise InputError(

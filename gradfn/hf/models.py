@@ -164,7 +164,7 @@ def infer_task(path: str | Path, revision: str | None = None, *, weights: bool =
         return "causal_lm"
     own = []
     if (adapter := _adapter_of(path, source, options)) is not None:
-        own = [_ADAPTED.get(json.loads(adapter.read_text(encoding="utf-8")).get("task_type"), "")]
+        own = [_ADAPTED.get(str(json.loads(adapter.read_text(encoding="utf-8")).get("task_type")), "")]
         source, options = locate_base(adapter)
     # Not AutoConfig, which asks on the terminal whether to run code that comes with a model.
     config, _ = load_pretrained("model", path, PreTrainedConfig.get_config_dict, source, **options)

@@ -40,7 +40,8 @@ def temporary_folder() -> Iterator[str]:
     for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
         _remove_unlocked(old)
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, open(Path(folder) / _LOCK, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # where there are no locks, no other process takes one for free
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
 
 

@@ -1,7 +1,7 @@
 """Tables as files: CSV, JSON lines, Parquet."""
 
 import csv
-import json
+import io
 import os
 import re
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradfn.errors import StorageError
+from gradfn.report.words import as_json, on_terminal
 from gradfn.shown import SAID
 
 Row = Mapping[str, Any]
@@ -20,8 +21,8 @@ FURTHER = {"module": ("module", "share"), "head": ("module", "share"), "time": (
 """Columns of an export that there are only where scores are told apart so finely."""
 CLASSES = ("label", "predicted")
 """Columns of rows with a class: its name, and the model's own."""
-FORMULA, NUMBER = re.compile(r"\s*[=+\-@]"), re.compile(r"[+-]?\d+(\.\d+)?")
-"""Texts that a spreadsheet may run, and those among them that are only numbers."""
+FORMULA, NUMBER = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r]"), re.compile(r"[+-]?\d+(\.\d+)?")
+"""Texts that a spreadsheet may run (the signs may have full width), and those that are only numbers."""
 
 
 def export_ranking(rows: Sequence[Row], paths: Mapping[str, Path | None], by: str = "example") -> None:
@@ -55,7 +56,7 @@ def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[st
         if path is None:
             continue
         if str(path) == "-":
-            TEXTS[kind](lines, columns, sys.stdout)
+            sys.stdout.write(_as_text(kind, lines, columns))
             continue
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
         try:
@@ -83,7 +84,7 @@ def _put_csv(rows: Sequence[Row], columns: Sequence[str], file: Any) -> None:
 
 def _put_jsonl(rows: Sequence[Row], columns: Sequence[str], file: Any) -> None:
     for row in rows:
-        file.write(json.dumps({name: row[name] for name in columns}, ensure_ascii=False) + "\n")
+        file.write(as_json({name: row[name] for name in columns}) + "\n")
 
 
 TEXTS: dict[str, Callable[[Sequence[Row], Sequence[str], Any], None]] = {
@@ -91,6 +92,13 @@ TEXTS: dict[str, Callable[[Sequence[Row], Sequence[str], Any], None]] = {
     "jsonl": _put_jsonl,
 }
 """The formats that are text, which can go to stdout."""
+
+
+def _as_text(kind: str, rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """A table for stdout; if that is a terminal, no text of it is more than text."""
+    file = io.StringIO(newline="")
+    TEXTS[kind](rows, columns, file)
+    return on_terminal(file.getvalue()) if sys.stdout.isatty() else file.getvalue()
 
 
 def _write_text(kind: str, rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
@@ -104,8 +112,19 @@ def _inert(value: Any) -> Any:
     >>> _inert("=1+1"), _inert("a=b"), _inert("-2"), _inert(-2.5)
     ("'=1+1", 'a=b', '-2', -2.5)
     """
-    formula = isinstance(value, str) and FORMULA.match(value) and not NUMBER.fullmatch(value)
-    return f"'{value}" if formula else value
+    if not isinstance(value, str):
+        return value
+    formula = FORMULA.match(value) and not NUMBER.fullmatch(value)
+    return _whole(f"'{value}" if formula else value)
+
+
+def _whole(text: str) -> str:
+    """A text of which every letter can be written: half of a pair of surrogates becomes \ufffd.
+
+    >>> _whole("a\\ud83d") == "a\ufffd"
+    True
+    """
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _write_parquet(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
@@ -116,7 +135,8 @@ def _write_parquet(rows: Sequence[Row], columns: Sequence[str], path: Path) -> N
     kinds = {**found, **dict.fromkeys(("rank", "row", "document", "position"), pa.int64()),
              **dict.fromkeys(("score", "share"), pa.float64())}  # fmt: skip
     schema = pa.schema([(name, kinds[name]) for name in columns])
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), path)
+    whole = [{name: _whole(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows]
+    pq.write_table(pa.Table.from_pylist(whole, schema), path)
 
 
 def _parquet_kind(values: Sequence[Any]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from gradfn.errors import InputError, StorageError
 from gradfn.evaluate.bootstrap import Estimate
 from gradfn.evaluate.change import Changes, agreement
+from gradfn.report.words import clean
 
 FORMATS = ("png", "pdf", "svg")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
@@ -106,7 +107,8 @@ def plot_lds(
         ends = _lines(axis, points, colours)
         _band(axis, ceiling, vertical=False)
         _log_ticks(axis, sorted({float(point.x) for point in points}))
-        axis.set(xlabel=x_label, title=title)
+        axis.set_xlabel(clean(x_label), parse_math=False)
+        axis.set_title(clean(title), parse_math=False)
         _limits(axis, points, ceiling)
         _end_labels(axis, ends, colours)
     return Path(path)
@@ -152,7 +154,7 @@ def plot_runs(
     with _figure(path, panels, (6.4 if panels == 1 else 10.4, height)) as axes:
         colours = dict(zip(runs, _colours(len(runs)), strict=True))
         _bars(axes[0], runs, ceiling, colours)
-        axes[0].set_title(title)
+        axes[0].set_title(clean(title), parse_math=False)
         if dampings:
             _damping_panel(axes[1], dampings, chosen or {}, ceiling, colours)
     return Path(path)
@@ -205,7 +207,7 @@ def _scatter(axis: Any, title: str, found: Mapping[str, Changes], colours: Mappi
         x, y = (side.flatten().tolist() for side in (change.predicted, change.real))
         alone = len(found) == 1
         axis.scatter(x, y, s=10, alpha=0.5, color=colours[name], linewidths=0, rasterized=True,
-                     label=name if alone else name + figures)  # fmt: skip
+                     label=clean(name) if alone else clean(name) + figures)  # fmt: skip
         title += figures if alone else ""
     low, high = _ends([change.predicted for change in found.values()])
     axis.plot([low, high], [low, high], color=INK, linewidth=1.2, linestyle=(0, (4, 2)), label="as predicted")
@@ -269,7 +271,7 @@ def _bars(
         end = max(one.high, 0.0) + 0.012 * (right - left)
         axis.text(end, row, f"{one.value:.2f}", va="center", ha="left", fontsize=9, zorder=4)
     _band(axis, ceiling, vertical=True)
-    axis.set_yticks(range(len(runs)), list(runs), color=INK, parse_math=False)
+    axis.set_yticks(range(len(runs)), [*map(clean, runs)], color=INK, parse_math=False)
     axis.tick_params(axis="y", length=0)
     room = max(len(runs), FEWEST_BARS) / 2 + 0.05
     below = LABEL_ROOM if ceiling and len(runs) >= FEWEST_BARS else 0.0
@@ -367,9 +369,9 @@ def _end_labels(axis: Any, ends: Mapping[str, tuple[float, float]], colours: Map
     }
     labels = [
         axis.annotate(
-            name, at, xytext=(LABEL_ASIDE, 0), textcoords="offset points", color=colours[name], va="center",
-            fontsize=9, annotation_clip=False, arrowprops={**leader, "color": colours[name]}, zorder=5,
-            parse_math=False,
+            clean(name), at, xytext=(LABEL_ASIDE, 0), textcoords="offset points", color=colours[name],
+            va="center", fontsize=9, annotation_clip=False, arrowprops={**leader, "color": colours[name]},
+            zorder=5, parse_math=False,
         )
         for name, at in ends.items()
     ]  # fmt: skip

@@ -1,6 +1,8 @@
 """Numbers with their nouns, and text from data as one line that is safe to print."""
 
+import json
 import unicodedata
+from typing import Any
 
 from gradfn.shown import SAID
 
@@ -50,5 +52,27 @@ def whole(text: str) -> str:
     return _printable(text.replace(SAID, " → ").translate(ESCAPED))
 
 
-def _printable(line: str) -> str:
-    return "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+def as_json(value: Any) -> str:
+    """JSON on one line, in which letters that cannot be printed are written as `\\uXXXX`: the same value.
+
+    >>> print(as_json({"id": "é\\x1b[2J"}))
+    {"id": "é\\u001b[2J"}
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return (
+        text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    )
+
+
+def on_terminal(text: str) -> str:
+    """Lines of a table for a terminal: without control characters, which would move its cursor or hide text.
+
+    >>> on_terminal("a\\x1b[2J\\r\\nb")
+    'a[2J\\nb'
+    """
+    return _printable(text, but="\n\t")
+
+
+def _printable(text: str, but: str = "") -> str:
+    unseen = ("Cc", "Cf", "Cs", "Co", "Cn")
+    return "".join(c for c in text if c in but or unicodedata.category(c) not in unseen)

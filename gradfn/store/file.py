@@ -206,6 +206,24 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that another one came of; Rust tells its number in words alone.
+
+    >>> system_error(RuntimeError("io error: No space left on device (os error 28)"))
+    OSError(28, 'No space left on device')
+    >>> system_error(RuntimeError("no tensor"))
+    """
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and one.errno is not None:
+            return one
+        for number in DISK_FULL:
+            if os.strerror(number) in str(one) or f"os error {number})" in str(one):
+                return OSError(number, os.strerror(number))
+        one = one.__cause__ or one.__context__
+    return None
+
+
 def check_disk(path: Path, size: int, what: str) -> None:
     """Refuse to begin what the disk of `path` has no room for.
 
@@ -243,29 +261,6 @@ def create_file(path: Path, fill: Callable[[h5py.File], None]) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-def create_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder of files that appears as `path` complete and on disk, or not at all.
-
-    One that is there already is removed before.
-    """
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        with disk_errors(path):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            fill(partial)
-            for file in partial.iterdir():
-                with file.open("rb+") as content:
-                    os.fsync(content.fileno())
-            sync_directory(partial)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(partial, path)
-            sync_directory(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def link_or_copy(path: Path, target: Path) -> None:
@@ -328,6 +323,8 @@ def _unreadable(path: Path, error: Exception) -> Exception:
 @contextmanager
 def reading(path: Path) -> Iterator[h5py.File]:
     """Open a complete file to read from; an error of HDF5 becomes an `InputError` of one sentence."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise InputError(f"{path} is a folder or a device, and no file: give the directory of a run")
     try:
         # Complete files do not change, and HDF5's own locks fail on some network file systems.
         with h5py.File(path, "r", locking=False) as file:

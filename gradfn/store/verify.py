@@ -11,7 +11,8 @@ import h5py
 from gradfn.errors import InputError, StorageError
 from gradfn.store.arrays import ArraySpec
 from gradfn.store.directory import files_of, segment_name
-from gradfn.store.file import Header, get_header, read_header, reading
+from gradfn.store.file import Header, get_header, reading
+from gradfn.store.folder import DIGESTS, check_sealed, sealed_files, sealed_in
 from gradfn.store.guard import check_heaps, linked_hard, own_dataset, refuse_links
 from gradfn.store.reader import Store, steps
 
@@ -65,11 +66,19 @@ def _check_links(file: h5py.File, header: Header, name: str, spec: ArraySpec) ->
 
 
 class Checked(NamedTuple):
-    """A file, its header where that can be read, and what is wrong in one sentence; "" where nothing is."""
+    """What was found of a file.
+
+    Args:
+        path: the file.
+        header: of an .h5 file, where that can be read.
+        wrong: what is wrong, in one sentence; "": nothing.
+        lost: the file that is damaged or missing, which may be another; None: something else is wrong.
+    """
 
     path: Path
-    header: Header | None
-    wrong: str
+    header: Header | None = None
+    wrong: str = ""
+    lost: Path | None = None
 
 
 def files_below(run: str | Path) -> list[Path]:
@@ -84,6 +93,7 @@ def files_below(run: str | Path) -> list[Path]:
     paths = [path for folder in dict.fromkeys(folders) for path in files_of(folder)]
     if run.is_file():
         return [run]
+    paths += [file for digests in sorted(run.rglob(DIGESTS)) for file in sealed_files(digests.parent)]
     if not paths:
         raise InputError(f"{run} holds no run: give the directory of a run, or an .h5 file in it")
     return paths
@@ -108,14 +118,22 @@ def check_files(run: str | Path) -> Iterator[Checked]:
     [('store-0000000000-0000000001.h5', '')]
     """
     for path in files_below(run):
-        header, wrong = None, ""
         try:
             if path != Path(run):
                 refuse_links(path.parent, path)
-            header = read_header(path)
-            check_file(path)
-            if header.segments:
-                Store(path.resolve(), header).verify()
+            header = _check(path)
         except (InputError, StorageError) as error:
-            wrong = str(error)
-        yield Checked(path, header, wrong)
+            yield Checked(path, wrong=str(error), lost=getattr(error, "path", None))
+        else:
+            yield Checked(path, header)
+
+
+def _check(path: Path) -> Header | None:
+    """Check a file, and return its header if it has one."""
+    if (folder := sealed_in(path)) is not None:
+        check_sealed(folder, path)
+        return None
+    header = check_file(path)
+    if header.segments:
+        Store(path.resolve(), header).verify()
+    return header

@@ -62,7 +62,8 @@ class Checkpoints:
             if self.reads is not None:
                 self.reads.save_pretrained(folder)
         take_params(self.model)
-        torch.save(as_torch_optimizer(self.training, state), folder / OPTIMIZER)
+        with (folder / OPTIMIZER).open("wb") as file:  # whose errors C++ would not tell
+            torch.save(as_torch_optimizer(self.training, state), file)
         mark = {"gradfn": gradfn.__version__, "step": int(state.taken), "of": int(state.total)}
         (folder / MARK).write_text(json.dumps(mark) + "\n", encoding="utf-8")
         for weights in folder.glob("*.safetensors"):  # else they are written for their owner alone

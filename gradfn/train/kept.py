@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 import gradfn
 from gradfn.errors import StorageError
 from gradfn.runs.provenance import loss_source
+from gradfn.store.file import system_error
 from gradfn.train.course import Course
 from gradfn.train.optimizers import State
 from gradfn.train.pull import Adjoint
@@ -107,7 +109,7 @@ class Kept:
             partial.replace(path)
         except (OSError, RuntimeError) as error:
             raise StorageError(
-                f"cannot write {path} ({error}): free some space, or make it writable"
+                f"cannot write {path} ({system_error(error) or error}): free some space, or make it writable"
             ) from error
         self.written = time.monotonic()
 
@@ -122,8 +124,11 @@ class Kept:
         if not path.is_file() or path.is_symlink():
             return None
         try:
+            with ZipFile(path) as file:
+                if file.testzip() is not None:  # torch does not compare the checksums
+                    return None
             held = torch.load(path, map_location=device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, PickleError):
+        except (OSError, RuntimeError, EOFError, PickleError, BadZipFile, ValueError, LookupError):
             return None
         return held if isinstance(held, dict) and held.get("key") == self.key else None
 

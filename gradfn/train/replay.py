@@ -21,6 +21,7 @@ import torch
 
 from gradfn.errors import InputError, StorageError
 from gradfn.memory import free_memory
+from gradfn.store.file import system_error
 from gradfn.train.optimizers import State
 from gradfn.types import Params
 
@@ -224,10 +225,12 @@ class Slots:
             self.kept[slot] = copied(state)
             return
         try:
-            torch.save(tuple(state), self.folder / f"{slot}.pt")
+            with (self.folder / f"{slot}.pt").open("wb") as file:
+                torch.save(tuple(state), file)
         except (OSError, RuntimeError) as error:
             raise StorageError(
-                f"cannot keep a state in {self.folder} ({error}): free some space, or give fewer `slots`"
+                f"cannot keep a state in {self.folder} ({system_error(error) or error}): free some space, or "
+                "give fewer `slots`"
             ) from error
 
     def take(self, slot: int) -> State:

@@ -29,7 +29,8 @@ from gradfn.runs.scores import write_scores
 from gradfn.scores import Columns
 from gradfn.store import Span, check_disk, open_store, open_writer, storable
 from gradfn.store.directory import check_place
-from gradfn.store.file import create_folder, disk_errors
+from gradfn.store.file import disk_errors
+from gradfn.store.folder import check_folder, create_folder
 from gradfn.store.guard import refuse_links
 from gradfn.store.writer import Writer
 from gradfn.train.course import Course, Diverged, Taken
@@ -304,6 +305,7 @@ def _resume(job: _Job, step: int) -> State:
             f"{path} is gone, from which the training would go on: put it back, or give `overwrite=True` to "
             "begin again"
         )
+    check_folder(path)
     state = job.saving.keeper.read(path)
     if int(state.taken) != step or int(state.total) != job.course.total:
         raise InputError(

@@ -138,3 +138,12 @@ def test_an_argument_that_neither_gives_is_missing(command, write):
     result = command("build", "--config", write("seed = 1"))
     assert (result.status, result.err) == (2, "gradfn: Missing argument 'run': see gradfn build --help\n")
     assert read_config(BuildRequest, write("")) == {}
+
+
+@pytest.mark.parametrize("ending", ["json", "toml"])
+def test_a_file_that_is_nested_too_deep_is_refused(command, tmp_path, ending):
+    equals = "model = " if ending == "toml" else '{"model": '
+    (tmp_path / f"o.{ending}").write_text(equals + "[" * 9000 + "]" * 9000 + "}" * (ending == "json"))
+    result = command("build", tmp_path / "run", "--config", tmp_path / f"o.{ending}")
+    assert (result.status, result.err.count("\n")) == (2, 1), result.err
+    assert f"cannot be read as {ending}" in result.err

@@ -137,7 +137,7 @@ def test_info_and_verify_know_it(ok, run):
     assert "steps 6, loss " in shown
     assert shlex.split(ok("info", run, "--command"))[:2] == ["gradfn", "train"]
     assert json.loads(ok("info", run, "--json"))["files"][0]["kind"] == "training"
-    assert "3 files" in ok("verify", run)
+    assert "27 files" in ok("verify", run)
 
 
 def test_killed_before_a_checkpoint_it_goes_on_from_the_one_before(ok, base, run, tmp_path):

@@ -1,12 +1,14 @@
 """Compressed files, and folders of processes that were killed."""
 
 import bz2
+import errno
 import gzip
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -69,3 +71,17 @@ def test_a_full_disk_is_no_fault_of_the_dataset(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"this machine failed \(.*No space left on device\): free space"):
         load_rows(tmp_path / "a.jsonl")
     assert unpack_file.PACKED.keys() == PACK.keys()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_has_temporary_folders_all_the_same(tmp_path, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("gradfn.hf.unpack.fcntl.flock", fail)
+    with temporary_folder() as folder:
+        os.utime(Path(folder) / "in-use", (0, 0))
+        with temporary_folder():
+            assert Path(folder).is_dir()
+    assert [*tmp_path.iterdir()] == []

@@ -227,3 +227,16 @@ def test_a_write_that_the_system_cuts_short_is_gone_on_with(tmp_path):
     with Sink(tmp_path / "file", "w") as sink:
         assert sink.write(b"0123456789") == 10
     assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_folder_or_a_pipe_in_the_place_of_a_file_is_refused(tmp_path, make):
+    write(tmp_path)
+    for path in (tmp_path / "store.h5", segment(tmp_path, 5, 10)):
+        path.unlink()
+        make(path)
+        with pytest.raises(InputError) as error:
+            open_store(tmp_path)
+        one_sentence(error, f"{path} is a folder or a device, and no file")
+        (path.rmdir if path.is_dir() else path.unlink)()
+        write(tmp_path)

@@ -13,7 +13,7 @@ from train_problems import ROWS, SETTINGS, problem
 from gradfn.errors import InputError
 from gradfn.model.params import params_of
 from gradfn.scores import Scores
-from gradfn.store.file import create_folder
+from gradfn.store.folder import create_folder
 from gradfn.train import run as module
 from gradfn.train.course import Course, Diverged, Valuing
 from gradfn.train.run import (
