@@ -30,7 +30,8 @@ from gradfn.runs.scores import READ_BYTES, rows_that_fit, stored_scores
 from gradfn.scores import TopK, extremes
 from gradfn.store import Store, check_disk
 from gradfn.store.directory import locked
-from gradfn.store.file import create_folder, read_header
+from gradfn.store.file import read_header
+from gradfn.store.folder import create_folder
 from gradfn.store.guard import refuse_links
 from gradfn.transforms import Transform, chain, joint
 from gradfn.transforms.joint import JOINT
