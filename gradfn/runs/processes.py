@@ -104,6 +104,8 @@ def hessian_together(
     output, subject = output_of(run, model, options)
     settings = Asked(subject, data, fold, transform, labels, seed, partitions).made.merged(output.settings)
     how: Any = {**options, "labels": labels, "seed": seed, "partitions": partitions, "shard": processes.shard}
+    if (progress := output.progress) is not None:  # parts have about as many tokens each
+        how["progress"] = lambda done: progress(type(done)(done * processes.count))
     if not _is_there(Path(run), settings.settings(), output.overwrite):
         for _ in range(passes(fold)):
             hessian_shard(run, model, data, fold, transform, **how)
