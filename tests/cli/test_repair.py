@@ -82,8 +82,9 @@ def test_only_what_was_damaged_is_made_again(ok, command, base, tmp_path, name, 
         before = state(run)
 
 
-@pytest.mark.parametrize("step", [0, 4, 6])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "digests.json"])
+@pytest.mark.parametrize(
+    ("step", "name"), [(4, "model.safetensors"), (0, "optimizer.pt"), (6, "digests.json"), (0, "config.json")]
+)
 def test_a_damaged_checkpoint_is_trained_again(ok, command, base, tmp_path, step, name):
     run = tmp_path / "run"
     ok("train", run, *base, *STEPS)
