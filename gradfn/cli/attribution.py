@@ -227,9 +227,7 @@ class Job:
             how: Any = {"labels": fit.labels, "seed": self.request.seed, "partitions": fit.partitions,
                         "settings": settings, "overwrite": self.overwrite, "progress": progress}  # fmt: skip
             given = place, replace(loaded.subject, view=view), train, fold, transform
-            if (processes := TOGETHER.get()) is not None:
-                return hessian_together(*given, processes=processes, **how)
-            return hessian(*given, **how)
+            return (hessian if TOGETHER.get() is None else hessian_together)(*given, **how)
 
         return persist
 

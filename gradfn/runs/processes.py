@@ -87,7 +87,6 @@ def hessian_together(
     fold: Any,
     transform: Transform | None = None,
     *,
-    processes: Processes,
     labels: Labels = "data",
     seed: int = 0,
     partitions: int = 1,
@@ -98,9 +97,11 @@ def hessian_together(
     The first process adds up the sums in the order of the parts, so what comes out is the same each time.
 
     Args:
-        run, model, data, fold, transform, labels, seed, partitions, options: see `hessian`; the same in all.
-        processes: which one this is. All of them must call this.
+        run, model, data, fold, transform, labels, seed, partitions, options: see `hessian`; the same in all
+            processes of `TOGETHER`, which must all call this.
     """
+    processes = TOGETHER.get()
+    assert processes is not None
     output, subject = output_of(run, model, options)
     settings = Asked(subject, data, fold, transform, labels, seed, partitions).made.merged(output.settings)
     how: Any = {**options, "labels": labels, "seed": seed, "partitions": partitions, "shard": processes.shard}
