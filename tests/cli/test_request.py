@@ -77,8 +77,9 @@ def test_choices_are_the_librarys():
     assert set(get_args(options.Attention)) == set(ATTENTION)
     assert all(callable(getattr(statistics, kind)) for kind in get_args(options.Kind))
     for name in get_args(training.Optimizer):
+        momentum = 0.95 if name == "muon" else 0.0
         for schedule in get_args(training.Schedule):
-            assert Training(1, 1, 0.1, name, schedule=schedule).optimizer == name
+            assert Training(1, 1, 0.1, name, momentum=momentum, schedule=schedule).optimizer == name
 
 
 def test_behind_the_door_there_are_values(monkeypatch):
