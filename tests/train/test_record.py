@@ -136,8 +136,10 @@ def test_killed_and_resumed_has_the_bytes_of_one_run(tmp_path, dies, monkeypatch
 
     run_to(tmp_path / "whole")
     if (child := os.fork()) == 0:
-        run_to(tmp_path / "killed", die=dies)
-        os._exit(1)  # not reached
+        try:
+            run_to(tmp_path / "killed", die=dies)
+        finally:
+            os._exit(1)  # not reached
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     at = dies // 3 * 3
     if at == 0:
