@@ -1,4 +1,4 @@
-"""The tests of `on_device.py` in a process of their own, where PyTorch has `elsewhere` for its accelerator."""
+"""The tests of `on_device.py` in a process of their own, where PyTorch takes `elsewhere` for a GPU."""
 
 import os
 import subprocess
