@@ -114,7 +114,7 @@ def test_adapters_on_the_parameters_of_experts():
     names = [name for name, _ in model.named_parameters()]
     got = collect(model, ROWS)
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    assert error(got, naive(model, next_tokens(model), ROWS)) < 2e-6
+    assert error(got, naive(model, next_tokens(model), ROWS)) < 1e-5  # of float32, which experts need
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT itself

@@ -152,7 +152,10 @@ def kill_at_random(run, sent):
     """Fork a writer and end it, again and again, reading all the while; print how each ended."""
     dice, codes = random.Random(0), []
     while not (run / "store.h5").exists() and len(codes) < 15:
-        cuts, until = slices(dice.randint(1, 3), 60), time.monotonic() + dice.uniform(0, 0.1)
+        cuts, until = (
+            slices(dice.randint(1, 3), 60),
+            time.monotonic() + dice.uniform(0, 0.02 * (1 + len(codes))),
+        )
         child = os.fork()
         if not child:
             write(run, cuts, rows=60)
