@@ -15,10 +15,11 @@ from gradfn.cli.request import make
 from gradfn.errors import InputError
 from gradfn.report.progress import QUIET
 from gradfn.report.tables import facts
-from gradfn.runs.merge import Joined, merge_run
+from gradfn.runs.merge import SUMS, Joined, merge_run
 from gradfn.runs.processes import TOGETHER, Processes
-from gradfn.runs.shards import FOLDER, TooManyShards, shards_of
+from gradfn.runs.shards import FOLDER, Shard, TooManyShards, kind_name, shard_run, shards_of
 from gradfn.statistics.fold import passes
+from gradfn.store import remove_kind
 
 SHOWN = ("csv", "jsonl", "parquet")
 OTHERS_WAIT_S = 3.0
@@ -54,7 +55,7 @@ def _check(made: Any, processes: Processes) -> None:
             raise InputError(
                 "scores of a --training go through its steps one by one: run them without torchrun"
             )
-    counts = {shard.count for shards in shards_of(made.run).values() for shard in shards}
+    counts = {shard.count for _, shard in _parts(made)}
     if counts and max(counts) > processes.count and not made.output.overwrite:
         raise InputError(
             f"{made.run} has the parts of {max(counts)} processes: start as many, or give `overwrite=True` "
@@ -62,13 +63,29 @@ def _check(made: Any, processes: Processes) -> None:
         )
 
 
+def _parts(made: Any) -> list[tuple[str, Shard]]:
+    """The parts in the run of what the command writes, by kind.
+
+    Raises:
+        InputError: there are parts of another command, which would be joined with them.
+    """
+    own = {"hessian": SUMS, "scores": (*SUMS, "scores")}.get(made.WRITES, (made.WRITES,))
+    found = shards_of(made.run)
+    if others := [kind_name(kind) for kind in found if kind not in own]:
+        raise InputError(
+            f"{made.run} has parts of its {others[0]}, of another command: join them with gradfn merge, or "
+            "write to another directory"
+        )
+    return [(kind, shard) for kind, shards in found.items() for shard in shards]
+
+
 def _share(made: Any, command: Callable[[Any], None], processes: Processes) -> None:
     """Do this process's part, and in the first one what follows on all of them."""
     first, run, overwrite = processes.rank == 0, Path(made.run), made.output.overwrite
     there = (run / f"{made.WRITES}.h5").exists() and not overwrite
     processes.wait()  # so that all of them have looked
-    if first and overwrite:
-        shutil.rmtree(run / FOLDER, ignore_errors=True)
+    for kind, shard in _parts(made) if first and overwrite else ():
+        remove_kind(shard_run(run, shard), kind)
     processes.wait()
     times = 0 if there else passes(getattr(kinds, made.kind)()) if isinstance(made, HessianRequest) else 1
     joined = list[Joined]()

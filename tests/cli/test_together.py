@@ -10,9 +10,14 @@ import pytest
 import torch
 from tiny import DOCUMENTS, write_jsonl
 
+from gradfn.cli.commands import HessianRequest
+from gradfn.cli.request import make
+from gradfn.cli.together import run_together
+from gradfn.errors import InputError
 from gradfn.evaluate.truth import open_truth
 from gradfn.runs.curvatures import load_curvature
 from gradfn.runs.merge import BASIS
+from gradfn.runs.processes import Processes
 from gradfn.scores import Scores
 from gradfn.store import open_store
 
@@ -98,6 +103,9 @@ def test_more_processes_than_rows(ok, model, folder):
     status, out, said = torchrun(3, "hessian", folder / "few", "--model", model, "--dataset", few)
     assert (status, out.count("[2 shards]")) == (0, 1), said
     ok("hessian", folder / "alone", "--model", model, "--dataset", few)
+    one, other = (load_curvature(folder / name) for name in ("alone", "few"))
+    for block in one:
+        torch.testing.assert_close(other[block].values, one[block].values, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.slow
@@ -153,6 +161,16 @@ def test_what_several_processes_do_not_do(command, one_of_two, store, arguments,
     result = command(*(store if word == "STORE" else word for word in arguments))
     assert (result.status, result.err.count("\n"), result.out) == (2, 1, "")
     assert words in result.err
+
+
+def test_parts_of_another_command_are_left_alone(ok, base, tmp_path, monkeypatch):
+    ok("build", tmp_path, *base, "--shard", "1/3")
+    monkeypatch.setattr("gradfn.runs.processes.Processes.wait", lambda self: None)
+    made = make(HessianRequest, {"run": str(tmp_path), "model": str(base[1]), "dataset": str(base[3]),
+                                 "overwrite": True})  # fmt: skip
+    with pytest.raises(InputError, match="has parts of its store, of another command: join them"):
+        run_together(made, lambda part: None, Processes(0, 2, 0))
+    assert (tmp_path / "shards/1-of-3/store.h5").exists()
 
 
 def test_parts_of_more_processes_are_refused(command, ok, folder, base, one_of_two, monkeypatch):
