@@ -1,4 +1,4 @@
-"""What a page shows beside scores: the answers of the run's model, and the columns, labels and images of its rows."""
+"""What a page shows beside scores: answers of the model; columns, labels and images of the rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,7 +48,7 @@ def beside_of(run: PageRun, *, load: bool, device: str = "auto") -> Beside:
         loaded, train, asked = load_all(request)
         return _found(run, request, loaded, train, asked)
     except (InputError, StorageError) as error:
-        return Beside(notes=(f"{name}: the model’s own answers are not shown, because {error}.",))
+        return Beside(notes=(f"{name}: the model's own answers are not shown, because {error}.",))
     finally:
         SPOKEN.reset(told)
 
@@ -97,14 +97,14 @@ def _found(run: PageRun, request: ScoreRequest, loaded: Loaded, train: Corpus, a
             answers, sources = answers_of(loaded, shown) or (), shown.sources
         else:
             notes.append(
-                f"{name}: the queries have changed since they were scored, so the model’s own answers are not shown."
+                f"{name}: the queries have changed since they were scored, so there are no answers to them."
             )
     elif asked is None and not run.own:
-        notes.append(f"{name}: the queries are stored gradients, so the model’s own answers are not shown.")
+        notes.append(f"{name}: the queries are stored gradients, so the model's own answers are not shown.")
     tokenizer = loaded.reads.tokenizer
     if made.data is None or made.data.fingerprint != train.fingerprint():
         notes.append(
-            f"{name}: the rows have changed since they were scored, so their columns and labels are not shown."
+            f"{name}: the rows have changed since they were scored, so columns and labels are not shown."
         )
         return Beside(answers, sources, tokenizer, notes=notes)
     return Beside(

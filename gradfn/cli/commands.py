@@ -176,10 +176,10 @@ class QueryRequest(Request):
 class ReportRequest(Request):
     """Write scores as a page for a browser, in one file.
 
-    It shows every query with the model's own answer, its proponents and opponents, and where their scores come
-    from. Several runs of the same rows and queries stand beside each other: other methods or checkpoints; runs
-    by token, whose tokens are marked; runs by head, as maps. Rows that were scored against themselves can be
-    ticked as wrong or right. The page needs no network, and reads without scripts too.
+    It shows every query with the model's own answer, its proponents and opponents, and where their scores
+    come from. Several runs of the same rows and queries stand beside each other: other methods or
+    checkpoints; runs by token, whose tokens are marked; runs by head, as maps. Rows that were scored against
+    themselves can be ticked as wrong or right. The page needs no network, and reads without scripts too.
     """
 
     COMMAND: ClassVar[str] = "report"

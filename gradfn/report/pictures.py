@@ -211,7 +211,7 @@ class Scatter(NamedTuple):
         points: places, one a model and query.
         reach: the change that the edges of the box stand for.
         slope, correlation: of the line through 0, and Pearson's, in words.
-        count: how many points there are, of which at most 1,500 are drawn.
+        total: how many points there are, of which at most 1,500 are drawn.
     """
 
     name: str
@@ -219,7 +219,7 @@ class Scatter(NamedTuple):
     reach: float
     slope: str
     correlation: str
-    count: int
+    total: int
 
 
 def scatter_of(name: str, found: Changes, slope: str, correlation: str) -> Scatter:
