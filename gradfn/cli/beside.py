@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 from gradfn.cli.commands import ScoreRequest, TrainRequest
 from gradfn.cli.console import SPOKEN
 from gradfn.cli.inputs import Loaded, checked, training_rows, with_example
@@ -26,6 +29,8 @@ FURTHER = ("seed", "training", "self")
 """Options that say what was loaded, but for the groups of these."""
 COLUMNS = 8
 """Columns of metadata that are shown."""
+COMPARED = 5000
+"""Of more images none are compared."""
 SHOWN_ELSEWHERE = {"id", "text", "prompt", "completion", "messages", "image", "label", "input_ids", "labels",
                    "token_type_ids", "attention_mask"}  # fmt: skip
 
@@ -109,7 +114,7 @@ def _found(run: PageRun, request: ScoreRequest, loaded: Loaded, train: Corpus, a
         return Beside(answers, sources, tokenizer, notes=notes)
     return Beside(
         answers, sources, tokenizer, _columns(request, train), *_classes(loaded, train),
-        (lambda row: thumbnail(train, row)) if isinstance(train, Images) else None, notes,
+        *_images(train, run.own), notes,
     )  # fmt: skip
 
 
@@ -137,6 +142,20 @@ def _columns(request: ScoreRequest, train: Corpus) -> Mapping[str, Sequence[Any]
         if all(isinstance(v, str | int | float | None) for v in values)
     }
     return dict([*plain.items()][:COLUMNS])
+
+
+def _images(train: Corpus, near: bool) -> tuple[Any, Any]:
+    """What gives the images most like one, by the cosine of pixels at 8 x 8, and small images of rows."""
+    if not isinstance(train, Images):
+        return None, None
+    if not near or len(train) > COMPARED:
+        return None, lambda row: thumbnail(train, row)
+    pixels = [train[row]["pixel_values"].float() for row in range(len(train))]
+    small = torch.stack([nn.functional.adaptive_avg_pool2d(one, 8).flatten() for one in pixels])
+    unit = nn.functional.normalize(small - small.mean(0))
+    return (lambda row: (unit @ unit[row]).argsort(descending=True).tolist()), lambda row: thumbnail(
+        train, row
+    )
 
 
 def _classes(loaded: Loaded, train: Corpus) -> tuple[Sequence[str], Any]:

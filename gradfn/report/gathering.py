@@ -21,7 +21,7 @@ from gradfn.report.rendering import visible
 from gradfn.report.rows import StoredTexts
 from gradfn.report.runs import contents
 from gradfn.report.words import count
-from gradfn.scores import extremes
+from gradfn.scores import Scores, extremes
 from gradfn.shown import SAID
 from gradfn.store import open_store
 from gradfn.train.run import INRUN, VALUES
@@ -240,11 +240,12 @@ class Gathered:
         return marked_pieces(pieces, values[:, number], self.budget.characters)
 
     def _near(self, row: int, label: str, predicted: str) -> list[tuple[str, str]]:
-        """The rows of the label, and of the model's class, that are nearest by their words."""
-        if not any(self.texts) or len(self.texts) > MANY or self.first.beside.thumbnail is not None:
+        """The rows of the label, and of the model's class, that are nearest: by their words, or pixels."""
+        beside, ids = self.first.beside, self.first.scores.row_ids
+        if beside.nearest is None and (beside.thumbnail or not any(self.texts) or len(self.texts) > MANY):
             return []
-        labels, ids = self.first.beside.labels, self.first.scores.row_ids
-        near = [int(found) for found in self.words(row) if found not in (NOT_FOUND, row)]
+        labels, found = beside.labels, self._alike(row) if beside.nearest is None else beside.nearest(row)
+        near = [int(other) for other in found if other not in (NOT_FOUND, row)]
         classes = dict.fromkeys([label, predicted or label]) if labels else {"": None}
         alike = {
             one: [visible(ids[r]) for r in near if not labels or labels[r] == one][:NEAREST]
@@ -252,10 +253,9 @@ class Gathered:
         }
         return [(visible(one), ", ".join(found)) for one, found in alike.items() if found]
 
-    def words(self, row: int) -> list[int]:
+    def _alike(self, row: int) -> list[int]:
         """The rows nearest to a listed one by BM25, best first."""
-        rows = self._listed_rows
-        return self._neighbours[rows[row]].tolist() if row in rows else []
+        return self._neighbours[self._listed_rows[row]].tolist()
 
     @cached_property
     def _listed_rows(self) -> dict[int, int]:
@@ -344,7 +344,7 @@ class Gathered:
             "heat": self._letters(),
         }  # fmt: skip
 
-    def _columns(self, scores: Any, rows: Sequence[int]) -> dict[str, Any]:
+    def _columns(self, scores: Scores, rows: Sequence[int]) -> dict[str, Any]:
         """The scores of a run at every damping: of every query the kept rows, and the histogram of all."""
         chosen = scores.values[:, :, : len(self.queries)]
         histograms = [[Histogram.of(column.numpy()) for column in one.T] for one in chosen]
@@ -390,16 +390,12 @@ def _run(run: PageRun) -> RunPart:
     )  # fmt: skip
 
 
-def _other(scores: Any, number: int, row: int) -> tuple[str, float, float, int]:
+def _other(scores: Scores, number: int, row: int) -> tuple[str, float, float, int]:
     """The score of a row in another run, its share of the largest, and its rank from the highest."""
     column: Tensor = scores.values[0, :, number]
-    score = float(column[row])
-    return (
-        visible(scores.name),
-        score,
-        score / (float(column.abs().max()) or 1.0),
-        1 + int((column > score).sum()),
-    )
+    score, rank = float(column[row]), 1 + int((column > column[row]).sum())
+    name = f"{scores.name} (damping {scores.dampings[0]})" if len(scores.dampings) > 1 else scores.name
+    return visible(name), score, score / (float(column.abs().max()) or 1.0), rank
 
 
 def _valued(run: PageRun) -> bool:

@@ -29,6 +29,7 @@
     const [low, high, levels] = data.runs[run].histograms[damping][state.query];
     return { scores, low, high, levels, most: Math.max(-low, high) || 1 };
   };
+  const title = (run, damping) => run.dampings.length > 1 ? `${run.name} (damping ${run.dampings[damping]})` : run.name;
   const ranks = (scores) => {
     const order = [...scores.keys()].sort((a, b) => scores[b] - scores[a]);
     const made = [];
@@ -84,7 +85,7 @@
     const labels = get(".labels");
     if (labels && data.labels.length) {
       labels.prepend("label ", make("b", "", data.labels[at]), data.predicted[row] ? ", the model says " : "", make("b", data.predicted[row] === data.labels[at] ? "" : "con", data.predicted[row] || ""));
-    }
+    } else if (labels) labels.remove();
     for (const box of li.querySelectorAll("input")) {
       box.value = row;
       box.checked = decisions.get(row) === box.name;
@@ -129,7 +130,9 @@
     const section = sections[state.query], one = column();
     sections.forEach((other) => other.classList.toggle("off", other !== section));
     links.forEach((link, n) => n === state.query ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"));
-    const others = data.runs.map((run, n) => n === state.run ? null : { name: run.name, ...column(n) }).filter(Boolean);
+    const others = data.runs.map((run, n) => n === state.run ? null : { name: title(run, 0), ...column(n) }).filter(Boolean);
+    const damped = section.querySelector(".damped");
+    if (damped) damped.textContent = data.runs[state.run].dampings[state.damping] || "none";
     others.forEach((other) => { other.ranks = ranks(other.scores); });
     const rows = chosen(one), sides = [...section.querySelectorAll(".side")];
     const both = state.order === "sides";

@@ -25,6 +25,7 @@ class Beside:
         columns: further columns of the rows, by name: the values of all rows.
         labels: of every row the name of its class.
         predicted: gives the model's own class of some rows.
+        nearest: gives the rows that are most like a row, best first; None: they are told by their words.
         thumbnail: gives a small image of a row as a `data:` address.
         notes: sentences on what the page lacks, and why.
     """
@@ -35,6 +36,7 @@ class Beside:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     labels: Sequence[str] = ()
     predicted: Callable[[list[int]], Mapping[int, str]] | None = None
+    nearest: Callable[[int], Sequence[int]] | None = None
     thumbnail: Callable[[int], str] | None = None
     notes: Sequence[str] = ()
 
