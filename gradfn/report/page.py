@@ -71,7 +71,7 @@ def check_page(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the name of a file, such as {path}/page.html")
     if path.exists() and not overwrite:
-        raise InputError(f"{path} exists: give `overwrite=True` to replace it, or another name")
+        raise InputError(f"{path} exists: give `overwrite=True`, or another name")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent} for the page: make it, or give another name")
 

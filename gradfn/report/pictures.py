@@ -183,7 +183,7 @@ def lines_of(series: Mapping[int, Sequence[tuple[float, float]]], first: str, la
         series: of every row what is added, and when, in order: `(x, addend)`.
         first, last: the names of the ends of the x axis.
 
-    >>> lines_of({7: [(1, 2.0), (2, -1.0)]}, "start", "end").lines
+    >>> lines_of({7: [(1.0, 2.0), (2.0, -1.0)]}, "start", "end").lines
     [Line(row=7, side='pro', points='0,24 50,0 100,12')]
     """
     sums = {row: np.cumsum([0.0, *(y for _, y in added)]) for row, added in series.items()}
