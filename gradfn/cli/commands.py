@@ -204,6 +204,9 @@ class ReportRequest(Request):
     no_model: bool = option(False, "Load no model: the page has no answers, labels and marked tokens.")
     device: str = option("auto", "Where models run: cpu, cuda; auto: a GPU where there is one.")
     overwrite: bool = option(False, "Replace a page that is there.")
+    serve: bool = option(False, "Show a store of gradfn build on this machine, with a box to ask it.")
+    port: int = option(0, "Of --serve.", shown="a free one")
+    unit_normalize: bool = option(False, "Of --serve: compare by cosines.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from gradfn.cli.commands import ReportRequest, spelled
 from gradfn.cli.console import console
 from gradfn.cli.evaluate import opened_truth, weights_of
 from gradfn.cli.request import command_line
+from gradfn.cli.serve import serve
 from gradfn.errors import InputError
 from gradfn.evaluate.change import agreement, changes
 from gradfn.evaluate.scored import refuse_other_data, sides_of
@@ -20,7 +21,11 @@ from gradfn.report.words import count, size_of
 
 
 def run_report(request: ReportRequest) -> None:
-    """Read the runs, load what they were made of, and write the page."""
+    """Read the runs, load what they were made of, and write the page; or answer a browser."""
+    if request.serve:
+        return serve(request)
+    if given := request.gave("port", "unit_normalize"):
+        raise InputError(f"{given} is of --serve: leave it out")
     if request.path is None:
         raise InputError("the page has no name: give --output page.html")
     check_page(request.path, request.overwrite)

@@ -301,6 +301,10 @@
     if (kept === "dark" || kept === "light") document.documentElement.dataset.theme = kept;
     for (const [row, name] of JSON.parse(localStorage.getItem("gradfn:" + location.pathname) || "[]")) if (data.own && place.has(row)) decisions.set(row, name);
   } catch { /* nothing is kept */ }
+  if (!sections.length) {
+    document.querySelectorAll(".controls, .find, .keys").forEach((one) => { one.hidden = true; });
+    return;
+  }
   damped();
   render();
   read();

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gradfn.errors import InputError
 from gradfn.evaluate.scored import refuse_other_data, sides_of
 from gradfn.report.gathering import Budget, Gathered
 from gradfn.report.page_runs import Beside, PageRun, open_page_run
+from gradfn.report.page_values import Page
 from gradfn.report.pictures import Scatter
 from gradfn.report.rendering import render
 from gradfn.store.file import disk_errors
@@ -74,6 +76,20 @@ def check_page(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} exists: give `overwrite=True`, or another name")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent} for the page: make it, or give another name")
+
+
+def empty_page(title: str, rows: int, notes: Sequence[str] = ()) -> str:
+    """The HTML of a page with nothing but a box to ask a query, for a server.
+
+    Args:
+        title, rows: of what is asked.
+        notes: why a query has no answer.
+    """
+    data: dict[str, Any] = dict.fromkeys(("rows", "ids", "texts", "labels", "sources", "bm25", "runs"), ())
+    data |= {"columns": {}, "predicted": {}, "own": False, "images": False, "depth": None, "heat": None}
+    return render(
+        Page(title, False, False, True, rows, (), (), notes, (), None, (), (), "", data), forms=True
+    )
 
 
 def page_html(

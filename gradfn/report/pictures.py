@@ -149,7 +149,7 @@ def as_letters(cells: Float[np.ndarray, "layers columns"]) -> str:
     """Cells as letters, each a number from -31 to 31 of the largest in size.
 
     >>> as_letters(np.array([[1.0, -1.0], [0.0, 0.5]]))
-    '-0Vk'
+    '-0Vl'
     """
     most = float(np.abs(cells).max(initial=0)) or 1.0
     return "".join(LEVELS[31 + round(31 * float(cell) / most)] for cell in cells.flat)
