@@ -1,6 +1,7 @@
 """What a page shows beside scores: answers of the model; columns, labels and images of the rows."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from gradfn.evaluate.truth import CLASSES
 from gradfn.hf.images import thumbnail
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.report.page import Beside, PageRun
+from gradfn.report.page_values import Budget
 from gradfn.report.words import clean
 from gradfn.runs.provenance import Provenance
 
@@ -99,7 +101,9 @@ def _found(run: PageRun, request: ScoreRequest, loaded: Loaded, train: Corpus, a
         known = getattr(made.query, "fingerprint", None)
         if known is None or known == asked.documents.fingerprint():
             shown = queries_of(asked, loaded, request.query).shown
-            answers, sources = answers_of(loaded, shown) or (), shown.sources
+            first = asked.documents.select(range(min(len(asked.documents), Budget().queries)))
+            answers = answers_of(loaded, replace(shown, documents=first)) or ()
+            sources = shown.sources
         else:
             notes.append(
                 f"{name}: the queries have changed since they were scored, so there are no answers to them."

@@ -14,7 +14,7 @@ from gradfn.evaluate.correlation import correlation
 from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
 from gradfn.evaluate.overlap import top_overlap
 from gradfn.report.page_runs import PageRun
-from gradfn.report.page_texts import answer_in_words, cell, cut, marked_pieces, short, texts_of
+from gradfn.report.page_texts import answer_in_words, cell, marked_pieces, row_text, short, texts_of
 from gradfn.report.page_values import Budget, Card, Page, QueryPart, RunPart
 from gradfn.report.pictures import Grid, Histogram, Lines, Scatter, as_letters, grid_of, lines_of, shades
 from gradfn.report.rendering import visible
@@ -235,7 +235,7 @@ class Gathered:
     def _marked(self, number: int, row: int) -> list[tuple[str, str]]:
         """The text of a row, with its tokens marked where they are scored."""
         if self.marking is None:
-            return [(cut(visible(self.texts[row]), self.budget.characters), "")]
+            return [(row_text(self.texts[row], self.budget.characters), "")]
         pieces, values = self._pieces(row)
         return marked_pieces(pieces, values[:, number], self.budget.characters)
 
@@ -334,7 +334,7 @@ class Gathered:
         return {
             "total": len(scores.row_ids), "depth": None if len(rows) == len(scores.row_ids) else depth,
             "rows": rows, "ids": [visible(scores.row_ids[row]) for row in rows],
-            "texts": [cut(visible(self.texts[row]), self.budget.characters) for row in rows],
+            "texts": [row_text(self.texts[row], self.budget.characters) for row in rows],
             "columns": values, "own": self.first.own, "images": beside.thumbnail is not None,
             "labels": [visible(beside.labels[row]) for row in rows] if beside.labels else [],
             "predicted": {row: visible(name) for row, name in self.suspicious.items()},

@@ -224,7 +224,7 @@
   const decide = (row, name, on) => {
     if (on) decisions.set(row, name); else decisions.delete(row);
     document.querySelectorAll(`li.row[data-row="${row}"] .decide input`).forEach((box) => { box.checked = decisions.get(row) === box.name; });
-    try { localStorage.setItem("gradfn:" + location.pathname, JSON.stringify([...decisions])); } catch { /* not kept */ }
+    try { localStorage.setItem("gradfn:" + location.pathname, JSON.stringify([...decisions].map(([row, name]) => [row, data.ids[place.get(row)], name]))); } catch { /* not kept */ }
   };
   const save = () => {
     const lines = [...decisions].sort((a, b) => a[0] - b[0]).map(([row, decision]) => {
@@ -299,7 +299,9 @@
   try {
     const kept = localStorage.getItem("gradfn-theme");
     if (kept === "dark" || kept === "light") document.documentElement.dataset.theme = kept;
-    for (const [row, name] of JSON.parse(localStorage.getItem("gradfn:" + location.pathname) || "[]")) if (data.own && place.has(row)) decisions.set(row, name);
+    for (const [row, id, name] of JSON.parse(localStorage.getItem("gradfn:" + location.pathname) || "[]")) {
+      if (data.own && place.has(row) && data.ids[place.get(row)] === id) decisions.set(row, name);
+    }
   } catch { /* nothing is kept */ }
   if (!sections.length) {
     document.querySelectorAll(".controls, .find, .keys").forEach((one) => { one.hidden = true; });

@@ -8,6 +8,7 @@ import numpy as np
 from gradfn.hf.answers import Answer
 from gradfn.report.rankings import LIKELY_NATS
 from gradfn.report.rendering import visible
+from gradfn.shown import SAID
 
 TOKEN_SHADES = 4
 LEAST = 0.08
@@ -78,6 +79,21 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def cell(value: Any) -> str:
     """A value of a column in a few letters."""
     return "" if value is None else cut(visible(str(value)), CELL)
+
+
+def row_text(text: str, characters: int) -> str:
+    """The text of a row, of at most so many letters; of a prompt the end, so that what is supervised stays.
+
+    >>> row_text("a very long question\u00a0\u2192 an answer", 20)
+    '…uestion\\xa0→ an answer'
+    """
+    text = visible(text)
+    asked, arrow, said = text.rpartition(SAID)
+    if len(text) <= characters or not arrow:
+        return cut(text, characters)
+    said = cut(said, max(characters // 2, characters - len(asked) - len(arrow)))
+    room = characters - len(said) - len(arrow)
+    return (asked if len(asked) <= room else "…" + asked[len(asked) - room + 1 :]) + arrow + said
 
 
 def cut(text: str, characters: int) -> str:

@@ -165,3 +165,12 @@ def test_decisions_are_exported(opened, tmp_path):
         f"row-{rows[1]}": "right",
     }
     assert lines[0]["score"] == pytest.approx(float(own.values[0, lines[0]["row"], 0]), rel=1e-3)
+    page.reload()
+    assert page.is_checked(f'li[data-row="{rows[1]}"] input[name=right]')
+    assert page.locator("input:checked").count() == 2
+    other = Scores(
+        own.values, [f"other {name}" for name in own.row_ids], ["self"], settings=own.settings, name="own"
+    )
+    write_page([PageRun(other, run.store)], tmp_path / "page.html", overwrite=True)
+    page.reload()
+    assert page.locator("input:checked").count() == 0
