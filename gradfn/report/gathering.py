@@ -160,7 +160,8 @@ class Gathered:
         )
         return Page(
             " · ".join(run.name for run in runs), first.own, self.marking is not None, asking,
-            len(first.scores.row_ids), runs, shown, self._notes(), self._hints(), self.grid, images, scatters,
+            len(first.scores.row_ids), runs, shown, self._notes(), self._hints(), self.grid,
+            "" if self.blocks is None else visible(self.blocks.scores.name), images, scatters,
             command, self._data(rows),
         )  # fmt: skip
 

@@ -88,7 +88,7 @@ def empty_page(title: str, rows: int, notes: Sequence[str] = ()) -> str:
     data: dict[str, Any] = dict.fromkeys(("rows", "ids", "texts", "labels", "sources", "bm25", "runs"), ())
     data |= {"columns": {}, "predicted": {}, "own": False, "images": False, "depth": None, "heat": None}
     return render(
-        Page(title, False, False, True, rows, (), (), notes, (), None, (), (), "", data), forms=True
+        Page(title, False, False, True, rows, (), (), notes, (), None, "", (), (), "", data), forms=True
     )
 
 

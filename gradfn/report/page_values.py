@@ -107,7 +107,7 @@ class RunPart:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template shows; `data` is what the script reads."""
+    """All that the template shows; `blocks` is the run of the heat map, `data` what the script reads."""
 
     title: str
     own: bool
@@ -119,6 +119,7 @@ class Page:
     notes: Sequence[str]
     hints: Sequence[str]
     grid: Grid | None
+    blocks: str
     images: Sequence[tuple[int, str]]
     scatters: Sequence[Scatter]
     command: str
