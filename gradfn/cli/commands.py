@@ -39,6 +39,7 @@ from gradfn.cli.options import (
     TableOptions,
 )
 from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
+from gradfn.cli.selections import SelectRequest
 from gradfn.cli.subsets import SubsetOptions
 from gradfn.cli.training import RecordingOptions, TrainingOptions, TrainOptions
 from gradfn.cli.values import dims, found_projection
@@ -418,6 +419,7 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     ScoreRequest: (ATTRIBUTION, "score:run_score"),
     BuildRequest: (ATTRIBUTION, "build:run_build"),
     QueryRequest: (ATTRIBUTION, "query:run_query"),
+    SelectRequest: (ATTRIBUTION, "select:run_select"),
     ReduceRequest: (ATTRIBUTION, "build:run_reduce"),
     HessianRequest: (CURVATURE, "hessian:run_hessian"),
     MixRequest: (CURVATURE, "hessian:run_mix"),
