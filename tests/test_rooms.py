@@ -33,6 +33,7 @@ TESTED_ELSEWHERE = {
     "evaluate/selection": "tests/evaluate/test_comparison.py",
     "example/corpus": "tests/example/test_example.py",
     "example/train": "tests/example/test_example.py",
+    "hf/queries": "tests/cli/test_contrasts.py",
     "hf/reader": "tests/hf/test_answers.py",
     "hf/images": "tests/cli/test_images.py",
     "hf/masking": "tests/cli/test_masked_lm.py",

@@ -17,6 +17,7 @@ from gradfn.cli.evaluations import (
 )
 from gradfn.cli.options import (
     COMPONENTS,
+    PLAIN_QUERY,
     PROJECTION,
     QUERY_BY,
     STORED_BY,
@@ -34,11 +35,11 @@ from gradfn.cli.options import (
     ModelOptions,
     QueryOptions,
     RunOptions,
-    SearchOptions,
     SolverOptions,
     TableOptions,
 )
 from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
+from gradfn.cli.searching import SearchOptions
 from gradfn.cli.selections import SelectRequest
 from gradfn.cli.subsets import SubsetOptions
 from gradfn.cli.training import RecordingOptions, TrainingOptions, TrainOptions
@@ -156,7 +157,7 @@ class QueryRequest(Request):
     COMMAND: ClassVar[str] = "query"
     FIRST: ClassVar[tuple[str, ...]] = ("query", "completion", "by", "top")
     store: str = argument("A run directory, or the store.h5 in it.", file=found)
-    query: QueryOptions = group(QueryOptions, group_column=None)
+    query: QueryOptions = group(QueryOptions, **PLAIN_QUERY)
     model: ModelOptions = group(ModelOptions, **STORED_MODEL)
     data: DataOptions = group(
         DataOptions, dataset=None, dataset_revision=None, split=None, chunk_length=None, **UNWEIGHTED
@@ -239,7 +240,7 @@ class MaskFitRequest(ModelRequest):
     )
     rows: int = option(512, "Training rows, and queries at most, to look at.")
     seed: int = option(0, "Which rows, the noise of the start, and what masked-lm masks.")
-    query: QueryOptions = group(QueryOptions, group_column=None)
+    query: QueryOptions = group(QueryOptions, **PLAIN_QUERY)
     gradients: GradientOptions = group(
         GradientOptions, projection=None, projection_dim=None, unit_normalize=None
     )
@@ -263,7 +264,7 @@ class RetrainRequest(ModelRequest):
     run: str = run("The run directory to write truth.h5 to; resumed if the same command made it.")
     model: ModelOptions = group(ModelOptions, token_batch_size=None)
     layers: LayerOptions = group(LayerOptions, include=None, exclude=None, no_biases=None, by=None)
-    query: QueryOptions = group(QueryOptions, query_path=None, group_column=None)
+    query: QueryOptions = group(QueryOptions, query_path=None, **PLAIN_QUERY)
     subsets: SubsetOptions = group(SubsetOptions)
     training: TrainingOptions = group(TrainingOptions)
     seed: int = option(0, "Of subsets, data orders, new weights, and what masked-lm masks.", panel="Subsets")
@@ -314,7 +315,7 @@ class SmoothnessRequest(Request):
     PANEL: ClassVar[str] = "Training"
     FIRST: ClassVar[tuple[str, ...]] = ("query", "fraction", "directions")
     run: str = argument("What gradfn train wrote.", file=found)
-    query: QueryOptions = group(QueryOptions, query_path=None, group_column=None)
+    query: QueryOptions = group(QueryOptions, query_path=None, **PLAIN_QUERY)
     model: ModelOptions = group(
         ModelOptions, path=None, revision=None, task=None, tokenizer=None, precision=None, attention=None,
         no_special_tokens=None, token_batch_size=None,

@@ -452,7 +452,12 @@ def recorded(request: ModelRequest) -> dict[str, Any]:
 def with_example(request: ScoreRequest) -> ScoreRequest:
     """A request to score with the example's model, corpus and queries where none are given."""
     query, method, gradients = request.query, request.method, request.gradients
-    if query.query is None and query.query_path is None and not method.self_influence:
+    if (
+        query.query is None
+        and query.query_path is None
+        and query.query_rows is None
+        and not method.self_influence
+    ):
         query = replace(query, query=str(example.QUERIES))
     if method.name is None and not method.self_influence:
         gradients = replace(gradients, unit_normalize=True)

@@ -144,7 +144,8 @@ def _check_shard(request: ScoreRequest, name: str, recipe: Recipe) -> None:
 
 def _check_alone(request: ScoreRequest, projection: Chain) -> None:
     """Refuse queries beside --self, and blocks that are not told apart."""
-    of_queries = ("query", "query_split", "query_path", "completion", "group_column", "query_loss")
+    of_queries = ("query", "query_split", "query_path", "completion", "against", "query_token", "query_rows",
+                  "group_column", "query_loss")  # fmt: skip
     if request.method.self_influence and (given := request.gave(*of_queries)):
         raise InputError(f"--self has no queries: leave out {given}")
     if request.layers.by_block and joint() in projection.stages:
