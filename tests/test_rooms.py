@@ -13,8 +13,8 @@ PACKAGE = Path(gradfn.__file__).parent
 TESTS = Path(__file__).parent
 ROOMS = (
     "types", "errors", "random", "memory", "watch", "shown", "data", "store", "linalg", "model", "subject",
-    "selection", "scores", "transforms", "engine", "statistics", "exact", "methods", "runs", "hf", "train", "evaluate",
-    "report", "testing", "example", "cli",
+    "selection", "scores", "transforms", "engine", "statistics", "exact", "methods", "runs", "hf", "train",
+    "evaluate", "report", "testing", "example", "cli",
 )  # fmt: skip
 """A file imports only from its own room and from those before it."""
 FILES = {

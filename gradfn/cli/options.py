@@ -12,6 +12,7 @@ from gradfn.cli.values import (
     dampings,
     device_named,
     dynamics,
+    found_baseline,
     found_method,
     found_projection,
     paths,
@@ -83,6 +84,11 @@ _METHOD = (
     "relatif, trak, datainf, cg, lissa, source (through the checkpoints of a training), magic (exact, back "
     "through the training of --training), inrun (what gradfn train RUN --values measured), or FILE.py:NAME "
     "for your own."
+)
+BM25, EMBEDDING = "bm25", "embedding"
+_BASELINE = (
+    "Show beside the scores what words or meaning alone find: bm25, or embedding:FOLDER of a model (mean of "
+    "its last states, cosine); both may be given."
 )
 _CHECKPOINTS = (
     "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."
@@ -322,6 +328,7 @@ class MethodOptions:
     curvature: Adjoint = option("hessian", _ADJOINT)
     segments: int | None = option(None, _SEGMENTS, shown="3, or a checkpoint each")
     optimizer: "Dynamics | None" = option(None, _TRAINED, parse=dynamics, shown="sgd")
+    baseline: tuple[str, ...] = option((), _BASELINE, file=found_baseline)
     normalize: Normalize = option("rows", "source: what a step took the mean over, as in gradfn train.")
 
 

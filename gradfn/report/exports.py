@@ -25,15 +25,22 @@ FORMULA, NUMBER = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r]"), re.c
 """Texts that a spreadsheet may run (the signs may have full width), and those that are only numbers."""
 
 
-def export_ranking(rows: Sequence[Row], paths: Mapping[str, Path | None], by: str = "example") -> None:
+def export_ranking(
+    rows: Sequence[Row],
+    paths: Mapping[str, Path | None],
+    by: str = "example",
+    baselines: Sequence[str] = (),
+) -> None:
     """Write rankings, a line a row, or a line a share of a score; see `export_table`.
 
     Args:
         by: how finely scores are told apart: "example", "module", "head" or "token".
+        baselines: whose scores and ranks stand beside those of the method.
     """
     lines = [line for row in rows for line in _lines(row)]
     classes = CLASSES if any("label" in row for row in rows) else ()
-    export_table(lines, (*EXPORTED, *FURTHER.get(by, ()), *classes), paths)
+    beside = [column for name in baselines for column in (name, f"{name}_rank")]
+    export_table(lines, (*EXPORTED, *FURTHER.get(by, ()), *classes, *beside), paths)
 
 
 def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[str, Path | None]) -> None:
