@@ -43,9 +43,10 @@ from gradfn.cli.searching import SearchOptions
 from gradfn.cli.selections import SelectRequest
 from gradfn.cli.subsets import SubsetOptions
 from gradfn.cli.training import RecordingOptions, TrainingOptions, TrainOptions
-from gradfn.cli.values import dims, found_projection
+from gradfn.cli.values import dims, found_projection, paths
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
+TUNED = "Of grad_dot, grad_cosine, logra, kfac, ekfac, relatif, trackstar, trak, datainf: those to try."
 _SEED = "Key of the projection, and what masked-lm masks."
 
 
@@ -325,6 +326,31 @@ class SmoothnessRequest(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneRequest(ModelRequest):
+    """Show which method, projection and damping to trust on this model.
+
+    Half of the time, models are retrained on halves of the rows, two seeds each; the other rows are masked in
+    their batches. Then each method scores the rows, at several dampings, and is measured by how well it
+    predicts the retrained models (LDS). It stops when the time is up. What was done stays in RUN: the same
+    command goes on with it, with new time, and is surer of its answer.
+    """
+
+    COMMAND: ClassVar[str] = "tune"
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "model", "dataset", "query", "minutes", "methods", "init", "epochs", "learning_rate"
+    )  # fmt: skip
+    run: str = run("The run directory to write to; gone on with if the same command made it.")
+    minutes: float = option(10.0, "How long this command may take.", panel="Tuning")
+    methods: tuple[str, ...] | None = option(
+        None, TUNED, parse=paths, commas=True, shown="all that go with the model", panel="Tuning"
+    )
+    layers: LayerOptions = group(LayerOptions, by=None)
+    query: QueryOptions = group(QueryOptions, query_path=None, **PLAIN_QUERY)
+    training: TrainingOptions = group(TrainingOptions)
+    seed: int = option(0, "Of halves, data orders, new weights, projections.", panel="Tuning")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InfoRequest(Request):
     """Show what a run holds and how it was made."""
 
@@ -428,6 +454,7 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     TrainRequest: (TRAINING, "train:run_train"),
     SmoothnessRequest: (TRAINING, "smoothness:run_smoothness"),
     RetrainRequest: (TRUTH, "retrain:run_retrain"),
+    TuneRequest: (TRUTH, "tune:run_tune"),
     LdsRequest: (OUTPUT, "evaluate:run_lds"),
     ChangeRequest: (OUTPUT, "evaluate:run_change"),
     LooRequest: (OUTPUT, "evaluate:run_loo"),

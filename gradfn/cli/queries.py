@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from gradfn.cli.commands import MaskFitRequest, RetrainRequest, ScoreRequest
+from gradfn.cli.commands import MaskFitRequest, RetrainRequest, ScoreRequest, TuneRequest
 from gradfn.cli.inputs import (
     Loaded,
     Settings,
@@ -221,7 +221,9 @@ def _to_predict(documents: Corpus, loaded: Loaded, options: QueryOptions, option
         raise InputError(f"in {option}: {error}") from error
 
 
-def load_all(request: ScoreRequest | MaskFitRequest | RetrainRequest) -> tuple[Loaded, Corpus, Asked | None]:
+def load_all(
+    request: ScoreRequest | MaskFitRequest | RetrainRequest | TuneRequest,
+) -> tuple[Loaded, Corpus, Asked | None]:
     """The model, the training rows and the queries; paths are looked at before a model is loaded."""
     options, data, column = request.query, request.data, request.query.group_column
     own = isinstance(request, ScoreRequest) and request.method.self_influence
