@@ -37,7 +37,7 @@ HALVES, SEEDS, ROUNDS = 8, 2, 12
 """Halves of a round and models of each; rounds at most."""
 FULL = 20_000_000
 """Parameters up to which methods are tried without a projection, too."""
-DAMPINGS = "0.001,0.01,0.1,1,10"
+DAMPINGS = "0.001,0.01,0.1,1,10,100"
 METHODS: Mapping[str, Mapping[str, str]] = {
     "grad_dot": {}, "grad_cosine": {}, "logra": {"damping": DAMPINGS}, "kfac": {"damping": DAMPINGS},
     "ekfac": {"damping": DAMPINGS}, "relatif": {"damping": DAMPINGS}, "trackstar": {"damping": DAMPINGS},
