@@ -35,6 +35,8 @@ from gradfn.store import open_store
 
 HALVES, SEEDS, ROUNDS = 8, 2, 12
 """Halves of a round and models of each; rounds at most."""
+KEPT = 4
+"""Models that train together, which is what a stop may lose."""
 FULL = 20_000_000
 """Parameters up to which methods are tried without a projection, too."""
 DAMPINGS = "0.001,0.01,0.1,1,10,100"
@@ -185,6 +187,7 @@ def _retrained(request: TuneRequest, loaded: Loaded, train: Corpus, queries: Cor
         retraining = Retraining(
             begin or (lambda: fresh(model)), loaded.subject.loss, training, subsets,
             query_loss=loaded.subject.query_loss, seeds=SEEDS, seed=seed, removal="mask",
+            chunk=KEPT,
         )  # fmt: skip
         total = training.epochs * len(train) * HALVES * SEEDS
         with loaded.multiplying(), progress_bar(f"retraining, round {number}", total, "examples") as progress:
