@@ -86,8 +86,11 @@ def run_tune(request: TuneRequest) -> None:
         ("queries", f"{len(asked.documents):,}"), ("time", f"{request.minutes:g} minutes"),
     ]))  # fmt: skip
     _record(request, folder)
-    _until(end, lambda: _retrained(request, loaded, train, asked.documents, end))
-    del loaded, asked
+    queries, half = asked.documents, (time.monotonic() + end) / 2
+    while (done := len(_rounds(folder))) < ROUNDS and time.monotonic() < (half if done else end):
+        if not _until(half if done else end, lambda: _retrained(request, loaded, train, queries)):
+            break
+    del loaded, asked, queries
     candidates = _candidates(request, methods, size)
     _until(end, lambda: _scored(candidates, folder))
     _tell(request, folder, candidates)
@@ -130,16 +133,17 @@ def _record(request: TuneRequest, folder: Path) -> None:
 # --- time
 
 
-def _until(end: float, work: Callable[[], None]) -> None:
-    """Do work until it is done or the time is up; what it wrote stays."""
+def _until(end: float, work: Callable[[], None]) -> bool:
+    """Do work until it is done or the time is up, when what it wrote stays; whether it is done."""
     left = end - time.monotonic()
     if left <= 0:
-        return
+        return False
     try:
         with _alarm(left):
             work()
     except OutOfTime:
-        pass
+        return False
+    return True
 
 
 @contextmanager
@@ -174,30 +178,23 @@ def _rounds(folder: Path) -> list[Truth]:
     return found
 
 
-def _retrained(request: TuneRequest, loaded: Loaded, train: Corpus, queries: Corpus, end: float) -> None:
-    """Retrain a round of models after the other, for half of the time."""
-    start, folder = time.monotonic(), Path(request.run)
-    half = start + (end - start) / 2
-    model, training, seed = loaded.model, request.training.training(), request.seed
-    begin = params_of(model) if request.training.init == "given" else None
+def _retrained(request: TuneRequest, loaded: Loaded, train: Corpus, queries: Corpus) -> None:
+    """Retrain a round of models, or the rest of one that was stopped."""
+    folder, model, training, seed = Path(request.run), loaded.model, request.training.training(), request.seed
+    number = len(_rounds(folder)) + 1
+    start = params_of(model) if request.training.init == "given" else lambda: fresh(model)
     known = {key: value for key, value in loaded.settings().items() if key != "layers"}
-    for number in range(len(_rounds(folder)) + 1, ROUNDS + 1):
-        begun = time.monotonic()
-        subsets = random_subsets(len(train), HALVES * number, seed=seed)[-HALVES:]
-        retraining = Retraining(
-            begin or (lambda: fresh(model)), loaded.subject.loss, training, subsets,
-            query_loss=loaded.subject.query_loss, seeds=SEEDS, seed=seed, removal="mask",
-            chunk=KEPT,
+    halves = random_subsets(len(train), HALVES * number, seed=seed)[-HALVES:]
+    retraining = Retraining(
+        start, loaded.subject.loss, training, halves, query_loss=loaded.subject.query_loss, seeds=SEEDS,
+        seed=seed, removal="mask", chunk=KEPT,
+    )  # fmt: skip
+    total = training.epochs * len(train) * HALVES * SEEDS
+    with loaded.multiplying(), progress_bar(f"retraining, round {number}", total, "examples") as progress:
+        retrain(
+            folder / f"round-{number}", retraining, train, queries, progress=progress,
+            settings={**known, **recorded(request), "subsets": {"fraction": 0.5, "round": number}},
         )  # fmt: skip
-        total = training.epochs * len(train) * HALVES * SEEDS
-        with loaded.multiplying(), progress_bar(f"retraining, round {number}", total, "examples") as progress:
-            retrain(
-                folder / f"round-{number}", retraining, train, queries, progress=progress,
-                settings={**known, **recorded(request), "subsets": {"fraction": 0.5, "round": number}},
-            )  # fmt: skip
-        now = time.monotonic()
-        if now + (now - begun) / 2 > half:
-            return
 
 
 # --- scoring

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import DOCUMENTS, QUERIES, write_jsonl
+from tiny import DOCUMENTS, QUERIES, mostly_slow, write_jsonl
 from torch.func import grad
 
 import gradfn as gf
@@ -116,7 +116,13 @@ def test_another_completion_is_a_contrast(ok, base, chosen, rejected, tmp_path):
         assert store.settings["query"]["against"]["fingerprint"] != store.settings["query"]["fingerprint"]
 
 
-@pytest.mark.parametrize(("method", "number"), [*((one, 1) for one in METHODS), ("grad_dot", -1)])
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [
+        ("grad_dot", -1),
+        *(pytest.param(one, 1, marks=pytest.mark.slow) for one in METHODS),
+    ],
+)
 def test_one_token_is_asked(ok, base, model, corpus, naive, tmp_path, method, number):
     asked = write_jsonl(
         tmp_path / "q.jsonl", [{"prompt": "The capital of Kenya is", "completion": " Nairobi far away."}]
@@ -136,7 +142,7 @@ def test_one_token_is_asked(ok, base, model, corpus, naive, tmp_path, method, nu
     assert f"→ {token.strip()}" in out.replace("\u00a0", " ")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "grad_cosine"))
 def test_rows_are_queries_and_not_their_own_proponents(ok, base, model, corpus, naive, tmp_path, method):
     table = tmp_path / "t.jsonl"
     ok("score", tmp_path / "run", *base, "--query-rows", "doc-peru,doc-cuba", "--method", method, "--top", 11,

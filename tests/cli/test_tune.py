@@ -61,6 +61,7 @@ def test_what_is_done_is_not_done_again(tuned, ok, base, monkeypatch):
     assert "logra" not in fewer
 
 
+@pytest.mark.slow
 def test_more_time_retrains_more_models(ok, base, tmp_path, monkeypatch):
     ok("tune", tmp_path / "run", *base[:-3], "grad-dot")
     monkeypatch.setattr(TUNE, "ROUNDS", 2)
@@ -108,6 +109,7 @@ def test_the_alarm_rings_in_time_and_is_put_off():
     assert done == [1]
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_be_had_is_left_out(ok, base, tmp_path):
     out = ok("tune", tmp_path / "run", *base[:-4], "--loss-reduction", "sum", "--methods", "grad-dot,trak")
     assert "left out trak: trak weighs a row by 1 - p" in " ".join(out.split())
