@@ -4,7 +4,7 @@ One convention of sign everywhere: a positive score is a proponent, a training s
 query's loss.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradfn.errors import InputError
+from gradfn.selection import Best, Over, Selection, select_rows
 from gradfn.store import Overwrite, Store, open_store, open_writer, storable
 
 KIND = "scores"
@@ -147,6 +148,32 @@ class Scores:
             InputError: several dampings; k below 1.
         """
         return top_k([self.matrix], k, largest=largest)
+
+    def select(
+        self,
+        *,
+        keep: float | None = None,
+        drop_worst: int | None = None,
+        top_per_query: int | None = None,
+        over: Over = "mean",
+        best: Best = "highest",
+        by: Sequence[Hashable] | None = None,
+    ) -> Selection:
+        """The rows to keep by their scores at the only damping; see `gradfn.selection.select_rows`.
+
+        Raises:
+            InputError: several dampings; scores of tokens; see also `select_rows`.
+
+        >>> scores = Scores(torch.tensor([[[3.0], [-1.0], [2.0]]]), ["a", "b", "c"], ["q"])
+        >>> scores.select(drop_worst=1).rows
+        tensor([0, 2])
+        """
+        if self.documents is not None:
+            raise InputError(
+                "these are scores of tokens, and rows are selected: score with `View(tokens=False)`"
+            )
+        rule: Any = {"keep": keep, "drop_worst": drop_worst, "top_per_query": top_per_query}
+        return select_rows(self.matrix, **rule, over=over, best=best, by=by)
 
     def to_pandas(self) -> Any:
         """A long table: one line for every query, damping and row.

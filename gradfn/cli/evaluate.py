@@ -327,7 +327,7 @@ def _marked(run: Scores, request: MislabelRequest) -> Tensor:
             f"no column {column!r} in the dataset, which has {', '.join(rows.column_names)}: "
             "name another with --label-column"
         )
-    _refuse_other_ids(rows, run.row_ids, request.run, path, "--dataset")
+    refuse_other_ids(rows, run.row_ids, request.run, path, "--dataset")
     return marked(rows[column], column)
 
 
@@ -345,14 +345,14 @@ def _sources(run: Scores, request: RecallRequest) -> tuple[Tensor, list[int]]:
             f"{path} has no column 'source' with the id of the row that is known to teach the answer, it has "
             f"{', '.join(rows.column_names)}: add one"
         )
-    _refuse_other_ids(rows, run.query_ids, run.name, path, "--query")
+    refuse_other_ids(rows, run.query_ids, run.name, path, "--query")
     sources, asked = known_sources(rows["source"], run.row_ids)
     if not asked:
         raise InputError(f"none of the sources in {path} is among the rows scored: score the rows they name")
     return sources, asked
 
 
-def _refuse_other_ids(rows: Any, ids: Sequence[str], run: str, path: str, option: str) -> None:
+def refuse_other_ids(rows: Any, ids: Sequence[str], run: str, path: str, option: str) -> None:
     """Refuse a dataset of which the rows are not those that a run names."""
     here = row_names(rows)
     if here != [*ids] and sorted(here) == sorted(ids):
