@@ -4,10 +4,10 @@ One convention of sign everywhere: a positive score is a proponent, a training s
 query's loss.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradfn.errors import InputError
-from gradfn.selection import Best, Over, Selection, select_rows
+from gradfn.selection import Rule, Selection, select_rows
 from gradfn.store import Overwrite, Store, open_store, open_writer, storable
 
 KIND = "scores"
@@ -149,16 +149,7 @@ class Scores:
         """
         return top_k([self.matrix], k, largest=largest)
 
-    def select(
-        self,
-        *,
-        keep: float | None = None,
-        drop_worst: int | None = None,
-        top_per_query: int | None = None,
-        over: Over = "mean",
-        best: Best = "highest",
-        by: Sequence[Hashable] | None = None,
-    ) -> Selection:
+    def select(self, **rule: Unpack[Rule]) -> Selection:
         """The rows to keep by their scores at the only damping; see `gradfn.selection.select_rows`.
 
         Raises:
@@ -172,8 +163,7 @@ class Scores:
             raise InputError(
                 "these are scores of tokens, and rows are selected: score with `View(tokens=False)`"
             )
-        rule: Any = {"keep": keep, "drop_worst": drop_worst, "top_per_query": top_per_query}
-        return select_rows(self.matrix, **rule, over=over, best=best, by=by)
+        return select_rows(self.matrix, **rule)
 
     def to_pandas(self) -> Any:
         """A long table: one line for every query, damping and row.

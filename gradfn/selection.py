@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,6 +15,17 @@ Over = Literal["mean", "max"]
 """What ranks a row that has scores for several queries: their mean, or the highest."""
 Best = Literal["highest", "lowest"]
 """Which scores are best."""
+
+
+class Rule(TypedDict, total=False):
+    """How rows are chosen, as keywords; see `select_rows`."""
+
+    keep: float | None
+    drop_worst: int | None
+    top_per_query: int | None
+    over: Over
+    best: Best
+    by: Sequence[Hashable] | None
 
 
 class Selection(NamedTuple):

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from gradfn.cli.beside import beside_of
-from gradfn.cli.commands import ReportRequest, spelled
+from gradfn.cli.commands import spelled
 from gradfn.cli.console import console
 from gradfn.cli.evaluate import opened_truth, weights_of
 from gradfn.cli.request import command_line
+from gradfn.cli.results import ReportRequest
 from gradfn.cli.serve import serve
 from gradfn.errors import InputError
 from gradfn.evaluate.change import agreement, changes

@@ -10,7 +10,7 @@ from gradfn.cli.evaluate import refuse_other_ids
 from gradfn.cli.inputs import load_as_asked, read_documents
 from gradfn.cli.options import IMAGES, DataOptions, ModelOptions
 from gradfn.cli.request import checked, flag, make
-from gradfn.cli.selections import SelectRequest
+from gradfn.cli.results import SelectRequest
 from gradfn.cli.trained import open_recorded
 from gradfn.errors import InputError
 from gradfn.evaluate.scored import evaluated_scores, made_of

@@ -11,12 +11,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import torch
 
-from gradfn.cli.commands import QueryRequest, ReportRequest, spelled
+from gradfn.cli.commands import QueryRequest, spelled
 from gradfn.cli.console import SPOKEN, console
 from gradfn.cli.inputs import Loaded
 from gradfn.cli.queries import answers_of, load_asked
 from gradfn.cli.query import Search, opened_search
 from gradfn.cli.request import make
+from gradfn.cli.results import ReportRequest
 from gradfn.errors import InputError
 from gradfn.hf.answers import Answer
 from gradfn.report.page import Beside, PageRun, empty_page, page_html
@@ -63,10 +64,10 @@ class Questions:
         query = replace(self.search.request.query, query=text, completion=completion)
         asked = load_asked(self.loaded, None, query, self.search.request.data)
         assert asked is not None
-        documents = asked.documents
-        self.columns.insert(0, self.search.scores(asked))
-        self.texts.insert(0, documents.texts[0])
+        documents, column = asked.documents, self.search.scores(asked)
         known = answers_of(self.loaded, ShownQueries(documents.ids, documents.texts, documents=documents))
+        self.columns.insert(0, column)  # only what was answered whole is remembered
+        self.texts.insert(0, documents.texts[0])
         self.answers[:0] = known or []
         for kept in (self.columns, self.texts, self.answers):
             del kept[REMEMBERED:]
@@ -133,12 +134,13 @@ class Handler(BaseHTTPRequestHandler):
             return self._reply(HTTPStatus.NOT_FOUND, "There is nothing here.")
         asked = {name: values[0] for name, values in parse_qs(address.query).items()}
         questions, completion = self.server.questions, asked.get("completion", "").strip()
-        if not asked.get("text", "").strip():
-            return self._reply(HTTPStatus.OK, questions.page())
         SPOKEN.set("nowhere")  # in this thread
         try:
             with self.server.lock:
-                page = questions.ask(asked["text"], f" {completion}" if completion else None)
+                if asked.get("text", "").strip():
+                    page = questions.ask(asked["text"], f" {completion}" if completion else None)
+                else:
+                    page = questions.page()
         except InputError as error:
             return self._reply(HTTPStatus.BAD_REQUEST, questions.empty([f"{error}."]))
         self._reply(HTTPStatus.OK, page)

@@ -293,8 +293,8 @@ def advice(found: Recommendation) -> str:
     best = found.ranked[0]
     if not found.predicts:
         return (
-            f"none yet: the best, {best.name} (LDS {best.lds.value:.2f}), does not predict retraining for "
-            "certain; the same command again retrains more models"
+            f"none yet: the best, {best.name} (LDS {best.lds.value:.2f}), has an interval that reaches 0, so it "
+            "may predict nothing; the same command again retrains more models"
         )
     at = f" at damping {best.damping}" if best.damping else ""
     share = ""
@@ -303,4 +303,4 @@ def advice(found: Recommendation) -> str:
     words = f"{best.name}{at}: LDS {best.lds.value:.2f}{share}"
     if others := [one.name for one in found.level[1:]]:
         return f"{words}; {', '.join(others)} cannot be told from it by so few models"
-    return f"{words}; all others are worse for certain"
+    return f"{words}; the 95 % intervals of all others lie behind it"

@@ -7,8 +7,8 @@ from urllib.parse import quote, urlsplit
 import pytest
 from pages import tree
 
-from gradfn.cli.commands import ReportRequest
 from gradfn.cli.request import make
+from gradfn.cli.results import ReportRequest
 from gradfn.cli.serve import Server, opened_questions
 
 

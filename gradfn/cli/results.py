@@ -1,7 +1,8 @@
-"""What `gradfn select` is asked. Its docstring is the command's help."""
+"""What is asked of scores that are there: a page, and rows to keep. Their docstrings are the help."""
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from gradfn.cli.request import Request, argument, found, option
@@ -38,3 +39,40 @@ class SelectRequest(Request):
     dataset: str | None = option(None, "The rows that were scored.", shown="as recorded", file=found)
     split: str | None = option(None, "Split of a dataset.", shown="as recorded")
     overwrite: bool = option(False, "Replace what is there.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRequest(Request):
+    """Write scores as a page for a browser, in one file.
+
+    It shows every query with the model's own answer, its proponents and opponents, and where their scores
+    come from. Several runs of the same rows and queries stand beside each other: other methods or
+    checkpoints; runs by token, whose tokens are marked; runs by head, as maps. Rows that were scored against
+    themselves can be ticked as wrong or right. The page needs no network, and reads without scripts too.
+    """
+
+    COMMAND: ClassVar[str] = "report"
+    FIRST: ClassVar[tuple[str, ...]] = ("output", "top", "truth")
+    runs: tuple[str, ...] = argument(
+        "What gradfn score RUN wrote; several, of which the first is shown.", metavar="RUN", file=found
+    )
+    path: Path | None = option(
+        None,
+        "The page to write: page.html, say.",
+        name="output",
+        short="-o",
+        parse=Path,
+        file=os.path.abspath,
+    )
+    top: int = option(10, "Rows that each side of a query lists at first.")
+    truth: str | None = option(
+        None,
+        "What gradfn retrain wrote: the changes that scores predict are drawn beside real ones.",
+        file=found,
+    )
+    no_model: bool = option(False, "Load no model: the page has no answers, labels and marked tokens.")
+    device: str = option("auto", "Where models run: cpu, cuda; auto: a GPU where there is one.")
+    overwrite: bool = option(False, "Replace a page that is there.")
+    serve: bool = option(False, "Show a store of gradfn build on this machine, with a box to ask it.")
+    port: int = option(0, "Of --serve.", shown="a free one")
+    unit_normalize: bool = option(False, "Of --serve: compare by cosines.")
