@@ -131,8 +131,8 @@ def _names(stores: Sequence[Store], key: str) -> list[list[str]]:
         for name in own:
             if seen.get(name, number) != number:
                 raise InputError(
-                    f"{stores[seen[name]].path} and {store.path} both have a row {name!r}: build a store of the new rows "
-                    "alone"
+                    f"{stores[seen[name]].path} and {store.path} both have a row {name!r}: build a store of "
+                    "the new rows alone"
                 )
             seen[name] = number
         names.append(own)
