@@ -326,7 +326,7 @@ def fit(
 
     Args:
         fold: what to fit: `mean()`, `total()`, `adam_moments()`, `second_moment()`, `kfac()`, `ekfac()`,
-            `shampoo()`, `tkfac()`, or one of your own.
+            `shampoo()`, `eshampoo()`, `tkfac()`, or one of your own.
         partitions: fit the blocks in so many passes over the data, each with its share of them, so that
             fewer sums are held at a time; it changes no result.
         model, data, transform, progress, options: see `collect`.

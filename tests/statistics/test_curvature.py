@@ -11,12 +11,15 @@ from gradfn.linalg.spectrum import Damping
 from gradfn.model import params_of
 from gradfn.model.losses import causal_lm_loss
 from gradfn.model.sites import blocks_of, find_sites
-from gradfn.statistics import ekfac, kfac, mix, mixing_coefficient, second_moment, shampoo, tkfac
+from gradfn.statistics import ekfac, eshampoo, kfac, mix, mixing_coefficient, second_moment, shampoo, tkfac
 from gradfn.statistics.curvature import Curvature, dense_spectrum, product_spectrum
 from gradfn.transforms import adam, unit_normalize
 from gradfn.transforms.precondition import precondition
 
-FOLDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "tkfac": tkfac}
+FOLDS = {
+    "second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "eshampoo": eshampoo,
+    "tkfac": tkfac,
+}  # fmt: skip
 
 
 class Net(nn.Module):
@@ -114,6 +117,10 @@ def naive(kind, model, data, loss, transform=None):
             n: torch.kron(root(sum(r @ r.T for r in rows) / N), root(sum(r.T @ r for r in rows) / N))
             for n, rows in G.items()
         }
+    if kind == "eshampoo":
+        return {
+            n: measured(rows, sum(r @ r.T for r in rows), sum(r.T @ r for r in rows)) for n, rows in G.items()
+        }
     dense = {}
     for name, pairs in naive_factors(model, data, loss).items():
         x, g = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
@@ -122,10 +129,7 @@ def naive(kind, model, data, loss, transform=None):
         if kind == "kfac":
             dense[name] = torch.kron(S, A) * T / N
         elif kind == "ekfac":
-            Qa, Qs = torch.linalg.eigh(A).eigenvectors, torch.linalg.eigh(S).eigenvectors
-            Q = torch.kron(Qs, Qa)
-            values = sum((Q.T @ r.flatten()).square() for r in G[name]) / N
-            dense[name] = Q @ torch.diag(values) @ Q.T
+            dense[name] = measured(G[name], S, A)
         else:
             terms = [(x.T @ x, g.T @ g, len(x)) for x, g in pairs]
             right = sum(S.trace() * A / t for A, S, t in terms)
@@ -133,6 +137,13 @@ def naive(kind, model, data, loss, transform=None):
             both = sum(A.trace() * S.trace() / t for A, S, t in terms)
             dense[name] = torch.kron(left, right) / both / N
     return dense
+
+
+def measured(rows, left, right):
+    """The eigenvectors of two factors, with the mean square of the rows along each."""
+    Q = torch.kron(*(torch.linalg.eigh(factor).eigenvectors for factor in (left, right)))
+    values = sum((Q.T @ r.flatten()).square() for r in rows) / len(rows)
+    return Q @ torch.diag(values) @ Q.T
 
 
 def root(matrix):
@@ -202,7 +213,7 @@ def test_kfac_is_the_fisher_where_inputs_and_gradients_are_independent():
     torch.testing.assert_close(fitted, exact)
 
 
-@pytest.mark.parametrize("kind", ["ekfac", "tkfac"])
+@pytest.mark.parametrize("kind", ["ekfac", "eshampoo", "tkfac"])
 def test_the_trace_is_the_fishers(kind):
     model, data, loss = net_and_data()
     fitted = fit(FOLDS[kind](), model, data, loss=loss)

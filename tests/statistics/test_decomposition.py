@@ -6,7 +6,7 @@ import gradfn as gf
 from gradfn.engine.engine import probe_engine
 from gradfn.errors import InputError
 from gradfn.linalg import spectrum
-from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics import ekfac, eshampoo, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import fit_sums, state_bytes
 from gradfn.transforms import chain, unit_normalize
 from gradfn.transforms.joint import joint
@@ -26,7 +26,7 @@ def rows():
     return [{"x": torch.randn(4, dtype=torch.float64)} for _ in range(5)]
 
 
-@pytest.mark.parametrize("fold", [second_moment, kfac, ekfac, shampoo])
+@pytest.mark.parametrize("fold", [second_moment, kfac, ekfac, shampoo, eshampoo])
 def test_eigenvalues_that_do_not_converge(net, monkeypatch, fold):
     def fails(matrix):
         raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
