@@ -228,12 +228,13 @@ class ExactSolve:
 def _span(values: torch.Tensor, spelled: str) -> str:
     """All numbers, or of many the smallest and the largest.
 
-    >>> _span(torch.tensor([3, 5]), "d"), _span(torch.arange(99), "d")
-    ('3, 5', '0 to 98')
+    >>> _span(torch.tensor([3, 5]), "d"), _span(torch.arange(99), "d"), _span(torch.ones(99), ".2g")
+    ('3, 5', '0 to 98', '1')
     """
     if len(values) <= SHOWN:
         return ", ".join(f"{value:{spelled}}" for value in values.tolist())
-    return f"{values.min().item():{spelled}} to {values.max().item():{spelled}}"
+    ends = dict.fromkeys(f"{end.item():{spelled}}" for end in values.aminmax())
+    return " to ".join(ends)
 
 
 def absolute_damping(damping: Damping | None, mean_eigenvalue: Callable[[], float]) -> float:

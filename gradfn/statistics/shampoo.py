@@ -1,4 +1,4 @@
-"""Shampoo's curvature, from the rows and columns of every example's gradient, and its corrected eigenvalues."""
+"""Shampoo's curvature, from the rows and columns of every example's gradient, and EShampoo's."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,8 +73,8 @@ def eshampoo() -> EShampoo:
     """Fit eigenvalue-corrected Shampoo: `Q diag(lambda) Qᵀ`, `lambda = E_b[(Q_lᵀ G_b Q_r)²]`.
 
     `Q_l` and `Q_r` are the eigenvectors of `E_b[G_b G_bᵀ]` and of `E_b[G_bᵀ G_b]`, and the eigenvalues come
-    from a second pass, as EK-FAC's do. The trace is that of `F = E_b[vec(G_b) vec(G_b)ᵀ]`, and of all matrices
-    with these eigenvectors it is the nearest to F.
+    from a second pass, as EK-FAC's do. The trace is that of `F = E_b[vec(G_b) vec(G_b)ᵀ]`, and no matrix with
+    these eigenvectors is nearer to F.
 
     >>> eshampoo().first
     Shampoo()

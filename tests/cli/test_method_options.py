@@ -181,15 +181,15 @@ def test_checkpoints_are_summed_with_their_weights(ok, base, neox, other, corpus
     ask, table = ("--query", queries, "--method", "tracin"), ("--top", 12, "--jsonl")
     for name, model in (("a", neox), ("b", other)):
         ok("score", tmp_path / name, "--model", model, "--dataset", corpus, *ask)
-    joined = (*base, *ask, "--checkpoints", f"{neox}, {other}", "--checkpoint-weights", "0.5,2")
-    expected = 0.5 * scores_of(tmp_path / "a") + 2 * scores_of(tmp_path / "b")
+    joined = (*base, *ask, "--checkpoints", f"{neox}, {other}", "--checkpoint-weights=-0.5,2")
+    expected = -0.5 * scores_of(tmp_path / "a") + 2 * scores_of(tmp_path / "b")
     ok("score", *joined, *table, tmp_path / "t.jsonl")
     assert_same(shown(tmp_path / "t.jsonl"), expected)
     ok("score", tmp_path / "run", *joined)
     assert_same(scores_of(tmp_path / "run"), expected)
     with gf.open_store(tmp_path / "run", "scores") as store:
         parts = store.settings["checkpoints"]
-    assert [part["weight"] for part in parts] == [0.5, 2.0]
+    assert [part["weight"] for part in parts] == [-0.5, 2.0]
     assert [part["path"] for part in parts] == [str(neox.resolve()), str(other.resolve())]
     assert parts[0]["settings"]["model"]["fingerprint"] != parts[1]["settings"]["model"]["fingerprint"]
     assert "12 rows x 3 queries; positive = proponent" in ok("info", tmp_path / "run")
