@@ -200,9 +200,9 @@ class Case:
     language: bool = False
     exact: bool = False
     """Whether it is small enough for exact curvature."""
-    solved: tuple[gf.Damping, ...] = RELATIVE[1:5]
+    solved: tuple[gf.Damping, ...] = tuple(gf.Damping(value) for value in (0.1, 1.0, 10.0, 100.0))
     """Dampings of the exact solves that EK-FAC preconditions."""
-    steps: tuple[int, int] = (30, 100)
+    steps: tuple[int, int] = (30, 50)
     """How many steps these take: of conjugate gradients, of ASTRA."""
 
     def losses(self, model: nn.Module) -> tuple[Any, Any]:
@@ -235,7 +235,7 @@ CASES = {
     "fashion-resnet": Case(resnet, fashion, 60, Training(12, 50, 3e-3, "adam"), 50, 6, (256, 1024)),
     "verses-gpt": Case(
         gpt, verses, 50, Training(10, 25, 3e-3, "adamw", weight_decay=0.01, schedule="cosine"), 40, 3,
-        (256, 1024), language=True,
+        (256, 1024), language=True, solved=(gf.Damping(0.001), gf.Damping(0.1)), steps=(8, 16),
     ),
 }  # fmt: skip
 
@@ -374,7 +374,8 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
             by_block = gf.model.blocks_of(gf.model.find_sites(model), moments)
             normalize = gf.chain(gf.adam({name: v[0] for name, v in by_block.items()}))
         rows = gf.engine.CachedRows(setting.train, gf.chain(normalize, projection))
-        size = 100 * setting.batch if solves else setting.batch  # rows times vectors
+        many = 2 if setting.case.language else 100  # rows times vectors, as fits the cache
+        size = many * setting.batch if solves else setting.batch
         subject = gf.Subject(model, loss, token_batch_size=size)
         problem = Problem(
             subject, setting.train if solves else rows, setting.query, normalize=normalize,
@@ -452,9 +453,15 @@ def trained_on_all(case: Case, loss: Any, rows: Any, seed: int) -> Stack:
 
 
 def run_case(
-    case_name: str, folder: Path, out: Path, plots: Path | None, only: Sequence[str], seeding: Seeding
+    case_name: str,
+    case: Case,
+    folder: Path,
+    out: Path,
+    plots: Path | None,
+    only: Sequence[str],
+    seeding: Seeding,
 ) -> None:
-    case, name = CASES[case_name], case_name + ("-independent" if seeding == "independent" else "")
+    name = case_name + ("-independent" if seeding == "independent" else "")
     rows, queries, truth = ground_truth(name, case, case.read(folder), out, seeding)
     some = slice(0, case.scored)
     queries = queries.select(some) if case.language else queries[some]
@@ -537,11 +544,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--plots", type=Path, help="a folder for pictures")
     parser.add_argument("--only", nargs="+", default=[], help="texts, of which a method's name holds one")
+    parser.add_argument("--queries", type=int, help="score so many queries, the first ones")
     parser.add_argument("--seeding", choices=get_args(Seeding), default="shared", help="of the ground truth")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     for name in asked.cases:
-        run_case(name, asked.data, asked.out, asked.plots, asked.only, asked.seeding)
+        case = CASES[name] if asked.queries is None else replace(CASES[name], scored=asked.queries)
+        run_case(name, case, asked.data, asked.out, asked.plots, asked.only, asked.seeding)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from tiny import language_model
 from torch import nn
 from torch.func import functional_call
 
-from gradfn import InputError, View, chain, collect, fit, project
+from gradfn import InputError, View, chain, collect, fit, influence, project, score
+from gradfn.linalg.rows import RowSpectrum
 from gradfn.linalg.spectrum import Damping
 from gradfn.model import params_of
 from gradfn.model.losses import causal_lm_loss
@@ -392,3 +393,32 @@ def test_sums_of_what_a_stage_behind_an_elementwise_one_makes_narrower(make, las
     got = fit(fold, net, data, before, loss=loss, token_batch_size=2)
     for name, one in want.items():
         torch.testing.assert_close(got[name].dense(), one.dense(), rtol=1e-6, atol=1e-9)
+
+
+# --- fewer rows than numbers
+
+
+@pytest.mark.parametrize("norm", ["none", "cosine", "relative"])
+def test_fewer_rows_than_numbers_give_the_same_scores(norm, monkeypatch):
+    model, data, loss = net_and_data()
+    data, queries, common = data[:4], data[4:6], {"loss": loss}
+    H = fit(second_moment(), model, data, project(3), **common)
+    monkeypatch.setattr(type(second_moment()), "few_numbers", 1)
+    few = fit(second_moment(), model, data, project(3), **common)
+    assert {type(one) for one in few.values()} == {RowSpectrum}
+    assert (few.kind, few.rows, list(few)) == (H.kind, H.rows, list(H))
+    dampings = (Damping(0.1), Damping(1e-3, "truncated"), None)
+    methods = [influence(made, project(3), damping=dampings, norm=norm) for made in (few, H)]
+    one, other = (score(model, data, queries, method=method, **common).values for method in methods)
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+    if norm == "none":
+        one, other = (score(model, data, None, method=method, **common).values for method in methods)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+
+
+def test_as_many_rows_as_numbers_are_summed(monkeypatch):
+    monkeypatch.setattr(type(second_moment()), "few_numbers", 1)
+    model, data, loss = net_and_data()
+    many = fit(second_moment(), model, data * 9, project(2), loss=loss)
+    parts = fit(second_moment(), model, data[:2], project(2), loss=loss, partitions=2)
+    assert not any(isinstance(one, RowSpectrum) for H in (many, parts) for one in H.values())
