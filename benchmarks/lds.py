@@ -25,7 +25,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -42,8 +42,9 @@ from gradfn.evaluate.comparison import Compared, ceiling_of, compare, damping_cu
 from gradfn.evaluate.retraining import Retraining, Seeding
 from gradfn.evaluate.subsets import random_subsets
 from gradfn.evaluate.truth import Truth, retrain
-from gradfn.exact import cg, gauss_newton_product, params_of_blocks
+from gradfn.exact import SplitLoss, cg, gauss_newton_product, outputs_and_loss, params_of_blocks
 from gradfn.methods import RECIPES, Problem
+from gradfn.methods.exact_solve import PRECONDITIONED, Solver
 from gradfn.methods.recipes import times_doubt, weighted_sum
 from gradfn.report.plots import Point, plot_lds, plot_runs
 from gradfn.runs.masks import projection_named
@@ -71,6 +72,13 @@ class Loss:
 
     def __init__(self, model: nn.Module, criterion: str = "cross_entropy"):
         self.model, self.criterion = model, criterion
+
+    def split(self) -> SplitLoss:
+        """The same as a function of the logits."""
+        return SplitLoss(
+            lambda params, example: functional_call(self.model, params, (example["x"][None],))[0],
+            lambda logits, example: self._of(logits[None], example["labels"][None])[0],
+        )
 
     def _of(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.criterion == "cross_entropy":
@@ -192,6 +200,10 @@ class Case:
     language: bool = False
     exact: bool = False
     """Whether it is small enough for exact curvature."""
+    solved: tuple[gf.Damping, ...] = tuple(gf.Damping(value) for value in (0.1, 1.0, 10.0, 100.0))
+    """Dampings of the exact solves that EK-FAC preconditions."""
+    steps: tuple[int, int] = (30, 50)
+    """How many steps these take: of conjugate gradients, of ASTRA."""
 
     def losses(self, model: nn.Module) -> tuple[Any, Any]:
         """The loss, and TRAK's."""
@@ -223,7 +235,7 @@ CASES = {
     "fashion-resnet": Case(resnet, fashion, 60, Training(12, 50, 3e-3, "adam"), 50, 6, (256, 1024)),
     "verses-gpt": Case(
         gpt, verses, 50, Training(10, 25, 3e-3, "adamw", weight_decay=0.01, schedule="cosine"), 40, 3,
-        (256, 1024), language=True,
+        (256, 1024), language=True, solved=(gf.Damping(0.001), gf.Damping(0.1)), steps=(8, 16),
     ),
 }  # fmt: skip
 
@@ -272,6 +284,8 @@ class Entry:
     x: float = 0.0
     own_seeds: bool = True
     """Whether each of the models has a projection of its own."""
+    solver: Solver = field(default_factory=Solver)
+    """Of exact solves."""
 
 
 def entries(setting: Setting) -> Iterable[Entry]:
@@ -284,8 +298,10 @@ def entries(setting: Setting) -> Iterable[Entry]:
     if setting.stacks["path"].moments is not None:
         yield Entry("less", "less", "rademacher:16x16", one, "path")
     yield Entry("datainf", "datainf", "none", (gf.Damping(0.1),))
-    for name in ("kfac", "ekfac", "tkfac", "shampoo", "relatif"):
+    for name in ("kfac", "ekfac", "tkfac", "shampoo", "eshampoo", "relatif"):
         yield Entry(name, name, "none")
+    for name, steps in zip(PRECONDITIONED, setting.case.steps, strict=True):
+        yield Entry(name, name, "none", setting.case.solved, solver=Solver(iterations=steps))
     for name, spelled in (("logra", "logra:16x16"), ("grass", "grass:256"), ("factgrass", "factgrass:256")):
         yield Entry(name, name, spelled)
     yield Entry("trackstar", "trackstar", "rademacher:16x16")
@@ -327,13 +343,7 @@ def gauss_newton(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
     loss, _ = setting.case.losses(model)
     sites, params = gf.model.find_sites(model), gf.model.params_of(model)
 
-    def outputs(p: Any, example: Any) -> Tensor:
-        return functional_call(model, p, (example["x"][None],))[0]
-
-    def output_loss(z: Tensor, example: Any) -> Tensor:
-        return F.cross_entropy(z, example["labels"])
-
-    product = gauss_newton_product(outputs, output_loss, params, data, token_batch_size=1200)
+    product = gauss_newton_product(*outputs_and_loss(loss.split()), params, data, token_batch_size=1200)
     queries = gf.collect(model, setting.query, loss=loss)
     rhs, scores = params_of_blocks(sites, queries), []
     for damping in entry.dampings:
@@ -352,6 +362,8 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
         model = setting.at(entry.stack, number)
         plain, log_odds = setting.case.losses(model)
         loss = log_odds if recipe.criterion == "log_odds" else plain
+        solves = entry.recipe in PRECONDITIONED
+        loss = loss.split() if solves and isinstance(loss, Loss) else loss
         spelled = isinstance(entry.projection, str)
         projection = lenient(projection_named(entry.projection)) if spelled else entry.projection
         projection = reseeded(projection, number if entry.own_seeds else 0)
@@ -362,12 +374,15 @@ def score(setting: Setting, entry: Entry) -> tuple[Tensor, int]:
             by_block = gf.model.blocks_of(gf.model.find_sites(model), moments)
             normalize = gf.chain(gf.adam({name: v[0] for name, v in by_block.items()}))
         rows = gf.engine.CachedRows(setting.train, gf.chain(normalize, projection))
-        subject = gf.Subject(model, loss, token_batch_size=setting.batch)
+        many = 2 if setting.case.language else 100  # rows times vectors, as fits the cache
+        size = many * setting.batch if solves else setting.batch
+        subject = gf.Subject(model, loss, token_batch_size=size)
         problem = Problem(
-            subject, rows, setting.query, normalize=normalize, projection=projection,
-            damping=entry.dampings,
+            subject, setting.train if solves else rows, setting.query, normalize=normalize,
+            projection=projection, damping=entry.dampings, solver=entry.solver, tell=print, report=print,
         )  # fmt: skip
         method = recipe.method(problem)
+        subject = replace(subject, token_batch_size=setting.batch)
         queries = gf.collect(subject, setting.query, method.query_transform)
         numbers = sum(int(np.prod(G.shape[1:])) for G in queries.values())
         engine = gf.probe_engine(model, loss, method.against(queries))
@@ -438,9 +453,15 @@ def trained_on_all(case: Case, loss: Any, rows: Any, seed: int) -> Stack:
 
 
 def run_case(
-    case_name: str, folder: Path, out: Path, plots: Path | None, only: Sequence[str], seeding: Seeding
+    case_name: str,
+    case: Case,
+    folder: Path,
+    out: Path,
+    plots: Path | None,
+    only: Sequence[str],
+    seeding: Seeding,
 ) -> None:
-    case, name = CASES[case_name], case_name + ("-independent" if seeding == "independent" else "")
+    name = case_name + ("-independent" if seeding == "independent" else "")
     rows, queries, truth = ground_truth(name, case, case.read(folder), out, seeding)
     some = slice(0, case.scored)
     queries = queries.select(some) if case.language else queries[some]
@@ -523,11 +544,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--plots", type=Path, help="a folder for pictures")
     parser.add_argument("--only", nargs="+", default=[], help="texts, of which a method's name holds one")
+    parser.add_argument("--queries", type=int, help="score so many queries, the first ones")
     parser.add_argument("--seeding", choices=get_args(Seeding), default="shared", help="of the ground truth")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     for name in asked.cases:
-        run_case(name, asked.data, asked.out, asked.plots, asked.only, asked.seeding)
+        case = CASES[name] if asked.queries is None else replace(CASES[name], scored=asked.queries)
+        run_case(name, case, asked.data, asked.out, asked.plots, asked.only, asked.seeding)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from .scores import Scores
 from .statistics import (
     adam_moments,
     ekfac,
+    eshampoo,
     fit,
     kfac,
     mean,
@@ -69,6 +70,7 @@ __all__ = [
     "dot",
     "ekfac",
     "engine",
+    "eshampoo",
     "evaluate",
     "exact",
     "example",

@@ -17,7 +17,7 @@ from gradfn.linalg.spectrum import Damping, DampingKind
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.model.losses import CausalLMLoss
 from gradfn.model.sites import View, find_sites
-from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics import ekfac, eshampoo, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import fit, sums_of
 from gradfn.statistics.kfac import Corrected
 from gradfn.statistics.moments import adam_moments, mean, total
@@ -128,17 +128,18 @@ def test_batches_partitions_and_the_order_of_rows_change_nothing(data, fitted, b
     assert_blocks_close(dense(other), dense(alone), tolerance(kind))
 
 
+@pytest.mark.parametrize("corrected", [ekfac, eshampoo])
 @given(st.data(), problems(min_rows=3), st.integers(1, 30))
-def test_corrected_eigenvalues_do_not_depend_on_batches(data, problem, budget):
+def test_corrected_eigenvalues_do_not_depend_on_batches(corrected, data, problem, budget):
     assume(supervised(problem))
-    basis = fit(kfac(), problem.model, problem.rows, loss=problem.loss)
+    basis = fit(corrected().first, problem.model, problem.rows, loss=problem.loss)
     alone = fit(Corrected(basis), problem.model, problem.rows, loss=problem.loss, token_batch_size=1)
     rows, parts = data.draw(st.permutations(problem.rows)), data.draw(st.integers(1, len(basis)))
     other = fit(
         Corrected(basis), problem.model, rows, loss=problem.loss, partitions=parts, token_batch_size=budget
     )
     assert_blocks_close(dense(other), dense(alone))
-    both = fit(ekfac(), problem.model, problem.rows, loss=problem.loss, token_batch_size=budget)
+    both = fit(corrected(), problem.model, problem.rows, loss=problem.loss, token_batch_size=budget)
     for name, one in both.items():
         plain = naive_blocks(problem.reference, problem.model, problem.rows)[name]
         torch.testing.assert_close(one.values.sum(), plain.square().sum() / len(plain))

@@ -87,7 +87,7 @@ def test_views(by):
     assert_alike(*(gf.collect(model, DOCUMENTS, view=view) for model in sides(of())))
 
 
-@pytest.mark.parametrize("fold", ["second_moment", "kfac", "ekfac", "shampoo", "tkfac"])
+@pytest.mark.parametrize("fold", ["second_moment", "kfac", "ekfac", "shampoo", "eshampoo", "tkfac"])
 def test_curvatures(fold):
     made = []
     for model in sides(of()):

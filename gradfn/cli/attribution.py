@@ -1,6 +1,6 @@
 """Scoring as it is asked for: one checkpoint at a time, and several joined."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count as counting
 from pathlib import Path
@@ -152,7 +152,8 @@ class Job:
         with loaded.multiplying():
             method = self.recipe.method(self._problem(loaded, stages, train, run))
         curvature = method.curvature if isinstance(method, InnerProduct) else None
-        if stages.curvature is not None and curvature is not stages.curvature:
+        takes = self.recipe.solves and self.recipe.fits is not None  # to precondition with
+        if stages.curvature is not None and curvature is not stages.curvature and not takes:
             raise InputError(
                 f"{self.name} takes no curvature that was fitted before: leave out --hessian-path"
             )
@@ -213,11 +214,15 @@ class Job:
 
     def _problem(self, loaded: Loaded, stages: Stages, train: Data, run: str | None) -> Problem:
         fit = self.request.fit
+
+        def told(name: str) -> Callable[[str], None]:
+            return lambda text: console().print(facts([(name, text)]))
+
         return Problem(
             loaded.subject, train, [] if self.asked is None else self.asked.every, stages.normalize,
             stages.projection, stages.curvature, stages.dampings, fit.labels, self.request.seed,
             fit.components, fit.partitions, solver_of(self.request.solver),
-            lambda text: console().print(facts([("note", text)])),
+            told("note"), told("solve"),
             None if run is None else self._persist(loaded, stages, train, run),
         )  # fmt: skip
 

@@ -9,12 +9,12 @@ from gradfn.cli.stages import dampings_of
 from gradfn.errors import InputError
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import RECIPES, Problem, Recipe, influence, recipe_named
-from gradfn.methods.exact_solve import Solver
+from gradfn.methods.exact_solve import PRECONDITIONED, Solver, check_exact_damping
 from gradfn.methods.inner_product import Norm
 from gradfn.runs.curvatures import open_curvature
 
-SOLVERS = dict.fromkeys(("product", "iterations", "tolerance"), ("cg", "lissa"))
-SOLVERS |= dict.fromkeys(("scale", "minibatches"), ("lissa",))
+SOLVERS = dict.fromkeys(("product", "iterations", "tolerance"), ("cg", "lissa", *PRECONDITIONED))
+SOLVERS |= dict.fromkeys(("scale", "minibatches"), ("lissa", "astra"))
 """Options of how queries are solved for, and the methods that do."""
 
 
@@ -93,9 +93,7 @@ def _check_fit(name: str, recipe: Recipe, request: ScoreRequest) -> None:
             raise InputError(f"--{option} is of a curvature that is fitted here, and none is: leave it out")
     for option, methods in SOLVERS.items():
         if name not in methods and request.gave(option):
-            raise InputError(
-                f"--{option} is of --method {' and '.join(methods)}, not of {name}: leave it out"
-            )
+            raise InputError(f"--{option} is of --method {', '.join(methods)}, not of {name}: leave it out")
     factored = any(damping.kind == "factored" for damping in dampings)
     if factored and fits and name in RECIPES and not recipe.product:
         products = " or ".join(known for known, other in RECIPES.items() if other.product)
@@ -107,12 +105,14 @@ def _check_fit(name: str, recipe: Recipe, request: ScoreRequest) -> None:
 
 def _check_exact(name: str, request: ScoreRequest, dampings: Sequence[Damping]) -> None:
     """Refuse what the exact solves of a method do not have."""
-    if given := request.gave("projection", "projection_dim", "optimizer_state", "partitions"):
+    fits = name in PRECONDITIONED
+    parts = () if fits else ("partitions",)
+    if given := request.gave("projection", "projection_dim", "optimizer_state", *parts):
         raise InputError(f"{name} solves for whole gradients in one go: leave out {given}")
     if request.layers.by == "head":
         raise InputError(f"{name} solves for whole weights, which heads are parts of: use --by example")
-    if len(dampings) > 1 or dampings[0].kind not in ("relative", "absolute"):
-        raise InputError(f"{name} takes one damping, relative or absolute: give --damping 0.1, say")
+    for damping in dampings:
+        check_exact_damping(damping, positive=fits)
 
 
 def _check_sides(name: str, recipe: Recipe, request: ScoreRequest) -> None:

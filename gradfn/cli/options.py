@@ -36,7 +36,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 Criterion = Literal["cross_entropy", "log_odds", "kl"]
 Reduction = Literal["mean", "sum"]
-Kind = Literal["second_moment", "kfac", "ekfac", "shampoo", "tkfac"]
+Kind = Literal["second_moment", "kfac", "ekfac", "shampoo", "eshampoo", "tkfac"]
 Labels = Literal["data", "model"]
 Product = Literal["fisher", "gauss_newton", "hessian"]
 Adjoint = Literal["hessian", "gauss_newton"]
@@ -80,16 +80,18 @@ _QUERY_ROWS = (
 )
 QUERY_SPLIT = 'Split of a dataset in --query, or a part of one: "test[:100]".'
 _METHOD = (
-    "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
-    "relatif, trak, datainf, cg, lissa, source (through the checkpoints of a training), magic (exact, back "
-    "through the training of --training), inrun (what gradfn train RUN --values measured), or FILE.py:NAME "
-    "for your own."
+    "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, "
+    "eshampoo, tkfac, relatif, trak, datainf, cg, lissa, ekfac_cg, astra, source (through the checkpoints of "
+    "a training), magic (exact, back through the training of --training), inrun (what gradfn train RUN "
+    "--values measured), or FILE.py:NAME for your own."
 )
 BM25, EMBEDDING = "bm25", "embedding"
 _BASELINE = (
     "Show beside the scores what words or meaning alone find: bm25, or embedding:FOLDER of a model (mean of "
     "its last states, cosine); both may be given."
 )
+_SOLVES = "cg, lissa, ekfac_cg, astra"
+_PRODUCT = f"{_SOLVES}: the curvature of the rows, exact and whole."
 _CHECKPOINTS = (
     "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."
 )
@@ -369,14 +371,18 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How the methods cg and lissa solve for queries."""
+    """How the methods cg, lissa, ekfac_cg and astra solve for queries."""
 
     PANEL: ClassVar[str] = "Curvature"
-    product: Product = option("fisher", "cg, lissa: the curvature of the rows, exact and whole.")
-    iterations: int = option(100, "cg, lissa: steps, each a pass over the rows or a minibatch of them.")
-    tolerance: float = option(1e-3, "cg, lissa: the residual, relative to the query, that is small enough.")
-    scale: float | None = option(None, "lissa: what a step is divided by.", shown="the largest eigenvalue")
-    minibatches: int = option(1, "lissa: parts of the rows that steps take in turn.")
+    product: Product | None = option(None, _PRODUCT, shown="fisher; ekfac_cg, astra: gauss_newton")
+    iterations: int = option(100, f"{_SOLVES}: steps, each a pass over the rows or a minibatch of them.")
+    tolerance: float = option(1e-3, f"{_SOLVES}: the residual, relative to the query, that is small enough.")
+    scale: float | None = option(
+        None, "lissa, astra: what a step is divided by.", shown="the largest eigenvalue"
+    )
+    minibatches: int | None = option(
+        None, "lissa, astra: parts of the rows that steps take in turn.", shown="1; astra: of 256 rows each"
+    )
 
 
 @dataclass(frozen=True)

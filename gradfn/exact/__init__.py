@@ -1,6 +1,7 @@
 """Exact curvature products, and solves with them."""
 
-from gradfn.exact.products import fisher_product, gauss_newton_product, hessian_product, outputs_and_loss
+from gradfn.exact.outputs import SplitLoss, outputs_and_loss
+from gradfn.exact.products import fisher_product, gauss_newton_product, hessian_product
 from gradfn.exact.solvers import Eigenpairs, Solution, arnoldi, cg, largest_eigenvalue, lissa
 from gradfn.exact.vectors import Product, params_of_blocks
 
@@ -8,6 +9,7 @@ __all__ = [
     "Eigenpairs",
     "Product",
     "Solution",
+    "SplitLoss",
     "arnoldi",
     "cg",
     "fisher_product",

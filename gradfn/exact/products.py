@@ -16,22 +16,15 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradfn.data import IGNORED, check_rows, collate
+from gradfn.data import check_rows, collate
 from gradfn.engine.batching import full_gradients
 from gradfn.engine.reference import one_number, refuse_constant
 from gradfn.engine.stream import keeps_rows, labelled, plan_rows
 from gradfn.errors import InputError
+from gradfn.exact.outputs import OutputLoss, Outputs
 from gradfn.exact.vectors import Product
-from gradfn.model.losses import CausalLMLoss, shifted_labels, token_losses
-from gradfn.model.params import call
 from gradfn.subject import TOKEN_BATCH_SIZE
 from gradfn.types import Batch, Data, Example, LossFn, Params
-
-Outputs = Callable[[Params, Example], Tensor]
-"""What a model makes of one example: `outputs(params, example) -> tensor`."""
-
-OutputLoss = Callable[[Tensor, Example], Tensor]
-"""The loss as a function of the outputs: `output_loss(outputs, example) -> scalar`."""
 
 
 def fisher_product(
@@ -155,38 +148,6 @@ def hessian_product(
         return jvp(grad(lambda p: losses(p).sum()), (params,), (v,))[1]
 
     return _streamed(of_batch, loss, params, data, token_batch_size)
-
-
-def outputs_and_loss(loss: CausalLMLoss) -> tuple[Outputs, OutputLoss]:
-    """Split a next-token loss for `gauss_newton_product`: the logits, and the loss as a function of them.
-
-    The outputs are the logits `[tokens, vocabulary]` of all positions. The loss does not depend on positions
-    that are not supervised, so these add nothing to the product.
-
-    Args:
-        loss: `causal_lm_loss(model)`, of cross-entropy or log-odds; both are convex in the logits.
-
-    Returns:
-        `(outputs, output_loss)`, with `output_loss(outputs(params, e), e) = loss(params, e)`.
-
-    Raises:
-        InputError: the "kl" loss, which needs the logits of another model too.
-    """
-    if loss.criterion == "kl":
-        raise InputError("the kl loss depends on two models' logits: take cross_entropy or log_odds")
-
-    def outputs(params: Params, example: Example) -> Tensor:
-        ids = example["input_ids"][None]
-        return call(loss.model, params, input_ids=ids, use_cache=False).logits[0]
-
-    def output_loss(logits: Tensor, example: Example) -> Tensor:
-        targets = shifted_labels(example.get("labels", example["input_ids"]))
-        total = token_losses(logits, targets, loss.criterion, loss.label_smoothing).sum()
-        if loss.reduction == "mean":
-            total = total / (targets != IGNORED).sum().clamp_min(1)
-        return total * example["weight"].to(total.dtype) if "weight" in example else total
-
-    return outputs, output_loss
 
 
 def _each(function: Callable, first: Params | Tensor, batch: Batch, dim: int | None = None) -> Tensor:

@@ -12,6 +12,9 @@ from gradfn.errors import InputError
 from gradfn.exact.vectors import Product, as_matrix, as_vectors, on_matrix
 from gradfn.types import Params
 
+POWER_ITERATIONS = 30
+"""Products that a largest eigenvalue takes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -99,6 +102,7 @@ def lissa(
     steps: int,
     scale: float | None = None,
     tolerance: float = 1e-6,
+    preconditioner: Product | None = None,
 ) -> Solution:
     """Solve `(H + damping I) x = b` by LiSSA, `x <- x + (b - (H_j + damping I) x) / scale` from `x = 0`.
 
@@ -107,14 +111,18 @@ def lissa(
     `1 - (smallest eigenvalue) / scale`. With several products it does not reach the solution exactly, because
     they differ; the residual shows how far away it stays.
 
+    With a preconditioner it is `x <- x + M^-1 (b - (H_j + damping I) x) / scale`, and with that of EK-FAC
+    ASTRA. Eigenvalues are then those of `M^-1 (H + damping I)`, which are near 1 where M is near.
+
     Args:
         products: `v -> H_j v`, of minibatches of one size; the steps cycle through them.
         b: right-hand sides, `{name: [k, *parameter]}`.
         damping: added to every eigenvalue of H, in units of H.
         steps: how many steps to take.
-        scale: what a step is divided by, in units of H; None is the largest eigenvalue of all
-            `H_j + damping I`, by power iteration.
+        scale: what a step is divided by, in units of H, or of `M^-1 H`; None is the largest eigenvalue of all
+            `H_j + damping I`, or of these times `M^-1`, by power iteration.
         tolerance: the residual, relative to `|b|`, that counts as converged.
+        preconditioner: `v -> M^-1 v`, symmetric positive definite; None is the identity.
 
     Returns:
         The solution; its residual is computed from x with every product once.
@@ -127,21 +135,25 @@ def lissa(
     >>> solution.x, solution.converged
     ({'w': tensor([[0.2500]])}, tensor([True]))
 
-    Source: LiSSA, arXiv:1602.03943, section 3; for influence, arXiv:1703.04730, section 3.
+    Source: LiSSA, arXiv:1602.03943, section 3; for influence, arXiv:1703.04730, section 3; ASTRA: Wang et
+    al., arXiv:2507.14740.
     """
     rhs = _checked(b, damping, tolerance)
     if not products:
         raise InputError("LiSSA needs at least one product")
     if scale is None:
-        scale = max(abs(largest_eigenvalue(product, b)) for product in products) + damping
+        scale = max(_largest(product, b, damping, preconditioner) for product in products)
     if not (isfinite(scale) and scale > 0):
         raise InputError(f"the scale must be a number above 0, not {scale}: give a scale, or more damping")
     applies = [_damped(product, b, damping) for product in products]
-    x = torch.zeros_like(rhs)
+    precondition = on_matrix(preconditioner, b, "preconditioner") if preconditioner else lambda r: r
+    x, start = torch.zeros_like(rhs), _energy(rhs, precondition(rhs))
     for step in range(steps):
         residual = rhs - applies[step % len(applies)](x)
-        _refuse_divergence(_relative(residual, rhs), step, scale)
-        x = x + residual / scale
+        move = precondition(residual)
+        grown = _energy(residual, move) / start.clamp_min(torch.finfo(rhs.dtype).tiny)
+        _refuse_divergence(torch.where(start > 0, grown, 0), step, scale)
+        x = x + move / scale
 
     def apply(v: Tensor) -> Tensor:
         return torch.stack([apply(v) for apply in applies]).mean(0)
@@ -150,7 +162,30 @@ def lissa(
     return _solution(apply, x, rhs, b, iterations, tolerance)
 
 
-def largest_eigenvalue(product: Product, like: Params, *, iterations: int = 30, seed: int = 0) -> float:
+def _energy(residual: Tensor, move: Tensor) -> Tensor:
+    """The norm of a residual in which a step that is small enough never makes it grow."""
+    return _dots(residual, move).clamp_min(0).sqrt()
+
+
+def _largest(product: Product, like: Params, damping: float, preconditioner: Product | None) -> float:
+    """The largest eigenvalue of `M^-1 (H + damping I)`; `<M^-1 A v, A v> / <v, A v>` is never above it."""
+    if preconditioner is None:
+        return abs(largest_eigenvalue(product, like)) + damping
+    apply, precondition = _damped(product, like, damping), on_matrix(preconditioner, like, "preconditioner")
+    v, value = _random_unit(like, 0), 0.0
+    for _ in range(POWER_ITERATIONS):
+        moved = apply(v)
+        stepped, size = precondition(moved), float(_dots(v, moved))
+        if not size > 0:
+            break
+        value = max(value, float(_dots(moved, stepped)) / size)
+        v = stepped / stepped.norm()
+    return value
+
+
+def largest_eigenvalue(
+    product: Product, like: Params, *, iterations: int = POWER_ITERATIONS, seed: int = 0
+) -> float:
     """The eigenvalue of a product that is largest in magnitude, by power iteration from a random vector.
 
     Args:
@@ -209,12 +244,12 @@ def _positive(values: Tensor, active: Tensor, what: str) -> Tensor:
 
 
 def _refuse_divergence(relative: Tensor, step: int, scale: float) -> None:
-    """Refuse a residual that grows: with a positive definite matrix and a large enough scale it shrinks."""
+    """Refuse a residual that grows, or is no number: with a large enough scale it shrinks."""
     worst = float(relative.max()) if len(relative) else 0.0
-    if worst > 1e3:
+    if not worst <= 1e3:
         raise InputError(
-            f"LiSSA diverges (at step {step} the residual is {worst:.3g} times |b|): give a larger scale "
-            f"than {scale:.3g}, or more damping"
+            f"the iteration diverges (at step {step} the residual is {worst:.3g} times |b|): give a larger "
+            f"scale than {scale:.3g}, or more damping"
         )
 
 

@@ -98,11 +98,20 @@ def eigh(
     tensor([0., 1.], dtype=torch.float64)
     """
     dtype = dtype or matrix.dtype
-    values, vectors = _eigh(matrix)
+    values, vectors = eigh_float64(matrix)
+    return without_rounding(values, dtype), vectors.to(dtype).contiguous()
+
+
+def without_rounding(values: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """Eigenvalues with those that are rounding set to 0, see `eigh`.
+
+    >>> without_rounding(torch.tensor([1e-9, 1.0], dtype=torch.float64), torch.float32)
+    tensor([0., 1.], dtype=torch.float64)
+    """
     solved = len(values) * torch.finfo(values.dtype).eps * values.amax()
     # Not n epsilon of the largest: for wide layers in float32 that is more than the mean and its damping.
     summed = torch.finfo(dtype).eps * values.sum()
-    return torch.where(values > torch.maximum(solved, summed), values, 0.0), vectors.to(dtype).contiguous()
+    return torch.where(values > torch.maximum(solved, summed), values, 0.0)
 
 
 class Solved:
@@ -127,8 +136,14 @@ class Solved:
         return self._last[1]
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`_lapack` without the rows and columns of zeros, with which it may fail."""
+def eigh_float64(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Eigenvalues as they come, ascending, and eigenvectors, both float64.
+
+    Rows and columns of zeros, with which LAPACK may fail, are left out of the decomposition.
+
+    >>> eigh_float64(torch.diag(torch.tensor([2.0, 0.0])))[0]
+    tensor([0., 2.], dtype=torch.float64)
+    """
     live = matrix.any(0)
     if bool(live.all()):
         return _lapack(matrix)

@@ -2,6 +2,7 @@
 
 from gradfn.methods.attribution import Attribution, Joined, Scorer
 from gradfn.methods.datainf import DataInf
+from gradfn.methods.dda import dda
 from gradfn.methods.dynamics import Dynamics
 from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
@@ -27,6 +28,7 @@ __all__ = [
     "Source",
     "TopK",
     "best",
+    "dda",
     "dots",
     "extremes",
     "grad_cosine",

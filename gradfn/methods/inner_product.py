@@ -37,7 +37,8 @@ class InnerProduct:
         norm: "cosine" instead of an inner product, taken in the geometry of the curvature if there is one;
             "relative" divides an inner product by `|H^-1 g|` of the row, which keeps outliers from being
             everyone's proponents (RelatIF).
-        solve: instead of a curvature: any other map of the queries, all at once.
+        solve: instead of a curvature: any other map of the queries, all at once; for several dampings it
+            gives the queries of one after those of another.
 
     Source: RelatIF: Barshan et al., arXiv:2003.11630, section 4.
     """
@@ -52,7 +53,7 @@ class InnerProduct:
     def __post_init__(self) -> None:
         if not self.damping:
             raise InputError("a method needs one damping or more (None is the pseudo-inverse)")
-        if self.curvature is None and len(self.damping) > 1:
+        if self.curvature is None and self.solve is None and len(self.damping) > 1:
             raise InputError("several dampings need a curvature: fit one")
         if self.curvature is not None and self.solve is not None:
             raise InputError("a method has a curvature or solves for its queries, not both: leave one out")
@@ -218,7 +219,9 @@ def damping_names(method: Attribution) -> tuple[str, ...]:
     """
     if isinstance(method, Joined):
         return damping_names(method.parts[0][1])
-    plain = method.curvature is None if isinstance(method, InnerProduct) else method.damping == (None,)
+    plain = method.damping == (None,)
+    if isinstance(method, InnerProduct) and method.curvature is None:
+        plain = len(method.damping) == 1
     if plain:
         return ("",)
     return tuple("none" if damping is None else str(damping) for damping in method.damping)

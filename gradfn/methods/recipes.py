@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from runpy import run_path
@@ -33,7 +33,13 @@ from gradfn.methods.attribution import (
     weighted_sum,
 )
 from gradfn.methods.datainf import DataInf, MeanSquares
-from gradfn.methods.exact_solve import ExactSolve, Solver, absolute_damping
+from gradfn.methods.exact_solve import (
+    PRECONDITIONED,
+    ExactSolve,
+    Solver,
+    absolute_damping,
+    check_exact_damping,
+)
 from gradfn.methods.grad_cosine import grad_cosine
 from gradfn.methods.grad_dot import grad_dot
 from gradfn.methods.influence import influence, relatif, trackstar
@@ -42,6 +48,7 @@ from gradfn.model.sites import find_sites
 from gradfn.statistics import (
     Curvature,
     ekfac,
+    eshampoo,
     kfac,
     mix,
     mixing_coefficient,
@@ -76,8 +83,9 @@ class Problem:
         labels: "data", or "model" to draw the labels of curvatures from the model, with `seed`.
         components: TrackStar's number of directions to count less.
         partitions: see `fit`.
-        solver: how cg and lissa solve.
+        solver: how cg, lissa, ekfac_cg and astra solve.
         tell: called with a sentence that the user should read.
+        report: called with a sentence on what was done.
         persist: `persist(fold, transform, progress)` fits a curvature over the training rows and writes it
             to disk, or reads the one there; None: it is fitted and stays in memory.
     """
@@ -95,6 +103,7 @@ class Problem:
     partitions: int = 1
     solver: Solver = field(default_factory=Solver)
     tell: Callable[[str], None] = field(default=warnings.warn, repr=False)
+    report: Callable[[str], None] = field(default=lambda text: None, repr=False)
     persist: Persist | None = field(default=None, repr=False)
 
     @property
@@ -227,17 +236,24 @@ def _datainf(problem: Problem) -> InnerProduct:
 
 
 def _exact(name: str, problem: Problem) -> InnerProduct:
-    """What cg and lissa solve for: all weights as they are, of the rows with their labels."""
-    if chain(problem.stage).stages or problem.partitions > 1:
+    """What exact solves solve for: all weights as they are, of the rows with their labels."""
+    fits = name in PRECONDITIONED
+    if chain(problem.stage).stages or (problem.partitions > 1 and not fits):
         raise InputError(
             f"{name} solves for whole gradients in one go: leave out the projection, the optimizer's state "
             "and `partitions`"
         )
     if problem.subject.view.heads:
         raise InputError(f"{name} solves for whole weights, which heads are parts of: use --by example")
-    (damping,) = problem.damping if len(problem.damping) == 1 else (None,)
+    for damping in problem.damping:
+        check_exact_damping(damping, positive=fits)
+    curvature: Curvature | None = problem.fit(ekfac()) if fits else None
 
+    @cache
     def mean_eigenvalue() -> float:
+        if curvature is not None:  # EK-FAC has the trace of the Fisher
+            values = [one.values for one in curvature.values()]
+            return sum(float(v.sum()) for v in values) / sum(v.numel() for v in values)
         means = problem.fit(MeanSquares())
         view = replace(problem.subject.view, tokens=False)
         sizes = {site.block: prod(site.spec.shape) for site in find_sites(problem.subject.model, view)}
@@ -246,9 +262,12 @@ def _exact(name: str, problem: Problem) -> InnerProduct:
     data, size = problem.train, problem.subject.token_batch_size
     if problem.labels == "model":
         data = sample_labels(problem.subject.loss, data, problem.seed, token_batch_size=size)
-    value = absolute_damping(damping, mean_eigenvalue)
-    solve = ExactSolve(name, problem.subject, data, value, problem.solver, problem.tell)
-    return InnerProduct(problem.stage, problem.stage, solve=solve)
+    values = tuple(absolute_damping(damping, mean_eigenvalue) for damping in problem.damping)
+    solve = ExactSolve(
+        name, problem.subject, data, values, problem.solver, curvature, problem.seed, problem.tell,
+        problem.report,
+    )  # fmt: skip
+    return InnerProduct(problem.stage, problem.stage, damping=problem.damping, solve=solve)
 
 
 def _of_training(what: str) -> Recipe:
@@ -272,6 +291,7 @@ RECIPES: Mapping[str, Recipe] = {
     "kfac": Recipe(_influence_of(kfac), projection="none", fits="kfac"),
     "ekfac": Recipe(_influence_of(ekfac), projection="none", fits="ekfac"),
     "shampoo": Recipe(_influence_of(shampoo), projection="none", fits="shampoo"),
+    "eshampoo": Recipe(_influence_of(eshampoo), projection="none", fits="eshampoo"),
     "tkfac": Recipe(_influence_of(tkfac), projection="none", fits="tkfac"),
     "relatif": Recipe(
         lambda problem: relatif(problem.fit(ekfac()), problem.stage, damping=problem.damping),
@@ -283,6 +303,8 @@ RECIPES: Mapping[str, Recipe] = {
     "datainf": Recipe(_datainf, solves=True),
     "cg": Recipe(partial(_exact, "cg"), projection="none", solves=True),
     "lissa": Recipe(partial(_exact, "lissa"), projection="none", solves=True),
+    "ekfac_cg": Recipe(partial(_exact, "ekfac_cg"), projection="none", fits="ekfac", solves=True),
+    "astra": Recipe(partial(_exact, "astra"), projection="none", fits="ekfac", solves=True),
     "source": replace(
         _of_training(
             "source goes through the checkpoints of a training, which its name does not tell: make it with "

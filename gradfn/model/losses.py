@@ -295,7 +295,7 @@ class ModelLoss(_Weighted):
     def __call__(self, params: Params, example: Example) -> Tensor:
         """The definition: the batch of one example at other parameters."""
         batch = {key: value[None] for key, value in example.items()}
-        logits = call(self.model, params, **self._inputs(batch)).logits
+        logits = call(self.model, params, **self.inputs(batch)).logits
         return self.of_logits(logits, batch)[0]
 
     def batched(self, batch: Batch) -> Float[Tensor, " batch"]:
@@ -304,7 +304,7 @@ class ModelLoss(_Weighted):
 
     def logits(self, batch: Batch) -> Tensor:
         """What the model makes of a padded batch."""
-        return self.model(**self._inputs(batch)).logits
+        return self.model(**self.inputs(batch)).logits
 
     def positions(self, batch: Batch, path: str) -> Tensor | None:
         """The positions whose statistics count: those that predict a token, else all but padding.
@@ -317,7 +317,8 @@ class ModelLoss(_Weighted):
             return batch["labels"] != IGNORED
         return batch["attention_mask"].bool() if "attention_mask" in batch else None
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model is called with for a padded batch."""
         like = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
         inputs = {
             key: value.to(like) if value.is_floating_point() else value  # pixels come in float32

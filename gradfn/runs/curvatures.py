@@ -43,7 +43,7 @@ def hessian(
 
     Args:
         run: the run directory.
-        fold: `second_moment()`, `kfac()`, `ekfac()`, `shampoo()` or `tkfac()`.
+        fold: `second_moment()`, `kfac()`, `ekfac()`, `shampoo()`, `eshampoo()` or `tkfac()`.
         labels: "data", or "model" for labels drawn from the model with `seed`; see `sample_labels`.
         model, data, transform, partitions: see `fit`.
         options: see `build`; of a shard there are sums, which `hessian_shard` writes.

@@ -25,7 +25,7 @@ from gradfn.runs.shards import (
     whole_request,
 )
 from gradfn.runs.visits import join_recorded, recorded_shards
-from gradfn.statistics import Curvature, ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics import Curvature, ekfac, eshampoo, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import Additive, FoldState, TwoPass, fit_sums
 from gradfn.store import Store, Writer, differing, in_words, open_store, open_writer, remove_kind
 from gradfn.store.guard import refuse_links
@@ -40,7 +40,7 @@ SUMMED = "fit/sums"
 """Where a merged curvature keeps which sums it is of."""
 BASIS = "basis"
 """The kind of store with what the first of two passes gave."""
-FOLDS = (second_moment, kfac, ekfac, shampoo, tkfac)
+FOLDS = (second_moment, kfac, ekfac, shampoo, eshampoo, tkfac)
 
 
 def hessian_shard(

@@ -7,7 +7,7 @@ from gradfn.statistics.labels import sample_labels
 from gradfn.statistics.mask import MaskSearch, fit_mask, selective_mask
 from gradfn.statistics.moments import adafactor_moments, adam_moments, mean, total
 from gradfn.statistics.second_moment import second_moment
-from gradfn.statistics.shampoo import shampoo
+from gradfn.statistics.shampoo import eshampoo, shampoo
 
 __all__ = [
     "Curvature",
@@ -16,6 +16,7 @@ __all__ = [
     "adafactor_moments",
     "adam_moments",
     "ekfac",
+    "eshampoo",
     "fit",
     "fit_mask",
     "kfac",

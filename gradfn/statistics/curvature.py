@@ -19,7 +19,7 @@ class Curvature(Mapping[str, Spectrum]):
     """`H` of every block, `{block: Spectrum}`, and how it was fitted.
 
     Args:
-        kind: "second_moment", "kfac", "ekfac", "shampoo" or "tkfac".
+        kind: "second_moment", "kfac", "ekfac", "shampoo", "eshampoo" or "tkfac".
         spectra: the eigenbasis and eigenvalues of every block.
         rows: the number of examples that it was fitted over.
     """

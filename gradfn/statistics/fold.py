@@ -5,7 +5,7 @@ A batch's sums are made in float32 or better, whatever the model's dtype, and ke
 of factors: float32 or better).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, Unpack, runtime_checkable
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gradfn.engine.engine import Engine, probe_engine
-from gradfn.engine.stream import Progress, lengths_of, stream
+from gradfn.engine.stream import Progress, collect, lengths_of, stream
 from gradfn.errors import InputError
 from gradfn.memory import check_memory, release_memory
 from gradfn.model.sites import Site
@@ -95,6 +95,14 @@ class Additive(Generic[Result]):
 
     def finalize(self, state: FoldState) -> Result:
         """What was wanted, of the sums."""
+        raise NotImplementedError
+
+    def wants_rows(self, shapes: Mapping[str, tuple[int, ...]], count: int) -> bool:
+        """Whether `of_rows` costs less than sums do, for so many rows of blocks of these shapes."""
+        return False
+
+    def of_rows(self, blocks: Blocks) -> Result:
+        """What was wanted, of all rows at once."""
         raise NotImplementedError
 
     def init(self) -> FoldState:
@@ -326,7 +334,7 @@ def fit(
 
     Args:
         fold: what to fit: `mean()`, `total()`, `adam_moments()`, `second_moment()`, `kfac()`, `ekfac()`,
-            `shampoo()`, `tkfac()`, or one of your own.
+            `shampoo()`, `eshampoo()`, `tkfac()`, or one of your own.
         partitions: fit the blocks in so many passes over the data, each with its share of them, so that
             fewer sums are held at a time; it changes no result.
         model, data, transform, progress, options: see `collect`.
@@ -351,6 +359,14 @@ def fit(
         raise TypeError("a fold needs blocks: the transform must not end in scores")
 
     def run(fold: Additive[Any]) -> Any:
+        if partitions == 1 and not subject.view.tokens and len(data):
+            whole = chain(transform or chain(), fold.stage())
+            engine = probe_engine(subject.model, subject.loss, whole, view=subject.view)
+            if fold.wants_rows(_summed_shapes(engine), len(data)):
+                rows = collect(subject, data, transform, progress=progress)
+                assert isinstance(rows, dict)
+                device = next(subject.model.parameters()).device
+                return fold.of_rows({name: G.to(device) for name, G in rows.items()})
         sums = fit_sums(fold, subject, data, transform, partitions=partitions, progress=progress)
         return fold.finalize(sums)
 

@@ -160,9 +160,15 @@ def tkfac() -> Factored:
 
 @dataclass(frozen=True, eq=False)
 class Corrected(Additive[Curvature]):
-    """Eigenvalues measured in a given eigenbasis: `lambda = E_b[(Q_lᵀ G_b Q_r)²]`."""
+    """Eigenvalues measured in a given eigenbasis: `lambda = E_b[(Q_lᵀ G_b Q_r)²]`.
+
+    Args:
+        basis: whose eigenvectors are taken.
+        kind: what to call the result.
+    """
 
     basis: Curvature = field(repr=False)
+    kind: str = "ekfac"
 
     def stage(self) -> Transform:
         """The squares of the rotated gradients."""
@@ -175,7 +181,7 @@ class Corrected(Additive[Curvature]):
             name: _corrected(one, (state.blocks[name] / state.count).to(one.values))
             for name, one in self.basis.items()
         }
-        return Curvature("ekfac", spectra, state.count)
+        return Curvature(self.kind, spectra, state.count)
 
 
 @dataclass(frozen=True)

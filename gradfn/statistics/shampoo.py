@@ -1,13 +1,15 @@
-"""Shampoo's curvature, from the rows and columns of every example's gradient."""
+"""Shampoo's curvature, from the rows and columns of every example's gradient, and EShampoo's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradfn.statistics.curvature import Curvature, decomposed, product_spectrum
 from gradfn.statistics.fold import Additive, FoldState, refuse_empty
+from gradfn.statistics.kfac import Corrected
 from gradfn.transforms import Transform
 from gradfn.transforms.row_sum import RowSum
 from gradfn.watch import watched
@@ -53,3 +55,30 @@ def shampoo() -> Shampoo:
     Source: Gupta et al., arXiv:1802.09568, section 3.
     """
     return Shampoo()
+
+
+@dataclass(frozen=True)
+class EShampoo:
+    """Shampoo's eigenbasis, then the eigenvalues of the gradients in it: two passes; see `eshampoo`."""
+
+    first: Shampoo = field(default_factory=shampoo)
+    gives_curvature: ClassVar[bool] = True
+
+    def then(self, fitted: Curvature) -> Corrected:
+        """The second pass."""
+        return Corrected(fitted, "eshampoo")
+
+
+def eshampoo() -> EShampoo:
+    """Fit eigenvalue-corrected Shampoo: `Q diag(lambda) Qᵀ`, `lambda = E_b[(Q_lᵀ G_b Q_r)²]`.
+
+    `Q_l` and `Q_r` are the eigenvectors of `E_b[G_b G_bᵀ]` and of `E_b[G_bᵀ G_b]`, and the eigenvalues come
+    from a second pass, as EK-FAC's do. The trace is that of `F = E_b[vec(G_b) vec(G_b)ᵀ]`, and no matrix with
+    these eigenvectors is nearer to F.
+
+    >>> eshampoo().first
+    Shampoo()
+
+    Source: SOAP: Vyas et al., arXiv:2409.11321, section 4; Eschenhagen et al., arXiv:2506.03595.
+    """
+    return EShampoo()

@@ -1,40 +1,17 @@
 """A loss in two: what a model makes of a batch, and the losses as a function of that."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.func import vmap
 
 from gradfn.errors import InputError
-from gradfn.exact.products import OutputLoss, Outputs
+from gradfn.exact import SplitLoss
 from gradfn.model.losses import CausalLMLoss, ModelLoss
 from gradfn.model.params import call
 from gradfn.train.step import LossModule
-from gradfn.types import Batch, Example, LossFn, Params
-
-
-@dataclass(frozen=True)
-class SplitLoss:
-    """A loss of an example that says what its outputs are, for the Gauss-Newton matrix.
-
-    Args:
-        outputs: `outputs(params, example) -> tensor`.
-        output_loss: `output_loss(outputs, example) -> scalar`, convex in the outputs.
-
-    >>> import torch
-    >>> loss = SplitLoss(lambda p, e: p["w"] * e["x"], lambda z, e: (z - e["y"]).square() / 2)
-    >>> loss({"w": torch.tensor(2.0)}, {"x": torch.tensor(3.0), "y": torch.tensor(4.0)})
-    tensor(2.)
-    """
-
-    outputs: Outputs
-    output_loss: OutputLoss
-
-    def __call__(self, params: Params, example: Example) -> Tensor:
-        """The loss of one example."""
-        return self.output_loss(self.outputs(params, example), example)
+from gradfn.types import Batch, LossFn, Params
 
 
 class Split(NamedTuple):

@@ -31,7 +31,7 @@ def spectrum_of(spectra: "Mapping[str, Spectrum]", name: str, shape: tuple[int, 
             "layers that are scored"
         )
     spectrum = spectra[name]
-    width, size = len(spectrum.right), shape[0] * shape[1]
+    width, size = spectrum.values.shape[-1], shape[0] * shape[1]
     fits = width == size if spectrum.left is None else (len(spectrum.left), width) == shape
     if not fits:
         there = str(width) if spectrum.left is None else f"{len(spectrum.left)} x {width}"

@@ -209,18 +209,6 @@ def test_products_of_language_models_are_those_of_the_naive_gradients(family):
     assert_blocks_close(flat(alone(v)), fisher, tolerance)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("criterion", ["cross_entropy", "log_odds"])
-@pytest.mark.parametrize("rows", [TOKENS, WEIGHTED], ids=["plain", "weighted"])
-def test_the_two_parts_of_a_language_models_loss_are_the_loss(rows, criterion, reduction):
-    model = language_model("gpt_neox")
-    params = gf.model.params_of(model)
-    loss = gf.causal_lm_loss(model, reduction, criterion=criterion)
-    made, of_outputs = outputs_and_loss(loss)
-    for row in rows:
-        torch.testing.assert_close(of_outputs(made(params, row), row), loss(params, row), **EXACT)
-
-
 def test_gauss_newton_of_a_language_model_is_that_of_its_supervised_positions():
     model = language_model("gpt_neox")
     params = {n: p for n, p in gf.model.params_of(model).items() if "attention" in n or "norm" in n}
@@ -240,9 +228,3 @@ def test_gauss_newton_of_a_language_model_is_that_of_its_supervised_positions():
             p = z[t].softmax(0)
             want += weight * (v @ J[t].T @ (p.diag() - p.outer(p)) @ J[t])
     torch.testing.assert_close(flat(product(unflat(v, params))), want, **EXACT)
-
-
-def test_the_kl_loss_does_not_split():
-    model = language_model("llama")
-    with pytest.raises(gf.InputError, match="two models' logits"):
-        outputs_and_loss(gf.causal_lm_loss(model, criterion="kl", reference=language_model("llama")))

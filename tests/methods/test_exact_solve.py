@@ -47,11 +47,12 @@ def test_minibatches_and_the_scale_are_those_that_are_asked_for():
     sites, params = gf.model.find_sites(NET), gf.model.params_of(NET)
     parts = [gf.exact.fisher_product(loss, params, TRAIN[n::3]) for n in range(3)]
     b = gf.exact.params_of_blocks(sites, queries)
-    x = gf.exact.lissa(parts, b, damping=method.solve.damping, steps=2, scale=40.0, tolerance=9.0).x
+    (damping,) = method.solve.damping
+    x = gf.exact.lissa(parts, b, damping=damping, steps=2, scale=40.0, tolerance=9.0).x
     for name, block in gf.model.blocks_of(sites, x).items():
         torch.testing.assert_close(method.solve(queries)[name], block)
     assert method.settings()["solve"] == {
-        "solver": "lissa", "product": "fisher", "damping": method.solve.damping, "iterations": 2,
+        "solver": "lissa", "product": "fisher", "damping": damping, "iterations": 2,
         "tolerance": 9.0, "scale": 40.0, "minibatches": 3,
     }  # fmt: skip
 
@@ -65,8 +66,8 @@ def test_a_residual_above_the_tolerance_is_told():
 @pytest.mark.parametrize(("changes", "words"), [
     ({"projection": gf.project(2)}, "solves for whole gradients in one go: leave out the projection"),
     ({"partitions": 2}, "leave out .* `partitions`"),
-    ({"damping": (gf.Damping(0.1), gf.Damping(0.2))}, "one damping, relative or absolute"),
-    ({"damping": (gf.Damping(0.1, "truncated"),)}, "one damping, relative or absolute"),
+    ({"damping": (gf.Damping(0.1, "truncated"),)}, "dampings that are relative or absolute"),
+    ({"damping": (gf.Damping(0.1), None)}, "dampings that are relative or absolute"),
     ({"subject": gf.Subject(NET, loss, view=gf.View(heads=True))}, "whole weights, which heads are parts of"),
 ])  # fmt: skip
 def test_what_it_does_not_go_with(changes, words):
@@ -74,9 +75,19 @@ def test_what_it_does_not_go_with(changes, words):
         RECIPES["cg"].method(replace(PROBLEM, **changes))
 
 
-def test_gauss_newton_is_of_next_tokens():
+def test_several_dampings_are_those_of_each():
+    dampings = gf.Damping(20.0), gf.Damping(30.0, "absolute")
+    scores = gf.score(
+        NET, TRAIN, QUERY, method=RECIPES["cg"].method(replace(PROBLEM, damping=dampings)), loss=loss
+    )
+    assert scores.dampings == ("20", "absolute:30")
+    for got, damping in zip(scores.values, dampings, strict=True):
+        torch.testing.assert_close(got.double(), dense(damping), rtol=1e-4, atol=1e-4)
+
+
+def test_gauss_newton_is_of_outputs():
     method = RECIPES["cg"].method(replace(PROBLEM, solver=Solver(product="gauss_newton")))
-    with pytest.raises(gf.InputError, match="give another `product`"):
+    with pytest.raises(gf.InputError, match="or take another `product`"):
         gf.score(NET, TRAIN, QUERY, method=method, loss=loss)
     with pytest.raises(gf.InputError, match="`scale` must be a number above"):
         Solver(scale=-1.0)

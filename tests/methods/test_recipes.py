@@ -18,9 +18,10 @@ from gradfn.linalg.maps import random_map
 from gradfn.linalg.spectrum import Damping
 from gradfn.methods import RECIPES, Problem, over_checkpoints, recipe_named
 from gradfn.methods.attribution import times_doubt
+from gradfn.methods.exact_solve import PRECONDITIONED
 from gradfn.methods.inner_product import InnerProduct, damping_names
 from gradfn.methods.recipes import group_means, method_of
-from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics import ekfac, eshampoo, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import fit
 from gradfn.subject import Subject
 from gradfn.transforms import adam, chain, compress, reseeded
@@ -90,7 +91,8 @@ def test_logra_block_by_block():
 
 
 @pytest.mark.parametrize(
-    ("name", "fold"), [("kfac", kfac), ("ekfac", ekfac), ("shampoo", shampoo), ("tkfac", tkfac)]
+    ("name", "fold"),
+    [("kfac", kfac), ("ekfac", ekfac), ("shampoo", shampoo), ("eshampoo", eshampoo), ("tkfac", tkfac)],
 )
 def test_influence_functions(name, fold):
     p = problem()
@@ -310,7 +312,9 @@ def test_shampoo_second_moment_and_labels_of_the_model():
 OF_TRAININGS = ("source", "inrun", "magic")
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("trak", "lissa", *OF_TRAININGS)])
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name not in ("trak", "lissa", *PRECONDITIONED, *OF_TRAININGS)]
+)
 def test_a_method_by_its_name(name):
     p = problem()
     p = replace(p, projection=lenient(parse_projection(RECIPES[name].projection)))

@@ -22,7 +22,7 @@ from gradfn.runs.shards import (
     shard_run,
     shards_of,
 )
-from gradfn.statistics import ekfac, fold, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics import ekfac, eshampoo, fold, kfac, second_moment, shampoo, tkfac
 from gradfn.store import open_part, open_store, open_writer
 from gradfn.store import writer as writing
 
@@ -518,7 +518,10 @@ def test_shards_scored_against_queries_of_other_names(model, documents, tmp_path
 
 # --- curvatures
 
-FOLDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "tkfac": tkfac}
+FOLDS = {
+    "second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "eshampoo": eshampoo,
+    "tkfac": tkfac,
+}  # fmt: skip
 
 
 def fit_in_shards(run, model, documents, one, transform, count, **how):

@@ -12,14 +12,17 @@ from gradfn.linalg.spectrum import Damping, Spectrum, eigh
 from gradfn.methods import InnerProduct
 from gradfn.methods.datainf import DataInf
 from gradfn.model.losses import causal_lm_loss, model_loss
-from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics import ekfac, eshampoo, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.moments import mean, total
 from gradfn.testing import assert_blocks_close, naive_blocks
 from gradfn.transforms import precondition, unit_normalize
 from gradfn.transforms.joint import joint
 from gradfn.transforms.precondition import digest_of
 
-FOLDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "tkfac": tkfac}
+FOLDS = {
+    "second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "eshampoo": eshampoo,
+    "tkfac": tkfac,
+}  # fmt: skip
 
 
 def squares(net):

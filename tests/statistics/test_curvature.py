@@ -6,17 +6,21 @@ from tiny import language_model
 from torch import nn
 from torch.func import functional_call
 
-from gradfn import InputError, View, chain, collect, fit, project
+from gradfn import InputError, View, chain, collect, fit, influence, project, score
+from gradfn.linalg.rows import RowSpectrum
 from gradfn.linalg.spectrum import Damping
 from gradfn.model import params_of
 from gradfn.model.losses import causal_lm_loss
 from gradfn.model.sites import blocks_of, find_sites
-from gradfn.statistics import ekfac, kfac, mix, mixing_coefficient, second_moment, shampoo, tkfac
+from gradfn.statistics import ekfac, eshampoo, kfac, mix, mixing_coefficient, second_moment, shampoo, tkfac
 from gradfn.statistics.curvature import Curvature, dense_spectrum, product_spectrum
 from gradfn.transforms import adam, unit_normalize
 from gradfn.transforms.precondition import precondition
 
-FOLDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "tkfac": tkfac}
+FOLDS = {
+    "second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "eshampoo": eshampoo,
+    "tkfac": tkfac,
+}  # fmt: skip
 
 
 class Net(nn.Module):
@@ -114,6 +118,10 @@ def naive(kind, model, data, loss, transform=None):
             n: torch.kron(root(sum(r @ r.T for r in rows) / N), root(sum(r.T @ r for r in rows) / N))
             for n, rows in G.items()
         }
+    if kind == "eshampoo":
+        return {
+            n: measured(rows, sum(r @ r.T for r in rows), sum(r.T @ r for r in rows)) for n, rows in G.items()
+        }
     dense = {}
     for name, pairs in naive_factors(model, data, loss).items():
         x, g = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
@@ -122,10 +130,7 @@ def naive(kind, model, data, loss, transform=None):
         if kind == "kfac":
             dense[name] = torch.kron(S, A) * T / N
         elif kind == "ekfac":
-            Qa, Qs = torch.linalg.eigh(A).eigenvectors, torch.linalg.eigh(S).eigenvectors
-            Q = torch.kron(Qs, Qa)
-            values = sum((Q.T @ r.flatten()).square() for r in G[name]) / N
-            dense[name] = Q @ torch.diag(values) @ Q.T
+            dense[name] = measured(G[name], S, A)
         else:
             terms = [(x.T @ x, g.T @ g, len(x)) for x, g in pairs]
             right = sum(S.trace() * A / t for A, S, t in terms)
@@ -133,6 +138,13 @@ def naive(kind, model, data, loss, transform=None):
             both = sum(A.trace() * S.trace() / t for A, S, t in terms)
             dense[name] = torch.kron(left, right) / both / N
     return dense
+
+
+def measured(rows, left, right):
+    """The eigenvectors of two factors, with the mean square of the rows along each."""
+    Q = torch.kron(*(torch.linalg.eigh(factor).eigenvectors for factor in (left, right)))
+    values = sum((Q.T @ r.flatten()).square() for r in rows) / len(rows)
+    return Q @ torch.diag(values) @ Q.T
 
 
 def root(matrix):
@@ -202,7 +214,7 @@ def test_kfac_is_the_fisher_where_inputs_and_gradients_are_independent():
     torch.testing.assert_close(fitted, exact)
 
 
-@pytest.mark.parametrize("kind", ["ekfac", "tkfac"])
+@pytest.mark.parametrize("kind", ["ekfac", "eshampoo", "tkfac"])
 def test_the_trace_is_the_fishers(kind):
     model, data, loss = net_and_data()
     fitted = fit(FOLDS[kind](), model, data, loss=loss)
@@ -381,3 +393,32 @@ def test_sums_of_what_a_stage_behind_an_elementwise_one_makes_narrower(make, las
     got = fit(fold, net, data, before, loss=loss, token_batch_size=2)
     for name, one in want.items():
         torch.testing.assert_close(got[name].dense(), one.dense(), rtol=1e-6, atol=1e-9)
+
+
+# --- fewer rows than numbers
+
+
+@pytest.mark.parametrize("norm", ["none", "cosine", "relative"])
+def test_fewer_rows_than_numbers_give_the_same_scores(norm, monkeypatch):
+    model, data, loss = net_and_data()
+    data, queries, common = data[:4], data[4:6], {"loss": loss}
+    H = fit(second_moment(), model, data, project(3), **common)
+    monkeypatch.setattr(type(second_moment()), "few_numbers", 1)
+    few = fit(second_moment(), model, data, project(3), **common)
+    assert {type(one) for one in few.values()} == {RowSpectrum}
+    assert (few.kind, few.rows, list(few)) == (H.kind, H.rows, list(H))
+    dampings = (Damping(0.1), Damping(1e-3, "truncated"), None)
+    methods = [influence(made, project(3), damping=dampings, norm=norm) for made in (few, H)]
+    one, other = (score(model, data, queries, method=method, **common).values for method in methods)
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+    if norm == "none":
+        one, other = (score(model, data, None, method=method, **common).values for method in methods)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+
+
+def test_as_many_rows_as_numbers_are_summed(monkeypatch):
+    monkeypatch.setattr(type(second_moment()), "few_numbers", 1)
+    model, data, loss = net_and_data()
+    many = fit(second_moment(), model, data * 9, project(2), loss=loss)
+    parts = fit(second_moment(), model, data[:2], project(2), loss=loss, partitions=2)
+    assert not any(isinstance(one, RowSpectrum) for H in (many, parts) for one in H.values())

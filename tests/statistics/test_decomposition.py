@@ -6,7 +6,7 @@ import gradfn as gf
 from gradfn.engine.engine import probe_engine
 from gradfn.errors import InputError
 from gradfn.linalg import spectrum
-from gradfn.statistics import ekfac, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics import ekfac, eshampoo, kfac, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import fit_sums, state_bytes
 from gradfn.transforms import chain, unit_normalize
 from gradfn.transforms.joint import joint
@@ -26,12 +26,12 @@ def rows():
     return [{"x": torch.randn(4, dtype=torch.float64)} for _ in range(5)]
 
 
-@pytest.mark.parametrize("fold", [second_moment, kfac, ekfac, shampoo])
+@pytest.mark.parametrize("fold", [second_moment, kfac, ekfac, shampoo, eshampoo])
 def test_eigenvalues_that_do_not_converge(net, monkeypatch, fold):
     def fails(matrix):
         raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
 
-    monkeypatch.setattr(spectrum, "_eigh", fails)
+    monkeypatch.setattr(spectrum, "eigh_float64", fails)
     words = r"^the eigenvalues of the curvature of 0 do not converge: exclude that layer"
     with pytest.raises(InputError, match=words):
         gf.fit(fold(), net, rows(), loss=loss_of(net))
@@ -51,6 +51,7 @@ def test_a_joint_curvature_that_does_not_fit_is_refused(net, monkeypatch):
     monkeypatch.setattr("gradfn.memory.free_memory", lambda device: 1 << 20)
     wide = nn.Sequential(nn.Linear(150, 150), nn.Linear(150, 2))
     data = [{"x": torch.ones(150)}]
+    monkeypatch.setattr(type(second_moment()), "few_numbers", 1 << 20)
     with pytest.raises(InputError, match=r"the sums of SecondMoment take \d+\.\d GiB and 0\.0 GiB are free"):
         gf.fit(second_moment(), wide, data, joint(), loss=loss_of(wide))
 
@@ -65,8 +66,10 @@ def test_layers_that_read_the_same_input_are_decomposed_once(monkeypatch, fold):
         def forward(self, x):
             return torch.cat([self.q(x), self.k(x), self.v(x)])
 
-    net, data, solved, eigh = Reads(), rows(), [], spectrum._eigh
-    monkeypatch.setattr(spectrum, "_eigh", lambda matrix: (solved.append(len(matrix)), eigh(matrix))[1])
+    net, data, solved, eigh = Reads(), rows(), [], spectrum.eigh_float64
+    monkeypatch.setattr(
+        spectrum, "eigh_float64", lambda matrix: (solved.append(len(matrix)), eigh(matrix))[1]
+    )
     H = gf.fit(fold(), net, data, loss=loss_of(net))
     shared = fold is not tkfac  # whose A is weighted by the layer's own output gradient
     assert solved.count(5) == (1 if shared else 3)

@@ -12,12 +12,15 @@ from gradfn.runs import merge as merging
 from gradfn.runs.curvatures import hessian, load_curvature
 from gradfn.runs.merge import hessian_shard, merge_run
 from gradfn.runs.shards import Shard
-from gradfn.statistics import Curvature, ekfac, kfac, mix, second_moment, shampoo, tkfac
+from gradfn.statistics import Curvature, ekfac, eshampoo, kfac, mix, second_moment, shampoo, tkfac
 from gradfn.statistics.fold import FoldState, fit
 from gradfn.statistics.kfac import Corrected
 from gradfn.testing import assert_blocks_close
 
-FOLDS = {"second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "tkfac": tkfac}
+FOLDS = {
+    "second_moment": second_moment, "kfac": kfac, "ekfac": ekfac, "shampoo": shampoo, "eshampoo": eshampoo,
+    "tkfac": tkfac,
+}  # fmt: skip
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 
 
@@ -77,7 +80,10 @@ def inverse(kind, g, x):
         case "shampoo":
             left, right = g.T @ (g * x2[:, None]) / n, x.T @ (x * g2[:, None]) / n
             return torch.kron(root(pinv(left)), root(pinv(right)))
-    U, V = live_basis(g), live_basis(x)
+    if kind == "eshampoo":
+        U, V = live_basis(g * x2.sqrt()[:, None]), live_basis(x * g2.sqrt()[:, None])
+    else:
+        U, V = live_basis(g), live_basis(x)
     basis = torch.kron(U, V)
     measured = torch.einsum("boi,op,iq->bpq", G, U, V).square().mean(0).flatten()
     return basis @ torch.diag(1 / measured) @ basis.T
@@ -114,7 +120,7 @@ def test_the_same_eigenvalues_are_zero_in_every_way_of_fitting(kind, tmp_path):
     assert all(count > 0 for count in zeros(H).values())
     ways = [fit(fold, net, data, loss=loss, **how) for how in ({"partitions": 2}, {"token_batch_size": 1})]
     hessian(tmp_path / "one", net, data, fold, loss=loss)
-    for _ in range(2 if kind == "ekfac" else 1):
+    for _ in range(2 if kind in ("ekfac", "eshampoo") else 1):
         for number in (1, 2):
             hessian_shard(tmp_path / "parts", net, data, fold, shard=Shard(number, 2), loss=loss)
         merge_run(tmp_path / "parts")
