@@ -131,6 +131,17 @@ def test_rows_and_queries_that_changed_are_not_shown(ok, base, tmp_path, model):
     assert "Rome" not in page.content
 
 
+def test_columns_of_rows_that_were_cut_are_missed_in_a_sentence(ok, rows, queries, model, tmp_path):
+    ok("score", tmp_path / "run", "--model", model, "--dataset", rows, "--query", queries,
+       "--chunk-length", 8)  # fmt: skip
+    out = ok("report", tmp_path / "run", "-o", tmp_path / "page.html")
+    total = len(Scores.load(tmp_path / "run").row_ids)
+    words = f"run: the dataset has 12 rows and {total} were made of them, so its columns are not shown."
+    assert total > 12
+    assert notes(written(tmp_path / "page.html")) == [words]
+    assert f"note {words}" in " ".join(out.split())
+
+
 def test_rows_against_themselves_are_a_page_to_decide_on(ok, folder, model, rows):
     ok("score", folder / "own", "--self", "--model", model, "--dataset", rows)
     ok("report", folder / "own", "-o", folder / "own.html")
