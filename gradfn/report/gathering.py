@@ -171,15 +171,13 @@ class Gathered:
             [_run(run) for run in self.runs],
             [] if image is None else [(r, image(r)) for r in rows],
         )
-        names = [
-            "" if run is None else visible(run.scores.name)
-            for run in (self.marking, self.blocks)
-        ]  # fmt: skip
+        marking = "" if self.marking is None else visible(self.marking.scores.name)
+        blocks = "" if self.blocks is None else _titled(self.blocks.scores, self._beside(self.blocks))
         return Page(
-            " · ".join(run.name for run in runs), first.own, names[0],
+            " · ".join(run.name for run in runs), first.own, marking,
             "" if self.nearest is None else self.nearest.by, self._still(), asking,
             len(first.scores.row_ids), runs, [self._link(shown, group) for group in self.groups], shown,
-            self._notes(), self._hints(), self.grid, names[1], images, scatters, command, self._data(rows),
+            self._notes(), self._hints(), self.grid, blocks, images, scatters, command, self._data(rows),
         )  # fmt: skip
 
     def _still(self) -> str:
@@ -235,8 +233,8 @@ class Gathered:
             visible(scores.row_ids[int(row)]) for row in self.lexical[number][: self.top] if row != NOT_FOUND
         ]  # fmt: skip
         heat: tuple[Any, str] = [], ""
-        if self.grid is not None and sides[0][1]:
-            cells = self.grid.cells(self._shares(0, sides[0][1][0].row, number))
+        if self.grid is not None and self.blocks is not None and sides[0][1]:
+            cells = self.grid.cells(self._shares(self._beside(self.blocks), sides[0][1][0].row, number))
             heat = shades(cells), self.grid.strongest(cells)
         link = next(place for place, group in enumerate(self.groups) if number in group)
         return QueryPart(
@@ -276,14 +274,18 @@ class Gathered:
         label, predicted = beside.labels[row] if beside.labels else "", self.suspicious.get(row, "")
         return Card(
             row, name, rank, score, score / (max(-histogram.low, histogram.high) or 1.0), histogram.x(score),
-            self._marked(0, number, row), badges, columns, others, visible(label), visible(predicted),
+            self._text(number, row), badges, columns, others, visible(label), visible(predicted),
             self._near(row), beside.thumbnail is not None,
         )  # fmt: skip
 
-    def _marked(self, damping: int, number: int, row: int) -> list[tuple[str, str]]:
-        """The text of a row, with its tokens marked where they are scored; the damping is that run's."""
+    def _text(self, number: int, row: int) -> list[tuple[str, str]]:
+        """The text of a row, with its tokens marked where they are scored."""
         if self.marking is None:
             return [(row_text(self.texts[row], self.budget.characters), "")]
+        return self._marked(self._beside(self.marking), number, row)
+
+    def _marked(self, damping: int, number: int, row: int) -> list[tuple[str, str]]:
+        """The marked tokens of a row, at a damping of the run that has them."""
         pieces, values = self._pieces(row)
         return marked_pieces(pieces, values[damping, :, number], self.budget.characters)
 
@@ -415,16 +417,18 @@ class Gathered:
         """The marked tokens of the rows that are listed, but for those that the page itself has."""
         if self.marking is None:
             return None
-        own = {
-            (0, number, row) for number in self.queries for row in self.listed[0, :, number].flat
-            if self.marking.damping(self.first.scores.dampings[0]) == 0
-        }  # fmt: skip
+        own = self._beside(self.marking)
+        shown = {(own, number, row) for number in self.queries for row in self.listed[0, :, number].flat}
         rows = {
             f"{damping}-{number}-{row}": self._marked(damping, number, row)
             for damping, number, row in self._places(self.marking)
-            if (damping, number, row) not in own
+            if (damping, number, row) not in shown
         }
-        return {"run": self.runs.index(self.marking), "rows": rows}
+        return {"run": self.runs.index(self.marking), "own": own, "rows": rows}
+
+    def _beside(self, run: PageRun) -> int:
+        """The damping at which a run stands beside the first one's first."""
+        return run.damping(self.first.scores.dampings[0])
 
     def _letters(self) -> dict[str, Any] | None:
         """The heat maps of the rows that are listed."""

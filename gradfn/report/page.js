@@ -67,9 +67,9 @@
   const shade = (value, most) => Math.abs(value) < 0.08 * most || !value ? ""
     : (value > 0 ? "p" : "n") + Math.ceil(4 * Math.abs(value) / most);
   const marked = (row, at, id) => {
-    const damping = data.marks ? dampingOf(data.marks.run) : 0;
+    const damping = data.marks && dampingOf(data.marks.run);
     const pieces = data.marks && data.marks.rows[`${damping}-${state.query}-${row}`];
-    if (!pieces && texts.has(id) && (!data.marks || damping === 0)) return texts.get(id).cloneNode(true);
+    if (!pieces && texts.has(id) && (!data.marks || damping === data.marks.own)) return texts.get(id).cloneNode(true);
     const text = make("p", "text", pieces ? undefined : data.texts[at]);
     text.dir = "auto";
     for (const [piece, kind] of pieces || []) text.append(kind ? make("mark", kind, piece) : piece);

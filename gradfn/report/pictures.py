@@ -92,9 +92,9 @@ class Grid:
         >>> grid_of(["h.0.up", "h.1.up"]).strongest(np.array([[0.5], [-2.0]]), 1)
         'layer 1, up \u22122'
         """
-        best = np.argsort(-np.abs(cells), axis=None, kind="stable")[:k]
         told = []
-        for y, x in zip(*np.unravel_index(best, cells.shape), strict=True):
+        for place in np.argsort(-np.abs(cells), axis=None, kind="stable")[:k].tolist():
+            y, x = divmod(place, len(self.columns))
             layer = f"layer {visible(self.layers[y])}, " if self.layers[y] else ""
             told.append(f"{layer}{visible(self.columns[x])} {signed(float(f'{cells[y, x]:.2g}'))}")
         return "; ".join(told)

@@ -326,3 +326,16 @@ def test_letters_stand_out_from_what_is_behind_them(scheme):
             share,
         )
     assert ":focus-visible { outline: 2px" in style
+
+
+def test_maps_stand_at_the_damping_of_the_first_run(tmp_path):
+    one = saved(tmp_path, "one", made_scores(seed=1, dampings=("1",)))
+    two = saved(tmp_path, "two", made_scores(blocks=3, dampings=("0.1", "1")))
+    page = tree(page_html([one, two], top=4))
+    first = sections(page)[0]
+    row = int(cards(first)[0].attributes["data-row"])
+    shares = {name: float(share[1, row, 0]) for name, share in two.scores.shares.items()}
+    grid = grid_of(shares)
+    assert first.of_class("strongest")[0].content == grid.strongest(grid.cells(shares))
+    assert first.of_class("in")[0].content == "two (damping 1)"
+    assert {key.split("-")[0] for key in data_of(page)["heat"]["cells"]} == {"1"}
