@@ -1,20 +1,22 @@
 """Is a method that was chosen by a few retrained models among the best? What `gradfn tune` relies on.
 
     python benchmarks/tune.py --data DATA --out OUT [--cases digits-logistic ...] [--halves 8 16] [--draws 20]
+        [--subsets 24 --seeds 2]
 
 For a case of benchmarks/lds.py, methods that look at one model are scored once. Then, many times, a few of
 the retrained halves are drawn, with two seeds each; a method and a damping are chosen by them, and the LDS of
 the choice on all other halves, at all seeds, is compared with that of the method that is best there. `regret`
 is the mean of how much lower the choice is, and `within .03` how often it is no more than this. OUT keeps the
-ground truth of benchmarks/lds.py.
+ground truth of benchmarks/lds.py; --subsets and --seeds make less of it.
 """
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lds import CASES, Entry, entries, ground_truth, score, setting_of
+from lds import CASES, Case, Entry, entries, ground_truth, score, setting_of
 
 from gradfn.evaluate.lds import lds
 from gradfn.evaluate.truth import Truth
@@ -24,7 +26,9 @@ from gradfn.scores import Scores
 
 CLOSE = 0.03
 NAMES = ("grad_dot", "grad_cosine", "kfac", "ekfac", "logra", "trackstar", "relatif", "datainf")
-"""The candidates of `gradfn tune` that look at one model with whole blocks."""
+"""The candidates of `gradfn tune` that look at one model."""
+PROJECTED = ("kfac", "ekfac", "relatif")
+"""Those that it tries with a projection of 16 x 16, too."""
 
 
 def part_of(truth: Truth, halves: torch.Tensor, seeds: int) -> Truth:
@@ -41,15 +45,16 @@ def best_lds(run: Scores, subsets: torch.Tensor, losses: torch.Tensor) -> dict[s
     }
 
 
-def run_case(name: str, data: Path, out: Path, halves: list[int], draws: int) -> None:
+def run_case(name: str, case: Case, given: argparse.Namespace) -> None:
     """Print the table of a case."""
     torch.manual_seed(0)
-    case = CASES[name]
+    data, out = given.data, given.out
     rows, queries, truth = ground_truth(name, case, case.read(data), out, "shared")
     setting = setting_of(case, rows, queries)
     asked = [one for one in entries(setting) if one.name in NAMES]
     trak = [one for one in entries(setting) if one.recipe == "trak"][:1]
     asked += [Entry("trak", "trak", one.projection, one.dampings) for one in trak]
+    asked += [Entry(f"{one}-16", one, "rademacher:16x16") for one in PROJECTED]
     runs = []
     for entry in asked:
         start = time.perf_counter()
@@ -63,9 +68,9 @@ def run_case(name: str, data: Path, out: Path, halves: list[int], draws: int) ->
     print(
         f"\n| {name}: halves | regret | within {CLOSE} | most often chosen | best |\n|---|---:|---:|---|---|"
     )
-    for count in halves:
+    for count in given.halves:
         regrets, names, bests = [], [], []
-        for draw in range(draws):
+        for draw in range(given.draws):
             drawn = torch.from_numpy(choice(count, len(every), "tune", draw).astype("int64"))
             found = recommend(runs, part_of(truth, every[drawn], 2), seed=draw)
             subsets, losses = truth.of_models(~torch.isin(truth.numbers, every[drawn])).targets()
@@ -91,9 +96,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["digits-logistic", "digits-mlp"])
     parser.add_argument("--halves", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--subsets", type=int)
+    parser.add_argument("--seeds", type=int)
     given = parser.parse_args()
     for name in given.cases:
-        run_case(name, given.data, given.out, given.halves, given.draws)
+        case = CASES[name]
+        case = replace(case, subsets=given.subsets or case.subsets, seeds=given.seeds or case.seeds)
+        run_case(name, case, given)
 
 
 if __name__ == "__main__":

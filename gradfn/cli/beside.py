@@ -23,7 +23,7 @@ from gradfn.hf.images import thumbnail
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.report.page import Beside, PageRun
 from gradfn.report.page_values import Budget
-from gradfn.report.words import clean
+from gradfn.report.words import clean, count
 from gradfn.runs.provenance import Provenance
 
 OWNERS = ("model", "data", "loss", "query")
@@ -116,10 +116,18 @@ def _found(run: PageRun, request: ScoreRequest, loaded: Loaded, train: Corpus, a
             f"{name}: the rows have changed since they were scored, so columns and labels are not shown."
         )
         return Beside(answers, sources, tokenizer, notes=notes)
+    rows, _ = training_rows(request)
+    columns: Mapping[str, Sequence[Any]] = {}
+    if len(rows) == len(train):
+        columns = _columns(request, rows)
+    else:
+        notes.append(
+            f"{name}: the dataset has {count(len(rows), 'row')} and {len(train):,} were made of them, so its "
+            "columns are not shown."
+        )
     return Beside(
-        answers, sources, tokenizer, _columns(request, train), *_classes(loaded, train),
-        *_images(train, run.own), notes,
-    )  # fmt: skip
+        answers, sources, tokenizer, columns, *_classes(loaded, train), *_images(train, run.own), notes
+    )
 
 
 def _same_model(run: PageRun, loaded: Loaded) -> bool:
@@ -129,11 +137,8 @@ def _same_model(run: PageRun, loaded: Loaded) -> bool:
     return model_fingerprint(loaded.model) in {model.fingerprint for model in models if model is not None}
 
 
-def _columns(request: ScoreRequest, train: Corpus) -> Mapping[str, Sequence[Any]]:
+def _columns(request: ScoreRequest, rows: Any) -> Mapping[str, Sequence[Any]]:
     """Columns of numbers and short texts besides those that are read."""
-    rows, _ = training_rows(request)
-    if len(rows) != len(train):
-        return {}
     read = {getattr(request.data, name) for name in DataOptions.__dataclass_fields__}
     names = [
         name for name, feature in rows.features.items()

@@ -16,6 +16,7 @@ from gradfn.cli.values import (
     found_method,
     found_projection,
     paths,
+    query_tokens,
     shard,
     steps,
     weights,
@@ -73,7 +74,9 @@ _AGAINST = (
     "What the model did not say: a dataset with as many rows as --query, or another completion. A query is "
     "the loss of its row less that of the row here."
 )
-_QUERY_TOKEN = "Of every query only the N-th supervised token counts; -1 is the last."
+_QUERY_TOKEN = (
+    "Of every query only the N-th supervised token counts; -1 is the last; all: each is a query of its own."
+)
 _QUERY_ROWS = (
     "Training rows as queries, by their ids (numbers where there are none), with commas; a row is not shown "
     "for itself."
@@ -298,7 +301,7 @@ class QueryOptions:
     completion: str | None = option(None, "What follows the text of --query; only it is supervised.")
     query_split: str | None = option(None, QUERY_SPLIT, shown="the only one")
     against: str | None = option(None, _AGAINST, file=found)
-    query_token: int | None = option(None, _QUERY_TOKEN)
+    query_token: int | Literal["all"] | None = option(None, _QUERY_TOKEN, parse=query_tokens)
     query_rows: tuple[str, ...] | None = option(None, _QUERY_ROWS, parse=paths, commas=True)
     query_path: str | None = option(None, "Query gradients that build or reduce wrote.", file=found)
     query_loss: Criterion | None = option(None, "Of the queries, if not that of the rows.", panel="Loss")

@@ -31,14 +31,16 @@ def run_report(request: ReportRequest) -> None:
         raise InputError("the page has no name: give --output page.html")
     check_page(request.path, request.overwrite)
     runs = opened_runs(request)
+    shown = [with_beside(run, request) for run in runs]
     path = write_page(
-        [with_beside(run, request) for run in runs], request.path, top=request.top,
+        shown, request.path, top=request.top,
         scatters=scatters_of(runs, request), command=command_line(ReportRequest, request.given),
         overwrite=request.overwrite,
     )  # fmt: skip
     rows, queries = len(runs[0].scores.row_ids), len(runs[0].scores.query_ids)
     of = f"{count(rows, 'row')}, {count(queries, 'query')}, {count(len(runs), 'run')}"
-    console().print(facts([("page", f"{path} [{of}; {size_of(path.stat().st_size)}]")]))
+    notes = [("note", note) for run in shown for note in run.beside.notes]
+    console().print(facts([("page", f"{path} [{of}; {size_of(path.stat().st_size)}]"), *notes]))
 
 
 def opened_runs(request: ReportRequest) -> list[PageRun]:

@@ -27,7 +27,7 @@ from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
 from gradfn.hf.answers import Answer, answers, predicted_classes
 from gradfn.hf.datasets import load_split
-from gradfn.hf.queries import contrasted, one_token, row_numbers, unweighted
+from gradfn.hf.queries import contrasted, each_token, one_token, row_numbers, unweighted
 from gradfn.hf.unpack import PACKED, kind_of
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
@@ -57,12 +57,14 @@ class Asked:
         rows: the dataset that they come from; None: a text.
         against: what each is contrasted with.
         own: of training rows as queries, their numbers.
+        of: of queries that are all tokens of others, the number of the one that each is of.
     """
 
     documents: Corpus
     rows: Any | None
     against: Corpus | None = None
     own: tuple[int, ...] = ()
+    of: tuple[int, ...] = ()
 
     @property
     def every(self) -> Data:
@@ -184,14 +186,15 @@ def load_asked(loaded: Loaded, rows: Any | None, options: QueryOptions, data: Da
     """
     if options.query is None:
         return None
-    documents = _documents(loaded, rows, (options.query, options.completion), options, data, "--query")
-    return Asked(documents, rows)
+    text = options.query, options.completion
+    documents, of = _documents(loaded, rows, text, options, data, "--query")
+    return Asked(documents, rows, of=of)
 
 
 def _documents(
     loaded: Loaded, rows: Any | None, text: tuple[str, str | None], options: QueryOptions, data: DataOptions,
     option: str,
-) -> Corpus:  # fmt: skip
+) -> tuple[Corpus, tuple[int, ...]]:  # fmt: skip
     """The tokens of a dataset, or of a text and its completion."""
     try:
         if rows is not None:
@@ -204,19 +207,24 @@ def _documents(
     return _to_predict(documents, loaded, options, option)
 
 
-def _to_predict(documents: Corpus, loaded: Loaded, options: QueryOptions, option: str) -> Corpus:
-    """Queries that have something to predict, or only one token of each."""
+def _to_predict(
+    documents: Corpus, loaded: Loaded, options: QueryOptions, option: str
+) -> tuple[Corpus, tuple[int, ...]]:
+    """Queries that have something to predict, or only one token of each; and see `Asked.of`."""
     empty = [documents.ids[row] for row in range(len(documents)) if not documents.supervised[row]]
     if empty:
         raise InputError(
             f"query {empty[0]} has nothing to predict (it needs two tokens, or a completion): make it longer"
         )
     if options.query_token is None:
-        return documents
+        return documents, ()
     if not isinstance(documents, Documents) or loaded.reads.task != "causal_lm":
         raise InputError(f"--query-token is of next tokens, and {loaded.reads.task} has none: leave it out")
+    if options.query_token == "all":
+        tokens, of = each_token(documents, loaded.reads.tokenizer)
+        return tokens, tuple(of)
     try:
-        return one_token(documents, options.query_token, loaded.reads.tokenizer)
+        return one_token(documents, options.query_token, loaded.reads.tokenizer), ()
     except InputError as error:
         raise InputError(f"in {option}: {error}") from error
 
@@ -235,16 +243,23 @@ def load_all(
         raise InputError(
             f"--group-column {column} is no column of --query, which has {', '.join(rows.column_names)}"
         )
+    if options.query_token == "all" and (column or options.against) is not None:
+        which = "--against" if column is None else "--group-column"
+        raise InputError(
+            f"--query-token all makes a query of every token: leave out {which}, or give a number"
+        )
     loaded, train = load_model_and_rows(request)
     if options.query_rows is not None:
         numbers = row_numbers(train, options.query_rows)
-        return loaded, train, Asked(_to_predict(unweighted(train.select(list(numbers))), loaded, options,
-                                                "--query-rows"), None, own=numbers)  # fmt: skip
+        rows = unweighted(train.select(list(numbers)))
+        documents, of = _to_predict(rows, loaded, options, "--query-rows")
+        own = tuple(numbers[row] for row in of) or numbers
+        return loaded, train, Asked(documents, None, own=own, of=of)
     asked = load_asked(loaded, rows, options, data)
     if asked is None or options.against is None:
         return loaded, train, asked
     text = (options.against, None) if options.completion is None else (str(options.query), options.against)
-    against = _documents(loaded, others, text, options, data, "--against")
+    against, _ = _documents(loaded, others, text, options, data, "--against")
     return loaded, train, replace(asked, against=against)
 
 
@@ -305,7 +320,11 @@ def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions) -> Queries:
     documents, rows, against = asked.documents, asked.rows, asked.against
     settings = {"path": None if rows is None else anchored(str(options.query)), "split": options.query_split,
                 **_told(documents), "loss": loaded.loss_settings(loaded.subject.query_loss)}  # fmt: skip
-    shown = ShownQueries(documents.ids, documents.texts, _sources(rows), documents=documents)
+    sources = _sources(rows)
+    if asked.of:
+        settings["tokens_of"] = list(asked.of)
+        sources = [sources[row] for row in asked.of if sources]
+    shown = ShownQueries(documents.ids, documents.texts, sources, documents=documents)
     if against is not None:
         settings["against"] = {"path": None if rows is None else anchored(str(options.against)),
                                **_told(against)}  # fmt: skip

@@ -51,15 +51,15 @@ def run_select(request: SelectRequest) -> None:
             f"no dataset is known for {request.run}: give the rows that were scored as --dataset"
         )
     check_subset(path, source=Path(place), overwrite=request.overwrite)
+    best = request.best or ("lowest" if made.query == "self" else "highest")
+    rule: Any = {name: getattr(request, name) for name in RULES} | {"over": request.over, "best": best}
+    chosen = None if request.by else scores.select(**rule)
     at = recorded.revision if request.dataset is None else None
     rows = load_rows(place, request.split or recorded.split or "train", revision=at)
     notes = _refuse_other_rows(request, scores, made, rows, place)
     check_columns(rows, path)
-    own = made.query == "self"
-    best = request.best or ("lowest" if own else "highest")
     by = None if request.by is None else _groups(rows, request.by)
-    rule: Any = {name: getattr(request, name) for name in RULES}
-    chosen = scores.select(**rule, over=request.over, best=best, by=by)
+    chosen = chosen or scores.select(**rule, by=by)
     if any(name.startswith(PREFIX) for name in rows.column_names):
         notes.append(
             ("note", f"the columns {PREFIX}... of the dataset are of an earlier selection: replaced")

@@ -18,7 +18,7 @@ from gradfn.cli.queries import answers_of, load_asked
 from gradfn.cli.query import Search, opened_search
 from gradfn.cli.request import make
 from gradfn.cli.results import ReportRequest
-from gradfn.errors import InputError
+from gradfn.errors import InputError, StorageError
 from gradfn.hf.answers import Answer
 from gradfn.report.page import Beside, PageRun, empty_page, page_html
 from gradfn.report.rankings import ShownQueries
@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
                     page = questions.ask(asked["text"], f" {completion}" if completion else None)
                 else:
                     page = questions.page()
-        except InputError as error:
+        except (InputError, StorageError) as error:
             return self._reply(HTTPStatus.BAD_REQUEST, questions.empty([f"{error}."]))
         self._reply(HTTPStatus.OK, page)
 

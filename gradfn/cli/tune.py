@@ -35,8 +35,6 @@ from gradfn.store import open_store
 
 HALVES, SEEDS, ROUNDS = 8, 2, 12
 """Halves of a round and models of each; rounds at most."""
-KEPT = 4
-"""Models that train together, which is what a stop may lose."""
 FULL = 20_000_000
 """Parameters up to which methods are tried without a projection, too."""
 DAMPINGS = "0.001,0.01,0.1,1,10,100"
@@ -187,7 +185,7 @@ def _retrained(request: TuneRequest, loaded: Loaded, train: Corpus, queries: Cor
     halves = random_subsets(len(train), HALVES * number, seed=seed)[-HALVES:]
     retraining = Retraining(
         start, loaded.subject.loss, training, halves, query_loss=loaded.subject.query_loss, seeds=SEEDS,
-        seed=seed, removal="mask", chunk=KEPT,
+        seed=seed, removal="mask", chunk=1,  # so that a stop loses one model
     )  # fmt: skip
     total = training.epochs * len(train) * HALVES * SEEDS
     with loaded.multiplying(), progress_bar(f"retraining, round {number}", total, "examples") as progress:

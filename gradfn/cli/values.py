@@ -4,7 +4,7 @@ import os
 import re
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gradfn.cli.request import found
 from gradfn.errors import InputError
@@ -74,6 +74,22 @@ def paths(text: str) -> tuple[str, ...]:
     if "" in named:
         raise InputError(f"{text!r} names no path, or an empty one: give paths with commas between")
     return named
+
+
+def query_tokens(text: str) -> int | Literal["all"]:
+    """A number of a supervised token, or all of them.
+
+    Raises:
+        InputError: it is neither.
+
+    >>> query_tokens("-1"), query_tokens("all")
+    (-1, 'all')
+    """
+    if text == "all":
+        return "all"
+    if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+        raise InputError(f"--query-token {text!r} is no token: give its number, -1 for the last, or all")
+    return int(text)
 
 
 def weights(text: str) -> tuple[float, ...]:

@@ -19,14 +19,24 @@ BATCH_TOKENS = 4096
 
 
 def check_embedder(path: str | Path) -> None:
-    """Refuse, before any work, what is no folder of a model.
+    """Refuse, before any work and without its weights, what is no folder of a model with states of a text.
 
     Raises:
-        InputError: there is no such folder, or no model in it.
+        InputError: there is no such folder, or no model in it; it is an encoder-decoder.
     """
+    import transformers
+
     if not local(path).is_dir():
         raise InputError(f"no folder {path} with an embedding model: give one that save_pretrained wrote")
-    locate_model(path)
+    source, options = locate_model(path)
+    if "gguf_file" in options:  # whose architectures are all decoders
+        return
+    loader = transformers.AutoConfig.from_pretrained
+    config = load_pretrained("model", path, loader, source, trust_remote_code=False, **options)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{path} maps texts to texts, and has no states of one: give an encoder, or a decoder"
+        )
 
 
 def embeddings(
@@ -56,10 +66,6 @@ def embeddings(
     options |= {"dtype": PRECISIONS[precision], "trust_remote_code": False}
     model: Any = load_pretrained("model", path, transformers.AutoModel.from_pretrained, source, **options)
     model = model.to(device).eval().requires_grad_(False)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{path} maps texts to texts, and has no states of one: give an encoder, or a decoder"
-        )
     tokenizer, most = load_tokenizer(path), context_length(model)
     ids = [tokens[:most] for tokens in tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
     found = torch.zeros(len(texts), int(model.config.hidden_size), dtype=PRECISIONS[precision])

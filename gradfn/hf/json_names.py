@@ -30,7 +30,10 @@ class _Digits(float):
 
 @dataclass(frozen=True, eq=False)
 class NamedRows:
-    """A file of JSON, its columns of names with the digits as they are, and whether tables hold them so."""
+    """A file of JSON, its columns of names with the digits as they are, and whether readers keep all digits.
+
+    Readers of tables keep ten digits of the numbers in one list, and all of those in rows of their own.
+    """
 
     file: Path
     names: dict[str, list[str | None]]
@@ -67,7 +70,7 @@ def named_rows(file: Path) -> NamedRows:
             )
     found = {name: [row.get(name) for row in rows] for name in _NAMED if any(name in row for row in rows)}
     names = {key: [None if one is None else str(one) for one in values] for key, values in found.items()}
-    return NamedRows(file, names, all(map(_is_column, found.values())))
+    return NamedRows(file, names, bool(lines) and all(map(_is_column, found.values())))
 
 
 def _values(file: Path) -> tuple[list[Any], list[int]]:

@@ -1,6 +1,6 @@
 """Queries made of others: one token of each, training rows, and two that are contrasted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,21 +31,72 @@ def one_token(documents: Documents, number: int, tokenizer: Any) -> Documents:
     """
     if number == 0:
         raise InputError("supervised tokens are counted from 1, or from the end with -1, and not from 0")
-    inputs, labels, texts = [], [], []
+    chosen = []
     for row, name in enumerate(documents.ids):
-        span = slice(documents.offsets[row], documents.offsets[row + 1])
-        ids, own = documents.input_ids[span].tolist(), documents.labels[span]
-        places = 1 + np.flatnonzero(own[1:] != IGNORED)
+        places = _supervised(documents, row)
         if not -len(places) <= (at := number - (number > 0)) < len(places):
             raise InputError(
                 f"query {name} has {len(places)} supervised tokens, so there is no token {number}: give a "
                 "number that all queries have"
             )
-        place = int(places[at])
-        inputs.append(ids[: place + 1])
-        labels.append([IGNORED] * place + [int(own[place])])
-        texts.append(asked_and_said(tokenizer.decode(ids[:place]), tokenizer.decode([ids[place]])))
-    return make_documents(inputs, labels, ids=documents.ids, texts=texts)
+        chosen.append((row, places[at]))
+    texts = [asked_and_said(*parts) for parts in _around(documents, chosen, tokenizer)]
+    return _up_to(documents, chosen, documents.ids, texts)
+
+
+def each_token(documents: Documents, tokenizer: Any) -> tuple[Documents, list[int]]:
+    """Every supervised token as a document of its own, and the number of the document that each is of.
+
+    The names are those of the documents with the number of the token, as `one_token` counts. In a text the
+    arrow stands before the token, which has its own spaces: without the arrow it is the text up to there.
+
+    Args:
+        documents, tokenizer: see `one_token`.
+
+    >>> class Letters:
+    ...     def decode(self, ids):
+    ...         return "".join(chr(96 + number) for number in ids)
+    >>> tokens, of = each_token(make_documents([[1, 2, 3]], ids=["q"]), Letters())
+    >>> tokens.ids, tokens.labels.tolist(), of
+    (['q[1]', 'q[2]'], [-100, 2, -100, -100, 3], [0, 0])
+    """
+    chosen, ids = [], []
+    for row, name in enumerate(documents.ids):
+        places = _supervised(documents, row)
+        chosen += [(row, place) for place in places]
+        ids += [f"{name}[{number}]" for number in range(1, len(places) + 1)]
+    parts = _around(documents, chosen, tokenizer)
+    texts = [before + (SAID if before.strip() else "") + token for before, token in parts]
+    return _up_to(documents, chosen, ids, texts), [row for row, _ in chosen]
+
+
+def _supervised(documents: Documents, row: int) -> list[int]:
+    """The places of the supervised tokens of a document."""
+    span = slice(documents.offsets[row], documents.offsets[row + 1])
+    return (1 + np.flatnonzero(documents.labels[span][1:] != IGNORED)).tolist()
+
+
+def _around(
+    documents: Documents, chosen: Sequence[tuple[int, int]], tokenizer: Any
+) -> Iterator[tuple[str, str]]:
+    """The text before each of some tokens, and what the token adds to it."""
+    for row, place in chosen:
+        start = int(documents.offsets[row])
+        ids = documents.input_ids[start : start + place + 1].tolist()
+        before, through = tokenizer.decode(ids[:-1]), tokenizer.decode(ids)
+        yield before, through[len(before) :] if through.startswith(before) else tokenizer.decode(ids[-1:])
+
+
+def _up_to(
+    documents: Documents, chosen: Sequence[tuple[int, int]], ids: Sequence[str], texts: Sequence[str]
+) -> Documents:
+    """Documents that end with one supervised token each, given by document and place."""
+    inputs, labels = [], []
+    for row, place in chosen:
+        start = int(documents.offsets[row])
+        inputs.append(documents.input_ids[start : start + place + 1].tolist())
+        labels.append([IGNORED] * place + [int(documents.labels[start + place])])
+    return make_documents(inputs, labels, ids=ids, texts=texts)
 
 
 def row_numbers(rows: Corpus, names: Sequence[str]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What a page shows of runs, gathered as plain values: for its template, and for the script in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from gradfn.evaluate.correlation import correlation
 from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
-from gradfn.evaluate.overlap import top_overlap
+from gradfn.report.agreement import agreements_of
+from gradfn.report.nearest import Nearest, nearest_rows
 from gradfn.report.page_runs import PageRun
 from gradfn.report.page_texts import answer_in_words, cell, marked_pieces, row_text, short, texts_of
-from gradfn.report.page_values import Budget, Card, Page, QueryPart, RunPart
+from gradfn.report.page_tokens import token_groups, whole_of
+from gradfn.report.page_values import Budget, Card, Link, Page, QueryPart, RunPart, Whole
 from gradfn.report.pictures import Grid, Histogram, Lines, Scatter, as_letters, grid_of, lines_of, shades
 from gradfn.report.rendering import visible
 from gradfn.report.rows import StoredTexts
@@ -62,10 +63,10 @@ class Gathered:
         return range(min(len(self.first.scores.query_ids), self.budget.queries))
 
     @cached_property
-    def listed(self) -> tuple[Int[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-        """The rows of both sides of every query that the page lists."""
-        best = extremes([self.first.scores.values[0]], self.listed_each)
-        return best[0].rows.numpy(), best[1].rows.numpy()
+    def listed(self) -> Int[np.ndarray, "dampings sides queries k"]:
+        """The rows of both sides of every query that are listed at each damping of the first run."""
+        best = [extremes([values], self.listed_each) for values in self.first.scores.values]
+        return np.stack([[side.rows.numpy() for side in sides] for sides in best])
 
     @property
     def listed_each(self) -> int:
@@ -121,13 +122,13 @@ class Gathered:
         return store.read("rows/token"), store.index_array("tokens/offsets")
 
     def _pieces(self, row: int) -> tuple[list[str], np.ndarray]:
-        """The tokens of a row as texts that join to its text, and their scores `[tokens, queries]`."""
+        """The tokens of a row as texts that join to its text, and scores `[dampings, tokens, queries]`."""
         (ids, offsets), run = self._tokens, self.marking
         tokens = None if run is None else run.tokens
         assert run is not None
         assert tokens is not None
         own = slice(int(offsets[row]), int(offsets[row + 1]))
-        return texts_of(run.beside.tokenizer, ids[own].tolist()), tokens.values[0, own].numpy()
+        return texts_of(run.beside.tokenizer, ids[own].tolist()), tokens.values[:, own].numpy()
 
     @cached_property
     def blocks(self) -> PageRun | None:
@@ -142,10 +143,22 @@ class Gathered:
     @cached_property
     def suspicious(self) -> Mapping[int, str]:
         """The model's own class of the rows that are listed, where rows have classes."""
-        beside = self.first.beside
-        if beside.predicted is None:
-            return {}
-        return beside.predicted(sorted({int(row) for side in self.listed for row in side.flat}))
+        predicted = self.first.beside.predicted
+        return {} if predicted is None else predicted(np.unique(self.listed).tolist())
+
+    @cached_property
+    def nearest(self) -> Nearest | None:
+        """What is most like the rows that are listed, where these are suspicious."""
+        if not self.first.own:
+            return None
+        texts = self.texts if len(self.texts) <= MANY else ()
+        return nearest_rows(self.first, np.unique(self.listed).tolist(), texts)
+
+    @cached_property
+    def groups(self) -> Sequence[range]:
+        """The queries of the page that stand together: tokens of one text; else each by itself."""
+        every = token_groups(self.first.tokens_of or range(len(self.first.scores.query_ids)))
+        return [group for group in every if group.start in self.queries]
 
     # --- the page
 
@@ -158,12 +171,29 @@ class Gathered:
             [_run(run) for run in self.runs],
             [] if image is None else [(r, image(r)) for r in rows],
         )
+        marking = "" if self.marking is None else visible(self.marking.scores.name)
+        blocks = "" if self.blocks is None else _titled(self.blocks.scores, self._beside(self.blocks))
         return Page(
-            " · ".join(run.name for run in runs), first.own, self.marking is not None, asking,
-            len(first.scores.row_ids), runs, shown, self._notes(), self._hints(), self.grid,
-            "" if self.blocks is None else visible(self.blocks.scores.name), images, scatters,
-            command, self._data(rows),
+            " · ".join(run.name for run in runs), first.own, marking,
+            "" if self.nearest is None else self.nearest.by, self._still(), asking,
+            len(first.scores.row_ids), runs, [self._link(shown, group) for group in self.groups], shown,
+            self._notes(), self._hints(), self.grid, blocks, images, scatters, command, self._data(rows),
         )  # fmt: skip
+
+    def _still(self) -> str:
+        """What does not change with the damping."""
+        run = self._trajectories
+        if run is None or len(run.scores.dampings) < 2:
+            return ""
+        return f"Lines over the training stay those of damping {visible(run.scores.dampings[0])}."
+
+    def _link(self, shown: Sequence[QueryPart], group: range) -> Link:
+        """The entry of one query, or of a text whose tokens are queries."""
+        first = shown[group.start]
+        if first.whole is not None:
+            return Link(first.number, None, False, "", "".join(text for text, _, _ in first.whole.pieces))
+        known = first.answers[0][2] if first.answers else None
+        return Link(first.number, known, bool(first.answers), first.asked, first.said or first.id)
 
     def _notes(self) -> list[str]:
         """What the page lacks, and why."""
@@ -202,18 +232,32 @@ class Gathered:
         found = None if self.lexical is None else [
             visible(scores.row_ids[int(row)]) for row in self.lexical[number][: self.top] if row != NOT_FOUND
         ]  # fmt: skip
-        heat = []
-        if self.grid is not None and sides[0][1]:
-            heat = shades(self.grid.cells(self._shares(sides[0][1][0].row, number)))
+        heat: tuple[Any, str] = [], ""
+        if self.grid is not None and self.blocks is not None and sides[0][1]:
+            cells = self.grid.cells(self._shares(self._beside(self.blocks), sides[0][1][0].row, number))
+            heat = shades(cells), self.grid.strongest(cells)
+        link = next(place for place, group in enumerate(self.groups) if number in group)
         return QueryPart(
-            number, visible(scores.query_ids[number]), asked, said, self._answers(number), sides, histogram,
-            source and visible(source), found, heat, self._lines(number, sides), self._agreement(number),
+            number, visible(scores.query_ids[number]), link, asked, said, self._answers(number), sides,
+            histogram, source and visible(source), found, heat, self._lines(number, sides),
+            self._agreeing(number), self._whole(number, self.groups[link]),
         )  # fmt: skip
+
+    def _whole(self, number: int, group: range) -> Whole | None:
+        """The text whose tokens are queries, before the first of these."""
+        scores = self.first.scores
+        if not self.first.tokens_of or number != group.start:
+            return None
+        texts, held = (
+            [scores.query_texts[n] for n in group],
+            range(number, min(group.stop, len(self.queries))),
+        )
+        return whole_of(texts, held, scores.values[0, :, number : held.stop].numpy(), scores.row_ids)
 
     def _cards(self, number: int, side: int, histogram: Histogram) -> list[Card]:
         """The rows of a side of a query that have its sign."""
         sign, column = (1, -1)[side], self.first.scores.values[0, :, number]
-        rows = [int(row) for row in self.listed[side][number] if sign * float(column[int(row)]) > 0]
+        rows = [int(row) for row in self.listed[0, side, number] if sign * float(column[int(row)]) > 0]
         return [self._card(number, row, rank, histogram) for rank, row in enumerate(rows, 1)]
 
     def _card(self, number: int, row: int, rank: int, histogram: Histogram) -> Card:
@@ -224,48 +268,40 @@ class Gathered:
             badges.append("known source")
         if self.lexical is not None and row in (found := self.lexical[number].tolist()):
             badges.append(f"BM25 {found.index(row) + 1}")
-        others = [_other(run.scores, number, row) for run in self.runs[1:]]
+        at = scores.dampings[0]
+        others = [_other(run.scores, run.damping(at), number, row) for run in self.runs[1:]]
         columns = [(visible(name), told) for name, of in beside.columns.items() if (told := cell(of[row]))]
         label, predicted = beside.labels[row] if beside.labels else "", self.suspicious.get(row, "")
         return Card(
             row, name, rank, score, score / (max(-histogram.low, histogram.high) or 1.0), histogram.x(score),
-            self._marked(number, row), badges, columns, others, visible(label), visible(predicted),
-            self._near(row, label, predicted) if self.first.own else (), beside.thumbnail is not None,
+            self._text(number, row), badges, columns, others, visible(label), visible(predicted),
+            self._near(row), beside.thumbnail is not None,
         )  # fmt: skip
 
-    def _marked(self, number: int, row: int) -> list[tuple[str, str]]:
+    def _text(self, number: int, row: int) -> list[tuple[str, str]]:
         """The text of a row, with its tokens marked where they are scored."""
         if self.marking is None:
             return [(row_text(self.texts[row], self.budget.characters), "")]
-        pieces, values = self._pieces(row)
-        return marked_pieces(pieces, values[:, number], self.budget.characters)
+        return self._marked(self._beside(self.marking), number, row)
 
-    def _near(self, row: int, label: str, predicted: str) -> list[tuple[str, str]]:
-        """The rows of the label, and of the model's class, that are nearest: by their words, or pixels."""
-        beside, ids = self.first.beside, self.first.scores.row_ids
-        if beside.nearest is None and (beside.thumbnail or not any(self.texts) or len(self.texts) > MANY):
+    def _marked(self, damping: int, number: int, row: int) -> list[tuple[str, str]]:
+        """The marked tokens of a row, at a damping of the run that has them."""
+        pieces, values = self._pieces(row)
+        return marked_pieces(pieces, values[damping, :, number], self.budget.characters)
+
+    def _near(self, row: int) -> list[tuple[str, str]]:
+        """The rows of the label, and of the model's class, that are nearest."""
+        if self.nearest is None:
             return []
-        labels, found = beside.labels, self._alike(row) if beside.nearest is None else beside.nearest(row)
-        near = [int(other) for other in found if other not in (NOT_FOUND, row)]
-        classes = dict.fromkeys([label, predicted or label]) if labels else {"": None}
-        alike = {
-            one: [visible(ids[r]) for r in near if not labels or labels[r] == one][:NEAREST]
+        labels, ids, found = self.first.beside.labels, self.first.scores.row_ids, self.nearest.rows(row)
+        classes = (
+            dict.fromkeys([labels[row], self.suspicious.get(row, labels[row])]) if labels else {"": None}
+        )
+        near = {
+            one: [visible(ids[r]) for r in found if r != row and (not labels or labels[r] == one)][:NEAREST]
             for one in classes
         }
-        return [(visible(one), ", ".join(found)) for one, found in alike.items() if found]
-
-    def _alike(self, row: int) -> list[int]:
-        """The rows nearest to a listed one by BM25, best first."""
-        return self._neighbours[self._listed_rows[row]].tolist()
-
-    @cached_property
-    def _listed_rows(self) -> dict[int, int]:
-        """The place of each row that is listed on the first side."""
-        return {int(row): place for place, row in enumerate(dict.fromkeys(self.listed[0].flat))}
-
-    @cached_property
-    def _neighbours(self) -> Int[np.ndarray, "listed k"]:
-        return bm25_ranks(self.texts, [self.texts[row] for row in self._listed_rows], 200)
+        return [(visible(one), ", ".join(names)) for one, names in near.items() if names]
 
     def _answers(self, number: int) -> list[tuple[str, str, bool | None]]:
         """What each model makes of a query; runs of one model say it once."""
@@ -276,20 +312,32 @@ class Gathered:
                 told.setdefault(sentence, (run.scores.name, sentence, known))
         return [*told.values()]
 
-    def _agreement(self, number: int) -> list[str]:
+    @cached_property
+    def agreements(self) -> Mapping[str, Sequence[tuple[int, float]]]:
+        """See `agreements_of`."""
+        return agreements_of(self.runs, len(self.queries), self.top_compared)
+
+    @property
+    def top_compared(self) -> int:
+        """How many of the highest rows are compared with those of another run."""
+        return min(10, len(self.first.scores.row_ids))
+
+    def _agreeing(self, number: int) -> list[str]:
         """How far the order of rows in other runs agrees."""
-        mine, k = self.first.scores.values[0, :, [number]], min(10, len(self.first.scores.row_ids))
         told = []
-        for run in self.runs[1:]:
-            theirs = run.scores.values[0, :, [number]]
-            same, order = float(top_overlap(mine, theirs, k)), float(correlation(mine, theirs))
-            words = f"{same * k:.0f} of the top {k} are the same, rank correlation {order:.2f}"
-            told.append(f"{visible(run.scores.name)}: {words}")
+        for other, run in enumerate(self.runs[1:], 1):
+            at = run.damping(self.first.scores.dampings[0])
+            same, order = self.agreements[f"0.0-{other}.{at}"][number]
+            told.append(
+                f"{_titled(run.scores, at)}: {same} of the top {self.top_compared} are the same, "
+                f"rank correlation {order:.2f}"
+            )
         return told
 
-    def _shares(self, row: int, number: int) -> dict[str, float]:
+    def _shares(self, damping: int, row: int, number: int) -> dict[str, float]:
         assert self.blocks is not None
-        return {block: float(share[0, row, number]) for block, share in self.blocks.scores.shares.items()}
+        shares = self.blocks.scores.shares.items()
+        return {block: float(share[damping, row, number]) for block, share in shares}
 
     @cached_property
     def _trajectories(self) -> PageRun | None:
@@ -342,7 +390,10 @@ class Gathered:
             "sources": [source and places.get(source) for source in beside.sources[: len(self.queries)]],
             "bm25": [] if self.lexical is None else self.lexical[:, :20].tolist(),
             "runs": [self._columns(run.scores, rows) for run in self.runs],
-            "heat": self._letters(),
+            "heat": self._letters(), "marks": self._marks(), "top": self.top_compared,
+            "nearBy": "" if self.nearest is None else self.nearest.by,
+            "near": {row: near for row in np.unique(self.listed).tolist() if (near := self._near(row))},
+            "agreement": self.agreements,
         }  # fmt: skip
 
     def _columns(self, scores: Scores, rows: Sequence[int]) -> dict[str, Any]:
@@ -355,17 +406,40 @@ class Gathered:
             "histograms": [[[short(h.low), short(h.high), h.levels] for h in one] for one in histograms],
         }  # fmt: skip
 
+    def _places(self, run: PageRun) -> Iterator[tuple[int, int, int]]:
+        """Damping, query and row of all that is listed, at the damping of a run that is shown with it."""
+        for name, sides in zip(self.first.scores.dampings, self.listed, strict=True):
+            for number in self.queries:
+                for row in np.unique(sides[:, number]).tolist():
+                    yield run.damping(name), number, row
+
+    def _marks(self) -> dict[str, Any] | None:
+        """The marked tokens of the rows that are listed, but for those that the page itself has."""
+        if self.marking is None:
+            return None
+        own = self._beside(self.marking)
+        shown = {(own, number, row) for number in self.queries for row in self.listed[0, :, number].flat}
+        rows = {
+            f"{damping}-{number}-{row}": self._marked(damping, number, row)
+            for damping, number, row in self._places(self.marking)
+            if (damping, number, row) not in shown
+        }
+        return {"run": self.runs.index(self.marking), "own": own, "rows": rows}
+
+    def _beside(self, run: PageRun) -> int:
+        """The damping at which a run stands beside the first one's first."""
+        return run.damping(self.first.scores.dampings[0])
+
     def _letters(self) -> dict[str, Any] | None:
         """The heat maps of the rows that are listed."""
-        if self.grid is None:
+        if self.grid is None or self.blocks is None:
             return None
         cells = {}
-        for number in self.queries:
-            for side in self.listed:
-                for row in side[number].tolist():
-                    made = self.grid.cells(self._shares(row, number))
-                    cells[f"{number}-{row}"] = [short(float(np.abs(made).max())), as_letters(made)]
+        for damping, number, row in self._places(self.blocks):
+            made = self.grid.cells(self._shares(damping, row, number))
+            cells[f"{damping}-{number}-{row}"] = [short(float(np.abs(made).max())), as_letters(made)]
         return {
+            "run": self.runs.index(self.blocks),
             "layers": list(map(visible, self.grid.layers)),
             "columns": list(map(visible, self.grid.columns)),
             "cells": cells,
@@ -391,12 +465,17 @@ def _run(run: PageRun) -> RunPart:
     )  # fmt: skip
 
 
-def _other(scores: Scores, number: int, row: int) -> tuple[str, float, float, int]:
+def _titled(scores: Scores, damping: int) -> str:
+    """The name of a run, with the damping where there are several."""
+    name = f"{scores.name} (damping {scores.dampings[damping]})" if len(scores.dampings) > 1 else scores.name
+    return visible(name)
+
+
+def _other(scores: Scores, damping: int, number: int, row: int) -> tuple[str, float, float, int]:
     """The score of a row in another run, its share of the largest, and its rank from the highest."""
-    column: Tensor = scores.values[0, :, number]
+    column: Tensor = scores.values[damping, :, number]
     score, rank = float(column[row]), 1 + int((column > column[row]).sum())
-    name = f"{scores.name} (damping {scores.dampings[0]})" if len(scores.dampings) > 1 else scores.name
-    return visible(name), score, score / (float(column.abs().max()) or 1.0), rank
+    return _titled(scores, damping), score, score / (float(column.abs().max()) or 1.0), rank
 
 
 def _valued(run: PageRun) -> bool:

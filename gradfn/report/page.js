@@ -8,13 +8,20 @@
     if (text !== undefined) made.textContent = text;
     return made;
   };
+  const SVG = "http://www.w3.org/2000/svg";
+  const draw = (tag, attributes) => {
+    const made = document.createElementNS(SVG, tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    return made;
+  };
   const sections = [...document.querySelectorAll("section.query")];
   const links = [...document.querySelectorAll("nav.queries li a")];
+  const linkOf = (query) => links[Number(sections[query].dataset.link)];
+  const tokens = [...document.querySelectorAll(".whole .token")];
   const place = new Map(data.rows.map((row, at) => [row, at]));
   const words = data.rows.map((_, at) =>
     [data.ids[at], data.texts[at], data.labels[at] || "", ...Object.values(data.columns).map((c) => c[at])].join("\n").toLowerCase());
   const texts = new Map([...document.querySelectorAll("li.row")].map((li) => [li.id, li.querySelector(".text")]));
-  const near = new Map([...document.querySelectorAll("li.row")].map((li) => [li.id, [...li.querySelectorAll(".near")]]));
   const PAGE = data.own ? 50 : Math.max(10, ...sections.map((s) => s.querySelectorAll("li.row").length / 2));
   const state = { query: 0, row: null, run: 0, damping: 0, order: "sides", filter: "", more: 0 };
   const decisions = new Map();
@@ -23,13 +30,21 @@
     const text = Number(value.toPrecision(4)).toString().replace("-", "−");
     return value >= 0 ? "+" + text : text;
   };
+  // Another run is shown at the damping of the same name, or else at its first.
+  const dampingOf = (run) => {
+    const name = data.runs[state.run].dampings[state.damping];
+    return run === state.run ? state.damping : Math.max(0, data.runs[run].dampings.indexOf(name));
+  };
   const column = (run = state.run) => {
-    const damping = run === state.run ? state.damping : 0;
+    const damping = dampingOf(run);
     const scores = data.runs[run].scores[damping][state.query];
     const [low, high, levels] = data.runs[run].histograms[damping][state.query];
     return { scores, low, high, levels, most: Math.max(-low, high) || 1 };
   };
-  const title = (run, damping) => run.dampings.length > 1 ? `${run.name} (damping ${run.dampings[damping]})` : run.name;
+  const title = (run) => {
+    const { name, dampings } = data.runs[run];
+    return dampings.length > 1 ? `${name} (damping ${dampings[dampingOf(run)]})` : name;
+  };
   const ranks = (scores) => {
     const order = [...scores.keys()].sort((a, b) => scores[b] - scores[a]);
     const made = [];
@@ -47,13 +62,51 @@
     return "M0 24" + [...levels].map((d) => "V" + (24 * (1 - parseInt(d, 36) / 35)).toFixed(2) + "h" + step.toFixed(3)).join("") + "V24z";
   };
 
+  // --- a row
+
+  const shade = (value, most) => Math.abs(value) < 0.08 * most || !value ? ""
+    : (value > 0 ? "p" : "n") + Math.ceil(4 * Math.abs(value) / most);
+  const marked = (row, at, id) => {
+    const damping = data.marks && dampingOf(data.marks.run);
+    const pieces = data.marks && data.marks.rows[`${damping}-${state.query}-${row}`];
+    if (!pieces && texts.has(id) && (!data.marks || damping === data.marks.own)) return texts.get(id).cloneNode(true);
+    const text = make("p", "text", pieces ? undefined : data.texts[at]);
+    text.dir = "auto";
+    for (const [piece, kind] of pieces || []) text.append(kind ? make("mark", kind, piece) : piece);
+    return text;
+  };
+  const cells = (at) => Object.entries(data.columns).filter(([, values]) => values[at]).flatMap(([name, values]) => {
+    const cell = make("span", "cell");
+    cell.append(make("span", "name", name), " ", make("bdi", "", values[at]));
+    return [cell, " "];
+  });
+  const ranked = (rank) => data.depth && rank > data.depth ? "beyond rank " + data.depth : "rank " + rank;
+  const beside = (other, at, bar) => {
+    const shown = make("span", "other"), name = make("span", "name");
+    setBar(bar, other.scores[at] / other.most);
+    name.append(make("bdi", "", other.name), ", " + ranked(other.ranks[at]));
+    shown.append(bar, make("span", "score", signed(other.scores[at])), name);
+    return shown;
+  };
+  const nearest = ([label, ids]) => {
+    const line = make("p", "near"), name = make("span", "name", "nearest by " + data.nearBy);
+    if (label) name.append(", labelled ", make("bdi", "", label));
+    line.append(name, " ", make("bdi", "", ids));
+    return line;
+  };
+  const classes = (li, row, at) => {
+    const labels = li.querySelector(".labels"), label = data.labels[at], said = data.predicted[row];
+    if (!labels) return;
+    if (label) labels.append("label ", make("b", "", label));
+    if (said) labels.append(", the model says ", make("b", said === label ? "" : "con", said));
+  };
   const card = (at, rank, one, others) => {
     const li = $("card").content.firstElementChild.cloneNode(true);
     const row = data.rows[at], score = one.scores[at], id = `q${state.query}-r${row}`;
     const get = (name) => li.querySelector(name);
     li.id = id;
     li.dataset.row = row;
-    get(".rank").textContent = rank;
+    get(".rank").textContent = data.depth && rank > data.depth ? ">" + data.depth : rank;
     setBar(get(".bar"), score / one.most);
     get(".score").textContent = signed(score);
     get(".score").className = "score " + (score >= 0 ? "pro" : "con");
@@ -63,49 +116,32 @@
     const lexical = data.bm25.length ? data.bm25[state.query].indexOf(row) : -1;
     if (lexical >= 0) get(".badges").append(make("span", "badge", "BM25 " + (lexical + 1)));
     get(".place use").setAttribute("href", "#h" + state.query);
-    get(".place .here").setAttribute("d", `M${100 * (score - one.low) / (one.high - one.low)} 0V24`);
-    const known = texts.get(id);
-    if (known) get(".text").replaceWith(known.cloneNode(true));
-    else get(".text").textContent = data.texts[at];
-    for (const [name, values] of Object.entries(data.columns)) {
-      if (!values[at]) continue;
-      const cell = make("span", "cell");
-      cell.append(make("span", "name", name), " ", make("bdi", "", values[at]));
-      get(".more").append(cell, " ");
+    get(".place .here").setAttribute("d", here(one, score));
+    get(".text").replaceWith(marked(row, at, id));
+    get(".more").append(...cells(at));
+    get(".others").append(...others.map((other) => beside(other, at, get(".bar").cloneNode(true))));
+    classes(li, row, at);
+    if (data.own) {
+      get(".ticks").hidden = false;
+      get(".ticks").setAttribute("aria-label", "Your decision on " + data.ids[at]);
     }
-    for (const other of others) {
-      const shown = make("span", "other"), bar = get(".bar").cloneNode(true);
-      setBar(bar, other.scores[at] / other.most);
-      const beyond = data.depth && other.ranks[at] > data.depth ? "beyond rank " + data.depth : "rank " + other.ranks[at];
-      const name = make("span", "name");
-      name.append(make("bdi", "", other.name), ", " + beyond);
-      shown.append(bar, make("span", "score", signed(other.scores[at])), name);
-      get(".others").append(shown);
-    }
-    const labels = get(".labels");
-    if (labels && data.labels.length) {
-      labels.prepend("label ", make("b", "", data.labels[at]), data.predicted[row] ? ", the model says " : "", make("b", data.predicted[row] === data.labels[at] ? "" : "con", data.predicted[row] || ""));
-    } else if (labels) labels.remove();
     for (const box of li.querySelectorAll("input")) {
       box.value = row;
       box.checked = decisions.get(row) === box.name;
     }
-    li.append(...(near.get(id) || []).map((one) => one.cloneNode(true)));
-    if (data.images && document.getElementById("t" + row)) {
-      const image = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-      image.setAttribute("class", "thumb");
-      image.setAttribute("viewBox", "0 0 1 1");
-      image.setAttribute("role", "img");
-      image.setAttribute("aria-label", "the image of row " + data.ids[at]);
-      const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
-      use.setAttribute("href", "#t" + row);
-      image.append(use);
-      li.insertBefore(image, li.querySelector(".text"));
+    li.append(...(data.near[row] || []).map(nearest));
+    if (data.images && $("i" + row)) {
+      const image = draw("svg", { class: "thumb", viewBox: "0 0 1 1", role: "img", "aria-label": "the image of row " + data.ids[at] });
+      image.append(draw("use", { href: "#i" + row }));
+      li.insertBefore(image, get(".text"));
     }
     return li;
   };
 
-  const chosen = (one) => {
+  // --- a query
+
+  const here = (one, score) => `M${100 * (score - one.low) / (one.high - one.low)} 0V24`;
+  const chosen = () => {
     const asked = state.filter.toLowerCase().split(/\s+/).filter(Boolean);
     return [...data.rows.keys()].filter((at) => asked.every((word) => words[at].includes(word)));
   };
@@ -120,22 +156,16 @@
 
   const fill = (side, rows, one, others, title) => {
     const shown = rows.slice(0, PAGE + state.more), list = side.querySelector("ol");
-    const rank = ranks(one.scores), low = ranks(one.scores.map((score) => -score));
-    list.replaceChildren(...shown.map((at, n) => card(at, title === "All rows" ? rank[at] : n + 1, one, others)));
+    const rank = ranks(title === "Opponents" ? one.scores.map((score) => -score) : one.scores);
+    list.replaceChildren(...shown.map((at) => card(at, rank[at], one, others)));
     side.querySelector("h3").textContent = title;
     side.querySelector(".further").hidden = shown.length === rows.length;
     return shown.length;
   };
-  const render = () => {
-    const section = sections[state.query], one = column();
-    sections.forEach((other) => other.classList.toggle("off", other !== section));
-    links.forEach((link, n) => n === state.query ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"));
-    const others = data.runs.map((run, n) => n === state.run ? null : { name: title(run, 0), ...column(n) }).filter(Boolean);
-    const damped = section.querySelector(".damped");
-    if (damped) damped.textContent = data.runs[state.run].dampings[state.damping] || "none";
+  const lists = (section, one) => {
+    const others = data.runs.map((run, n) => n === state.run ? null : { name: title(n), ...column(n) }).filter(Boolean);
     others.forEach((other) => { other.ranks = ranks(other.scores); });
-    const rows = chosen(one), sides = [...section.querySelectorAll(".side")];
-    const both = state.order === "sides";
+    const rows = chosen(), sides = [...section.querySelectorAll(".side")], both = state.order === "sides";
     section.querySelector(".sides").classList.toggle("one", !both || data.own);
     if (sides[1]) sides[1].classList.toggle("off", !both);
     let shown = 0;
@@ -148,66 +178,130 @@
       shown = fill(sides[0], rows.sort(by), one, others, "All rows");
     }
     $("told").textContent = `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")} rows`;
+  };
+  const agreeing = (section) => {
+    const lines = [...section.querySelectorAll(".agrees")], mine = `${state.run}.${state.damping}`;
+    const others = data.runs.map((_, n) => n).filter((n) => n !== state.run);
+    others.forEach((other, n) => {
+      const theirs = `${other}.${dampingOf(other)}`;
+      const [same, order] = data.agreement[state.run < other ? `${mine}-${theirs}` : `${theirs}-${mine}`][state.query];
+      lines[n].textContent = `${title(other)}: ${same} of the top ${data.top} are the same, rank correlation ${order.toFixed(2)}`;
+    });
+  };
+  const histogram = (section, one) => {
     section.querySelector(".bins").setAttribute("d", binsPath(one.levels));
+    section.querySelector(".histogram").setAttribute("aria-label", `histogram of all scores, from ${signed(one.low)} to ${signed(one.high)}`);
     const ends = section.querySelectorAll(".all .ends span");
     ends[0].textContent = signed(one.low);
     ends[2].textContent = signed(one.high);
-    section.querySelector(".all .axis").setAttribute("d", `M${100 * -one.low / (one.high - one.low)} 0V24`);
-    section.querySelector(".rug").classList.toggle("off", state.run + state.damping > 0);
+    section.querySelector(".all .axis").setAttribute("d", here(one, 0));
+    section.querySelector(".rug").replaceChildren(...[...section.querySelectorAll("li.row")].map((li) => {
+      const score = one.scores[place.get(Number(li.dataset.row))];
+      return draw("path", { class: score >= 0 ? "pro" : "con", d: here(one, score).replace(" 0V", " 20V") });
+    }));
+  };
+  const render = () => {
+    const section = sections[state.query], one = column(), own = document.querySelector(`.whole [data-query="${state.query}"]`);
+    sections.forEach((other) => other.classList.toggle("off", other !== section));
+    document.querySelectorAll(".whole").forEach((whole) => whole.classList.toggle("off", !whole.contains(own)));
+    links.forEach((link) => link === linkOf(state.query) ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"));
+    section.querySelectorAll(".shown").forEach((shown) => { shown.textContent = title(state.run); });
+    lists(section, one);
+    agreeing(section);
+    histogram(section, one);
     mark();
   };
 
+  // --- the row that is looked at
+
   const LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-";
-  const heat = (section) => {
-    const svg = section.querySelector(".heat"), found = data.heat && data.heat.cells[`${state.query}-${state.row}`];
-    if (!svg || !found) return;
-    const cells = svg.querySelector(".cells"), wide = data.heat.columns.length;
-    cells.replaceChildren(cells.firstElementChild);
-    [...found[1]].forEach((letter, n) => {
-      const level = LETTERS.indexOf(letter) - 31;
-      if (!level) return;
-      const square = document.createElementNS("http://www.w3.org/2000/svg", "path");
-      square.setAttribute("class", level > 0 ? "pro" : "con");
-      square.setAttribute("fill-opacity", Math.abs(level) / 31);
-      square.setAttribute("d", `M${n % wide} ${Math.floor(n / wide)}h1v1h-1z`);
-      cells.append(square);
+  const shares = (row) => {
+    const found = data.heat && data.heat.cells[`${dampingOf(data.heat.run)}-${state.query}-${row}`];
+    return found && [...found[1]].map((letter) => found[0] * (LETTERS.indexOf(letter) - 31) / 31);
+  };
+  const cellName = (n) => {
+    const wide = data.heat.columns.length, layer = data.heat.layers[Math.floor(n / wide)];
+    return (layer ? `layer ${layer}, ` : "") + data.heat.columns[n % wide];
+  };
+  const about = (value) => "about " + signed(Number(value.toPrecision(2)));
+  const heat = (section, row) => {
+    const svg = section.querySelector(".heat"), found = shares(row), cells = section.querySelector(".heat .cells");
+    if (!svg) return;
+    const wide = data.heat.columns.length, most = Math.max(...(found || []).map(Math.abs)) || 1;
+    cells.replaceChildren(cells.firstElementChild, ...(found || []).flatMap((share, n) => share === 0 ? [] : [draw("path", {
+      class: share > 0 ? "pro" : "con", "fill-opacity": Math.abs(share) / most, d: `M${n % wide} ${Math.floor(n / wide)}h1v1h-1z`,
+    })]));
+    const strong = [...(found || []).keys()].sort((a, b) => Math.abs(found[b]) - Math.abs(found[a])).slice(0, 3);
+    section.querySelector(".blocks .of").textContent = data.ids[place.get(row)];
+    section.querySelectorAll(".blocks .in").forEach((name) => { name.textContent = title(data.heat.run); });
+    section.querySelector(".cellwords").textContent = "";
+    section.querySelector(".strongest").textContent = found
+      ? strong.map((n) => `${cellName(n)} ${about(found[n])}`).join("; ")
+      : "not kept for this row, which no list of the first run begins with";
+  };
+  const whole = (row) => {
+    const own = tokens.filter((token) => !token.closest(".off")), at = place.get(row);
+    const scores = own.map((token) => data.runs[state.run].scores[state.damping][Number(token.dataset.query)][at]);
+    const most = Math.max(...scores.map(Math.abs)) || 1;
+    own.forEach((token, n) => {
+      token.className = "token " + shade(scores[n], most);
+      token.title = signed(scores[n]);
+      if (Number(token.dataset.query) === state.query) token.setAttribute("aria-current", "true");
+      else token.removeAttribute("aria-current");
     });
-    section.querySelector(".blocks .of").textContent = data.ids[place.get(state.row)];
+    document.querySelectorAll(".whole .of").forEach((of) => { of.textContent = data.ids[at]; });
+  };
+  // The chosen row, or else the first that is listed.
+  const looked = () => {
+    const first = sections[state.query].querySelector("li.row");
+    return place.has(state.row) ? state.row : first && Number(first.dataset.row);
   };
   const mark = () => {
     const section = sections[state.query], one = column(), at = place.get(state.row);
     section.querySelectorAll("li.row").forEach((li) => li.classList.toggle("now", Number(li.dataset.row) === state.row));
     section.querySelectorAll(".lines polyline").forEach((line) => line.classList.toggle("now", Number(line.dataset.row) === state.row));
-    const here = at === undefined ? "" : `M${100 * (one.scores[at] - one.low) / (one.high - one.low)} 0V24`;
-    section.querySelector(".histogram > .here").setAttribute("d", here);
-    if (at !== undefined) heat(section);
+    section.querySelector(".histogram > .here").setAttribute("d", at === undefined ? "" : here(one, one.scores[at]));
+    if (looked() === null) return;
+    heat(section, looked());
+    whole(looked());
+  };
+  const address = () => {
+    const parts = [["r", state.row], ["m", state.run || null], ["d", state.damping || null]];
+    const tail = parts.filter(([, value]) => value !== null).map(([letter, value]) => `-${letter}${value}`);
+    history.replaceState(null, "", `#q${state.query}${tail.join("")}`);
   };
   const go = (query, row, focus) => {
     if (query < 0 || query >= sections.length) return;
     const other = query !== state.query;
     Object.assign(state, { query, row, more: other ? 0 : state.more });
     if (other) render(); else mark();
-    history.replaceState(null, "", row === null ? `#q${query}` : `#q${query}-r${row}`);
-    const li = row !== null && document.getElementById(`q${query}-r${row}`);
+    address();
+    const li = row !== null && $(`q${query}-r${row}`);
     if (li && focus) li.querySelector(".id").focus({ preventScroll: true });
     if (li && focus) li.scrollIntoView({ block: "nearest" });
-    else if (other) links[query].scrollIntoView({ block: "nearest" });
+    else if (other) linkOf(query).scrollIntoView({ block: "nearest" });
   };
   const read = () => {
-    const found = /^#q(\d+)(?:-r(\d+))?$/.exec(location.hash);
+    const found = /^#q(\d+)(?:-r(\d+))?(?:-m(\d+))?(?:-d(\d+))?$/.exec(location.hash);
     if (!found || Number(found[1]) >= sections.length) return;
-    const row = found[2] === undefined || !place.has(Number(found[2])) ? null : Number(found[2]);
-    state.query = Number(found[1]);
-    state.row = row;
-    if (row !== null && !document.getElementById(`q${state.query}-r${row}`)) {
+    const [query, row, run, damping] = found.slice(1).map((part) => part === undefined ? null : Number(part));
+    Object.assign(state, { query, row: place.has(row) ? row : null, more: 0 });
+    if (run !== null && run < data.runs.length) Object.assign(state, { run, damping: 0 });
+    if (damping !== null && damping < data.runs[state.run].dampings.length) state.damping = damping;
+    settle();
+    render();
+    if (state.row !== null && !$(`q${query}-r${row}`)) {
       Object.assign(state, { filter: data.ids[place.get(row)], order: "high" });
       $("filter").value = state.filter;
       $("order").value = "high";
+      render();
     }
-    render();
-    const li = row !== null && document.getElementById(`q${state.query}-r${row}`);
+    address();
+    const li = state.row !== null && $(`q${query}-r${row}`);
     if (li) li.scrollIntoView({ block: "center" }); else scrollTo(0, 0);
   };
+
+  // --- what is remembered
 
   const theme = () => {
     const dark = getComputedStyle(document.documentElement).colorScheme;
@@ -229,7 +323,7 @@
   const save = () => {
     const lines = [...decisions].sort((a, b) => a[0] - b[0]).map(([row, decision]) => {
       const at = place.get(row);
-      return JSON.stringify({ row, id: data.ids[at], decision, score: column().scores[at], label: data.labels[at], predicted: data.predicted[row] }) + "\n";
+      return JSON.stringify({ row, id: data.ids[at], decision, run: title(state.run), score: column().scores[at], label: data.labels[at], predicted: data.predicted[row] }) + "\n";
     });
     const link = make("a");
     link.href = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
@@ -238,6 +332,8 @@
     URL.revokeObjectURL(link.href);
   };
 
+  // --- keys, clicks and controls
+
   const keys = {
     j: () => step(1), k: () => step(-1), n: () => go(state.query + 1, null), p: () => go(state.query - 1, null),
     "/": () => $("filter").focus(), t: theme,
@@ -245,7 +341,7 @@
     c: () => data.own && state.row !== null && decide(state.row, "right", decisions.get(state.row) !== "right"),
   };
   addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || !$("keyed").checked) return;
     if (event.target.matches("input:not([type=checkbox]), select, textarea")) {
       if (event.key === "Escape") event.target.blur();
       return;
@@ -259,7 +355,10 @@
   document.addEventListener("click", (event) => {
     const link = event.target.closest("a.id"), side = event.target.closest(".further");
     const li = event.target.closest("li.row");
-    if (link) event.preventDefault();
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    const token = event.target.closest(".token");
+    if (link || token) event.preventDefault();
+    if (token) go(Number(token.dataset.query), state.row);
     if (li && !event.target.closest("label")) go(state.query, Number(li.dataset.row), Boolean(link));
     if (side) { state.more += PAGE; render(); }
   });
@@ -271,21 +370,35 @@
     if (!svg) return;
     const to = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.querySelector(".cells").getScreenCTM().inverse());
     const x = Math.floor(to.x), y = Math.floor(to.y), wide = data.heat.columns.length;
-    const found = data.heat.cells[`${state.query}-${state.row ?? sections[state.query].querySelector("li.row").dataset.row}`];
+    const found = shares(looked());
     if (!found || x < 0 || y < 0 || x >= wide || y >= data.heat.layers.length) return;
-    const share = found[0] * (LETTERS.indexOf(found[1][y * wide + x]) - 31) / 31;
-    svg.parentElement.querySelector(".cellwords").textContent = `— layer ${data.heat.layers[y]}, ${data.heat.columns[x]}: about ${signed(Number(share.toPrecision(2)))}`;
+    svg.parentElement.querySelector(".cellwords").textContent = `. Here: ${cellName(y * wide + x)} ${about(found[y * wide + x])}`;
   });
-  const listen = (name, kind, change) => $(name).addEventListener(kind, (event) => { change(event.target); state.more = 0; render(); });
-  const damped = () => {
+  const settle = () => {
     const names = data.runs[state.run].dampings;
     $("damped").hidden = names.length < 2;
+    if ($("still")) $("still").hidden = names.length < 2;
     $("damping").max = names.length - 1;
     $("damping").value = state.damping;
+    $("damping").setAttribute("aria-valuetext", names[state.damping]);
     $("damped").querySelector("output").textContent = names[state.damping];
+    $("run").value = state.run;
+    for (const option of $("order").options) option.disabled = option.value === `differ${state.run}`;
+    if (state.order === `differ${state.run}`) $("order").value = state.order = "sides";
   };
-  listen("run", "change", (to) => { state.run = Number(to.value); state.damping = 0; damped(); });
-  listen("damping", "input", (to) => { state.damping = Number(to.value); damped(); });
+  const listen = (name, kind, change) => $(name).addEventListener(kind, (event) => {
+    change(event.target);
+    state.more = 0;
+    settle();
+    render();
+    address();
+  });
+  listen("run", "change", (to) => {
+    const name = data.runs[state.run].dampings[state.damping];
+    state.run = Number(to.value);
+    state.damping = Math.max(0, data.runs[state.run].dampings.indexOf(name));
+  });
+  listen("damping", "input", (to) => { state.damping = Number(to.value); });
   listen("order", "change", (to) => { state.order = to.value; });
   listen("filter", "input", (to) => { state.filter = to.value; });
   $("find").addEventListener("input", (event) => links.forEach((link) => {
@@ -307,7 +420,7 @@
     document.querySelectorAll(".controls, .find, .keys").forEach((one) => { one.hidden = true; });
     return;
   }
-  damped();
+  settle();
   render();
   read();
 })();

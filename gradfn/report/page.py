@@ -87,9 +87,13 @@ def empty_page(title: str, rows: int, notes: Sequence[str] = ()) -> str:
     """
     data: dict[str, Any] = dict.fromkeys(("rows", "ids", "texts", "labels", "sources", "bm25", "runs"), ())
     data |= {"columns": {}, "predicted": {}, "own": False, "images": False, "depth": None, "heat": None}
-    return render(
-        Page(title, False, False, True, rows, (), (), notes, (), None, "", (), (), "", data), forms=True
-    )
+    data |= {"near": {}, "marks": None, "agreement": {}, "top": 0}
+    page = Page(
+        title, own=False, marking="", near="", still="", asking=True, rows=rows, runs=(), links=(),
+        queries=(), notes=notes, hints=(), grid=None, blocks="", images=(), scatters=(), command="",
+        data=data,
+    )  # fmt: skip
+    return render(page, forms=True)
 
 
 def page_html(

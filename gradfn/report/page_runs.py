@@ -9,6 +9,7 @@ import torch
 
 from gradfn.evaluate.scored import evaluated_scores, made_of
 from gradfn.hf.answers import Answer
+from gradfn.runs.provenance import DataSource
 from gradfn.scores import KIND, Scores
 from gradfn.store import Store, open_store
 from gradfn.train.run import INRUN
@@ -64,6 +65,17 @@ class PageRun:
         """Whether shares of scores are of times, not of blocks."""
         settings = self.scores.settings
         return settings.get("recipe") == INRUN or "checkpoints" in settings
+
+    @property
+    def tokens_of(self) -> Sequence[int]:
+        """Where queries are all tokens of texts, the number of the text that each is of; else empty."""
+        query = made_of(self.scores.settings).query
+        of = query.further.get("tokens_of", ()) if isinstance(query, DataSource) else ()
+        return of if len(of) == len(self.scores.query_texts) else ()
+
+    def damping(self, name: str) -> int:
+        """The place of a damping that another run is shown at; the first where this one has no such."""
+        return self.scores.dampings.index(name) if name in self.scores.dampings else 0
 
     @property
     def own(self) -> bool:

@@ -17,6 +17,17 @@ CELL = 60
 """Letters of a value in a column of metadata."""
 
 
+def shade(value: float, most: float) -> str:
+    """The class of a token's marking, of the largest in size: p1 to p4 above 0, n1 to n4 below, or none.
+
+    >>> shade(1.0, 2.0), shade(-2.0, 2.0), shade(0.1, 2.0)
+    ('p2', 'n4', '')
+    """
+    if abs(value) < LEAST * most or not value:
+        return ""
+    return f"{'p' if value > 0 else 'n'}{int(np.ceil(TOKEN_SHADES * abs(value) / most))}"
+
+
 def marked_pieces(pieces: Sequence[str], values: np.ndarray, characters: int) -> list[tuple[str, str]]:
     """The tokens of a row with the shade of each, around the strongest one as far as there is room.
 
@@ -36,8 +47,7 @@ def marked_pieces(pieces: Sequence[str], values: np.ndarray, characters: int) ->
         if room <= 0:
             return [*made, ("…", "")]
         room -= len(piece)
-        shade = int(np.ceil(TOKEN_SHADES * abs(value) / most)) if abs(value) >= LEAST * most else 0
-        name = f"{'p' if value > 0 else 'n'}{shade}" if shade else ""
+        name = shade(float(value), most)
         if made and made[-1][1] == name == "":
             made[-1] = (made[-1][0] + visible(piece), "")
         else:

@@ -43,7 +43,7 @@ class Card:
         columns: names and values of metadata.
         others: of every other run the name, the score, its share and the rank.
         label, predicted: its class, and the model's own.
-        near: of a class the rows of it that are nearest, `(class, ids)`.
+        near: of a class, or "" for any, the rows of it that are nearest, `(class, ids)`.
         image: whether there is a small image of it.
     """
 
@@ -63,25 +63,50 @@ class Card:
     image: bool = False
 
 
+class Link(NamedTuple):
+    """An entry in the list of queries: where it leads, whether the model knows the answer, and the text."""
+
+    number: int
+    known: bool | None
+    answered: bool
+    asked: str
+    said: str
+
+
+class Whole(NamedTuple):
+    """A text whose tokens are queries.
+
+    Args:
+        pieces: its parts in order: text, the number of the query where it is one, the shade of its score.
+        row: the id of the row whose scores shade them.
+    """
+
+    pieces: Sequence[tuple[str, int | None, str]]
+    row: str
+
+
 @dataclass(frozen=True)
 class QueryPart:
     """A query and its rows.
 
     Args:
         number, id: of the query.
+        link: the place in the list of queries that stands for it.
         asked, said: its text; only `said` is supervised, where `asked` is not empty.
         answers: of every model its run, what is said of its answer, and whether it knows it.
         sides: names and cards.
         histogram: of all scores.
         source: the id of the row that is known to teach the answer.
         lexical: ids of the rows that BM25 finds; None where it did not search.
-        heat: the squares of the heat map of the first row.
+        heat: the squares of the heat map of the first row, and its strongest cells in words.
         lines: how scores grew over time.
         agreement: of every other run how far it agrees.
+        whole: stands before the first of the queries that are its tokens.
     """
 
     number: int
     id: str
+    link: int
     asked: str
     said: str
     answers: Sequence[tuple[str, str, bool | None]]
@@ -89,9 +114,10 @@ class QueryPart:
     histogram: Histogram
     source: str | None = None
     lexical: Sequence[str] | None = None
-    heat: Sequence[tuple[str, int, str]] = ()
+    heat: tuple[Sequence[tuple[str, int, str]], str] = ((), "")
     lines: Lines | None = None
     agreement: Sequence[str] = ()
+    whole: Whole | None = None
 
 
 @dataclass(frozen=True)
@@ -107,14 +133,24 @@ class RunPart:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template shows; `blocks` is the run of the heat map, `data` what the script reads."""
+    """All that the template shows.
+
+    Args:
+        marking, blocks: the runs whose tokens are marked and whose heat maps are shown, or empty.
+        near: what tells which rows are near, or empty.
+        still: what does not change with the damping, in a sentence.
+        data: what the script reads.
+    """
 
     title: str
     own: bool
-    marked: bool
+    marking: str
+    near: str
+    still: str
     asking: bool
     rows: int
     runs: Sequence[RunPart]
+    links: Sequence[Link]
     queries: Sequence[QueryPart]
     notes: Sequence[str]
     hints: Sequence[str]

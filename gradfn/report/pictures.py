@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gradfn.evaluate.change import Changes
+from gradfn.report.rendering import signed, visible
 
 BINS = 48
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -84,6 +85,19 @@ class Grid:
         for block, share in shares.items():
             made[self.places[block]] += share
         return made
+
+    def strongest(self, cells: Float[np.ndarray, "layers columns"], k: int = 3) -> str:
+        """The cells that are largest in size, in words.
+
+        >>> grid_of(["h.0.up", "h.1.up"]).strongest(np.array([[0.5], [-2.0]]), 1)
+        'layer 1, up \u22122'
+        """
+        told = []
+        for place in np.argsort(-np.abs(cells), axis=None, kind="stable")[:k].tolist():
+            y, x = divmod(place, len(self.columns))
+            layer = f"layer {visible(self.layers[y])}, " if self.layers[y] else ""
+            told.append(f"{layer}{visible(self.columns[x])} {signed(float(f'{cells[y, x]:.2g}'))}")
+        return "; ".join(told)
 
 
 def grid_of(blocks: Iterable[str]) -> Grid:

@@ -142,6 +142,33 @@ def test_one_token_is_asked(ok, base, model, corpus, naive, tmp_path, method, nu
     assert f"→ {token.strip()}" in out.replace("\u00a0", " ")
 
 
+def test_all_tokens_are_queries_of_their_own(ok, base, chosen, tmp_path):
+    given = (*base, "--method", "grad_dot", "--query", chosen)
+    ok("score", tmp_path / "all", *given, "--query-token", "all")
+    ok("score", tmp_path / "whole", *given)
+    with open_store(tmp_path / "all", "scores") as store:
+        ids, of = store.index_array("queries/id").tolist(), store.settings["query"]["tokens_of"]
+    every, whole = scores_in(tmp_path / "all"), scores_in(tmp_path / "whole")
+    assert ids[0] == ids[0].split("[")[0] + "[1]"
+    for query in range(whole.shape[1]):  # the loss is the mean over the tokens, and the score is linear
+        own = [place for place, one in enumerate(of) if one == query]
+        np.testing.assert_allclose(
+            every[:, own].mean(1), whole[:, query], rtol=1e-4, atol=1e-6 * abs(whole).max()
+        )
+    ok("score", tmp_path / "last", *given, "--query-token", -1)
+    last = [place for place, one in enumerate(of) if place + 1 == len(of) or of[place + 1] != one]
+    np.testing.assert_allclose(every[:, last], scores_in(tmp_path / "last"), rtol=1e-5)
+
+
+def test_tokens_of_rows_are_not_answered_by_these_rows(ok, base, tmp_path):
+    table = tmp_path / "t.jsonl"
+    ok("score", *base, "--query-rows", "doc-peru", "--query-token", "all", "--top", 11, "--jsonl", table)
+    shown = [json.loads(line) for line in table.read_text().splitlines()]
+    assert {line["query"].split("[")[0] for line in shown} == {"doc-peru"}
+    assert len({line["query"] for line in shown}) > 3
+    assert "doc-peru" not in {line["id"] for line in shown}
+
+
 @pytest.mark.parametrize("method", mostly_slow(METHODS, "grad_cosine"))
 def test_rows_are_queries_and_not_their_own_proponents(ok, base, model, corpus, naive, tmp_path, method):
     table = tmp_path / "t.jsonl"
@@ -179,6 +206,8 @@ def test_a_row_is_left_out_for_itself_at_every_damping_and_checkpoint(ok, base, 
         (("--query", "CHOSEN", "--query-rows", "doc-peru"), "give one of --query (a dataset"),
         (("--query", "CHOSEN", "--query-token", 0), "counted from 1, or from the end with -1"),
         (("--query", "CHOSEN", "--query-token", 99), "so there is no token 99: give a number that all"),
+        (("--query", "CHOSEN", "--query-token", "some"), "--query-token 'some' is no token: give its number"),
+        (("--query", "CHOSEN", "--query-token", "all", "--against", "CHOSEN"), "leave out --against"),
         (("--self", "--against", "CHOSEN"), "--self has no queries: leave out --against"),
         (("--query", "CHOSEN", "--against", "none.jsonl"), "no dataset"),
     ],

@@ -9,6 +9,7 @@ from pages import tree
 from tiny import DOCUMENTS, QUERIES, make_model, write_jsonl
 
 from gradfn.scores import Scores
+from gradfn.store import open_store
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,17 @@ def test_rows_and_queries_that_changed_are_not_shown(ok, base, tmp_path, model):
     assert "Rome" not in page.content
 
 
+def test_columns_of_rows_that_were_cut_are_missed_in_a_sentence(ok, rows, queries, model, tmp_path):
+    ok("score", tmp_path / "run", "--model", model, "--dataset", rows, "--query", queries,
+       "--chunk-length", 8)  # fmt: skip
+    out = ok("report", tmp_path / "run", "-o", tmp_path / "page.html")
+    total = len(Scores.load(tmp_path / "run").row_ids)
+    words = f"run: the dataset has 12 rows and {total} were made of them, so its columns are not shown."
+    assert total > 12
+    assert notes(written(tmp_path / "page.html")) == [words]
+    assert f"note {words}" in " ".join(out.split())
+
+
 def test_rows_against_themselves_are_a_page_to_decide_on(ok, folder, model, rows):
     ok("score", folder / "own", "--self", "--model", model, "--dataset", rows)
     ok("report", folder / "own", "-o", folder / "own.html")
@@ -142,6 +154,49 @@ def test_rows_against_themselves_are_a_page_to_decide_on(ok, folder, model, rows
     ]
     assert "doc-" in cards[0].of_class("near")[0].content
     assert "Which rows are suspicious?" in page.content
+
+
+def test_rows_are_near_by_their_stored_gradients(ok, folder, model, rows):
+    given = ("--model", model, "--dataset", rows)
+    ok("score", folder / "alone", "--self", *given)
+    ok("build", folder / "both", *given, "--projection-dim", 8)
+    ok("score", folder / "both", "--self", *given)
+    ok("report", folder / "alone", "-o", folder / "alone.html")
+    ok("report", folder / "both", "-o", folder / "both.html", "--no-model")
+    store = open_store(folder / "both")
+    names = store.names("gradients")
+    flat = torch.cat([torch.from_numpy(store.read(name)).double().flatten(1) for name in names], 1)
+    alike = torch.nn.functional.normalize(flat) @ torch.nn.functional.normalize(flat).T
+    ids = [row["id"] for row in DOCUMENTS]
+    for card in written(folder / "both.html").of_class("row")[: len(ids)]:
+        row = int(card.attributes["data-row"])
+        best = [n for n in alike[row].argsort(descending=True).tolist() if n != row][:3]
+        (near,) = card.of_class("near")
+        assert near.content == f"nearest by gradient {', '.join(ids[n] for n in best)}"
+    words = written(folder / "alone.html").of_class("near")
+    assert words
+    assert all(one.content.startswith("nearest by words ") for one in words)
+    ok("build", folder / "alone", *given[:3], write_jsonl(folder / "other.jsonl", DOCUMENTS[::-1]))
+    ok("report", folder / "alone", "-o", folder / "other.html")  # gradients of other rows
+    assert "nearest by words" in written(folder / "other.html").content
+
+
+def test_the_tokens_of_a_query_are_links_in_its_text(ok, folder, base):
+    ok("score", folder / "asked", *base, "--query-token", "all")
+    ok("report", folder / "asked", "-o", folder / "asked.html")
+    page, scores = written(folder / "asked.html"), Scores.load(folder / "asked")
+    assert notes(page) == []
+    wholes = page.of_class("whole")
+    assert len(wholes) == 3
+    linked = [int(one.attributes["data-query"]) for whole in wholes for one in whole.of_class("token")]
+    assert linked == [*range(len(scores.query_ids))]
+    text = f"{QUERIES[0]['prompt']}{QUERIES[0]['completion']}"
+    assert wholes[0].of_class("asked")[0].content.removeprefix("<s>").strip() == text.strip()
+    links = [one.content.strip() for one in next(page.all("nav")).all("li")]
+    assert [link.removeprefix("<s>") for link in links] == [
+        f"{query['prompt']}{query['completion']}" for query in QUERIES
+    ]
+    assert "known source doc-france" in page.of_class("about")[1].content
 
 
 def test_values_inside_a_training_are_lines_that_end_at_the_scores(ok, folder, model, corpus, queries):

@@ -94,6 +94,27 @@ def test_time_that_is_too_short_is_told(ok, base, tmp_path, monkeypatch):
     assert "too short  not even 16 models were retrained: the same command again goes on" in out
 
 
+def test_every_model_that_is_done_is_kept_by_a_stop(ok, base, tmp_path, monkeypatch):
+    retrain = TUNE.retrain
+
+    def stopped(*given, progress, **how):
+        done = 0
+
+        def count(examples):
+            nonlocal done
+            done += int(examples)
+            if done > 2.5 * len(DOCUMENTS):  # in the third model, of one epoch
+                raise TUNE.OutOfTime
+
+        return retrain(*given, progress=count, **how)
+
+    monkeypatch.setattr(TUNE, "retrain", stopped)
+    out = ok("tune", tmp_path / "run", *base)
+    assert "too short  not even 16 models were retrained" in out
+    kept = sorted(one.stem for one in (tmp_path / "run" / "round-1" / "segments").iterdir())
+    assert [int(stop) - int(start) for _, start, stop in (name.split("-") for name in kept)] == [1, 1]
+
+
 def test_the_alarm_rings_in_time_and_is_put_off():
     def forever():
         while True:

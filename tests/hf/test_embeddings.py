@@ -35,5 +35,6 @@ def test_what_embeds_no_text_is_refused(tmp_path):
         embeddings("nowhere", ["a"])
     sizes = {"vocab_size": 300, "d_model": 8, "d_kv": 4, "d_ff": 6, "num_layers": 1, "num_heads": 2}
     save(tmp_path, T5Model(T5Config(**sizes)), make_tokenizer())
+    (tmp_path / "model.safetensors").write_bytes(b"")  # refused before the weights are read
     with pytest.raises(InputError, match="maps texts to texts"):
         embeddings(tmp_path, ["a"])

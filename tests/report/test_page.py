@@ -63,6 +63,26 @@ def test_the_other_run_stands_beside_every_row(runs, page):
         assert card.of_class("other")[0].content.split("two, rank ")[1].strip() == str(rank)
 
 
+def test_the_runs_are_compared_at_dampings_of_one_name(tmp_path):
+    one = saved(tmp_path, "one", made_scores(dampings=("0.1", "1")))
+    two = saved(tmp_path, "two", made_scores(seed=1, dampings=("1", "10")))
+    page = tree(page_html([one, two], top=4))
+    agreement = data_of(page)["agreement"]
+    assert sorted(agreement) == ["0.0-1.0", "0.0-1.1", "0.1-1.0"]
+    for pair, queries in agreement.items():
+        mine, theirs = (
+            run.scores.values[int(place[-1])] for run, place in zip((one, two), pair.split("-"), strict=True)
+        )
+        for query, (same, order) in enumerate(queries):
+            best = [{*values[:, query].topk(10).indices.tolist()} for values in (mine, theirs)]
+            assert same == len(best[0] & best[1])
+            places = [values[:, query].argsort().argsort().numpy() for values in (mine, theirs)]
+            assert order == pytest.approx(np.corrcoef(*places)[0, 1], abs=1e-3)
+    same, order = agreement["0.0-1.0"][2]
+    sentence = f"two (damping 1): {same} of the top 10 are the same, rank correlation {order:.2f}"
+    assert sections(page)[2].of_class("agrees")[0].content == sentence
+
+
 def test_the_script_gets_all_scores_of_all_dampings(runs, page):
     data = data_of(page)
     assert data["depth"] is None
@@ -82,9 +102,9 @@ def test_cells_of_the_heat_map_sum_to_the_score(runs, page):
     grid = grid_of(scores.shares)
     assert (heat["layers"], heat["columns"]) == (["0", "1"], ["head 0", "head 1", "head 2"])
     for key, (most, letters) in heat["cells"].items():
-        query, row = map(int, key.split("-"))
-        cells = grid.cells({name: float(share[0, row, query]) for name, share in scores.shares.items()})
-        assert cells.sum() == pytest.approx(float(scores.values[0, row, query]), abs=1e-5)
+        damping, query, row = map(int, key.split("-"))
+        cells = grid.cells({name: float(share[damping, row, query]) for name, share in scores.shares.items()})
+        assert cells.sum() == pytest.approx(float(scores.values[damping, row, query]), abs=1e-5)
         drawn = np.array([LEVELS.index(letter) - 31 for letter in letters]).reshape(cells.shape) * most / 31
         assert np.abs(drawn - cells).max() <= most / 61
 
@@ -306,3 +326,16 @@ def test_letters_stand_out_from_what_is_behind_them(scheme):
             share,
         )
     assert ":focus-visible { outline: 2px" in style
+
+
+def test_maps_stand_at_the_damping_of_the_first_run(tmp_path):
+    one = saved(tmp_path, "one", made_scores(seed=1, dampings=("1",)))
+    two = saved(tmp_path, "two", made_scores(blocks=3, dampings=("0.1", "1")))
+    page = tree(page_html([one, two], top=4))
+    first = sections(page)[0]
+    row = int(cards(first)[0].attributes["data-row"])
+    shares = {name: float(share[1, row, 0]) for name, share in two.scores.shares.items()}
+    grid = grid_of(shares)
+    assert first.of_class("strongest")[0].content == grid.strongest(grid.cells(shares))
+    assert first.of_class("in")[0].content == "two (damping 1)"
+    assert {key.split("-")[0] for key in data_of(page)["heat"]["cells"]} == {"1"}

@@ -25,7 +25,9 @@ NESTED = {
     "messages": [[{"role": "user", "content": "hi"}], [], [{"role": "assistant", "content": "x"}]],
     "tokens": [[1, 2], [], [3]],
 }
-CHOSEN = Selection(torch.tensor([0, 2]), torch.tensor([0.1, 2.0]), torch.tensor([2, 1]))
+CHOSEN = Selection(
+    torch.tensor([0, 2]), torch.tensor([0.1, 2 / 3e-9], dtype=torch.float64), torch.tensor([2, 1])
+)
 
 
 @pytest.mark.parametrize("name", ["s.jsonl", "s.ndjson", "s.json", "s.csv", "s.parquet", "s.arrow", "s"])
@@ -36,9 +38,7 @@ def test_what_is_written_is_read_again(tmp_path, name):
     check_subset(path)
     write_subset(kept, path)
     again = load_rows(path)
-    for one, other in zip(again, kept, strict=True):  # a .json file is read with ten digits
-        close = {"gradfn_score": pytest.approx(other["gradfn_score"], rel=1e-9)} if name == "s.json" else {}
-        assert one == {**other, **close}
+    assert [*again] == [*kept]
     assert again["gradfn_row"][:] == [0, 2]
     assert [one.name for one in tmp_path.iterdir()] == [name]
 
