@@ -74,10 +74,10 @@ def run_case(name: str, case: Case, given: argparse.Namespace) -> None:
             drawn = torch.from_numpy(choice(count, len(every), "tune", draw).astype("int64"))
             found = recommend(runs, part_of(truth, every[drawn], 2), seed=draw)
             subsets, losses = truth.of_models(~torch.isin(truth.numbers, every[drawn])).targets()
-            told = {run.name: best_lds(run, subsets, losses) for run in runs}
-            best = max(told, key=lambda one: max(told[one].values()))
+            left = {run.name: best_lds(run, subsets, losses) for run in runs}
+            best = max(left, key=lambda one: max(left[one].values()))
             chosen = found.ranked[0]
-            regrets.append(max(told[best].values()) - told[chosen.name][chosen.damping])
+            regrets.append(max(left[best].values()) - left[chosen.name][chosen.damping])
             names.append(chosen.name)
             bests.append(best)
         regret = torch.tensor(regrets)

@@ -94,7 +94,7 @@ class Grid:
         """
         told = []
         for place in np.argsort(-np.abs(cells), axis=None, kind="stable")[:k].tolist():
-            y, x = divmod(place, len(self.columns))
+            y, x = divmod(int(place), len(self.columns))
             layer = f"layer {visible(self.layers[y])}, " if self.layers[y] else ""
             told.append(f"{layer}{visible(self.columns[x])} {signed(float(f'{cells[y, x]:.2g}'))}")
         return "; ".join(told)

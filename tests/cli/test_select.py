@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -204,3 +205,14 @@ def test_rows_whose_model_is_gone_are_compared_by_name(ok, model, corpus, tmp_pa
     shutil.rmtree(tmp_path / "model")
     out = ok("select", tmp_path / "run", "--keep", 0.5, "-o", tmp_path / "s.jsonl")
     assert "rows were compared by their names alone" in out
+
+
+def test_a_rule_that_cannot_be_is_refused_before_rows_are_read(command, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_module("gradfn.cli.select"), "load_rows", None)
+    for rule, words in (
+        (("--keep", 2), "is a share of the rows"),
+        (("--drop-worst", 12), "would leave none"),
+    ):
+        result = command("select", run, *rule, "-o", tmp_path / "s.jsonl")
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert words in result.err
