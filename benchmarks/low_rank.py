@@ -3,10 +3,10 @@
     python benchmarks/low_rank.py --data FOLDER --out FOLDER
 
 LoRIF (arXiv:2601.21929) stores `U [p, r]` and `V [p, r]` in place of a projected gradient `[p, p]` of a
-layer, `2 p r` numbers. Here rows are such factors, the best of their rank, and queries stay whole. Scores are inner
-products, and inner products behind the second moment of the whole projected rows, which is more than a store
-of factors has. The case and its retrained models are verses-gpt of `benchmarks/lds.py`, whose `--data` and
-`--out` it takes.
+layer, `2 p r` numbers. Here rows are such factors, the best of their rank, and queries stay whole. Scores
+are inner products, and inner products behind the second moment of the whole projected rows, which is more
+than a store of factors has. The case and its retrained models are verses-gpt of `benchmarks/lds.py`, whose
+`--data` and `--out` it takes.
 """
 
 import argparse
