@@ -41,7 +41,9 @@ from gradfn.memory import CountBytes
 from gradfn.model.layers import Layer
 from gradfn.model.left_out import dropped_matrices
 from gradfn.model.params import evaluating, params_of
+from gradfn.model.sharded import starts_of, turns_of
 from gradfn.model.sites import Site, View, blocks_of, find_sites, output_head
+from gradfn.model.spread import sharding
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import Lowered
 from gradfn.transforms.row_sum import sums_rows
@@ -194,6 +196,8 @@ class Engine:
 
     def _retry(self, run: Callable[[Batch], Result], batch: Batch) -> Result:
         """Run, and run again whenever that taught the engine something about the model."""
+        if turns_of(self.model) is not None:
+            return run(batch)  # a pass that ends in the middle would leave the other processes in theirs
         while True:
             try:
                 return run(batch)
@@ -231,6 +235,12 @@ class Engine:
     def _leave_unprobed(self) -> None:
         unprobed = self.facts.unprobed
         self.sites = [replace(s, probed=s.probed and s.block not in unprobed) for s in self.sites]
+        bare = next((site for site in self.sites if not site.probed), None)
+        if bare is not None and turns_of(self.model) is not None:
+            raise InputError(
+                f"the gradient of {bare.path} takes its whole weight, and the model is sharded: exclude it, "
+                "or load the model whole"
+            )
 
     def _verify(self, batch: Batch) -> None:
         size, verified = min(2, _size(batch)), self.facts.of(batch)
@@ -252,6 +262,9 @@ class Engine:
     def _examine(self, pair: Batch) -> None:
         """Find out, once, how the loss has to be computed, from plain autograd of one example."""
         if self.facts.plain is not None:
+            return
+        if turns_of(self.model) is not None:  # every weight has a probe, so nothing goes through autograd
+            self.facts.plain, self.facts.singly = True, drops_tokens(self.loss, self.model, pair)
             return
         weights = [site.weight for site in self.sites]
         self.facts.plain = rebinds_modules(self.loss, self.model, weights, _example(pair, 0))
@@ -298,8 +311,9 @@ class Engine:
         losses = self._losses(batch, slots, contract)
         if not slots or not losses.requires_grad:
             return {name: torch.zeros_like(slot) for name, slot in slots.items()}, losses
-        grads = torch.autograd.grad(losses.sum(), list(slots.values()), materialize_grads=True)
-        return dict(zip(slots, grads, strict=True)), losses
+        inputs = [*slots.values(), *starts_of(self.model)]
+        grads = torch.autograd.grad(losses.sum(), inputs, materialize_grads=True)
+        return dict(zip(slots, grads, strict=False)), losses
 
     def _one_by_one(self, batch: Batch) -> tuple[Blocks, Tensor]:
         """The same, one row of the batch at a time."""
@@ -405,6 +419,22 @@ def _warn_of_dropped(model: nn.Module, sites: Sequence[Site]) -> None:
         )
 
 
+def _check_sharded(model: nn.Module, loss: LossFn) -> None:
+    """Refuse a sharded model that is not run in turns, or of whose loss only the definition is there."""
+    if sharding(model) is None:
+        return
+    if turns_of(model) is None:
+        raise InputError(
+            "the model is sharded over processes, which have to run it in turns: do this inside of "
+            "`with gf.model.in_turns(model):`, in all of them"
+        )
+    if not hasattr(loss, "batched"):
+        raise InputError(
+            "the loss is a function of whole weights, and the model is sharded: give a loss with a `batched` "
+            "form, such as gf.causal_lm_loss(model)"
+        )
+
+
 def probe_engine(
     model: nn.Module, loss: LossFn, transform: Transform | None = None, *, view: View | None = None
 ) -> Engine:
@@ -427,7 +457,8 @@ def probe_engine(
         `attention_mask` masks.
 
     Raises:
-        InputError: no weight to attribute.
+        InputError: no weight to attribute; a sharded model outside of `gf.model.in_turns`, or with a loss
+            that has no batched form.
 
     >>> net = nn.Linear(3, 1)
     >>> def loss(params, e):
@@ -437,6 +468,7 @@ def probe_engine(
     """
     view = view or View()
     sites = find_sites(model, view)
+    _check_sharded(model, loss)
     if not (view.include or view.exclude or hasattr(model, "peft_config")):
         _warn_of_dropped(model, sites)
     facts = facts_of(model, loss, sites)

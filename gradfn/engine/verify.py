@@ -23,6 +23,7 @@ from gradfn.engine.reference import one_number
 from gradfn.errors import InputError
 from gradfn.linalg.kron import Kron
 from gradfn.model.params import params_of
+from gradfn.model.sharded import replacing, turns_of
 from gradfn.model.sites import Site
 from gradfn.transforms import project
 from gradfn.types import Batch, Blocks, Example, LossFn, Params
@@ -245,7 +246,7 @@ def unequal_blocks(
         krons: the maps that projected them.
         loss, model, sites, batch: what they are gradients of. Quantised weights have no gradient to compare.
     """
-    params = {n: p for n, p in params_of(model).items() if p.is_floating_point()}
+    params = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point()}
     sites = [site for site in sites if {*site.names} <= params.keys()]
     rows = range(len(next(iter(batch.values()))))
     if not sites:
@@ -253,9 +254,9 @@ def unequal_blocks(
     relative, floor = tolerance({site.weight.dtype for site in sites})
     wrong, count = set[str](), 0
     for row in rows:
-        alone = _Alone(sites, params, krons)
+        alone = (_Alone if turns_of(model) is None else _AloneSharded)(sites, params, krons)
         with as_function(model):
-            alone.run(loss, params, {key: value[row] for key, value in batch.items()})
+            alone.run(loss, model, {key: value[row] for key, value in batch.items()})
         largest = max(alone.norms.values())
         count += largest > 0
         for name, value in alone.values.items():
@@ -281,15 +282,24 @@ class _Alone:
         for site in sites:
             self.by_block.setdefault(site.block, []).append(site)
         self.names = {block: {n for s in some for n in s.names} for block, some in self.by_block.items()}
-        self.leaves = {n: params[n].detach().requires_grad_() for names in self.names.values() for n in names}
+        self.params, self.leaves = params, Params()
         self.values, self.norms = dict[str, Tensor](), dict[str, float]()
         self._made: dict[str, Tensor] = {}
-        for name, leaf in self.leaves.items():
-            leaf.register_post_accumulate_grad_hook(partial(self._take, name))
 
-    def run(self, loss: LossFn, params: Params, example: Example) -> None:
+    def run(self, loss: Any, model: nn.Module, example: Example) -> None:
         """Differentiate the loss of an example."""
-        value = loss({**params, **self.leaves}, example)
+        for name in {name for names in self.names.values() for name in names}:
+            self._leaf(name, self.params[name])
+        self._differentiate(loss({**self.params, **self.leaves}, example))
+
+    def _leaf(self, name: str, parameter: Tensor) -> Tensor:
+        """What stands for a parameter in the forward pass, and takes its gradient."""
+        if name not in self.leaves:
+            self.leaves[name] = parameter.detach().requires_grad_()
+            self.leaves[name].register_post_accumulate_grad_hook(partial(self._take, name))
+        return self.leaves[name]
+
+    def _differentiate(self, value: Tensor) -> None:
         if value.requires_grad:
             value.backward()
         for block in (
@@ -316,3 +326,15 @@ class _Alone:
         needed = {n for other in self.by_block if other not in self.values for n in self.names[other]}
         for name in names - needed:
             self._made.pop(name, None)
+
+
+class _AloneSharded(_Alone):
+    """The same of a sharded model: the weights of a block stand for themselves while it has them whole."""
+
+    def run(self, loss: Any, model: nn.Module, example: Example) -> None:
+        """Differentiate the loss of an example, with the logits whole, for the head is one of the layers."""
+        wanted = {name for names in self.names.values() for name in names}
+        whole = getattr(loss, "with_whole_logits", lambda: loss)()
+        with replacing(model, lambda name, weight: self._leaf(name, weight) if name in wanted else None):
+            (value,) = whole.batched({key: part[None] for key, part in example.items()})
+        self._differentiate(value)

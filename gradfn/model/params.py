@@ -8,15 +8,25 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from gradfn.errors import InputError
+from gradfn.model.spread import is_spread
 from gradfn.types import Params
 
 
 def params_of(model: nn.Module) -> Params:
     """The model's parameters by name, detached: what losses and their gradients are functions of.
 
+    Raises:
+        InputError: a parameter is sharded over processes.
+
     >>> sorted(params_of(nn.Linear(2, 1)))
     ['bias', 'weight']
     """
+    if (spread := next((n for n, p in model.named_parameters() if is_spread(p)), None)) is not None:
+        raise InputError(
+            f"{spread} is sharded over processes, and this is a function of whole weights: load the model "
+            "whole"
+        )
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
