@@ -14,6 +14,7 @@ from torch import nn
 from gradfn.errors import InputError
 from gradfn.hf.hub import summary
 from gradfn.hf.locate import Place, load_pretrained, locate_base, locate_model
+from gradfn.hf.quantised import multiply_exactly
 from gradfn.model.fingerprint import ORIGINAL, is_replaced
 from gradfn.model.params import seeded_model
 from gradfn.model.spread import own_part
@@ -69,7 +70,8 @@ def load_model(
             (of sequences, both), or "image_classification". None is what the model was saved for.
         revision: the branch, tag or commit of a model on the hub.
         precision: "fp32", "bf16", "fp16" or "fp64"; quantised GGUF weights are expanded to it, other
-            quantised weights stay quantised.
+            quantised weights stay quantised (those of bitsandbytes multiply as the numbers that they stand
+            for, see `gradfn.hf.quantised`).
         device: where to put the parameters.
         attention: the kernel of attention: "sdpa", "eager", "flash_attention_2" or "flash_attention_3" (on
             CUDA, in half precision); None is the default of transformers.
@@ -116,7 +118,7 @@ def load_model(
         _cast_unquantised(model, PRECISIONS[precision])
     if precision == "fp64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products of experts have no float64
-    return model.to(device).eval().requires_grad_(False)
+    return multiply_exactly(model.to(device).eval().requires_grad_(False))
 
 
 def _load_base(

@@ -88,7 +88,7 @@ def is_replaced(model: nn.Module, name: str) -> bool:
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then the buffers that are saved with them; sorted by name.
+    """Parameters, then the buffers that are saved with them, then scales; sorted by name.
 
     What an adapter has replaced is left out: it is not used, and may be random.
     """
@@ -102,6 +102,17 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     }
     buffers = (item for item in model.named_buffers() if item[0] in saved)
     yield from sorted(item for item in buffers if not is_replaced(model, item[0]))
+    yield from _scales(model)
+
+
+def _scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What is saved beside quantised weights, without which these are no numbers; sorted by name."""
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
+        return
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers()}
+    saved = sorted(model.state_dict().items(), key=lambda one: one[0])
+    yield from (one for one in saved if one[0] not in known and isinstance(one[1], Tensor))
 
 
 def _checksums(tensor: Tensor, width: int = 1 << 16) -> Tensor:
