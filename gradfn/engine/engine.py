@@ -41,9 +41,8 @@ from gradfn.memory import CountBytes
 from gradfn.model.layers import Layer
 from gradfn.model.left_out import dropped_matrices
 from gradfn.model.params import evaluating, params_of
-from gradfn.model.sharded import starts_of, turns_of
+from gradfn.model.sharded import check_turns, starts_of, turns_of
 from gradfn.model.sites import Site, View, blocks_of, find_sites, output_head
-from gradfn.model.spread import sharding
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import Lowered
 from gradfn.transforms.row_sum import sums_rows
@@ -421,14 +420,8 @@ def _warn_of_dropped(model: nn.Module, sites: Sequence[Site]) -> None:
 
 def _check_sharded(model: nn.Module, loss: LossFn) -> None:
     """Refuse a sharded model that is not run in turns, or of whose loss only the definition is there."""
-    if sharding(model) is None:
-        return
-    if turns_of(model) is None:
-        raise InputError(
-            "the model is sharded over processes, which have to run it in turns: do this inside of "
-            "`with gf.model.in_turns(model):`, in all of them"
-        )
-    if not hasattr(loss, "batched"):
+    check_turns(model)
+    if turns_of(model) is not None and not hasattr(loss, "batched"):
         raise InputError(
             "the loss is a function of whole weights, and the model is sharded: give a loss with a `batched` "
             "form, such as gf.causal_lm_loss(model)"

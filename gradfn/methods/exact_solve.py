@@ -84,6 +84,11 @@ class ExactSolve:
         model, solver = self.subject.model, self.solver
         sites, every = find_sites(model, replace(self.subject.view, tokens=False)), params_of(model)
         params = {name: every[name] for site in sites for name in site.names}
+        if fixed := [name for name, value in params.items() if not value.is_floating_point()]:
+            raise InputError(
+                f"{fixed[0]} is quantised, and {self.name} differentiates with respect to it: choose another "
+                "method, or the model that is not quantised"
+            )
         b = params_of_blocks(sites, queries)
         if self.name == "cg":
             found = cg(

@@ -14,8 +14,9 @@ from gradfn.data import IGNORED
 from gradfn.errors import InputError
 from gradfn.model.output import chunked_cross_entropy, fits
 from gradfn.model.params import call
-from gradfn.model.sharded import at_head, turns_of
+from gradfn.model.sharded import at_head, check_turns, turns_of
 from gradfn.model.sites import output_head
+from gradfn.model.spread import refuse_spread
 from gradfn.model.trials import decoder_of, head_is_plain, refuse_later_tokens, refuse_unread_labels
 from gradfn.types import Batch, Example, Params
 
@@ -404,9 +405,11 @@ def causal_lm_loss(
         `loss(params, example) -> scalar`, with `loss.batched(batch) -> [batch]`.
 
     Raises:
-        InputError: no such reduction or criterion, options that do not go together, or a model whose logits
-            depend on later tokens.
+        InputError: no such reduction or criterion, options that do not go together, a model whose logits
+            depend on later tokens, or one that is spread over processes which do not take turns.
     """
+    check_turns(model)
+    refuse_spread(model)
     refuse_later_tokens(model)
     fused = criterion == "cross_entropy" and not label_smoothing and head_is_plain(model)
     return CausalLMLoss(model, reduction, fused, criterion, label_smoothing, reference)

@@ -131,6 +131,19 @@ def turns_of(model: nn.Module) -> Turns | None:
     return _TURNS.get(model)
 
 
+def check_turns(model: nn.Module) -> None:
+    """Refuse a sharded model whose processes do not take turns.
+
+    Raises:
+        InputError: it is sharded, and runs outside of `in_turns`.
+    """
+    if turns_of(model) is None and sharding(model) == "fsdp":
+        raise InputError(
+            "the model is sharded over processes, which have to run it in turns: do this inside of "
+            "`with gf.model.in_turns(model):`, in all of them"
+        )
+
+
 def starts_of(model: nn.Module) -> tuple[Tensor, ...]:
     """What a backward pass through a sharded model must reach beside the slots: the input of its blocks."""
     turns = turns_of(model)
