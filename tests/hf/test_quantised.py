@@ -71,7 +71,7 @@ def test_gradients_and_scores_are_those_of_the_dequantised_model(saved, name):
     assert ("lora_A" in next(iter(got))) == (name == "adapter")
     for key in got:
         torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5 * float(want[key].abs().max()))
-    one, two = (gf.score(each, ROWS, ROWS[:2], gf.grad_dot()).matrix for each in (model, plain))
+    one, two = (gf.score(each, ROWS, ROWS[:2], method="grad_dot").matrix for each in (model, plain))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))
     unquantised = gf.collect(gf.load_model(saved / "plain"), ROWS)
     if name == "base":

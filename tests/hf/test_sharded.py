@@ -15,7 +15,8 @@ from gradfn.hf.sharded import load_sharded
 from gradfn.model.spread import whole
 
 SIZES = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": None}  # fmt: skip
+         "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 0,
+         "eos_token_id": None}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
