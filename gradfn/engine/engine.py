@@ -262,7 +262,9 @@ class Engine:
         """Find out, once, how the loss has to be computed, from plain autograd of one example."""
         if self.facts.plain is not None:
             return
-        if turns_of(self.model) is not None:  # every weight has a probe, so nothing goes through autograd
+        quantised = any(not site.weight.is_floating_point() for site in self.sites)
+        # Whose weights autograd cannot have in one piece.
+        if (quantised and hasattr(self.loss, "batched")) or turns_of(self.model) is not None:
             self.facts.plain, self.facts.singly = True, drops_tokens(self.loss, self.model, pair)
             return
         weights = [site.weight for site in self.sites]

@@ -53,7 +53,8 @@ def multiply_exactly(model: nn.Module) -> nn.Module:
     """
     if (bnb := sys.modules.get("bitsandbytes")) is None:
         return model
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if isinstance(module, bnb.nn.Linear4bit):
             make = partial(_of_four_bits, module.weight.data, module.weight.quant_state)
         elif isinstance(module, bnb.nn.Linear8bitLt) and not module.state.has_fp16_weights:

@@ -87,7 +87,7 @@ def load_sharded(
 def _files_of(path: str | Path, source: str, hub: dict[str, Any]) -> dict[str, str]:
     """The file of every saved tensor, by the tensor's name."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     given = {key: value for key, value in hub.items() if key != "trust_remote_code"}
 

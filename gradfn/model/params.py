@@ -70,7 +70,8 @@ def call(model: nn.Module, params: Params, *inputs: Any, **named: Any) -> Any:
     """Call a model at other parameters; every use of a shared parameter is replaced.
 
     `functional_call` alone would replace the parameters of a module that occurs twice two times, and put its
-    own replacement back afterwards.
+    own replacement back afterwards. Quantised parameters stay: their codes mean nothing without the scales
+    that they carry.
 
     >>> call(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)}, torch.ones(1))
     tensor([1.])
@@ -80,6 +81,6 @@ def call(model: nn.Module, params: Params, *inputs: Any, **named: Any) -> Any:
         f"{path}.{name}".removeprefix("."): params[names[id(parameter)]]
         for path, module in model.named_modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and names[id(parameter)] in params
+        if parameter is not None and names[id(parameter)] in params and parameter.is_floating_point()
     }
     return functional_call(model, replaced, inputs, named, tie_weights=False)

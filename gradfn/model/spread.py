@@ -1,5 +1,7 @@
 """Tensors of which a process holds a part only, because they are spread over several (DTensors)."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from gradfn.errors import InputError

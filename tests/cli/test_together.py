@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from started import start, torchrun
 from tiny import DOCUMENTS, write_jsonl
 
 from gradfn.cli.commands import HessianRequest
@@ -20,23 +19,6 @@ from gradfn.runs.merge import BASIS
 from gradfn.runs.processes import Processes
 from gradfn.scores import Scores
 from gradfn.store import open_store
-
-
-def start(count, *arguments, restarts=0):
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, "--standalone",
-            "--max-restarts", restarts, "-m", "gradfn", *arguments]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [str(word) for word in line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
-
-
-def torchrun(count, *arguments, restarts=0):
-    """Status, stdout, and what gradfn said on stderr."""
-    process = start(count, *arguments, restarts=restarts)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, [line for line in err.splitlines() if line.startswith("gradfn: ")]
 
 
 @pytest.fixture(scope="module")
