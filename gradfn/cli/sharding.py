@@ -1,5 +1,7 @@
 """Commands whose model is sharded over the processes that torchrun started (`--fsdp`)."""
 
+import ctypes
+import sys
 from typing import Any
 
 from gradfn.cli.commands import ModelRequest, ScoreRequest
@@ -8,6 +10,8 @@ from gradfn.cli.inputs import checked, load_subject, with_example, with_task
 from gradfn.errors import InputError
 from gradfn.report.progress import QUIET
 
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20
+"""glibc's name of the size from which on memory is mapped, and that size."""
 WHOLE = {
     "cg": "multiplies with the Hessian, which takes whole weights",
     "lissa": "multiplies with the Hessian, which takes whole weights",
@@ -53,3 +57,13 @@ def hold_shard(made: ModelRequest) -> None:
     finally:
         QUIET.reset(silent)
         SPOKEN.reset(spoken)
+
+
+def return_memory() -> None:
+    """Have glibc give large blocks of freed memory back, those of weights say, and not keep them in its heap.
+
+    It learns to keep blocks as large as those that were freed before; a fixed threshold is not learned.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)

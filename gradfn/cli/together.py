@@ -12,7 +12,7 @@ from gradfn.cli.commands import BuildRequest, HessianRequest, RetrainRequest, Sc
 from gradfn.cli.console import SPOKEN, console
 from gradfn.cli.merge import merged_facts
 from gradfn.cli.request import make
-from gradfn.cli.sharding import check_sharded, hold_shard
+from gradfn.cli.sharding import check_sharded, hold_shard, return_memory
 from gradfn.errors import InputError
 from gradfn.model.sharded import END, Turns
 from gradfn.report.progress import QUIET
@@ -33,6 +33,7 @@ def run_together(made: Any, command: Callable[[Any], None], processes: Processes
     try:
         if made.sharded:
             check_sharded(made)
+            return_memory()
             TURNS.set(Turns())
         _check(made, processes)
         _share(made, command, processes)
