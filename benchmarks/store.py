@@ -17,12 +17,14 @@ pages of files that are mapped into memory, which the system takes back where it
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,10 +169,36 @@ def search_alone(folder: Path, factory: str, numbers: int, queries: int, limit: 
     searching, mapped = memory("VmHWM") - before, memory("RssFile") - mapped
     found = find(store, METHOD, unit, TOP, index=index, memory=limit)
     exact = find(store, METHOD, unit, TOP, memory=limit)
+
+    def once_more() -> object:  # an index stays open, as an Attributor does
+        return held.nearest(vectors, TOP) if held else find(store, METHOD, unit, TOP, memory=limit)
+
+    again = sorted(seconds(once_more) for _ in range(3))
     size = 0 if held is None else sum(file.stat().st_size for file in held.path.iterdir())
     shares = [recall(one, other) for one, other in zip(found, exact, strict=True)]
     sizes = {"building": building, "searching": searching, "mapped": mapped, "size": size}
-    print(json.dumps({"made": made, "took": took, "recall": shares, **sizes}))
+    rows = found[0].rows.tolist()
+    print(
+        json.dumps({"made": made, "took": took, "again": again[1], "recall": shares, "rows": rows, **sizes})
+    )
+
+
+def beside_peer(python: str, folder: Path, factory: str, got: dict[str, Any], threads: int) -> None:
+    """The same index and queries in Bergson, in a process of its own: the proponents alone."""
+    script = Path(__file__).with_name("store_peer.py")
+    command = [python, str(script), str(folder), factory, str(threads)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+    )
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    shared = [len({*a} & {*b}) / TOP for a, b in zip(got["rows"], theirs["rows"], strict=True)]
+    ours, first = got["took"], theirs["opening"] + theirs["first"]
+    print(
+        f"  beside Bergson: made {got['made']:.1f} s against {theirs['made']:.1f}; opened and searched "
+        f"{ours:.3f} s against {first:.3f} ({ours / first:.2f}); searched again {got['again']:.3f} s "
+        f"against {theirs['again']:.3f} ({got['again'] / theirs['again']:.2f}); "
+        f"{sum(shared) / len(shared):.3f} of its rows are ours", flush=True,
+    )  # fmt: skip
 
 
 def _warm(store: Store, queries: dict[str, torch.Tensor]) -> None:
@@ -196,6 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where the store is written; a temporary one")
+    parser.add_argument("--peer", help="the Python of an environment with Bergson, to compare with it")
     parser.add_argument("--only", nargs=2, metavar=("FOLDER", "INDEX"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -222,6 +251,9 @@ def main() -> None:
                 f"{given.queries[-1]} queries in {got['took']:.3f} s with {mib['searching']}, mapped "
                 f"{mib['mapped']}; recall@{TOP} {high:.3f} highest, {low:.3f} lowest", flush=True,
             )  # fmt: skip
+            if given.peer:
+                np.save(place / "queries.npy", asked(given.queries[-1], given.numbers).numpy())
+                beside_peer(given.peer, place, factory, got, given.threads)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ query's loss.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradfn.errors import InputError
+from gradfn.selection import Rule, Selection, select_rows
 from gradfn.store import Overwrite, Store, open_store, open_writer, storable
 
 KIND = "scores"
@@ -147,6 +148,22 @@ class Scores:
             InputError: several dampings; k below 1.
         """
         return top_k([self.matrix], k, largest=largest)
+
+    def select(self, **rule: Unpack[Rule]) -> Selection:
+        """The rows to keep by their scores at the only damping; see `gradfn.selection.select_rows`.
+
+        Raises:
+            InputError: several dampings; scores of tokens; see also `select_rows`.
+
+        >>> scores = Scores(torch.tensor([[[3.0], [-1.0], [2.0]]]), ["a", "b", "c"], ["q"])
+        >>> scores.select(drop_worst=1).rows
+        tensor([0, 2])
+        """
+        if self.documents is not None:
+            raise InputError(
+                "these are scores of tokens, and rows are selected: score with `View(tokens=False)`"
+            )
+        return select_rows(self.matrix, **rule)
 
     def to_pandas(self) -> Any:
         """A long table: one line for every query, damping and row.

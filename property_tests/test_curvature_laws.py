@@ -123,13 +123,7 @@ def test_batches_partitions_and_the_order_of_rows_change_nothing(data, fitted, b
     alone = fit(KINDS[kind](), problem.model, problem.rows, token_batch_size=1, **common)
     rows = data.draw(st.permutations(problem.rows))
     parts = data.draw(st.integers(1, len(alone)))
-    try:
-        other = fit(KINDS[kind](), problem.model, rows, partitions=parts, token_batch_size=budget, **common)
-    except InputError as error:
-        # Which rows come first decides what the engine compares; where these give a layer a gradient that is
-        # rounding alone, it may take the layer for one without factors, and says so.
-        assume("has no input and output gradient of its own" not in str(error))
-        raise
+    other = fit(KINDS[kind](), problem.model, rows, partitions=parts, token_batch_size=budget, **common)
     assert (other.kind, other.rows) == (kind, len(rows))
     assert_blocks_close(dense(other), dense(alone), tolerance(kind))
 

@@ -13,8 +13,8 @@ PACKAGE = Path(gradfn.__file__).parent
 TESTS = Path(__file__).parent
 ROOMS = (
     "types", "errors", "random", "memory", "watch", "shown", "data", "store", "linalg", "model", "subject",
-    "scores", "transforms", "engine", "statistics", "exact", "methods", "runs", "hf", "train", "evaluate",
-    "report", "testing", "example", "cli",
+    "selection", "scores", "transforms", "engine", "statistics", "exact", "methods", "runs", "hf", "train",
+    "evaluate", "report", "testing", "example", "cli",
 )  # fmt: skip
 """A file imports only from its own room and from those before it."""
 FILES = {
@@ -33,6 +33,7 @@ TESTED_ELSEWHERE = {
     "evaluate/selection": "tests/evaluate/test_comparison.py",
     "example/corpus": "tests/example/test_example.py",
     "example/train": "tests/example/test_example.py",
+    "hf/queries": "tests/cli/test_contrasts.py",
     "hf/reader": "tests/hf/test_answers.py",
     "hf/images": "tests/cli/test_images.py",
     "hf/masking": "tests/cli/test_masked_lm.py",
@@ -56,8 +57,14 @@ TESTED_ELSEWHERE = {
     "report/checks": "tests/cli/test_check_command.py",
     "report/evaluation": "tests/cli/test_evaluate.py",
     "report/exports": "tests/cli/test_show.py",
+    "report/gathering": "tests/report/test_page.py",
+    "report/page_runs": "tests/report/test_page.py",
+    "report/page_texts": "tests/report/test_page.py",
+    "report/page_values": "tests/report/test_page.py",
+    "report/pictures": "tests/report/test_page.py",
     "report/progress": "tests/cli/test_show.py",
     "report/rankings": "tests/cli/test_show.py",
+    "report/rendering": "tests/report/test_page.py",
     "report/rows": "tests/cli/test_rows.py",
     "report/runs": "tests/cli/test_build_query_reduce.py",
     "report/summaries": "tests/cli/test_score.py",

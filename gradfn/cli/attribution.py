@@ -86,6 +86,17 @@ class Job:
         return self.request.table.top or 0
 
     @property
+    def needed(self) -> int:
+        """How many of the best rows to keep, with the query itself where it is one of them."""
+        own = self.asked is not None and bool(self.asked.own)
+        return ranks_needed(self.top) + own
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The row that each query is, where these are rows; not shown as its own proponent."""
+        return () if self.asked is None or self.noun == "token" else self.asked.own
+
+    @property
     def noun(self) -> str:
         """What a row of the scores is."""
         return "token" if self.request.layers.by == "token" else "row"
@@ -160,8 +171,8 @@ class Job:
         query = self.request.query
         if isinstance(method, InnerProduct):
             return load_queries(loaded, self.asked, query, method, wanted)
-        if self.asked is None or query.group_column is not None:
-            option = "--query-path" if self.asked is None else "--group-column"
+        if self.asked is None or query.group_column is not None or query.against is not None:
+            option = str(self.request.gave("query_path", "group_column", "against"))
             raise InputError(
                 f"{self.name} takes queries and not their gradients, which {option} is of: leave it out, and "
                 "give the queries with --query"
@@ -203,7 +214,7 @@ class Job:
     def _problem(self, loaded: Loaded, stages: Stages, train: Data, run: str | None) -> Problem:
         fit = self.request.fit
         return Problem(
-            loaded.subject, train, [] if self.asked is None else self.asked.documents, stages.normalize,
+            loaded.subject, train, [] if self.asked is None else self.asked.every, stages.normalize,
             stages.projection, stages.curvature, stages.dampings, fit.labels, self.request.seed,
             fit.components, fit.partitions, solver_of(self.request.solver),
             lambda text: console().print(facts([("note", text)])),
@@ -276,7 +287,7 @@ class Prepared:
 
 def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
     """Score the rows, to a run directory if one is given, and rank them, but for a part of them."""
-    run, layers, needed = job.request.run, job.request.layers, ranks_needed(job.top)
+    run, layers, needed = job.request.run, job.request.layers, job.needed
     prepared = job.prepare(loaded, run)
     shown = prepared.shown
     with loaded.multiplying(), rows_bar("scores", job.train, job.shard) as progress:
@@ -297,7 +308,7 @@ def score_model(job: Job, loaded: Loaded) -> tuple[ShownQueries, Ranked | None]:
         console().print(facts(lines))
     if best is None:
         return shown, None
-    ranked = Ranked(*best)
+    ranked = Ranked(*best, own=job.own)
     if not layers.by_block:
         return shown, ranked
     if run is not None:
@@ -366,7 +377,8 @@ def show_joined(
         console().print(facts([*lines, *job.next()]))
     if job.shard is not None:
         return shown, None
-    ranked = Ranked(*extremes([scores], ranks_needed(job.top)), in_order=shares is not None)
+    own = job.own if job.own and len(shown.ids) % len(job.own) == 0 else ()  # less has one for all
+    ranked = Ranked(*extremes([scores], job.needed), in_order=shares is not None, own=own)
     if shares is None:
         return shown, ranked
     return shown, ranked.with_shares(job.top, lambda row: {name: v[row] for name, v in shares.items()})

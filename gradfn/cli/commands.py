@@ -17,6 +17,7 @@ from gradfn.cli.evaluations import (
 )
 from gradfn.cli.options import (
     COMPONENTS,
+    PLAIN_QUERY,
     PROJECTION,
     QUERY_BY,
     STORED_BY,
@@ -34,16 +35,18 @@ from gradfn.cli.options import (
     ModelOptions,
     QueryOptions,
     RunOptions,
-    SearchOptions,
     SolverOptions,
     TableOptions,
 )
 from gradfn.cli.request import OUTPUT, Request, argument, command_line, found, group, option
+from gradfn.cli.results import ReportRequest, SelectRequest
+from gradfn.cli.searching import SearchOptions
 from gradfn.cli.subsets import SubsetOptions
 from gradfn.cli.training import RecordingOptions, TrainingOptions, TrainOptions
-from gradfn.cli.values import dims, found_projection
+from gradfn.cli.values import dims, found_projection, paths
 
 _MADE = "The run directory to write; made if absent, resumed if it was made by the same command."
+TUNED = "Of grad_dot, grad_cosine, logra, kfac, ekfac, relatif, trackstar, trak, datainf: those to try."
 _SEED = "Key of the projection, and what masked-lm masks."
 
 
@@ -155,7 +158,7 @@ class QueryRequest(Request):
     COMMAND: ClassVar[str] = "query"
     FIRST: ClassVar[tuple[str, ...]] = ("query", "completion", "by", "top")
     store: str = argument("A run directory, or the store.h5 in it.", file=found)
-    query: QueryOptions = group(QueryOptions, group_column=None)
+    query: QueryOptions = group(QueryOptions, **PLAIN_QUERY)
     model: ModelOptions = group(ModelOptions, **STORED_MODEL)
     data: DataOptions = group(
         DataOptions, dataset=None, dataset_revision=None, split=None, chunk_length=None, **UNWEIGHTED
@@ -238,7 +241,7 @@ class MaskFitRequest(ModelRequest):
     )
     rows: int = option(512, "Training rows, and queries at most, to look at.")
     seed: int = option(0, "Which rows, the noise of the start, and what masked-lm masks.")
-    query: QueryOptions = group(QueryOptions, group_column=None)
+    query: QueryOptions = group(QueryOptions, **PLAIN_QUERY)
     gradients: GradientOptions = group(
         GradientOptions, projection=None, projection_dim=None, unit_normalize=None
     )
@@ -262,7 +265,7 @@ class RetrainRequest(ModelRequest):
     run: str = run("The run directory to write truth.h5 to; resumed if the same command made it.")
     model: ModelOptions = group(ModelOptions, token_batch_size=None)
     layers: LayerOptions = group(LayerOptions, include=None, exclude=None, no_biases=None, by=None)
-    query: QueryOptions = group(QueryOptions, query_path=None, group_column=None)
+    query: QueryOptions = group(QueryOptions, query_path=None, **PLAIN_QUERY)
     subsets: SubsetOptions = group(SubsetOptions)
     training: TrainingOptions = group(TrainingOptions)
     seed: int = option(0, "Of subsets, data orders, new weights, and what masked-lm masks.", panel="Subsets")
@@ -313,13 +316,38 @@ class SmoothnessRequest(Request):
     PANEL: ClassVar[str] = "Training"
     FIRST: ClassVar[tuple[str, ...]] = ("query", "fraction", "directions")
     run: str = argument("What gradfn train wrote.", file=found)
-    query: QueryOptions = group(QueryOptions, query_path=None, group_column=None)
+    query: QueryOptions = group(QueryOptions, query_path=None, **PLAIN_QUERY)
     model: ModelOptions = group(
         ModelOptions, path=None, revision=None, task=None, tokenizer=None, precision=None, attention=None,
         no_special_tokens=None, token_batch_size=None,
     )  # fmt: skip
     fraction: float = option(0.05, "Share of the rows whose removal is asked about.")
     directions: int = option(3, "Random directions in the weights of the rows; each takes two trainings.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRequest(ModelRequest):
+    """Show which method, projection and damping to trust on this model.
+
+    Half of the time, models are retrained on halves of the rows, two seeds each; the other rows are masked in
+    their batches. Then each method scores the rows, at several dampings, and is measured by how well it
+    predicts the retrained models (LDS). It stops when the time is up. What was done stays in RUN: the same
+    command goes on with it, with new time, and is surer of its answer.
+    """
+
+    COMMAND: ClassVar[str] = "tune"
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "model", "dataset", "query", "minutes", "methods", "init", "epochs", "learning_rate"
+    )  # fmt: skip
+    run: str = run("The run directory to write to; gone on with if the same command made it.")
+    minutes: float = option(10.0, "How long this command may take.", panel="Tuning")
+    methods: tuple[str, ...] | None = option(
+        None, TUNED, parse=paths, commas=True, shown="all that go with the model", panel="Tuning"
+    )
+    layers: LayerOptions = group(LayerOptions, by=None)
+    query: QueryOptions = group(QueryOptions, query_path=None, **PLAIN_QUERY)
+    training: TrainingOptions = group(TrainingOptions)
+    seed: int = option(0, "Of halves, data orders, new weights, projections.", panel="Tuning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,13 +446,16 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
     ScoreRequest: (ATTRIBUTION, "score:run_score"),
     BuildRequest: (ATTRIBUTION, "build:run_build"),
     QueryRequest: (ATTRIBUTION, "query:run_query"),
+    SelectRequest: (ATTRIBUTION, "select:run_select"),
     ReduceRequest: (ATTRIBUTION, "build:run_reduce"),
+    ReportRequest: (ATTRIBUTION, "page:run_report"),
     HessianRequest: (CURVATURE, "hessian:run_hessian"),
     MixRequest: (CURVATURE, "hessian:run_mix"),
     MaskFitRequest: (CURVATURE, "mask:run_mask_fit"),
     TrainRequest: (TRAINING, "train:run_train"),
     SmoothnessRequest: (TRAINING, "smoothness:run_smoothness"),
     RetrainRequest: (TRUTH, "retrain:run_retrain"),
+    TuneRequest: (TRUTH, "tune:run_tune"),
     LdsRequest: (OUTPUT, "evaluate:run_lds"),
     ChangeRequest: (OUTPUT, "evaluate:run_change"),
     LooRequest: (OUTPUT, "evaluate:run_loo"),

@@ -73,7 +73,7 @@ def run_lds(request: LdsRequest) -> None:
 def run_loo(request: LooRequest) -> None:
     """The same for models retrained without one row each."""
     _check_comparison(request)
-    truths = [(path, _opened_truth(path).leaving_one_out()) for path in request.truth]
+    truths = [(path, opened_truth(path).leaving_one_out()) for path in request.truth]
     _compare(truths, request, title="Leave-one-out correlation")
 
 
@@ -97,7 +97,7 @@ class _Compared(NamedTuple):
 
 def _parts(paths: Sequence[str]) -> list[tuple[str, Truth]]:
     """The ground truths, each size of subsets that was asked for on its own."""
-    return [(path, part) for path in paths for part in _opened_truth(path).by_fraction()]
+    return [(path, part) for path in paths for part in opened_truth(path).by_fraction()]
 
 
 def _compare(truths: Sequence[tuple[str, Truth]], request: ComparisonRequest, *, title: str) -> None:
@@ -160,13 +160,13 @@ def run_change(request: ChangeRequest) -> None:
     drawn = dict[str, list[Changes]]()
     criteria = set()
     for path in request.truth:
-        truth = _opened_truth(path)
+        truth = opened_truth(path)
         if bool((truth.row_weights == 1).flatten(1).all(1).any()):
             truth = truth.whole_seeds()
         criteria.add(truth.settings.get("query_loss", truth.settings.get("loss", {})).get("criterion"))
         for number, (run, name) in enumerate(zip(runs, request.runs, strict=True)):
             refuse_other_data(sides_of(run), truth, name, path)
-            weights = _weights_of(run, truth, name, path)
+            weights = weights_of(run, truth, name, path)
             for damping, scores in zip(run.dampings, run.values, strict=True):
                 found = changes(scores, weights, truth.targets()[1])
                 if not number and damping == run.dampings[0]:
@@ -190,7 +190,7 @@ def run_change(request: ChangeRequest) -> None:
         console().print(facts([("plot", str(request.plot))]))
 
 
-def _weights_of(run: Scores, truth: Truth, name: str, path: str) -> Tensor:
+def weights_of(run: Scores, truth: Truth, name: str, path: str) -> Tensor:
     """The weights of what a run scores, rows or tokens, in a ground truth."""
     weights = truth.weighed()
     if (weights.ndim == 3) != (run.documents is not None):
@@ -204,7 +204,7 @@ def _weights_of(run: Scores, truth: Truth, name: str, path: str) -> Tensor:
 def run_brittleness(request: BrittlenessRequest) -> None:
     """What removing each query's best proponents does, beside removing random rows."""
     request.table.check(request.output.overwrite)
-    truth = _opened_truth(request.truth)
+    truth = opened_truth(request.truth)
     kept = truth.whole_seeds()
     subsets, losses = kept.targets()
     together = bool(truth.settings.get("subsets", {}).get("together"))
@@ -289,7 +289,8 @@ def run_overlap(request: OverlapRequest) -> None:
 # --- what was retrained, and what was scored
 
 
-def _opened_truth(path: str) -> Truth:
+def opened_truth(path: str) -> Truth:
+    """The retrained models of a run, of which not all diverged."""
     truth = open_truth(path)
     if bool(truth.diverged.all()):
         raise InputError(
@@ -326,7 +327,7 @@ def _marked(run: Scores, request: MislabelRequest) -> Tensor:
             f"no column {column!r} in the dataset, which has {', '.join(rows.column_names)}: "
             "name another with --label-column"
         )
-    _refuse_other_ids(rows, run.row_ids, request.run, path, "--dataset")
+    refuse_other_ids(rows, run.row_ids, request.run, path, "--dataset")
     return marked(rows[column], column)
 
 
@@ -344,14 +345,14 @@ def _sources(run: Scores, request: RecallRequest) -> tuple[Tensor, list[int]]:
             f"{path} has no column 'source' with the id of the row that is known to teach the answer, it has "
             f"{', '.join(rows.column_names)}: add one"
         )
-    _refuse_other_ids(rows, run.query_ids, run.name, path, "--query")
+    refuse_other_ids(rows, run.query_ids, run.name, path, "--query")
     sources, asked = known_sources(rows["source"], run.row_ids)
     if not asked:
         raise InputError(f"none of the sources in {path} is among the rows scored: score the rows they name")
     return sources, asked
 
 
-def _refuse_other_ids(rows: Any, ids: Sequence[str], run: str, path: str, option: str) -> None:
+def refuse_other_ids(rows: Any, ids: Sequence[str], run: str, path: str, option: str) -> None:
     """Refuse a dataset of which the rows are not those that a run names."""
     here = row_names(rows)
     if here != [*ids] and sorted(here) == sorted(ids):

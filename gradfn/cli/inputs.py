@@ -420,7 +420,13 @@ def training_rows(request: ModelRequest) -> tuple[Any, Facts]:
 
 def load_documents(loaded: Loaded, rows: Any, data: DataOptions, path: str, *, query: bool = False) -> Corpus:
     """The rows of the dataset at a path; of training rows, with the weights that the options name."""
-    reads = loaded.reads
+    docs = read_documents(loaded.reads, rows, data, path, query=query)
+    say_cut(docs, path)
+    return docs
+
+
+def read_documents(reads: Reader, rows: Any, data: DataOptions, path: str, *, query: bool = False) -> Corpus:
+    """The same by what reads them, without a word."""
     columns = data.columns(list(rows.column_names), query=query or reads.task == "seq2seq_lm")
     if reads.processor is not None:
         docs = reads.images(rows, path, data.image_column, data.label_column)
@@ -429,7 +435,6 @@ def load_documents(loaded: Loaded, rows: Any, data: DataOptions, path: str, *, q
             rows, columns, label_column=data.label_column, truncation=data.truncation,
             chunk_length=None if query else data.chunk_length,
         )  # fmt: skip
-    say_cut(docs, path)
     if query or (data.reward_column is None and data.advantage_column is None):
         return docs
     asked = {key: columns.get(key) for key in ("prompt_column", "messages_column")}
@@ -454,7 +459,12 @@ def recorded(request: ModelRequest) -> dict[str, Any]:
 def with_example(request: ScoreRequest) -> ScoreRequest:
     """A request to score with the example's model, corpus and queries where none are given."""
     query, method, gradients = request.query, request.method, request.gradients
-    if query.query is None and query.query_path is None and not method.self_influence:
+    if (
+        query.query is None
+        and query.query_path is None
+        and query.query_rows is None
+        and not method.self_influence
+    ):
         query = replace(query, query=str(example.QUERIES))
     if method.name is None and not method.self_influence:
         gradients = replace(gradients, unit_normalize=True)

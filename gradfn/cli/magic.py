@@ -33,8 +33,8 @@ FOLDER = "replay"
 """What is kept in a run until its scores are there, to go on after a kill."""
 OWN = ("steps", "replay_slots", "curvature")
 WITHOUT = (
-    "include", "exclude", "no_biases", "self", "query_path", "group_column", "shard", "checkpoints",
-    "checkpoint_weights",
+    "include", "exclude", "no_biases", "self", "query_path", "group_column", "against", "shard",
+    "checkpoints", "checkpoint_weights",
 )  # fmt: skip
 """Options that do not belong to a group of which none does, and that mean nothing here."""
 

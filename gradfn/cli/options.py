@@ -12,6 +12,7 @@ from gradfn.cli.values import (
     dampings,
     device_named,
     dynamics,
+    found_baseline,
     found_method,
     found_projection,
     paths,
@@ -68,23 +69,26 @@ _QUERY = (
     "A text in quotes, or a dataset of queries (a file, or a save_to_disk folder): its prompts and "
     "completions, or its texts."
 )
-_INDEX = (
-    "Search an index of FAISS, by its factory string: Flat, IVF1024,SQfp16, IVF4096,PQ64, HNSW32. It is made "
-    "beside the store where it is not there."
+_AGAINST = (
+    "What the model did not say: a dataset with as many rows as --query, or another completion. A query is "
+    "the loss of its row less that of the row here."
 )
-_RERANK = (
-    "Rank so many candidates anew by whole gradients, of each query on both sides; the store finds them."
+_QUERY_TOKEN = "Of every query only the N-th supervised token counts; -1 is the last."
+_QUERY_ROWS = (
+    "Training rows as queries, by their ids (numbers where there are none), with commas; a row is not shown "
+    "for itself."
 )
-_RERANK = (
-    "Rank so many candidates anew by whole gradients, of each query on both sides; the store finds them."
-)
-_NPROBE = "Of an index: cells (IVF) or rows (HNSW) that a search visits; more find more, and take longer."
 QUERY_SPLIT = 'Split of a dataset in --query, or a part of one: "test[:100]".'
 _METHOD = (
     "grad_dot, grad_cosine, tracin, less, trackstar, logra, grass, factgrass, kfac, ekfac, shampoo, tkfac, "
     "relatif, trak, datainf, cg, lissa, source (through the checkpoints of a training), magic (exact, back "
     "through the training of --training), inrun (what gradfn train RUN --values measured), or FILE.py:NAME "
     "for your own."
+)
+BM25, EMBEDDING = "bm25", "embedding"
+_BASELINE = (
+    "Show beside the scores what words or meaning alone find: bm25, or embedding:FOLDER of a model (mean of "
+    "its last states, cosine); both may be given."
 )
 _CHECKPOINTS = (
     "Checkpoints of the model, separated by commas: their scores are joined (averaged, but by trak)."
@@ -292,9 +296,16 @@ class QueryOptions:
     query: str | None = option(None, _QUERY, file=found)
     completion: str | None = option(None, "What follows the text of --query; only it is supervised.")
     query_split: str | None = option(None, QUERY_SPLIT, shown="the only one")
+    against: str | None = option(None, _AGAINST, file=found)
+    query_token: int | None = option(None, _QUERY_TOKEN)
+    query_rows: tuple[str, ...] | None = option(None, _QUERY_ROWS, parse=paths, commas=True)
     query_path: str | None = option(None, "Query gradients that build or reduce wrote.", file=found)
     query_loss: Criterion | None = option(None, "Of the queries, if not that of the rows.", panel="Loss")
     group_column: str | None = option(None, "Column of --query: a group's queries are averaged to one.")
+
+
+PLAIN_QUERY: dict[str, Any] = dict.fromkeys(("group_column", "against", "query_token", "query_rows"))
+"""Queries that are asked as they are, each by itself."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +329,7 @@ class MethodOptions:
     curvature: Adjoint = option("hessian", _ADJOINT)
     segments: int | None = option(None, _SEGMENTS, shown="3, or a checkpoint each")
     optimizer: "Dynamics | None" = option(None, _TRAINED, parse=dynamics, shown="sgd")
+    baseline: tuple[str, ...] = option((), _BASELINE, file=found_baseline)
     normalize: Normalize = option("rows", "source: what a step took the mean over, as in gradfn train.")
 
 
@@ -465,24 +477,6 @@ class TableOptions:
                 )
             if path.exists() and not overwrite:
                 raise InputError(f"{path} exists: give another name, or --overwrite to replace it")
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How the best rows of a store are found."""
-
-    PANEL: ClassVar[str] = "Search"
-    index: str | None = option(None, _INDEX, shown="compare all rows")
-    nprobe: int | None = option(None, _NPROBE, shown="a sixteenth of the cells, or 64 rows")
-    rerank: int | None = option(None, _RERANK)
-    check: bool = option(False, "Compare with all rows: the share of the best ones that are found.")
-
-    def check_given(self) -> None:
-        """Refuse, before any work, options of an index without one."""
-        if self.index is None and self.nprobe is not None:
-            raise InputError("--nprobe is of an index: give --index, or leave it out")
-        if self.index is None and self.rerank is None and self.check:
-            raise InputError("--check is of --index or --rerank, and this search is exact: leave it out")
 
 
 @dataclass(frozen=True)

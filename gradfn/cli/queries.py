@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from gradfn.cli.commands import MaskFitRequest, RetrainRequest, ScoreRequest
+from gradfn.cli.commands import MaskFitRequest, RetrainRequest, ScoreRequest, TuneRequest
 from gradfn.cli.inputs import (
     Loaded,
     Settings,
@@ -20,23 +20,26 @@ from gradfn.cli.inputs import (
     say_cut,
 )
 from gradfn.cli.options import DataOptions, QueryOptions
+from gradfn.cli.request import flag
 from gradfn.data import Corpus, Documents
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
 from gradfn.evaluate.retrieval import source_name
 from gradfn.hf.answers import Answer, answers, predicted_classes
 from gradfn.hf.datasets import load_split
+from gradfn.hf.queries import contrasted, one_token, row_numbers, unweighted
 from gradfn.hf.unpack import PACKED, kind_of
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.methods.recipes import group_means
 from gradfn.model.losses import ModelLoss
 from gradfn.report.progress import rows_bar
 from gradfn.report.rankings import ShownQueries
+from gradfn.report.words import count
 from gradfn.runs.gradients import ends_in_unit_norm, open_gradients
 from gradfn.runs.provenance import DataSource, Provenance, ids_digest
 from gradfn.runs.queries import stored_queries
-from gradfn.transforms import Transform, chain, unit_normalize
-from gradfn.types import Blocks
+from gradfn.transforms import Transform, UnitNormalize, chain, unit_normalize
+from gradfn.types import Blocks, Data
 
 DATA_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}
 FURTHER = {".7z", ".avro", ".feather", ".h5", ".hdf5", ".orc", ".pkl", ".tar", ".tgz", ".xls", ".xlsx",
@@ -52,10 +55,21 @@ class Asked:
     Args:
         documents: their tokens.
         rows: the dataset that they come from; None: a text.
+        against: what each is contrasted with.
+        own: of training rows as queries, their numbers.
     """
 
     documents: Corpus
     rows: Any | None
+    against: Corpus | None = None
+    own: tuple[int, ...] = ()
+
+    @property
+    def every(self) -> Data:
+        """All that gradients are made of, one by one."""
+        if self.against is None:
+            return self.documents
+        return [corpus[row] for corpus in (self.documents, self.against) for row in range(len(corpus))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,23 +110,36 @@ def is_dataset(query: str) -> bool:
 def query_rows_of(options: QueryOptions) -> Any | None:
     """The dataset of --query, loaded before the model so that a wrong path fails at once; None for a text."""
     query, completion, split = options.query, options.completion, options.query_split
-    if (query is None) == (options.query_path is None):
-        raise InputError("give one of --query (a dataset, or a text in quotes) and --query-path (a store)")
+    given = [one for one in (query, options.query_path, options.query_rows) if one is not None]
+    if len(given) != 1:
+        raise InputError(
+            "give one of --query (a dataset, or a text in quotes), --query-rows (training rows) and "
+            "--query-path (a store)"
+        )
     if completion is not None and (query is None or is_dataset(query)):
         raise InputError("--completion follows a text: give that text in quotes with --query")
     if split is not None and (query is None or not is_dataset(query)):
         raise InputError("--query-split is of a dataset in --query, and none is given: leave it out")
-    if query is None and options.query_loss is not None:
-        raise InputError("the queries of --query-path have their loss already: leave out --query-loss")
+    if options.query_path is not None:
+        _check_stored(options)
+        open_gradients(options.query_path)
     if query is None:
-        open_gradients(str(options.query_path))
         return None
     if not query.strip() and not completion:
         raise InputError("--query is empty: give a text in quotes, or a dataset")
     if any("\ud800" <= letter <= "\udfff" for letter in query + (completion or "")):
         raise InputError("the query is not valid UTF-8: give it in the encoding of the terminal")
-    if not is_dataset(query):
-        return None
+    return _dataset_of(query, split) if is_dataset(query) else None
+
+
+def _check_stored(options: QueryOptions) -> None:
+    """Refuse what stored queries have decided already."""
+    for name in ("query_loss", "against", "query_token"):
+        if getattr(options, name) is not None:
+            raise InputError(f"the queries of --query-path are gradients already: leave out {flag(name)}")
+
+
+def _dataset_of(query: str, split: str | None) -> Any:
     try:
         return load_split(query, split, argument="query_split")[0]
     except InputError as error:
@@ -123,6 +150,32 @@ def query_rows_of(options: QueryOptions) -> Any | None:
         ) from error
 
 
+def against_rows_of(options: QueryOptions, rows: Any | None) -> Any | None:
+    """The dataset of --against, loaded as early; None for a text.
+
+    Args:
+        rows: the dataset of --query.
+    """
+    against = options.against
+    if against is None:
+        return None
+    if options.query is None:
+        raise InputError("--against is what --query is contrasted with: give --query too")
+    if is_dataset(against) != (rows is not None):
+        raise InputError(
+            "--query and --against are two datasets, or two texts: give --against as --query is given"
+        )
+    if rows is None:
+        return None
+    others = _dataset_of(against, options.query_split)
+    if len(others) != len(rows):
+        raise InputError(
+            f"--against has {count(len(others), 'row')} and --query {len(rows):,}, and the first is compared "
+            "with the first: give as many"
+        )
+    return others
+
+
 def load_asked(loaded: Loaded, rows: Any | None, options: QueryOptions, data: DataOptions) -> Asked | None:
     """The queries' tokens; None where their gradients are stored, or rows are scored against themselves.
 
@@ -131,27 +184,51 @@ def load_asked(loaded: Loaded, rows: Any | None, options: QueryOptions, data: Da
     """
     if options.query is None:
         return None
+    documents = _documents(loaded, rows, (options.query, options.completion), options, data, "--query")
+    return Asked(documents, rows)
+
+
+def _documents(
+    loaded: Loaded, rows: Any | None, text: tuple[str, str | None], options: QueryOptions, data: DataOptions,
+    option: str,
+) -> Corpus:  # fmt: skip
+    """The tokens of a dataset, or of a text and its completion."""
     try:
         if rows is not None:
-            documents = load_documents(loaded, rows, data, options.query, query=True)
+            documents = load_documents(loaded, rows, data, text[0], query=True)
         else:
-            documents = loaded.reads.text(options.query, options.completion, truncation=data.truncation)
-            say_cut(documents, "--query")
+            documents = loaded.reads.text(*text, truncation=data.truncation)
+            say_cut(documents, option)
     except InputError as error:
-        raise InputError(f"in --query: {error}") from error
+        raise InputError(f"in {option}: {error}") from error
+    return _to_predict(documents, loaded, options, option)
+
+
+def _to_predict(documents: Corpus, loaded: Loaded, options: QueryOptions, option: str) -> Corpus:
+    """Queries that have something to predict, or only one token of each."""
     empty = [documents.ids[row] for row in range(len(documents)) if not documents.supervised[row]]
     if empty:
         raise InputError(
             f"query {empty[0]} has nothing to predict (it needs two tokens, or a completion): make it longer"
         )
-    return Asked(documents, rows)
+    if options.query_token is None:
+        return documents
+    if not isinstance(documents, Documents) or loaded.reads.task != "causal_lm":
+        raise InputError(f"--query-token is of next tokens, and {loaded.reads.task} has none: leave it out")
+    try:
+        return one_token(documents, options.query_token, loaded.reads.tokenizer)
+    except InputError as error:
+        raise InputError(f"in {option}: {error}") from error
 
 
-def load_all(request: ScoreRequest | MaskFitRequest | RetrainRequest) -> tuple[Loaded, Corpus, Asked | None]:
+def load_all(
+    request: ScoreRequest | MaskFitRequest | RetrainRequest | TuneRequest,
+) -> tuple[Loaded, Corpus, Asked | None]:
     """The model, the training rows and the queries; paths are looked at before a model is loaded."""
-    column = request.query.group_column
+    options, data, column = request.query, request.data, request.query.group_column
     own = isinstance(request, ScoreRequest) and request.method.self_influence
-    rows = None if own else query_rows_of(request.query)
+    rows = None if own else query_rows_of(options)
+    others = against_rows_of(options, rows)
     if column is not None and rows is None:
         raise InputError("--group-column groups the queries of a dataset: give one with --query")
     if column is not None and rows is not None and column not in rows.column_names:
@@ -159,7 +236,16 @@ def load_all(request: ScoreRequest | MaskFitRequest | RetrainRequest) -> tuple[L
             f"--group-column {column} is no column of --query, which has {', '.join(rows.column_names)}"
         )
     loaded, train = load_model_and_rows(request)
-    return loaded, train, load_asked(loaded, rows, request.query, request.data)
+    if options.query_rows is not None:
+        numbers = row_numbers(train, options.query_rows)
+        return loaded, train, Asked(_to_predict(unweighted(train.select(list(numbers))), loaded, options,
+                                                "--query-rows"), None, own=numbers)  # fmt: skip
+    asked = load_asked(loaded, rows, options, data)
+    if asked is None or options.against is None:
+        return loaded, train, asked
+    text = (options.against, None) if options.completion is None else (str(options.query), options.against)
+    against = _documents(loaded, others, text, options, data, "--against")
+    return loaded, train, replace(asked, against=against)
 
 
 def answers_of(loaded: Loaded, shown: ShownQueries) -> list[Answer] | None:
@@ -192,26 +278,45 @@ def load_queries(
     """
     if asked is None or loaded is None:
         return _read_queries(str(options.query_path), method, wanted)
-    transform, groups, plain = (
-        method.query_transform,
-        options.group_column,
-        queries_of(asked, loaded, options),
-    )
-    unit = groups is not None and ends_in_unit_norm(transform)
-    if unit:  # a mean of gradients is normalised, not of directions
+    transform, groups = method.query_transform, options.group_column
+    linear = groups is not None or asked.against is not None
+    unit = linear and ends_in_unit_norm(transform)
+    if unit:  # a mean or a difference of gradients is normalised, not of directions
         transform = chain(*chain(transform).stages[:-1])
-    queries = replace(plain, make=lambda: _gradients(loaded, asked.documents, transform))
-    return (_grouped(queries, asked.rows, groups, unit) if groups else queries), method
+    if linear and any(isinstance(stage, UnitNormalize) for stage in chain(transform).stages):
+        raise InputError("the method normalises queries before its last stage: ask each query by itself")
+    plain = queries_of(asked, loaded, options)
+
+    def make() -> Blocks:
+        gradients = _gradients(loaded, asked.documents, transform)
+        if asked.against is not None:
+            others = _gradients(loaded, asked.against, transform)
+            gradients = {name: G - others[name] for name, G in gradients.items()}
+        if groups is not None:
+            gradients, _ = group_means(gradients, _groups_of(asked, groups))
+        return unit_normalize()(gradients) if unit else gradients  # pyright: ignore[reportReturnType]
+
+    queries = replace(plain, make=make)
+    return (queries if groups is None else _grouped(queries, _groups_of(asked, groups), groups)), method
 
 
 def queries_of(asked: Asked, loaded: Loaded, options: QueryOptions) -> Queries:
     """What is known of queries without their gradients."""
-    documents, rows = asked.documents, asked.rows
+    documents, rows, against = asked.documents, asked.rows, asked.against
     settings = {"path": None if rows is None else anchored(str(options.query)), "split": options.query_split,
-                "fingerprint": documents.fingerprint(), "rows": len(documents), "ids": ids_digest(documents),
-                "loss": loaded.loss_settings(loaded.subject.query_loss)}  # fmt: skip
+                **_told(documents), "loss": loaded.loss_settings(loaded.subject.query_loss)}  # fmt: skip
     shown = ShownQueries(documents.ids, documents.texts, _sources(rows), documents=documents)
+    if against is not None:
+        settings["against"] = {"path": None if rows is None else anchored(str(options.against)),
+                               **_told(against)}  # fmt: skip
+        pairs = zip(documents.texts, against.texts, strict=True)
+        shown = replace(shown, texts=[contrasted(*pair) for pair in pairs], documents=None)
     return Queries(dict, {"query": settings}, shown)
+
+
+def _told(documents: Corpus) -> dict[str, Any]:
+    """What a run records of tokens."""
+    return {"fingerprint": documents.fingerprint(), "rows": len(documents), "ids": ids_digest(documents)}
 
 
 def _gradients(loaded: Loaded, documents: Corpus, transform: Transform) -> Any:
@@ -223,20 +328,19 @@ def _gradients(loaded: Loaded, documents: Corpus, transform: Transform) -> Any:
             raise InputError(f"in --query: {error}") from error
 
 
-def _grouped(queries: Queries, rows: Any, column: str, unit: bool) -> Queries:
-    """One query for each value of a column: the mean of its queries' gradients, `unit` with norm 1."""
-    groups = [str(value) for value in rows[column]]
+def _groups_of(asked: Asked, column: str) -> list[str]:
+    """The group of every query."""
+    return [str(value) for value in cast(Any, asked.rows)[column]]
+
+
+def _grouped(queries: Queries, groups: list[str], column: str) -> Queries:
+    """What is known of the means of groups."""
     names = list(dict.fromkeys(groups))
     texts = [f"mean of {groups.count(name)} queries" for name in names]
     digest = hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16]
     grouping = {"groups": column, "groups_fingerprint": digest}
     settings = {"query": {**queries.settings["query"], **grouping}}
-
-    def means() -> Any:
-        gradients, _ = group_means(queries.gradients, groups)
-        return unit_normalize()(gradients) if unit else gradients
-
-    return Queries(means, settings, ShownQueries(names, texts))
+    return replace(queries, settings=settings, shown=ShownQueries(names, texts))
 
 
 def _read_queries(path: str, method: InnerProduct, wanted: Settings) -> tuple[Queries, InnerProduct]:

@@ -4,6 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gradfn.cli.commands import QueryRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, Settings, load_stored_subject
@@ -28,7 +31,7 @@ from gradfn.runs.gradients import GRADIENTS, ends_in_unit_norm, open_gradients
 from gradfn.runs.masks import LOADERS
 from gradfn.runs.nearest import Faiss, empty_index, find
 from gradfn.runs.provenance import Provenance, rebuild, refuse_mismatch
-from gradfn.runs.scores import stored_shares
+from gradfn.runs.scores import stored_scores, stored_shares
 from gradfn.runs.search import searching
 from gradfn.scores import TopK, recall
 from gradfn.store.directory import index_path
@@ -93,6 +96,12 @@ class Search:
             texts=reads is None or reads.processor is None,
         )  # fmt: skip
 
+    def scores(self, asked: Asked) -> Tensor:
+        """The scores of all rows for queries, `[rows, queries]`."""
+        queries, method = load_queries(self.loaded, asked, self.request.query, self.method, self.wanted)
+        scorer, memory = method.against(queries.gradients), self.request.table.memory << 20
+        return torch.cat([*stored_scores(self.store, scorer, memory=memory)])
+
     def _ranked(self, queries: Queries, method: InnerProduct, asked: Asked | None) -> Ranked:
         """The best rows, of one stage or two, with each block's share where it is asked for."""
         top, check = self.request.table.top or 0, self.request.search.check
@@ -133,7 +142,7 @@ def run_query(request: QueryRequest) -> None:
     if query_rows is not None and request.gave("text_column"):
         check_column(query_rows, request.data.text_column, "give another text_column")
     with open_gradients(request.store) as store:
-        search = _imported(store, request) if IMPORTED in store.settings else _opened(store, request)
+        search = _imported(store, request) if IMPORTED in store.settings else opened_search(store, request)
         asked = None
         if search.loaded is not None:
             asked = load_asked(search.loaded, query_rows, request.query, request.data)
@@ -149,7 +158,7 @@ def _converse(request: QueryRequest) -> None:
             f"{given} goes with a query, and a session asks for queries: give --query, or leave it out"
         )
     with open_gradients(request.store) as store:
-        search = _imported(store, request) if IMPORTED in store.settings else _opened(store, request)
+        search = _imported(store, request) if IMPORTED in store.settings else opened_search(store, request)
         loaded = search.loaded
         assert loaded is not None
         if loaded.reads.processor is not None:
@@ -190,7 +199,7 @@ def _index_of(store: Store, request: QueryRequest) -> Faiss | None:
     return index
 
 
-def _opened(store: Store, request: QueryRequest) -> Search:
+def opened_search(store: Store, request: QueryRequest) -> Search:
     """The store's model and method; what can be wrong is found before the model is loaded."""
     by = _stored_by(store, request)
     path = request.model.path or _recorded_model(request.store, store.settings)

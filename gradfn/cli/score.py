@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gradfn.cli.attribution import Job, Weighted, score_checkpoints, score_model
+from gradfn.cli.baselines import baselines_of, check_baselines
 from gradfn.cli.commands import ScoreRequest
 from gradfn.cli.console import console
 from gradfn.cli.inputs import Loaded, anchored, check_run, checked, with_example
@@ -22,6 +23,7 @@ from gradfn.evaluate.truth import CLASSES
 from gradfn.hf.locate import locate_model
 from gradfn.methods.attribution import times_doubt, weighted_sum
 from gradfn.methods.recipes import Recipe
+from gradfn.report.baselines import baseline_facts
 from gradfn.report.exports import export_ranking
 from gradfn.report.rankings import ShownQueries, print_rankings
 from gradfn.report.rows import DocumentRows, LabelledRows, Ranked, loaded_rows
@@ -57,6 +59,7 @@ def run_score(request: ScoreRequest) -> None:
     if recipe.criterion is not None and request.loss.criterion == "cross_entropy":
         request = replace(request, loss=replace(request.loss, criterion=recipe.criterion))
     _check_alone(request, projection)
+    check_baselines(request)
     request.table.check(request.output.overwrite)
     weighted = weighted_of(request.method)
     joins = weighted[0][0] is not None or recipe.combine is not weighted_sum
@@ -85,11 +88,15 @@ def _show(job: Job, loaded: Loaded, shown: ShownQueries, ranked: Ranked) -> None
     known = loaded_rows(job.train, loaded.reads.tokenizer, by)
     if request.method.self_influence and request.model.task in CLASSES and isinstance(known, DocumentRows):
         known = LabelledRows(known.ids, known.texts, classes_of(loaded, job.train, [*ranked.asked(job.top)]))
+    beside = baselines_of(job, loaded, shown)
+    if beside:
+        shown = replace(shown, beside=beside)
+        console().print(facts(baseline_facts(beside, ranked, job.top)))
     table = print_rankings(
         console(), shown, ranked, known, job.top, show=request.table.show, answers=answers_of(loaded, shown),
         texts=loaded.reads.processor is None,
     )  # fmt: skip
-    export_ranking(table, request.table.paths, by)
+    export_ranking(table, request.table.paths, by, [one.name for one in beside])
 
 
 def weighted_of(method: MethodOptions) -> Weighted:
@@ -144,7 +151,8 @@ def _check_shard(request: ScoreRequest, name: str, recipe: Recipe) -> None:
 
 def _check_alone(request: ScoreRequest, projection: Chain) -> None:
     """Refuse queries beside --self, and blocks that are not told apart."""
-    of_queries = ("query", "query_split", "query_path", "completion", "group_column", "query_loss")
+    of_queries = ("query", "query_split", "query_path", "completion", "against", "query_token", "query_rows",
+                  "group_column", "query_loss")  # fmt: skip
     if request.method.self_influence and (given := request.gave(*of_queries)):
         raise InputError(f"--self has no queries: leave out {given}")
     if request.layers.by_block and joint() in projection.stages:

@@ -121,6 +121,16 @@ def found_method(text: str) -> str:
     return f"{found(path)}:{name}" if colon else text
 
 
+def found_baseline(text: str) -> str:
+    """`embedding:FOLDER` with the path of the folder absolute.
+
+    >>> found_baseline("bm25")
+    'bm25'
+    """
+    kind, colon, path = text.partition(":")
+    return f"{kind}:{found(path)}" if colon else text
+
+
 def found_projection(text: str) -> str:
     """A projection as it is spelled, with the runs that it is read from absolute."""
     from gradfn.transforms.projection import quoted

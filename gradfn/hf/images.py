@@ -1,5 +1,6 @@
 """Rows of images with one class each. An image is read when asked for; the processor makes pixels of it."""
 
+import base64
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -168,6 +169,30 @@ class _Pixels:
                 "give images of one size, or a processor that resizes to one"
             )
         return pixels
+
+
+def thumbnail(images: Images, row: int, side: int = 96) -> str:
+    """A small JPEG of a row, at most `side` pixels wide and high, as a `data:` address.
+
+    Args:
+        images: what `load_images` returned.
+        row: its number.
+
+    Raises:
+        InputError: the image cannot be read by now.
+    """
+    pixels: Any = images.pixels
+    number = int(images.numbers[row])
+    name, data = pixels.files.read(number)
+    try:
+        image, buffer = _decoded(data, "RGB"), BytesIO()
+        image.thumbnail((side, side))
+        image.save(buffer, "JPEG", quality=75)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise what they like
+        raise _unreadable(number, name, error) from error
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _unreadable(row: int, name: str, error: Exception) -> InputError:

@@ -411,6 +411,27 @@ def new_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def blank_model(path: str | Path, task: str, *, revision: str | None = None) -> nn.Module:
+    """A model without the numbers of its weights, which takes no memory: what its config says, and shapes.
+
+    Args:
+        path, task, revision: see `new_model`.
+
+    Raises:
+        InputError: there is no such config, or no model can be made of it, without code of its own.
+    """
+    import transformers
+
+    source, hub = locate_model(path, revision, weights=False)
+    if (adapter := _adapter_of(path, source, hub)) is not None:
+        source, hub = locate_base(adapter)
+    hub["trust_remote_code"] = False
+    config = load_pretrained("model", path, transformers.AutoConfig.from_pretrained, source, **hub)
+    make = getattr(transformers, MODEL_CLASSES[task]).from_config
+    with torch.device("meta"):
+        return load_pretrained("model", path, lambda _: make(config), source)
+
+
 def fresh(model: nn.Module) -> nn.Module:
     """A model of the same architecture, dtype and device with new random weights, in evaluation mode."""
     config: Any = model.config

@@ -14,7 +14,7 @@ from gradfn.linalg.spectrum import Damping, Spectrum
 from gradfn.memory import check_memory
 from gradfn.methods.attribution import Attribution, Joined, Queries
 from gradfn.subject import Subject
-from gradfn.transforms import Dot, SelfDot, Transform, chain, dot, unit_normalize
+from gradfn.transforms import Dot, SelfDot, Transform, UnitNormalize, chain, dot, unit_normalize
 from gradfn.transforms.precondition import Rotate, RotateFlat, digest_of, precondition
 from gradfn.types import Blocks, Data, Rows
 
@@ -73,6 +73,9 @@ class InnerProduct:
         queries = self.solve(queries) if self.solve else queries
         if H is None:
             queries = unit_normalize()(queries) if self.norm == "cosine" else queries
+            match chain(self.row_transform).stages:
+                case (*stages, UnitNormalize()):  # scores are divided, and not every number of a row
+                    return chain(*stages, Dot(queries, unit=True, by_block=by_block))
             return chain(self.row_transform, Dot(queries, unit=self.norm != "none", by_block=by_block))
         if self.norm == "none":
             return chain(self.row_transform, dot(self._powers(queries), by_block=by_block))

@@ -261,11 +261,11 @@ def at_head(
 
 
 @contextmanager
-def replacing(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+def replacing(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Have `replace(name, parameter)` in the place of every parameter of a sharded model while it runs.
 
     A replacement must have the numbers of the parameter in the same memory, which is filled again for the
-    backward pass. None leaves the parameter.
+    backward pass.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -280,8 +280,7 @@ def replacing(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
     def put(places: list[tuple[nn.Module, str, str]], *_: Any) -> None:
         for owner, key, name in () if IDLE.get() else places:
             parameter: Any = owner._parameters[key]
-            if (other := replace(name, parameter)) is not None:
-                owner._parameters[key] = other  # pyright: ignore[reportArgumentType]
+            owner._parameters[key] = replace(name, parameter)  # pyright: ignore[reportArgumentType]
 
     with ExitStack() as undo:
         for module in model.modules():

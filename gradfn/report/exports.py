@@ -25,15 +25,22 @@ FORMULA, NUMBER = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r]"), re.c
 """Texts that a spreadsheet may run (the signs may have full width), and those that are only numbers."""
 
 
-def export_ranking(rows: Sequence[Row], paths: Mapping[str, Path | None], by: str = "example") -> None:
+def export_ranking(
+    rows: Sequence[Row],
+    paths: Mapping[str, Path | None],
+    by: str = "example",
+    baselines: Sequence[str] = (),
+) -> None:
     """Write rankings, a line a row, or a line a share of a score; see `export_table`.
 
     Args:
         by: how finely scores are told apart: "example", "module", "head" or "token".
+        baselines: whose scores and ranks stand beside those of the method.
     """
     lines = [line for row in rows for line in _lines(row)]
     classes = CLASSES if any("label" in row for row in rows) else ()
-    export_table(lines, (*EXPORTED, *FURTHER.get(by, ()), *classes), paths)
+    beside = [column for name in baselines for column in (name, f"{name}_rank")]
+    export_table(lines, (*EXPORTED, *FURTHER.get(by, ()), *classes, *beside), paths)
 
 
 def export_table(lines: Sequence[Row], columns: Sequence[str], paths: Mapping[str, Path | None]) -> None:
@@ -79,7 +86,7 @@ def _lines(row: Row) -> list[dict[str, Any]]:
 def _put_csv(rows: Sequence[Row], columns: Sequence[str], file: Any) -> None:
     writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
     writer.writeheader()
-    writer.writerows({name: _inert(row.get(name)) for name in columns} for row in rows)
+    writer.writerows({name: inert(row.get(name)) for name in columns} for row in rows)
 
 
 def _put_jsonl(rows: Sequence[Row], columns: Sequence[str], file: Any) -> None:
@@ -106,22 +113,22 @@ def _write_text(kind: str, rows: Sequence[Row], columns: Sequence[str], path: Pa
         TEXTS[kind](rows, columns, file)
 
 
-def _inert(value: Any) -> Any:
+def inert(value: Any) -> Any:
     """A cell of a CSV that no spreadsheet takes for a formula: such texts get an apostrophe before them.
 
-    >>> _inert("=1+1"), _inert("a=b"), _inert("-2"), _inert(-2.5)
+    >>> inert("=1+1"), inert("a=b"), inert("-2"), inert(-2.5)
     ("'=1+1", 'a=b', '-2', -2.5)
     """
     if not isinstance(value, str):
         return value
     formula = FORMULA.match(value) and not NUMBER.fullmatch(value)
-    return _whole(f"'{value}" if formula else value)
+    return whole_letters(f"'{value}" if formula else value)
 
 
-def _whole(text: str) -> str:
+def whole_letters(text: str) -> str:
     """A text of which every letter can be written: half of a pair of surrogates becomes \ufffd.
 
-    >>> _whole("a\\ud83d") == "a\ufffd"
+    >>> whole_letters("a\\ud83d") == "a\ufffd"
     True
     """
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -135,7 +142,7 @@ def _write_parquet(rows: Sequence[Row], columns: Sequence[str], path: Path) -> N
     kinds = {**found, **dict.fromkeys(("rank", "row", "document", "position"), pa.int64()),
              **dict.fromkeys(("score", "share"), pa.float64())}  # fmt: skip
     schema = pa.schema([(name, kinds[name]) for name in columns])
-    whole = [{name: _whole(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows]
+    whole = [{name: whole_letters(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows]
     pq.write_table(pa.Table.from_pylist(whole, schema), path)
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from gradfn.data import Corpus
 from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
 from gradfn.hf.answers import Answer
+from gradfn.report.baselines import Baseline
 from gradfn.report.rows import DocumentRows, Ranked, ShownRows, top_shares
 from gradfn.report.tables import NAME_WIDTH, SHOWN_SHARES, Piped, excerpt, facts, ranking
 from gradfn.report.words import clean, count
@@ -29,6 +30,7 @@ class ShownQueries:
         sources: the ids of the rows that are known to teach the answers, None where none is known.
         dampings: of which every query has a column each, those of one damping together; "" is not shown.
         documents: the queries' tokens, where every query is one document; once for all dampings.
+        beside: baselines, of which each row's place is shown.
     """
 
     ids: Sequence[str]
@@ -36,6 +38,7 @@ class ShownQueries:
     sources: Sequence[str | None] = field(default_factory=list)
     dampings: tuple[str, ...] = ("",)
     documents: Corpus | None = None
+    beside: Sequence[Baseline] = ()
 
     def joined(self, name: str) -> "ShownQueries":
         """One for all of them."""
@@ -93,7 +96,8 @@ def print_rankings(
         out.print(facts(_recall(queries, ranked, known.ids, lexical)))
     table = []
     for number, query in enumerate(queries.ids):
-        rows = _lines(ranked, known, number, query, top)
+        rows = [{**row, **_places(queries.beside, int(row["row"]), number)}
+                for row in _lines(ranked, known, number, query, top)]  # fmt: skip
         table.extend(rows)
         if show is not None and number >= show:
             continue
@@ -123,6 +127,15 @@ def _lines(ranked: Ranked, known: ShownRows, query: int, query_id: str, top: int
         table.append({"query": query_id, "side": side, "rank": rank, "score": score,
                       **known.cells(row), **shares})  # fmt: skip
     return table
+
+
+def _places(beside: Sequence[Baseline], row: int, query: int) -> dict[str, Any]:
+    """Scores and places of a row by each baseline, and these in words."""
+    found = {one.name: (one.score(row, query), one.rank(row, query)) for one in beside}
+    cells = {name: score for name, (score, _) in found.items()}
+    cells |= {f"{name}_rank": rank for name, (_, rank) in found.items()}
+    words = ", ".join(f"{name} #{rank}" for name, (_, rank) in found.items())
+    return {**cells, "beside": words} if beside else {}
 
 
 def _lexical(known: ShownRows, queries: ShownQueries, top: int) -> list[list[str]] | None:

@@ -23,18 +23,23 @@ class Ranked:
         shares: of the rows that are shown for a query the share of each block in the score, by
             `(row, query)`; None where not asked for.
         in_order: whether shares are of times, and shown in their order; else the largest are shown.
+        own: the row that each query is, where queries are rows: not shown for it. The queries of one damping
+            stand behind those of another.
     """
 
     proponents: TopK
     opponents: TopK
     shares: Mapping[tuple[int, int], Mapping[str, float]] | None = None
     in_order: bool = False
+    own: Sequence[int] = ()
 
     def shown(self, query: int, top: int) -> Iterator[tuple[str, int, int, float]]:
         """Side, rank, row and score of the first `top` that have the sign of their side."""
         for side, sign, best in (("proponent", 1, self.proponents), ("opponent", -1, self.opponents)):
-            pairs = zip(best.rows[query, :top].tolist(), best.scores[query, :top].tolist(), strict=True)
-            for rank, (row, score) in enumerate(pairs, 1):
+            own = self.own[query % len(self.own)] if self.own else None
+            pairs = zip(best.rows[query].tolist(), best.scores[query].tolist(), strict=True)
+            others = [(row, score) for row, score in pairs if row != own][:top]
+            for rank, (row, score) in enumerate(others, 1):
                 if sign * score > 0:
                     yield side, rank, row, score
 

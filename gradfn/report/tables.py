@@ -88,23 +88,27 @@ def ranking(rows: Sequence[Row], width: int | None) -> Table:
     """Proponents and opponents of one query: rank, score, id and an excerpt that fits in the width.
 
     Before the excerpt of a row that has a `label` stands the model's own class, if it is another.
-    Below a row that has `shares` stand the first `shown` of them.
+    Below a row that has `shares` stand the first `shown` of them; `beside` stands before the text of a row.
 
     Args:
         width: in terminal cells; None: as wide as the ids and texts are.
     """
+    beside = any(row.get("beside") for row in rows)
     table = bare(show_header=False)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis")
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    for _ in range(2 + beside):
+        table.add_column(no_wrap=True, overflow="ellipsis")
     sides = [Text(f"  {row['side']} {row['rank']}") for row in rows]
     scores, ids = [_signed(float(row["score"])) for row in rows], [clean(_name(row)) for row in rows]
     name, room = (None, None) if width is None else _room(width, sides, scores, ids)
-    for row, side, score, which in zip(rows, sides, scores, ids, strict=True):
-        table.add_row(side, score, _cut(which, name), Text(excerpt(_text(row), room)))
+    places = [[Text(str(row["beside"]))] if beside else [] for row in rows]
+    if room is not None and beside:
+        room = max(EXCERPT_WIDTH, room - 2 - _longest(place for (place,) in places))
+    for row, side, score, which, place in zip(rows, sides, scores, ids, places, strict=True):
+        table.add_row(side, score, _cut(which, name), *place, Text(excerpt(_text(row), room)))
         for block, share in row.get("shares", ())[: row.get("shown")]:
-            table.add_row("", _signed(share), "", _cut(clean(block), room))
+            table.add_row("", _signed(share), "", *([""] if beside else []), _cut(clean(block), room))
     return table
 
 

@@ -157,7 +157,11 @@ class Store:
                     if own.wider(specs[name]) != specs[name]:
                         raise ValueError(f"{name} is {own} there")
                     dataset = own_dataset(file, name, (last - first, *own.shape), own.stored_dtype)
-                    rows[begin - start : end - start] = dataset[begin - first : end - first]
+                    there_rows, here = slice(begin - first, end - first), slice(begin - start, end - start)
+                    if own == specs[name] and begin < end:
+                        dataset.read_direct(rows, there_rows, here)
+                    else:  # texts of another width
+                        rows[here] = dataset[there_rows]
         return out
 
 

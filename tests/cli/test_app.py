@@ -145,7 +145,8 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "no_biases",
     "trust_remote_code", "no_special_tokens", "revision", "dataset_revision", "tokenizer", "chunk_length",
     "query_split", "product", "iterations", "tolerance", "scale", "minibatches", "segments", "optimizer",
-    "normalize", "training", "steps", "replay_slots", "curvature",
+    "normalize", "training", "steps", "replay_slots", "curvature", "against", "query_token", "query_rows",
+    "baseline",
 }  # fmt: skip
 PAIRED = {"prompt_column": "completion_column", "completion_column": "prompt_column"}
 

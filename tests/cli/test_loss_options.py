@@ -482,4 +482,4 @@ def test_a_loss_for_stored_queries_is_refused(command, store, model, corpus):
     for arguments in (("query", store), ("score", "--model", model, "--dataset", corpus)):
         result = command(*arguments, "--query-path", store, "--query-loss", "log-odds")
         assert (result.status, result.err.count("\n")) == (2, 1)
-        assert "the queries of --query-path have their loss already: leave out --query-loss" in result.err
+        assert "the queries of --query-path are gradients already: leave out --query-loss" in result.err

@@ -506,3 +506,22 @@ def test_the_facts_about_a_model_are_freed_with_it():
     del model
     gc.collect()
     assert gone() is None
+
+
+class Faint(nn.Module):
+    """A layer whose share of the output is as small as asked, beside one that is not attributed."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.seen, self.beside = size, Tripled(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.size * self.seen(x) + self.beside(x)
+
+
+@pytest.mark.parametrize(("size", "probed"), [(1e-3, False), (1e-17, True)])
+def test_a_gradient_that_is_rounding_next_to_weights_left_out_is_not_compared(size, probed):
+    model = randomize(Faint(size), 0).double()
+    engine = probe_engine(model, Squares(model), view=View(include=["seen"]))
+    engine(collate([{"x": row["x"].double()} for row in rows_for(ROW)]))
+    assert [site.probed for site in engine.sites] == [probed]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks
+from gradfn.evaluate.lexical import NOT_FOUND, bm25_ranks, bm25_scores
 
 TEXTS = [
     "Lima is the capital of Peru",
@@ -37,6 +37,16 @@ def test_ranks_are_those_of_the_formula():
     ranks = bm25_ranks(texts, [query], len(texts))[0]
     assert ranks[: len(expected)].tolist() == expected.tolist()
     assert set(ranks[len(expected) :]) <= {NOT_FOUND}
+
+
+def test_scores_are_the_formula():
+    generator = np.random.default_rng(1)
+    words = ["alpha", "beta", "gamma", "delta", "omega"]
+    texts = [" ".join(generator.choice(words, generator.integers(1, 9))) for _ in range(12)]
+    queries = ["alpha omega", "none", "beta beta delta"]
+    expected = np.stack([bm25(texts, query) for query in queries], 1)
+    np.testing.assert_allclose(bm25_scores(texts, queries), expected, rtol=1e-5)
+    assert not bm25_scores(["a", ""], ["a"]).any()
 
 
 def test_each_query_has_its_own_ranks():
