@@ -43,10 +43,11 @@ def main(folder):
         assert gf.model.model_fingerprint(model) == gf.model.model_fingerprint(whole)
         loss = gf.causal_lm_loss(model)
         assert loss.fused_head
-        for transform in (None, gf.project(4)):
+        everything = gf.View(include=["*"])  # the embedding and the head too, which are sharded by themselves
+        for transform, view in ((None, None), (gf.project(4), None), (gf.project(4), everything)):
             if mine := parts[rank]:
-                got = gf.collect(model, mine, transform, loss=loss, token_batch_size=30)
-                want = gf.collect(whole, mine, transform, token_batch_size=30)
+                got = gf.collect(model, mine, transform, loss=loss, view=view, token_batch_size=30)
+                want = gf.collect(whole, mine, transform, view=view, token_batch_size=30)
                 for name, block in want.items():
                     torch.testing.assert_close(got[name], block, rtol=1e-9, atol=1e-9)
     norm = bytes_of(whole.model.norm.parameters())

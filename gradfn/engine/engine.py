@@ -26,7 +26,15 @@ from gradfn.engine.attention import fast_attention
 from gradfn.engine.contract import Contract, lower_for, no_factors, no_tokens
 from gradfn.engine.journal import as_function
 from gradfn.engine.reference import definition, one_number
-from gradfn.engine.tap import Forward, ProbeError, RepeatedCallError, attached, make_slots, refuse_attached
+from gradfn.engine.sharded import check_sharded, not_again, sharded_blocks
+from gradfn.engine.tap import (
+    Forward,
+    ProbeError,
+    RepeatedCallError,
+    attached,
+    make_slots,
+    refuse_attached,
+)
 from gradfn.engine.verify import (
     ModelFacts,
     drops_tokens,
@@ -41,7 +49,7 @@ from gradfn.memory import CountBytes
 from gradfn.model.layers import Layer
 from gradfn.model.left_out import dropped_matrices
 from gradfn.model.params import evaluating, params_of
-from gradfn.model.sharded import check_turns, starts_of, turns_of
+from gradfn.model.sharded import turns_of
 from gradfn.model.sites import Site, View, blocks_of, find_sites, output_head
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import Lowered
@@ -196,7 +204,8 @@ class Engine:
     def _retry(self, run: Callable[[Batch], Result], batch: Batch) -> Result:
         """Run, and run again whenever that taught the engine something about the model."""
         if turns_of(self.model) is not None:
-            return run(batch)  # a pass that ends in the middle would leave the other processes in theirs
+            with not_again():  # a pass that ends in the middle leaves the other processes in theirs
+                return run(batch)
         while True:
             try:
                 return run(batch)
@@ -309,12 +318,14 @@ class Engine:
             counts = positions(batch, site.path) if positions and plan.of_factors else None
             return make(plan, layer, site.path, size, tokens, counts, padded="input_ids" in batch)
 
+        if turns_of(self.model) is not None:
+            forward = self._forward(batch, slots, contract, _size(batch))
+            return sharded_blocks(self.model, self.sites, self.loss, batch, forward)
         losses = self._losses(batch, slots, contract)
         if not slots or not losses.requires_grad:
             return {name: torch.zeros_like(slot) for name, slot in slots.items()}, losses
-        inputs = [*slots.values(), *starts_of(self.model)]
-        grads = torch.autograd.grad(losses.sum(), inputs, materialize_grads=True)
-        return dict(zip(slots, grads, strict=False)), losses
+        grads = torch.autograd.grad(losses.sum(), list(slots.values()), materialize_grads=True)
+        return dict(zip(slots, grads, strict=True)), losses
 
     def _one_by_one(self, batch: Batch) -> tuple[Blocks, Tensor]:
         """The same, one row of the batch at a time."""
@@ -334,15 +345,13 @@ class Engine:
         size = _size(batch)
         batched: Callable[[Batch], Tensor] | None = getattr(self.loss, "batched", None)
 
-        def probes(slots: Blocks, **of: int | Tensor | None) -> AbstractContextManager[None]:
-            forward = Forward(
-                slots, contract, copy=self.facts.copies, on_repeat=self._on_repeat,
-                on_rows=partial(self._on_rows, batch), **of,  # pyright: ignore[reportArgumentType]
-            )  # fmt: skip
-            return attached(self.sites, forward.use)
+        def probes(
+            slots: Blocks, size: int | None = None, mark: Tensor | None = None
+        ) -> AbstractContextManager[None]:
+            return attached(self.sites, self._forward(batch, slots, contract, size, mark).use)
 
         if batched is not None:
-            with as_function(self.model), probes(slots, size=size), fast_attention():
+            with as_function(self.model), probes(slots, size), fast_attention():
                 return one_number(batched(batch), size)
         params = params_of(self.model)
         if self.facts.singly:
@@ -366,6 +375,19 @@ class Engine:
                 raise
             self.facts.singly = True  # vmap cannot map over the model's code
             raise LearnedError from error
+
+    def _forward(
+        self,
+        batch: Batch,
+        slots: Blocks,
+        contract: MakeContract,
+        size: int | None,
+        mark: Tensor | None = None,
+    ) -> Forward:
+        return Forward(
+            slots, contract, size, mark, copy=self.facts.copies, on_repeat=self._on_repeat,
+            on_rows=partial(self._on_rows, batch),
+        )  # fmt: skip
 
     def _on_repeat(self, site: Site) -> None:
         if site.block not in self.facts.shared:
@@ -420,16 +442,6 @@ def _warn_of_dropped(model: nn.Module, sites: Sequence[Site]) -> None:
         )
 
 
-def _check_sharded(model: nn.Module, loss: LossFn) -> None:
-    """Refuse a sharded model that is not run in turns, or of whose loss only the definition is there."""
-    check_turns(model)
-    if turns_of(model) is not None and not hasattr(loss, "batched"):
-        raise InputError(
-            "the loss is a function of whole weights, and the model is sharded: give a loss with a `batched` "
-            "form, such as gf.causal_lm_loss(model)"
-        )
-
-
 def probe_engine(
     model: nn.Module, loss: LossFn, transform: Transform | None = None, *, view: View | None = None
 ) -> Engine:
@@ -463,7 +475,7 @@ def probe_engine(
     """
     view = view or View()
     sites = find_sites(model, view)
-    _check_sharded(model, loss)
+    check_sharded(model, loss)
     if not (view.include or view.exclude or hasattr(model, "peft_config")):
         _warn_of_dropped(model, sites)
     facts = facts_of(model, loss, sites)

@@ -200,7 +200,7 @@ def make_slots(plans: Mapping[str, BlockPlan], size: int, tokens: Sequence[int] 
     }
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether a backward pass is running: a forward inside it recomputes what checkpointing dropped."""
     return torch._C._current_graph_task_id() != -1
 
@@ -299,12 +299,12 @@ class Tapped:
             yield
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not (_recomputing() or self._explicit or self._off):
+        if torch.is_grad_enabled() and not (recomputing() or self._explicit or self._off):
             rows = (len(v) for v in tree_leaves((args, named)) if isinstance(v, Tensor) and v.ndim)
             self._begin(self.rows or next(rows, 0))
 
     def _after(self, *_: Any) -> None:
-        if not _recomputing() and not self._explicit:
+        if not recomputing() and not self._explicit:
             self._open = None
 
     def _begin(self, rows: int, segments: Segments | None = None) -> None:
@@ -331,7 +331,7 @@ class Tapped:
         if self._off or not torch.is_grad_enabled():
             return y
         path = sites[0].path or "root"
-        if _recomputing():
+        if recomputing():
             # Only what a recomputed probe saves is used, which is the same for all passes of one batch size.
             if not self._forwards or not any(self._forwards[-1].uses[site.block] for site in sites):
                 raise InputError(

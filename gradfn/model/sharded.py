@@ -11,11 +11,13 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gradfn.errors import InputError
 from gradfn.model.params import evaluating
@@ -107,7 +109,12 @@ class Turns:
         undo = ExitStack()
         # Before the hook of FSDP2 that gathers weights.
         undo.callback(model.register_forward_pre_hook(self._before, prepend=True).remove)
-        undo.callback(embedding.register_forward_hook(self._begin).remove)
+        # The backward pass gathers where what a module returned has a gradient. To be the same in all
+        # processes, with a probe or without, that of the embedding always has one, before the hook of FSDP2,
+        # and that of the head is no longer that of the model, behind it.
+        undo.callback(embedding.register_forward_hook(self._begin, prepend=True).remove)
+        if (head := output_head(model)) is not None:
+            undo.callback(head.register_forward_hook(_copied).remove)
         undo.callback(_TURNS.pop, model, None)
         return undo.close
 
@@ -120,6 +127,10 @@ class Turns:
         if torch.is_grad_enabled():
             self.start = y.requires_grad_()
         return y
+
+
+def _copied(_: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+    return y.clone() if torch.is_grad_enabled() else y
 
 
 def turns_of(model: nn.Module) -> Turns | None:
@@ -253,11 +264,30 @@ def at_head(
     def forward(hidden: Float[Tensor, "batch tokens dim"]) -> Tensor:
         return stock(hidden) if IDLE.get() else of_hidden(hidden)
 
-    head.forward = forward
-    try:
+    with patch.object(head, "forward", forward):
         return model(input_ids=input_ids, use_cache=False).logits
-    finally:
-        del head.forward
+
+
+@contextmanager
+def dropping(model: nn.Module) -> Iterator[None]:
+    """Have the blocks of a sharded model keep their input alone, and compute the rest again in the backward.
+
+    The backward pass must run inside too. A block gathers its weights once for both.
+
+    Source: `torch.utils.checkpoint`; Chen et al., arXiv:1604.06174.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    def forward(stock: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        if IDLE.get() or not torch.is_grad_enabled():
+            return stock(*args, **named)
+        return checkpoint(stock, *args, use_reentrant=False, preserve_rng_state=False, **named)
+
+    with ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, FSDPModule) and module is not model and any(module.children()):
+                undo.enter_context(patch.object(module, "forward", partial(forward, module.forward)))
+        yield
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A model that processes hold together: what each makes of its rows is what a whole model makes of them."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -25,6 +26,23 @@ def test_rows_memory_and_verification(count, tmp_path):
     ended = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.count(f"of {count} is done") == count
+
+
+def test_blocks_compute_again_what_they_dropped_until_the_backward_pass():
+    rows = [{"input_ids": torch.arange(1, 9)}]
+    with alone():
+        plain = make_model().double()
+        model = gf.model.shard_model(copy.deepcopy(plain).requires_grad_(False))
+        calls = []
+        model.model.layers[1].mlp.act_fn.register_forward_pre_hook(lambda *_: calls.append(1))
+        with gf.model.in_turns(model):
+            loss = gf.causal_lm_loss(model)
+            gf.collect(model, rows, loss=loss)  # which verifies the probes
+            calls.clear()
+            got = gf.collect(model, rows, loss=loss)
+    want = gf.collect(plain, rows)
+    assert len(calls) == 2
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 class Played(Turns):
