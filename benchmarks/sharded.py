@@ -26,7 +26,8 @@ folder = sys.argv.pop(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-atexit.register(lambda: open(folder + "/peak-" + os.environ.get("RANK", "0"), "w").write(str(peak() - before)))
+out = folder + "/peak-" + os.environ.get("RANK", "0")
+atexit.register(lambda: open(out, "w").write(str(peak() - before)))
 from gradfn.cli import main
 main()
 """

@@ -91,13 +91,15 @@ def test_more_processes_than_rows(ok, model, folder):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_started_again_and_goes_on(folder, model, base, store):
+@pytest.mark.parametrize("more", [(), ("--fsdp",)])
+def test_a_process_that_is_killed_is_started_again_and_goes_on(folder, model, base, store, more):
     rows = write_jsonl(folder / "many.jsonl", [{"text": DOCUMENTS[n % 12]["text"]} for n in range(3000)])
-    asked = ("--model", model, "--dataset", rows, "--token-batch-size", 64)
-    process, killed = start(2, "build", folder / "killed", *asked, restarts=3), 0
+    asked = ("--model", model, "--dataset", rows, "--token-batch-size", 64, *more)
+    run = folder / f"killed{len(more)}"
+    process, killed = start(2, "build", run, *asked, restarts=3), 0
     until = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < until:
-        done = [*(folder / "killed").glob("shards/2-of-2/segments/*.h5")]
+        done = [*run.glob("shards/2-of-2/segments/*.h5")]
         if len(done) > killed and killed < 1:
             for child in children_of(process.pid):
                 if "RANK=1" in environment_of(child).split("\0"):
@@ -108,7 +110,7 @@ def test_a_process_that_is_killed_is_started_again_and_goes_on(folder, model, ba
     out, err = process.communicate(timeout=10)
     assert (process.returncode, killed) == (0, 1), err
     assert "3,000 rows" in out or "[2 shards]" in out
-    with open_store(folder / "killed") as made:
+    with open_store(run) as made:
         assert made.rows == 3000
 
 
