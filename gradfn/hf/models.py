@@ -423,7 +423,7 @@ def blank_model(path: str | Path, task: str, *, revision: str | None = None) -> 
     import transformers
 
     source, hub = locate_model(path, revision, weights=False)
-    if (adapter := _adapter_of(path, source, hub)) is not None:
+    if (adapter := adapter_of(path, source, hub)) is not None:
         source, hub = locate_base(adapter)
     hub["trust_remote_code"] = False
     config = load_pretrained("model", path, transformers.AutoConfig.from_pretrained, source, **hub)
