@@ -229,6 +229,11 @@ def _processes(made: Any, command: Callable[[Any], None]) -> None:
     from gradfn.runs.processes import started
 
     processes = started()
+    if processes is None and made.sharded:
+        raise InputError(
+            "--fsdp shards the model over processes, and this is the only one: start several with torchrun "
+            f"--nproc-per-node N -m gradfn {made.COMMAND} ..."
+        )
     command(made) if processes is None else run_together(made, command, processes)
 
 
@@ -248,7 +253,8 @@ def runner(request: type[Request]) -> Callable[[Any], None]:
         WATCH.set(progress_bar)
         SPOKEN.set("nowhere" if made.quiet else "err" if STDOUT in tables else "out")
         try:
-            _processes(made, command) if "LOCAL_RANK" in os.environ else command(made)
+            together = "LOCAL_RANK" in os.environ or made.sharded
+            _processes(made, command) if together else command(made)
         except KeyboardInterrupt as stop:  # typer makes status 130 of it, without a word
             print(f"gradfn: stopped; {stop}" if str(stop) else "gradfn: stopped", file=sys.stderr)
             raise

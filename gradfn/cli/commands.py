@@ -275,7 +275,7 @@ class RetrainRequest(ModelRequest):
     subsets: SubsetOptions = group(SubsetOptions)
     training: TrainingOptions = group(TrainingOptions)
     seed: int = option(0, "Of subsets, data orders, new weights, and what masked-lm masks.", panel="Subsets")
-    output: RunOptions = group(RunOptions)
+    output: RunOptions = group(RunOptions, fsdp=None)
 
 
 @dataclass(frozen=True, kw_only=True)

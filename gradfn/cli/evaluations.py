@@ -10,7 +10,7 @@ from gradfn.cli.request import Request, argument, found, group, option
 from gradfn.cli.values import paths
 
 SCORED = "What gradfn score RUN wrote"
-ALONE: dict[str, Any] = {"shard": None}
+ALONE: dict[str, Any] = {"shard": None, "fsdp": None}
 """A run that is not written in parts."""
 
 

@@ -26,14 +26,17 @@ from gradfn.hf.locate import has_no_tokenizer
 from gradfn.hf.masking import masking_of
 from gradfn.hf.models import check_device, infer_task, load_model, new_model, say_once
 from gradfn.hf.reader import Reader
+from gradfn.hf.sharded import load_sharded
 from gradfn.hf.texts import begins_twice
 from gradfn.hf.tokenizers import load_tokenizer
 from gradfn.model.adapters import added_parameters
 from gradfn.model.fingerprint import model_fingerprint
 from gradfn.model.losses import causal_lm_loss, model_loss
 from gradfn.model.sites import View, output_head
+from gradfn.model.spread import class_of
 from gradfn.report.summaries import Facts, batches_facts, cut_facts, subject_facts
 from gradfn.report.tables import facts
+from gradfn.runs.processes import TURNS
 from gradfn.runs.provenance import loss_source
 from gradfn.store.directory import check_place
 from gradfn.subject import Subject
@@ -200,7 +203,7 @@ def load_subject(request: ModelRequest) -> Loaded:
         request.model, how, view, loss.reference if kl else None, request.seed, request.new_weights
     )
     if not request.gave("task", "training") and anchored(loaded.path) != anchored(example.MODEL):
-        kind = type(loaded.model).__name__
+        kind = class_of(loaded.model).__name__
         loaded = loaded.noting(("task", f"{flag_of(loaded.reads.task)}, which a {kind} is for"))
     asked = request.query_loss or loss.criterion
     if asked == loss.criterion:
@@ -344,6 +347,10 @@ def load_as_asked(
         "task": task, "revision": revision, "device": options.device,
         "attention": options.attention, "trust_remote_code": options.trust_remote_code,
     }  # fmt: skip
+    if (turns := TURNS.get()) is not None:
+        sharded = {name: value for name, value in how.items() if name != "task"}
+        turns.attach(model := load_sharded(path, **sharded))
+        return model
     model = load_model(path, **how) if new_weights is None else new_model(path, **how, seed=new_weights)
     config: Any = model.config
     if task == "regression" and config.num_labels != 1:

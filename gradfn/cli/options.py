@@ -136,6 +136,7 @@ _BY_TIME = f"{_BY[:-1]}; time: a row in all, and what each checkpoint (of inrun,
 
 _STORED_BY = "What a gradient belongs to: a row and module; one attention head of it; a token of a row."
 _SHARD = "I/N: do the I-th of N parts of the rows, or models, as an array's job; gradfn merge joins them."
+_FSDP = "Under torchrun: hold one copy of the model in all processes together, 1/N in each (FSDP2)."
 
 # --- groups
 
@@ -493,4 +494,5 @@ class RunOptions:
 
     PANEL: ClassVar[str] = OUTPUT
     shard: "Shard | None" = option(None, _SHARD, parse=shard)
+    fsdp: bool = option(False, _FSDP)
     overwrite: bool = option(False, "Replace a table that is there, and a run that was made otherwise.")

@@ -99,7 +99,9 @@ _OPTIONS: dict[tuple[str, str], There] = {
     (ANY, "reshape-to-square"): _refused("flatten blocks with --projection sjlt:4096, say"),
     (ANY, "subset"): _refused("a subset stands behind the name of its dataset: --dataset DATASET:SUBSET"),
     (ANY, "max-tokens"): _refused("take the first rows with --split 'train[:1000]'"),
-    (ANY, "fsdp"): _refused("a process runs one whole model: split rows with --shard I/N", 0),
+    (ANY, "fsdp"): _refused(
+        "it shards the model of build, hessian and score, under torchrun; split rows with --shard I/N", 0
+    ),
     (ANY, "nproc-per-node nnode"): _refused(
         "it is an option of torchrun: torchrun --nproc-per-node N -m gradfn ..."
     ),

@@ -118,6 +118,11 @@ class Request:
     quiet: bool = option(False, "Print nothing but errors.", panel=OUTPUT)
     given: Given = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether its model is to be sharded over processes."""
+        return bool(self.given.get("fsdp"))
+
     def gave(self, *names: str) -> str | None:
         """The first of these options that the user gave, as it is spelled."""
         return next((flag(name) for name in names if name in self.given), None)

@@ -12,11 +12,13 @@ from gradfn.cli.commands import BuildRequest, HessianRequest, RetrainRequest, Sc
 from gradfn.cli.console import SPOKEN, console
 from gradfn.cli.merge import merged_facts
 from gradfn.cli.request import make
+from gradfn.cli.sharding import check_sharded, hold_shard, return_memory
 from gradfn.errors import InputError
+from gradfn.model.sharded import END, Turns
 from gradfn.report.progress import QUIET
 from gradfn.report.tables import facts
 from gradfn.runs.merge import SUMS, Joined, merge_run
-from gradfn.runs.processes import TOGETHER, Processes
+from gradfn.runs.processes import TOGETHER, TURNS, Processes
 from gradfn.runs.shards import FOLDER, Shard, TooManyShards, kind_name, shard_run, shards_of
 from gradfn.statistics.fold import passes
 from gradfn.store import remove_kind
@@ -29,6 +31,10 @@ OTHERS_WAIT_S = 3.0
 def run_together(made: Any, command: Callable[[Any], None], processes: Processes) -> None:
     """Run a command in all processes, and tell an error once."""
     try:
+        if made.sharded:
+            check_sharded(made)
+            return_memory()
+            TURNS.set(Turns())
         _check(made, processes)
         _share(made, command, processes)
     except (InputError, OSError, RuntimeError):
@@ -103,27 +109,46 @@ def _share(made: Any, command: Callable[[Any], None], processes: Processes) -> N
         if first:
             joined = merge_run(run, overwrite=overwrite)
         processes.wait()
-    if not first:
-        return
-    if joined:
+    if first and joined:
         console().print(facts(merged_facts(joined)))
         shutil.rmtree(run / FOLDER, ignore_errors=True)
-    if there or isinstance(made, ScoreRequest):
+    if not (there or isinstance(made, ScoreRequest)):
+        return
+    if first:
         command(made)
+    elif TURNS.get() is not None:
+        hold_shard(_here(made, processes))
+    _end_turns()
 
 
 def _do_part(made: Any, command: Callable[[Any], None], processes: Processes, *, quiet: bool) -> None:
-    """Run the command for the part of a process."""
-    given = {name: value for name, value in made.given.items() if name not in SHOWN}
-    if made.model.device == "cuda":
-        given["device"] = f"cuda:{processes.local}"
-    part = make(type(made), {**given, "shard": str(processes.shard)})
+    """Run the command for the part of a process, or hold a shard of the model for those that have one."""
+    if processes.idle:
+        hold_shard(_here(made, processes))
+        return _end_turns()
+    part = _here(made, processes, shard=str(processes.shard))
     silent, spoken = QUIET.set(processes.rank > 0 or made.quiet), SPOKEN.get()
     together = TOGETHER.set(processes)
     SPOKEN.set("nowhere" if quiet else spoken)
     try:
         command(part)
+        _end_turns()
     finally:
         QUIET.reset(silent)
         SPOKEN.set(spoken)
         TOGETHER.reset(together)
+
+
+def _here(made: Any, processes: Processes, **more: str) -> Any:
+    """The request on this process's own device, without the files that the first one writes in the end."""
+    given = {name: value for name, value in made.given.items() if name not in SHOWN}
+    if made.model.device == "cuda":
+        given["device"] = f"cuda:{processes.local}"
+    return make(type(made), {**given, **more})
+
+
+def _end_turns() -> None:
+    """Run the model for the others until all processes are done with it."""
+    if (turns := TURNS.get()) is not None:
+        turns.take(END)
+        turns.model = None

@@ -26,7 +26,15 @@ from gradfn.engine.attention import fast_attention
 from gradfn.engine.contract import Contract, lower_for, no_factors, no_tokens
 from gradfn.engine.journal import as_function
 from gradfn.engine.reference import definition, one_number
-from gradfn.engine.tap import Forward, ProbeError, RepeatedCallError, attached, make_slots, refuse_attached
+from gradfn.engine.sharded import check_sharded, not_again, sharded_blocks
+from gradfn.engine.tap import (
+    Forward,
+    ProbeError,
+    RepeatedCallError,
+    attached,
+    make_slots,
+    refuse_attached,
+)
 from gradfn.engine.verify import (
     ModelFacts,
     drops_tokens,
@@ -41,6 +49,7 @@ from gradfn.memory import CountBytes
 from gradfn.model.layers import Layer
 from gradfn.model.left_out import dropped_matrices
 from gradfn.model.params import evaluating, params_of
+from gradfn.model.sharded import turns_of
 from gradfn.model.sites import Site, View, blocks_of, find_sites, output_head
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import Lowered
@@ -194,6 +203,9 @@ class Engine:
 
     def _retry(self, run: Callable[[Batch], Result], batch: Batch) -> Result:
         """Run, and run again whenever that taught the engine something about the model."""
+        if turns_of(self.model) is not None:
+            with not_again():  # a pass that ends in the middle leaves the other processes in theirs
+                return run(batch)
         while True:
             try:
                 return run(batch)
@@ -231,6 +243,12 @@ class Engine:
     def _leave_unprobed(self) -> None:
         unprobed = self.facts.unprobed
         self.sites = [replace(s, probed=s.probed and s.block not in unprobed) for s in self.sites]
+        bare = next((site for site in self.sites if not site.probed), None)
+        if bare is not None and turns_of(self.model) is not None:
+            raise InputError(
+                f"the gradient of {bare.path} takes its whole weight, and the model is sharded: exclude it, "
+                "or load the model whole"
+            )
 
     def _verify(self, batch: Batch) -> None:
         size, verified = min(2, _size(batch)), self.facts.of(batch)
@@ -252,6 +270,11 @@ class Engine:
     def _examine(self, pair: Batch) -> None:
         """Find out, once, how the loss has to be computed, from plain autograd of one example."""
         if self.facts.plain is not None:
+            return
+        quantised = any(not site.weight.is_floating_point() for site in self.sites)
+        # Whose weights autograd cannot have in one piece.
+        if (quantised and hasattr(self.loss, "batched")) or turns_of(self.model) is not None:
+            self.facts.plain, self.facts.singly = True, drops_tokens(self.loss, self.model, pair)
             return
         weights = [site.weight for site in self.sites]
         self.facts.plain = rebinds_modules(self.loss, self.model, weights, _example(pair, 0))
@@ -295,6 +318,9 @@ class Engine:
             counts = positions(batch, site.path) if positions and plan.of_factors else None
             return make(plan, layer, site.path, size, tokens, counts, padded="input_ids" in batch)
 
+        if turns_of(self.model) is not None:
+            forward = self._forward(batch, slots, contract, _size(batch))
+            return sharded_blocks(self.model, self.sites, self.loss, batch, forward)
         losses = self._losses(batch, slots, contract)
         if not slots or not losses.requires_grad:
             return {name: torch.zeros_like(slot) for name, slot in slots.items()}, losses
@@ -319,15 +345,13 @@ class Engine:
         size = _size(batch)
         batched: Callable[[Batch], Tensor] | None = getattr(self.loss, "batched", None)
 
-        def probes(slots: Blocks, **of: int | Tensor | None) -> AbstractContextManager[None]:
-            forward = Forward(
-                slots, contract, copy=self.facts.copies, on_repeat=self._on_repeat,
-                on_rows=partial(self._on_rows, batch), **of,  # pyright: ignore[reportArgumentType]
-            )  # fmt: skip
-            return attached(self.sites, forward.use)
+        def probes(
+            slots: Blocks, size: int | None = None, mark: Tensor | None = None
+        ) -> AbstractContextManager[None]:
+            return attached(self.sites, self._forward(batch, slots, contract, size, mark).use)
 
         if batched is not None:
-            with as_function(self.model), probes(slots, size=size), fast_attention():
+            with as_function(self.model), probes(slots, size), fast_attention():
                 return one_number(batched(batch), size)
         params = params_of(self.model)
         if self.facts.singly:
@@ -351,6 +375,19 @@ class Engine:
                 raise
             self.facts.singly = True  # vmap cannot map over the model's code
             raise LearnedError from error
+
+    def _forward(
+        self,
+        batch: Batch,
+        slots: Blocks,
+        contract: MakeContract,
+        size: int | None,
+        mark: Tensor | None = None,
+    ) -> Forward:
+        return Forward(
+            slots, contract, size, mark, copy=self.facts.copies, on_repeat=self._on_repeat,
+            on_rows=partial(self._on_rows, batch),
+        )  # fmt: skip
 
     def _on_repeat(self, site: Site) -> None:
         if site.block not in self.facts.shared:
@@ -427,7 +464,8 @@ def probe_engine(
         `attention_mask` masks.
 
     Raises:
-        InputError: no weight to attribute.
+        InputError: no weight to attribute; a sharded model outside of `gf.model.in_turns`, or with a loss
+            that has no batched form.
 
     >>> net = nn.Linear(3, 1)
     >>> def loss(params, e):
@@ -437,6 +475,7 @@ def probe_engine(
     """
     view = view or View()
     sites = find_sites(model, view)
+    check_sharded(model, loss)
     if not (view.include or view.exclude or hasattr(model, "peft_config")):
         _warn_of_dropped(model, sites)
     facts = facts_of(model, loss, sites)

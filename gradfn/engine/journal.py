@@ -88,7 +88,7 @@ def _nothing(*_: Any, **__: Any) -> Iterator[None]:
 
 
 @contextmanager
-def as_function(model: nn.Module) -> Iterator[Journal]:
+def as_function(model: nn.Module, *, drops: bool = False) -> Iterator[Journal]:
     """Run a model as a function of parameters and inputs.
 
     What modules set on themselves is undone at the end, such as a cache that grows with the longest sequence
@@ -100,6 +100,7 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
     Args:
         model: whose parameters are put back too. `functional_call` leaves plain tensors behind in a module
             that the model contains twice, or that registers its parameters anew.
+        drops: let `torch.utils.checkpoint` drop what it is for, because the backward pass runs inside too.
 
     >>> class Counts(nn.Module):
     ...     calls = 0
@@ -138,8 +139,9 @@ def as_function(model: nn.Module) -> Iterator[Journal]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(F, "batch_norm", _batch_norm))
-        stack.enter_context(patch.object(checkpoint, "CheckpointFunction", _Called))
-        stack.enter_context(patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _nothing))
+        if not drops:
+            stack.enter_context(patch.object(checkpoint, "CheckpointFunction", _Called))
+            stack.enter_context(patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _nothing))
         for name, function in zip(stock, (set_attribute, register_buffer, convert), strict=True):
             stack.enter_context(patch.object(nn.Module, name, function))
         try:

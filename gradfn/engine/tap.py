@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from gradfn.engine.contract import Contract, Segments, lower_for, no_factors
 from gradfn.errors import InputError
 from gradfn.model.layers import Layer, in_full_precision
+from gradfn.model.sharded import IDLE
 from gradfn.model.sites import Site, View, find_sites
 from gradfn.transforms import Transform, chain
 from gradfn.transforms.lower import BlockPlan, Lowered
@@ -175,13 +176,17 @@ def attached(sites: Sequence[Site], use: Callable[..., Any]) -> Iterator[None]:
         if site.probed:
             by_module.setdefault(site.module, []).append(site)
     refuse_attached(sites)
+
+    def seen(sites: Sequence[Site], name: str, x: Any, y: Any, *call: Any) -> Any:
+        return y if IDLE.get() else use(sites, name, x, y, *call)
+
     with ExitStack() as undo:
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # the fast path does not call the modules' hooks
         for module, own in by_module.items():
             _ATTACHED.add(module)
             undo.callback(_ATTACHED.discard, module)
-            undo.callback(own[0].attach(module, partial(use, own)))
+            undo.callback(own[0].attach(module, partial(seen, own)))
         yield
 
 
@@ -195,7 +200,7 @@ def make_slots(plans: Mapping[str, BlockPlan], size: int, tokens: Sequence[int] 
     }
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether a backward pass is running: a forward inside it recomputes what checkpointing dropped."""
     return torch._C._current_graph_task_id() != -1
 
@@ -294,12 +299,12 @@ class Tapped:
             yield
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not (_recomputing() or self._explicit or self._off):
+        if torch.is_grad_enabled() and not (recomputing() or self._explicit or self._off):
             rows = (len(v) for v in tree_leaves((args, named)) if isinstance(v, Tensor) and v.ndim)
             self._begin(self.rows or next(rows, 0))
 
     def _after(self, *_: Any) -> None:
-        if not _recomputing() and not self._explicit:
+        if not recomputing() and not self._explicit:
             self._open = None
 
     def _begin(self, rows: int, segments: Segments | None = None) -> None:
@@ -326,7 +331,7 @@ class Tapped:
         if self._off or not torch.is_grad_enabled():
             return y
         path = sites[0].path or "root"
-        if _recomputing():
+        if recomputing():
             # Only what a recomputed probe saves is used, which is the same for all passes of one batch size.
             if not self._forwards or not any(self._forwards[-1].uses[site.block] for site in sites):
                 raise InputError(

@@ -8,7 +8,7 @@ for each example alone. A weight whose blocks differ has no probe from then on. 
 remembered with the model, for the next engine of the same loss and weights.
 """
 
-from collections.abc import Collection, Hashable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from gradfn.engine.reference import one_number
 from gradfn.errors import InputError
 from gradfn.linalg.kron import Kron
 from gradfn.model.params import params_of
+from gradfn.model.sharded import replacing, turns_of
 from gradfn.model.sites import Site
 from gradfn.transforms import project
 from gradfn.types import Batch, Blocks, Example, LossFn, Params
@@ -245,7 +246,7 @@ def unequal_blocks(
         krons: the maps that projected them.
         loss, model, sites, batch: what they are gradients of. Quantised weights have no gradient to compare.
     """
-    params = {n: p for n, p in params_of(model).items() if p.is_floating_point()}
+    params = _floats(model)
     sites = [site for site in sites if {*site.names} <= params.keys()]
     rows = range(len(next(iter(batch.values()))))
     if not sites:
@@ -253,9 +254,9 @@ def unequal_blocks(
     relative, floor = tolerance({site.weight.dtype for site in sites})
     wrong, count = set[str](), 0
     for row in rows:
-        alone, example = _Alone(sites, params, krons), {key: value[row] for key, value in batch.items()}
-        with as_function(model):
-            alone.run(loss, params, example)
+        example = {key: value[row] for key, value in batch.items()}
+        alone = _Alone(sites, params, krons)
+        alone.run(loss, model, example)
         largest = max(alone.norms.values())
         count += largest > 0
         beyond = {
@@ -263,27 +264,57 @@ def unequal_blocks(
             for name, value in alone.values.items()
         }
         if max(beyond.values()) > floor * largest:  # or all are rounding, next to weights not attributed
-            largest = max(largest, _largest(loss, model, params, example))
+            largest = max(largest, _largest(loss, model, params.keys(), example))
         wrong |= {name for name, error in beyond.items() if error > floor * largest}
     return wrong, count
 
 
-def _largest(loss: LossFn, model: nn.Module, params: Params, example: Example) -> float:
-    """The largest norm of an example's gradient with respect to any parameter, one in memory at a time."""
-    leaves, norms = {n: p.detach().requires_grad_() for n, p in params.items()}, [0.0]
+def _largest(loss: LossFn, model: nn.Module, names: Collection[str], example: Example) -> float:
+    """The largest norm of an example's gradient with respect to any of these parameters."""
+    norms = [0.0]
 
-    def take(leaf: Tensor) -> None:
+    def take(_: str, grad: Tensor) -> None:
+        norms.append(float(grad.norm()))
+
+    _differentiate(loss, model, names, example, take)
+    return max(norms)
+
+
+def _differentiate(
+    loss: Any, model: nn.Module, names: Collection[str], example: Example, take: Callable[[str, Tensor], None]
+) -> None:
+    """Plain autograd of one example: `take(name, gradient)` of these parameters, one in memory at a time.
+
+    Those of a sharded model are differentiated while they are whole; its logits are whole too, because the
+    head is one of the layers. A parameter that the loss does not depend on has no gradient.
+    """
+    leaves = Params()
+
+    def taken(name: str, leaf: Tensor) -> None:
         assert leaf.grad is not None
-        norms.append(float((leaf.grad.coalesce().values() if leaf.grad.is_sparse else leaf.grad).norm()))
-        leaf.grad = None
+        grad, leaf.grad = leaf.grad, None
+        take(name, grad.to_dense() if grad.is_sparse else grad)
 
-    for leaf in leaves.values():
-        leaf.register_post_accumulate_grad_hook(take)
+    def leaf_of(name: str, parameter: Tensor) -> Tensor:
+        if name in names and name not in leaves:
+            leaves[name] = parameter.detach().requires_grad_()
+            leaves[name].register_post_accumulate_grad_hook(partial(taken, name))
+        return leaves.get(name, parameter)
+
     with as_function(model):
-        value = loss(leaves, example)
+        if turns_of(model) is None:
+            value = loss({name: leaf_of(name, p) for name, p in _floats(model).items()}, example)
+        else:
+            loss = getattr(loss, "with_whole_logits", lambda: loss)()
+            with replacing(model, leaf_of):
+                (value,) = loss.batched({key: part[None] for key, part in example.items()})
         if value.requires_grad:
             value.backward()
-    return max(norms)
+
+
+def _floats(model: nn.Module) -> Params:
+    """The parameters by name, without the codes of quantised ones, which have no gradient."""
+    return {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point()}
 
 
 def sketch() -> Any:
@@ -302,35 +333,33 @@ class _Alone:
         for site in sites:
             self.by_block.setdefault(site.block, []).append(site)
         self.names = {block: {n for s in some for n in s.names} for block, some in self.by_block.items()}
-        self.leaves = {n: params[n].detach().requires_grad_() for names in self.names.values() for n in names}
+        self.params = params
         self.values, self.norms = dict[str, Tensor](), dict[str, float]()
         self._made: dict[str, Tensor] = {}
-        for name, leaf in self.leaves.items():
-            leaf.register_post_accumulate_grad_hook(partial(self._take, name))
 
-    def run(self, loss: LossFn, params: Params, example: Example) -> None:
+    def run(self, loss: LossFn, model: nn.Module, example: Example) -> None:
         """Differentiate the loss of an example."""
-        value = loss({**params, **self.leaves}, example)
-        if value.requires_grad:
-            value.backward()
+        wanted = {name for names in self.names.values() for name in names}
+        _differentiate(loss, model, wanted, example, self._take)
         for block in (
             self.by_block.keys() - self.values.keys()
         ):  # these have a parameter that the loss does not depend on
             self._finish(block)
 
-    def _take(self, name: str, leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        self._made[name], leaf.grad = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad, None
+    def _take(self, name: str, grad: Tensor) -> None:
+        self._made[name] = grad
         for block, names in self.names.items():
             if name in names and names <= self._made.keys():
                 self._finish(block)
 
+    def _grad(self, name: str) -> Tensor:
+        like = self.params[name]
+        made = self._made.get(name)
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device) if made is None else made
+
     def _finish(self, block: str) -> None:
         names, site = self.names[block], self.by_block[block][0]
-        weight, *bias = (
-            self._made.get(n, torch.zeros_like(self.leaves[n])).detach()[None].to(site.spec.dtype)
-            for n in site.names
-        )
+        weight, *bias = (self._grad(name)[None].to(site.spec.dtype) for name in site.names)
         own_bias = bias[0] if bias and site.layer.bias else None
         made, norm = site.layer.projected_block(weight, own_bias, self.krons[block])
         self.values[block], self.norms[block] = made[0], float(norm)

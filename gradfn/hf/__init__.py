@@ -7,6 +7,8 @@ from gradfn.hf.images import load_images, load_processor, processor_fingerprint
 from gradfn.hf.masking import mask_tokens
 from gradfn.hf.models import check_device, context_length, load_model
 from gradfn.hf.optimizer_state import load_optimizer_state
+from gradfn.hf.quantised import multiply_exactly
+from gradfn.hf.sharded import load_sharded
 from gradfn.hf.texts import check_vocabulary, text_pair, text_query, tokenize, tokenize_pairs
 from gradfn.hf.tokenizers import load_tokenizer, number_tokenizer, tokenizer_fingerprint
 
@@ -20,8 +22,10 @@ __all__ = [
     "load_optimizer_state",
     "load_processor",
     "load_rows",
+    "load_sharded",
     "load_tokenizer",
     "mask_tokens",
+    "multiply_exactly",
     "number_tokenizer",
     "processor_fingerprint",
     "row_names",

@@ -14,8 +14,10 @@ from torch import nn
 from gradfn.errors import InputError
 from gradfn.hf.hub import summary
 from gradfn.hf.locate import Place, load_pretrained, locate_base, locate_model
+from gradfn.hf.quantised import multiply_exactly
 from gradfn.model.fingerprint import ORIGINAL, is_replaced
 from gradfn.model.params import seeded_model
+from gradfn.model.spread import own_part
 from gradfn.model.tasks import task_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -68,7 +70,8 @@ def load_model(
             (of sequences, both), or "image_classification". None is what the model was saved for.
         revision: the branch, tag or commit of a model on the hub.
         precision: "fp32", "bf16", "fp16" or "fp64"; quantised GGUF weights are expanded to it, other
-            quantised weights stay quantised.
+            quantised weights stay quantised (those of bitsandbytes multiply as the numbers that they stand
+            for, see `gradfn.hf.quantised`).
         device: where to put the parameters.
         attention: the kernel of attention: "sdpa", "eager", "flash_attention_2" or "flash_attention_3" (on
             CUDA, in half precision); None is the default of transformers.
@@ -89,9 +92,9 @@ def load_model(
     if task not in MODEL_CLASSES:
         raise InputError(f"no task {task!r}: choose {', '.join(MODEL_CLASSES)}")
     check_device(device)
-    _check_attention(attention, precision, torch.device(device))
+    check_attention(attention, precision, torch.device(device))
     source, options = locate_model(path, revision)
-    adapter, place = _adapter_of(path, source, options), (source, options)
+    adapter, place = adapter_of(path, source, options), (source, options)
     base, options = place if adapter is None else locate_base(adapter)
     if adapter is not None:
         _check_adapter(path, adapter.parent)
@@ -108,14 +111,14 @@ def load_model(
     missing = set(info["missing_keys"])
     if adapter is not None:
         missing = _add_adapter(model, path, place, missing, PRECISIONS[precision])
-    _check_weights(model, path, task, missing)
+    check_weights(model, path, task, missing)
     if adapter is None or task.endswith("_lm"):  # an adapter may bring the head of a classifier
-        _check_saved_for(model, path, task, info["unexpected_keys"])
+        check_saved_for(model, path, task, info["unexpected_keys"])
     if getattr(model, "is_quantized", False):
         _cast_unquantised(model, PRECISIONS[precision])
     if precision == "fp64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products of experts have no float64
-    return model.to(device).eval().requires_grad_(False)
+    return multiply_exactly(model.to(device).eval().requires_grad_(False))
 
 
 def _load_base(
@@ -163,7 +166,7 @@ def infer_task(path: str | Path, revision: str | None = None, *, weights: bool =
     if "gguf_file" in options:
         return "causal_lm"
     own = []
-    if (adapter := _adapter_of(path, source, options)) is not None:
+    if (adapter := adapter_of(path, source, options)) is not None:
         own = [_ADAPTED.get(str(json.loads(adapter.read_text(encoding="utf-8")).get("task_type")), "")]
         source, options = locate_base(adapter)
     # Not AutoConfig, which asks on the terminal whether to run code that comes with a model.
@@ -195,9 +198,9 @@ def _load_with_head(
         raise InputError(f"models such as {path} have no head for {task}: give `task={own}`") from error
 
 
-def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[str]) -> None:
+def check_weights(model: nn.Module, path: str | Path, task: str, missing: set[str]) -> None:
     """Refuse a model with weights that are no numbers, or that it was saved without."""
-    wrong = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+    wrong = [name for name, p in model.named_parameters() if not bool(own_part(p).isfinite().all())]
     if wrong:
         raise InputError(
             f"{path} has weights that are NaN or infinite, in {wrong[0]} ({len(wrong)} in all), from a "
@@ -211,7 +214,7 @@ def _check_weights(model: nn.Module, path: str | Path, task: str, missing: set[s
         )
 
 
-def _check_saved_for(model: Any, path: str | Path, task: str, unexpected: Iterable[str]) -> None:
+def check_saved_for(model: Any, path: str | Path, task: str, unexpected: Iterable[str]) -> None:
     """Refuse a model that was saved with another head, or with layers that its config does not have.
 
     A head that is tied to the embedding is never missing, whatever the weights are of.
@@ -281,7 +284,7 @@ def check_device(device: str | torch.device) -> None:
         ) from error
 
 
-def _check_attention(attention: str | None, precision: str, device: torch.device) -> None:
+def check_attention(attention: str | None, precision: str, device: torch.device) -> None:
     """Refuse a kernel that is unknown, or that cannot run on this device in this precision."""
     if attention is None:
         return
@@ -294,7 +297,7 @@ def _check_attention(attention: str | None, precision: str, device: torch.device
         )
 
 
-def _adapter_of(path: str | Path, source: str, options: dict[str, Any]) -> Path | None:
+def adapter_of(path: str | Path, source: str, options: dict[str, Any]) -> Path | None:
     """The config of the adapter at the place of a model; None if a whole model is there."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -396,7 +399,7 @@ def new_model(
     import transformers
 
     check_device(device)
-    _check_attention(attention, precision, torch.device(device))
+    check_attention(attention, precision, torch.device(device))
     source, hub = locate_model(path, revision, weights=False)
     hub["trust_remote_code"] = trust_remote_code
     config = load_pretrained("model", path, transformers.AutoConfig.from_pretrained, source, **hub)
@@ -420,7 +423,7 @@ def blank_model(path: str | Path, task: str, *, revision: str | None = None) -> 
     import transformers
 
     source, hub = locate_model(path, revision, weights=False)
-    if (adapter := _adapter_of(path, source, hub)) is not None:
+    if (adapter := adapter_of(path, source, hub)) is not None:
         source, hub = locate_base(adapter)
     hub["trust_remote_code"] = False
     config = load_pretrained("model", path, transformers.AutoConfig.from_pretrained, source, **hub)

@@ -138,6 +138,11 @@ class ExactSolve:
         b = params_of_blocks(self._sites, queries)
         every = params_of(self.subject.model)
         params = {name: every[name] for site in self._sites for name in site.names}
+        if fixed := [name for name, value in params.items() if not value.is_floating_point()]:
+            raise InputError(
+                f"{fixed[0]} is quantised, and {self.name} differentiates with respect to it: choose another "
+                "method, or the model that is not quantised"
+            )
         count = self.minibatches
         parts = [self.train] if count == 1 else [self._part(n, count) for n in range(count)]
         products = [self._product(params, part) for part in parts]

@@ -12,6 +12,7 @@ from gradfn.model.losses import (
     model_loss,
 )
 from gradfn.model.params import call, params_of
+from gradfn.model.sharded import in_turns, shard_model
 from gradfn.model.sites import Site, View, blocks_of, find_sites
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "call",
     "causal_lm_loss",
     "find_sites",
+    "in_turns",
     "linear_cross_entropy",
     "model_fingerprint",
     "model_loss",
     "params_of",
+    "shard_model",
     "uncovered",
 ]

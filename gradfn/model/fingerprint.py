@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradfn.model.sharded import GATHER, turns_of
+from gradfn.model.spread import class_of, whole
 from gradfn.watch import watched
 
 __all__ = ["model_fingerprint"]
@@ -37,7 +39,8 @@ def model_fingerprint(model: nn.Module) -> str:
     Values enter as position-weighted sums of their bits, `sum_i (2i + 1) v_i` modulo 2^64 in blocks of
     65,536 (float64 as two values): exact, the same on every device, and different when any one value changes
     or two trade places.
-    A tied weight counts once, so tying matters too.
+    A tied weight counts once, so tying matters too. Of a sharded model, one weight after the other is
+    gathered, in all processes.
 
     >>> layer = nn.Linear(2, 2)
     >>> before = model_fingerprint(layer)
@@ -46,14 +49,16 @@ def model_fingerprint(model: nn.Module) -> str:
     False
     """
     digest = hashlib.sha256()
+    if (turns := turns_of(model)) is not None:
+        turns.take(GATHER)
     for name, tensor in watched(
         "fingerprint of the weights", [*_saved_tensors(model)], "tensors", timed=False
     ):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(_checksums(tensor.detach()).numpy().astype("<i8").tobytes())
+        digest.update(_checksums(whole(tensor.detach())).numpy().astype("<i8").tobytes())
     config = getattr(model, "config", None)
     modules = [
-        [name, type(one).__qualname__, one.extra_repr() if config is None else ""]
+        [name, class_of(one).__qualname__, one.extra_repr() if config is None else ""]
         for name, one in model.named_modules()
     ]
     settings = [modules, _settings(config, NO_FUNCTION)]
@@ -83,7 +88,7 @@ def is_replaced(model: nn.Module, name: str) -> bool:
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then the buffers that are saved with them; sorted by name.
+    """Parameters, then the buffers that are saved with them, then scales; sorted by name.
 
     What an adapter has replaced is left out: it is not used, and may be random.
     """
@@ -97,6 +102,17 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     }
     buffers = (item for item in model.named_buffers() if item[0] in saved)
     yield from sorted(item for item in buffers if not is_replaced(model, item[0]))
+    yield from _scales(model)
+
+
+def _scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What is saved beside quantised weights, without which these are no numbers; sorted by name."""
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
+        return
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers()}
+    saved = sorted(model.state_dict().items(), key=lambda one: one[0])
+    yield from (one for one in saved if one[0] not in known and isinstance(one[1], Tensor))
 
 
 def _checksums(tensor: Tensor, width: int = 1 << 16) -> Tensor:

@@ -14,8 +14,10 @@ from gradfn.data import IGNORED
 from gradfn.errors import InputError
 from gradfn.model.output import chunked_cross_entropy, fits
 from gradfn.model.params import call
+from gradfn.model.sharded import at_head, check_turns, turns_of
 from gradfn.model.sites import output_head
-from gradfn.model.trials import refuse_later_tokens, refuse_unread_labels
+from gradfn.model.spread import refuse_spread
+from gradfn.model.trials import decoder_of, head_is_plain, refuse_later_tokens, refuse_unread_labels
 from gradfn.types import Batch, Example, Params
 
 Reduction = Literal["mean", "sum"]
@@ -244,9 +246,14 @@ class CausalLMLoss(_Weighted):
             return self._positions(self.logits(batch), theirs, targets)
         kept = (targets != IGNORED).nonzero(as_tuple=True)
         of_head = chunked_cross_entropy if chunked else linear_cross_entropy
-        hidden = hidden_states(self.model, ids)
-        losses = of_head(hidden[kept], head.weight, head.bias, targets[kept])  # pyright: ignore
-        return losses.new_zeros(targets.shape).index_put(kept, losses)
+
+        def of_hidden(hidden: Tensor) -> Tensor:
+            losses = of_head(hidden[kept], head.weight, head.bias, targets[kept])  # pyright: ignore
+            return losses.new_zeros(targets.shape).index_put(kept, losses)
+
+        if turns_of(self.model) is not None:
+            return at_head(self.model, ids, of_hidden)
+        return of_hidden(hidden_states(self.model, ids))
 
     def positions(self, batch: Batch, path: str) -> Bool[Tensor, "batch tokens"]:
         """The positions whose statistics count: those that predict a supervised token."""
@@ -367,33 +374,7 @@ def hidden_states(
     model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch tokens dim"]:
     """The hidden states that the LM head reads: the output of the model without its head."""
-    return _decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state  # pyright: ignore
-
-
-def _decoder(model: nn.Module) -> Any:
-    """The model without its head; of a model with PEFT adapters, that of the model that they are in."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    return getattr(unwrap() if callable(unwrap) else model, "base_model", None)
-
-
-def head_is_plain(model: nn.Module) -> bool:
-    """Whether the model's logits are just `W h + b`: not scaled, capped or computed from something else.
-
-    Compares the head applied to the hidden states with the model's own logits on a few tokens.
-    """
-    head = output_head(model)
-    decoder = _decoder(model)
-    if not isinstance(head, nn.Linear) or decoder in (None, model):
-        return False
-    ids = torch.linspace(0, len(head.weight) - 1, 8, device=head.weight.device).long().view(4, 2)
-    with torch.no_grad():
-        own = model(input_ids=ids, use_cache=False).logits
-        hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        ours = head(hidden) if hidden is not None and hidden.shape[-1] == head.in_features else None
-    if ours is None or ours.shape != own.shape:
-        return False
-    # A plain head runs the very same product, so there is hardly anything to tolerate.
-    return float((ours - own).abs().max()) <= 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
+    return decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state  # pyright: ignore
 
 
 def causal_lm_loss(
@@ -425,9 +406,11 @@ def causal_lm_loss(
         `loss(params, example) -> scalar`, with `loss.batched(batch) -> [batch]`.
 
     Raises:
-        InputError: no such reduction or criterion, options that do not go together, or a model whose logits
-            depend on later tokens.
+        InputError: no such reduction or criterion, options that do not go together, a model whose logits
+            depend on later tokens, or one that is spread over processes which do not take turns.
     """
+    check_turns(model)
+    refuse_spread(model)
     refuse_later_tokens(model)
     fused = criterion == "cross_entropy" and not label_smoothing and head_is_plain(model)
     return CausalLMLoss(model, reduction, fused, criterion, label_smoothing, reference)

@@ -8,15 +8,25 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from gradfn.errors import InputError
+from gradfn.model.spread import is_spread
 from gradfn.types import Params
 
 
 def params_of(model: nn.Module) -> Params:
     """The model's parameters by name, detached: what losses and their gradients are functions of.
 
+    Raises:
+        InputError: a parameter is sharded over processes.
+
     >>> sorted(params_of(nn.Linear(2, 1)))
     ['bias', 'weight']
     """
+    if (spread := next((n for n, p in model.named_parameters() if is_spread(p)), None)) is not None:
+        raise InputError(
+            f"{spread} is sharded over processes, and this is a function of whole weights: load the model "
+            "whole"
+        )
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -60,7 +70,8 @@ def call(model: nn.Module, params: Params, *inputs: Any, **named: Any) -> Any:
     """Call a model at other parameters; every use of a shared parameter is replaced.
 
     `functional_call` alone would replace the parameters of a module that occurs twice two times, and put its
-    own replacement back afterwards.
+    own replacement back afterwards. Quantised parameters stay: their codes mean nothing without the scales
+    that they carry.
 
     >>> call(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)}, torch.ones(1))
     tensor([1.])
@@ -70,6 +81,6 @@ def call(model: nn.Module, params: Params, *inputs: Any, **named: Any) -> Any:
         f"{path}.{name}".removeprefix("."): params[names[id(parameter)]]
         for path, module in model.named_modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and names[id(parameter)] in params
+        if parameter is not None and names[id(parameter)] in params and parameter.is_floating_point()
     }
     return functional_call(model, replaced, inputs, named, tie_weights=False)

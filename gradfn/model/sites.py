@@ -35,6 +35,7 @@ from gradfn.model.layers import (
     Linear,
     NormScale,
 )
+from gradfn.model.spread import refuse_spread
 from gradfn.types import Blocks, BlockSpec
 
 
@@ -327,13 +328,14 @@ def find_sites(model: nn.Module, view: View | None = None) -> tuple[Site, ...]:
         view: which weights; None is the default of `View`.
 
     Raises:
-        InputError: no weight is left, a module that is not included uses one of the weights too, or no layer
-            has attention heads.
+        InputError: no weight is left, a module that is not included uses one of the weights too, no layer has
+            attention heads, or a tensor-parallel plan has split the weights.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     >>> [site.spec.shape for site in find_sites(net)]
     [(4, 4), (2, 5)]
     """
+    refuse_spread(model)
     view = view or View()
     include, exclude = view.include, view.exclude
     head, adapters = output_head(model), adapter_parameters(model)

@@ -1,5 +1,6 @@
 """What a few tokens show of a model before it is differentiated."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from gradfn.errors import InputError
 from gradfn.model.params import evaluating
+from gradfn.model.sharded import IDLE, turns_of
 from gradfn.model.sites import output_head
 from gradfn.types import Batch
 
@@ -65,3 +67,54 @@ def refuse_later_tokens(model: nn.Module) -> None:
         f"the logits of {type(model).__name__} depend on later tokens, so it is no causal LM: {cure} another "
         "task, such as masked_lm"
     )
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The model without its head; of a model with PEFT adapters, that of the model that they are in."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return getattr(unwrap() if callable(unwrap) else model, "base_model", None)
+
+
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether the model's logits are just `W h + b`: not scaled, capped or computed from something else.
+
+    Compares the head applied to the hidden states with the model's own logits on a few tokens.
+    """
+    head = output_head(model)
+    decoder = decoder_of(model)
+    if not isinstance(head, nn.Linear) or decoder in (None, model):
+        return False
+    if turns_of(model) is not None:
+        return _is_plain_in_one_pass(model, head, decoder)
+    ids = _plain_ids(head)
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits
+        hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        ours = head(hidden) if hidden is not None and hidden.shape[-1] == head.in_features else None
+    if ours is None or ours.shape != own.shape:
+        return False
+    # A plain head runs the very same product, so there is hardly anything to tolerate.
+    return float((ours - own).abs().max()) <= 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
+
+
+def _plain_ids(head: nn.Linear) -> Int[Tensor, "four two"]:
+    """A few tokens of the vocabulary."""
+    return torch.linspace(0, len(head.weight) - 1, 8, device=head.weight.device).long().view(4, 2)
+
+
+def _is_plain_in_one_pass(model: nn.Module, head: nn.Linear, decoder: nn.Module) -> bool:
+    """The same of a sharded model, of whose parts none runs alone: the head maps what the decoder gives."""
+    seen: dict[str, Any] = {}
+    with ExitStack() as undo:
+        for name, module in (("decoder", decoder), ("head", head)):
+
+            def note(_: nn.Module, args: Any, y: Any, name: str = name) -> None:
+                if not IDLE.get():
+                    seen[name] = (args, y)
+
+            undo.callback(module.register_forward_hook(note).remove)
+        with torch.no_grad():
+            own = model(input_ids=_plain_ids(head), use_cache=False).logits
+    hidden = getattr(seen.get("decoder", ((), None))[1], "last_hidden_state", None)
+    read, made = seen.get("head", ((), None))
+    return bool(read) and hidden is not None and torch.equal(hidden, read[0]) and torch.equal(made, own)

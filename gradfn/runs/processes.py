@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gradfn.errors import InputError
+from gradfn.model.sharded import WAIT, Turns
 from gradfn.runs.curvatures import Asked, Labels, load_curvature
 from gradfn.runs.merge import hessian_shard, merge_fit
 from gradfn.runs.output import RunOptions, output_of
@@ -39,12 +40,14 @@ class Processes:
         count: of all machines.
         local: from 0, on its own machine.
         group: of `torch.distributed`, where they are not all that torchrun started.
+        idle: it has no part, and only holds its shard of the model.
     """
 
     rank: int
     count: int
     local: int
     group: Any = None
+    idle: bool = False
 
     @property
     def shard(self) -> Shard:
@@ -54,8 +57,10 @@ class Processes:
     def first(self, parts: int) -> "Processes | None":
         """The first so many of the processes, where there are no more parts; None: this one is none of them.
 
-        All of them must call this.
+        All of them must call this. Those that share one copy of a model all go on, some without a part.
         """
+        if TURNS.get() is not None:
+            return replace(self, count=parts, idle=self.rank >= parts)
         group = torch.distributed.new_group([*range(parts)], PATIENCE, "gloo")
         return replace(self, count=parts, group=group) if self.rank < parts else None
 
@@ -65,11 +70,15 @@ class Processes:
         Raises:
             RuntimeError: another process has ended.
         """
+        turns = TURNS.get()
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-        torch.distributed.barrier(self.group)
+            several = "cpu:gloo,cuda:nccl" if turns is not None and torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(several, timeout=PATIENCE)
+        torch.distributed.barrier(self.group) if turns is None else turns.take(WAIT)
 
 
+TURNS: ContextVar[Turns | None] = ContextVar("TURNS", default=None)
+"""The turns of processes that share one copy of a model; None: each has a whole one."""
 TOGETHER: ContextVar[Processes | None] = ContextVar("TOGETHER", default=None)
 """The processes that do this job; None: this one alone."""
 

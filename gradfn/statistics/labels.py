@@ -14,6 +14,7 @@ from gradfn.engine.stream import Progress, keeps_rows, labelled, lengths_of, pla
 from gradfn.errors import InputError
 from gradfn.model.losses import CausalLMLoss, ModelLoss, hidden_states, output_head, shifted_labels
 from gradfn.model.params import evaluating
+from gradfn.model.sharded import turns_of
 from gradfn.random import uniforms
 from gradfn.subject import TOKEN_BATCH_SIZE
 from gradfn.types import Batch, Data, Example, LossFn
@@ -63,7 +64,7 @@ def _draw_at(kept: Tensor, logits_at: Callable[[slice], Tensor], uniforms: Unifo
 def _next_tokens(loss: CausalLMLoss, batch: Batch, uniforms: Uniforms) -> dict[str, Tensor]:
     labels = batch["labels"].clone()
     kept = shifted_labels(labels) != IGNORED
-    if loss.fused_head:
+    if loss.fused_head and turns_of(loss.model) is None:
         hidden, head = hidden_states(loss.model, batch["input_ids"])[kept], output_head(loss.model)
         drawn = _draw_at(kept, lambda part: head(hidden[part]), uniforms)  # pyright: ignore
     else:

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from started import start, torchrun
 from tiny import DOCUMENTS, write_jsonl
 
 from gradfn.cli.commands import HessianRequest
@@ -20,23 +19,6 @@ from gradfn.runs.merge import BASIS
 from gradfn.runs.processes import Processes
 from gradfn.scores import Scores
 from gradfn.store import open_store
-
-
-def start(count, *arguments, restarts=0):
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, "--standalone",
-            "--max-restarts", restarts, "-m", "gradfn", *arguments]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [str(word) for word in line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
-
-
-def torchrun(count, *arguments, restarts=0):
-    """Status, stdout, and what gradfn said on stderr."""
-    process = start(count, *arguments, restarts=restarts)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, [line for line in err.splitlines() if line.startswith("gradfn: ")]
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +91,15 @@ def test_more_processes_than_rows(ok, model, folder):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_started_again_and_goes_on(folder, model, base, store):
+@pytest.mark.parametrize("more", [(), ("--fsdp",)])
+def test_a_process_that_is_killed_is_started_again_and_goes_on(folder, model, base, store, more):
     rows = write_jsonl(folder / "many.jsonl", [{"text": DOCUMENTS[n % 12]["text"]} for n in range(3000)])
-    asked = ("--model", model, "--dataset", rows, "--token-batch-size", 64)
-    process, killed = start(2, "build", folder / "killed", *asked, restarts=3), 0
+    asked = ("--model", model, "--dataset", rows, "--token-batch-size", 64, *more)
+    run = folder / f"killed{len(more)}"
+    process, killed = start(2, "build", run, *asked, restarts=3), 0
     until = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < until:
-        done = [*(folder / "killed").glob("shards/2-of-2/segments/*.h5")]
+        done = [*run.glob("shards/2-of-2/segments/*.h5")]
         if len(done) > killed and killed < 1:
             for child in children_of(process.pid):
                 if "RANK=1" in environment_of(child).split("\0"):
@@ -126,7 +110,7 @@ def test_a_process_that_is_killed_is_started_again_and_goes_on(folder, model, ba
     out, err = process.communicate(timeout=10)
     assert (process.returncode, killed) == (0, 1), err
     assert "3,000 rows" in out or "[2 shards]" in out
-    with open_store(folder / "killed") as made:
+    with open_store(run) as made:
         assert made.rows == 3000
 
 

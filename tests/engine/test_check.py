@@ -289,7 +289,7 @@ def test_gradients_of_quantised_linears_are_those_of_the_weights_they_stand_for(
     kind = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
     torch.manual_seed(0)
     layers = [kind(64, 64, has_fp16_weights=False) if bits == 8 else kind(64, 64) for _ in range(2)]
-    model = nn.Sequential(layers[0], nn.Tanh(), layers[1]).to("cpu").eval()
+    model = gf.hf.multiply_exactly(nn.Sequential(layers[0], nn.Tanh(), layers[1]).to("cpu").eval())
 
     class Loss:
         def __call__(self, params, example):

@@ -185,18 +185,18 @@ def test_a_kernel_that_the_model_does_not_have(tmp_path):
 def test_a_kernel_that_cannot_run_there(device, precision):
     words = f"flash_attention_3 runs on CUDA in bf16 or fp16, not on {device} in {precision}: use sdpa"
     with pytest.raises(InputError, match=words):
-        models._check_attention("flash_attention_3", precision, torch.device(device))
+        models.check_attention("flash_attention_3", precision, torch.device(device))
 
 
 def test_a_kernel_that_can_run_there():
-    models._check_attention("flash_attention_2", "bf16", torch.device("cuda:1"))
+    models.check_attention("flash_attention_2", "bf16", torch.device("cuda:1"))
 
 
 def test_a_kernel_in_the_place_of_another_is_refused(neox_folder, monkeypatch):
     """transformers takes another kernel without an error for some models."""
     eager = AutoModelForCausalLM.from_pretrained(neox_folder, attn_implementation="eager")
     monkeypatch.setattr(models, "load_pretrained", lambda *args, **options: (eager, {"missing_keys": []}))
-    monkeypatch.setattr(models, "_adapter_of", lambda *args: None)
+    monkeypatch.setattr(models, "adapter_of", lambda *args: None)
     with pytest.raises(InputError, match=r"neox.* has no sdpa attention, only eager: use that, or leave it"):
         load_model(neox_folder, "causal_lm", attention="sdpa")
 
