@@ -13,11 +13,15 @@ from gradfn.data import IGNORED
 from gradfn.engine.engine import probe_engine
 from gradfn.engine.stream import collect
 from gradfn.errors import InputError
+from gradfn.exact import cg, fisher_product, lissa, params_of_blocks
+from gradfn.linalg.rows import RowSpectrum
 from gradfn.linalg.spectrum import Damping, DampingKind
 from gradfn.methods.inner_product import InnerProduct
 from gradfn.model.losses import CausalLMLoss
-from gradfn.model.sites import View, find_sites
+from gradfn.model.params import params_of
+from gradfn.model.sites import View, blocks_of, find_sites
 from gradfn.statistics import ekfac, eshampoo, kfac, second_moment, shampoo, tkfac
+from gradfn.statistics.curvature import dense_spectrum
 from gradfn.statistics.fold import fit, sums_of
 from gradfn.statistics.kfac import Corrected
 from gradfn.statistics.moments import adam_moments, mean, total
@@ -334,3 +338,43 @@ def test_what_needs_all_blocks_of_a_row_is_not_fitted_in_parts(problem, fold):
     if len(find_sites(problem.model)) > 1:
         with pytest.raises(InputError, match="needs all blocks of a row at once"):
             fit(fold(), problem.model, problem.rows, unit_normalize(), loss=problem.loss, partitions=2)
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 6), st.integers(0, 99), powers, dampings())
+def test_few_rows_have_the_powers_of_their_dense_matrix(n, more, rank, seed, power, damping):
+    """`f(1/n FᵀF)` by the n x n matrix; rows may depend on each other, and be zero."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(min(n, rank), n + more, generator=generator, dtype=torch.float64)
+    F = torch.randn(n, len(wide), generator=generator, dtype=torch.float64) @ wide
+    G = torch.cat([F, torch.randn(3, n + more, generator=generator, dtype=torch.float64)])[:, None]
+    one, dense = RowSpectrum(F), dense_spectrum(F.T @ F / n)
+    assume(int((one.values > 0).sum()) == int((dense.values > 0).sum()))  # one at the bound of rounding
+    close = 1e-4 if damping.kind == "tikhonov" and power == -0.5 else 1e-7
+    want = dense.apply(G, dense.power(power, damping))
+    assert_blocks_close(one.apply(G, one.power(power, damping)), want, close)
+    assert_blocks_close(one.dense(), F.T @ F / n, 1e-9)
+
+
+@given(problems(("mlp",), min_rows=2), st.sampled_from([0.3, 3.0]), st.integers(1, 3))
+def test_solves_that_ekfac_preconditions_are_dense_solves(problem, damping, count):
+    """Conjugate gradients end there; steps are as near as their residual over the damping."""
+    sites, rows = find_sites(problem.model), problem.rows
+    H = fit(ekfac(), problem.model, rows, loss=problem.loss)
+    inverse = precondition(H, -1.0, Damping(damping, "absolute"))
+    every = params_of(problem.model)
+    params = {name: every[name] for site in sites for name in site.names}
+    product = fisher_product(problem.reference, params, rows)
+    plain = naive_blocks(problem.reference, problem.model, rows)
+    b = params_of_blocks(sites, {name: G[:count] for name, G in plain.items()})
+    common = {"damping": damping, "tolerance": 1e-11,
+              "preconditioner": lambda v: params_of_blocks(sites, inverse(blocks_of(sites, v)))}  # fmt: skip
+    F = flat(plain)
+    added = damping * torch.eye(F.shape[1], dtype=torch.float64)
+    want = torch.linalg.solve(F.T @ F / len(F) + added, F[:count].T).T
+    solved = cg(product, b, max_iterations=300, **common)
+    assert bool(solved.converged.all())
+    assert_blocks_close(flat(blocks_of(sites, solved.x)), want, 1e-8)
+    for steps in (1, 8):
+        found = lissa([product], b, steps=steps, **common)
+        off = (flat(blocks_of(sites, found.x)) - want).norm(dim=1)
+        assert bool((off <= found.residual * F[:count].norm(dim=1) / damping + 1e-9).all())
