@@ -7,6 +7,7 @@ from gradfn.hf.images import load_images, load_processor, processor_fingerprint
 from gradfn.hf.masking import mask_tokens
 from gradfn.hf.models import check_device, context_length, load_model
 from gradfn.hf.optimizer_state import load_optimizer_state
+from gradfn.hf.scored import scorer, with_scores
 from gradfn.hf.texts import check_vocabulary, text_pair, text_query, tokenize, tokenize_pairs
 from gradfn.hf.tokenizers import load_tokenizer, number_tokenizer, tokenizer_fingerprint
 
@@ -25,11 +26,13 @@ __all__ = [
     "number_tokenizer",
     "processor_fingerprint",
     "row_names",
+    "scorer",
     "text_pair",
     "text_query",
     "tokenize",
     "tokenize_pairs",
     "tokenizer_fingerprint",
     "with_labels",
+    "with_scores",
     "with_weights",
 ]
