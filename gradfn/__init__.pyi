@@ -1,3 +1,4 @@
+from . import bridges as bridges
 from . import data as data
 from . import engine as engine
 from . import evaluate as evaluate
@@ -61,6 +62,7 @@ __all__ = [
     "adam",
     "adam_moments",
     "best",
+    "bridges",
     "build",
     "causal_lm_loss",
     "chain",

@@ -58,6 +58,7 @@ class Subject:
     token_batch_size: int = TOKEN_BATCH_SIZE
 
     def __post_init__(self) -> None:
+        refuse_wrapper(self.model)
         if self.loss is None and not hasattr(self.model, "config"):
             raise InputError(
                 f"a {type(self.model).__name__} has no loss of its own, as language models have: give one, "
@@ -81,6 +82,29 @@ class Subject:
         loss = _moved(self.loss, self.model, model)
         query_loss = loss if self.query_loss is self.loss else _moved(self.query_loss, self.model, model)
         return replace(self, model=model, loss=loss, query_loss=query_loss)
+
+
+def refuse_wrapper(model: Any) -> None:
+    """Refuse what other packages put around a model, and say how to get at the model.
+
+    Raises:
+        InputError: nnsight's wrapper, which is no module, or TransformerLens's, which is called otherwise.
+
+    >>> refuse_wrapper("model")
+    Traceback (most recent call last):
+    gradfn.errors.InputError: a str is no torch module: give one; that in a wrapper of nnsight is \
+gf.bridges.nnsight.module(wrapper)
+    """
+    if type(model).__name__ == "TransformerBridge":
+        raise InputError(
+            "a TransformerBridge is around a model: give bridge.original_model, with "
+            "view=gf.bridges.transformer_lens.view(bridge)"
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"a {type(model).__name__} is no torch module: give one; that in a wrapper of nnsight is "
+            "gf.bridges.nnsight.module(wrapper)"
+        )
 
 
 def _moved(loss: Any, old: nn.Module, new: nn.Module) -> LossFn:

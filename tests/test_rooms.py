@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 ROOMS = (
     "types", "errors", "random", "memory", "watch", "shown", "data", "store", "linalg", "model", "subject",
     "selection", "scores", "transforms", "engine", "statistics", "exact", "methods", "runs", "hf", "train",
-    "evaluate", "report", "testing", "example", "cli",
+    "evaluate", "bridges", "report", "testing", "example", "cli",
 )  # fmt: skip
 """A file imports only from its own room and from those before it."""
 FILES = {

@@ -8,6 +8,7 @@ from gradfn.hf.masking import mask_tokens
 from gradfn.hf.models import check_device, context_length, load_model
 from gradfn.hf.optimizer_state import load_optimizer_state
 from gradfn.hf.quantised import multiply_exactly
+from gradfn.hf.scored import scorer, with_scores
 from gradfn.hf.sharded import load_sharded
 from gradfn.hf.texts import check_vocabulary, text_pair, text_query, tokenize, tokenize_pairs
 from gradfn.hf.tokenizers import load_tokenizer, number_tokenizer, tokenizer_fingerprint
@@ -29,11 +30,13 @@ __all__ = [
     "number_tokenizer",
     "processor_fingerprint",
     "row_names",
+    "scorer",
     "text_pair",
     "text_query",
     "tokenize",
     "tokenize_pairs",
     "tokenizer_fingerprint",
     "with_labels",
+    "with_scores",
     "with_weights",
 ]

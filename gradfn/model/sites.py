@@ -96,7 +96,8 @@ def _owns_weight(module: nn.Module) -> bool:
 def _linear(path: str, module: nn.Module) -> list[Site]:
     if not isinstance(module, nn.Linear) or not _owns_weight(module):
         return []
-    layer = Linear(module.out_features, module.in_features, module.bias is not None)
+    # TransformerLens sets biases that are plain tensors.
+    layer = Linear(module.out_features, module.in_features, isinstance(module.bias, nn.Parameter))
     return [Site(path, path, module, layer)]
 
 

@@ -92,7 +92,11 @@ def test_what_one_process_finds_wrong_ends_all(base, tmp_path, model):
 @pytest.mark.parametrize(
     ("kind", "given", "words"),
     [
-        (ScoreRequest, {"method": "cg"}, "cg multiplies with the curvature itself, which takes whole weights"),
+        (
+            ScoreRequest,
+            {"method": "cg"},
+            "cg multiplies with the curvature itself, which takes whole weights",
+        ),
         (ScoreRequest, {"method": "lissa"}, "lissa multiplies with the curvature itself"),
         (ScoreRequest, {"method": "magic"}, "magic goes back through a training"),
         (ScoreRequest, {"method": "source"}, "source scores several checkpoints"),
