@@ -29,6 +29,7 @@ UNTESTED = {
 """Rooms whose tests do not mirror their files, and why."""
 TESTED_ELSEWHERE = {
     "engine/contract": "tests/engine/test_engine.py",
+    "engine/sharded": "tests/model/test_sharded.py",
     "errors": "tests/cli/test_app.py",
     "evaluate/selection": "tests/evaluate/test_comparison.py",
     "example/corpus": "tests/example/test_example.py",
