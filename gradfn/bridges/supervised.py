@@ -15,7 +15,7 @@ from gradfn.errors import InputError
 from gradfn.methods import Attribution, InnerProduct, Joined, over_checkpoints, score
 from gradfn.model.params import call
 from gradfn.model.sites import View
-from gradfn.subject import Subject
+from gradfn.subject import Subject, subject_of
 from gradfn.types import Batch, Data, Example, Params
 
 Load = Callable[[nn.Module, Any], float | None]
@@ -226,8 +226,6 @@ def attributed(
         models = [deepcopy(model) for _ in checkpoints]
         given = [load(copy, one) for copy, one in zip(models, checkpoints, strict=True)]
         weights = [1.0 if weight is None else float(weight) for weight in given]
-    subjects = [
-        Subject(one, None if loss_fn is None else SupervisedLoss(one, loss_fn), **options)  # pyright: ignore
-        for one in models
-    ]
+    losses = [None if loss_fn is None else SupervisedLoss(one, loss_fn) for one in models]
+    subjects = [subject_of(one, loss=loss, **options) for one, loss in zip(models, losses, strict=True)]
     return Attributed(subjects, weights, Rows(train), method)
