@@ -38,6 +38,20 @@ def test_detection_of_classes(problem, explained):
     assert metric.compute()["score"] == pytest.approx(float(same.double().mean()))
 
 
+def test_a_benchmark_takes_the_class(problem, explained, tmp_path):
+    torch.save(problem.net.state_dict(), path := str(tmp_path / "net.pt"))
+    benchmark = quanda.ClassDetection(
+        model=problem.net, train_dataset=problem.train, eval_dataset=TensorDataset(*problem.queries),
+        checkpoints=[path], checkpoints_load_func=quanda.utils.common.get_load_state_dict_func("cpu"), s=3,
+    )  # fmt: skip
+    with torch.no_grad():
+        problem.net[0].weight.zero_()  # the checkpoint is loaded
+    made = benchmark.evaluate(Explainer, {"method": "ekfac"}, batch_size=4)
+    metric = quanda.metrics.downstream_eval.ClassDetectionMetric(problem.net, problem.train, s=3)
+    metric.update(explained[1], problem.queries[1])
+    assert made["score"] == pytest.approx(metric.compute()["score"])
+
+
 def test_detection_of_wrong_labels(problem):
     """quanda makes the explainer itself, from the class; its ranking adds 1e-4 a row."""
     wrong = [0, 7, 11, 15]
@@ -119,11 +133,13 @@ def test_a_model_of_transformers_has_rows_that_are_mappings():
     mask = torch.ones_like(ids)
     mask[::2, 4:] = 0
     rows = [
-        {"input_ids": ids[row], "attention_mask": mask[row], "labels": torch.tensor(row % 3)}
+        {"input_ids": ids[row], "attention_mask": mask[row], "labels": torch.tensor(row % 3), "idx": row}
         for row in range(9)
     ]
     explainer = Explainer(model, rows[:7], "text_classification", method=gf.grad_dot())
     found = explainer.explain({"input_ids": ids[7:], "attention_mask": mask[7:]}, torch.tensor([1, 2]))
+    for row in rows:
+        del row["idx"]
     expected = gf.score(model, rows[:7], rows[7:], method=gf.grad_dot()).matrix.T
     torch.testing.assert_close(found, expected)
     assert explainer.self_influence().shape == (7,)
