@@ -146,6 +146,12 @@ LEFT_OUT = {
     "sbatch": "needs a cluster",
     "#SBATCH": "needs a cluster",
     "benchmarks/agree.py": "needs the peers in environments of their own",
+    "from quanda": "needs quanda",
+    "bridges.captum": "needs Captum",
+    "from dattri": "downloads a benchmark",
+    "from transformer_lens": "needs TransformerLens",
+    "hooked": "needs an older TransformerLens",
+    "import nnsight": "needs nnsight",
 }
 # A block that is run; what it prints (a bare block, or an indented one right below); a heading
 PIECE = re.compile(r"^(?:```(\w*)\n(.*?)^```|(#+) [^\n]*|((?: {4}[^\n]*\n)+))", re.MULTILINE | re.DOTALL)

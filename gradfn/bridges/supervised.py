@@ -15,12 +15,14 @@ from gradfn.errors import InputError
 from gradfn.methods import Attribution, InnerProduct, Joined, over_checkpoints, score
 from gradfn.model.params import call
 from gradfn.model.sites import View
-from gradfn.subject import Subject
+from gradfn.subject import Subject, subject_of
 from gradfn.types import Batch, Data, Example, Params
 
 Load = Callable[[nn.Module, Any], float | None]
 """Loads a checkpoint into a model, and gives its weight, the learning rate say; None is 1."""
 LABEL = "label"
+READ = {"input_ids", "attention_mask", "token_type_ids", "labels"}
+"""What models of text read of a row, and its labels."""
 PART = 64
 """Rows at a time that are scored for each other, where only a row's score for itself is wanted."""
 
@@ -87,10 +89,10 @@ def _inputs(batch: Batch) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of a torch dataset, `(input, ..., label)`, as examples; rows that are mappings stay as they are.
+    """Rows of a torch dataset, `(input, ..., label)`, as examples; mappings are examples already.
 
     Args:
-        dataset: of tensors and numbers.
+        dataset: of tensors and numbers. Of mappings with `input_ids` only what models of text read is taken.
 
     >>> Rows([(torch.ones(2), 3)])[0]
     {'input_0': tensor([1., 1.]), 'label': tensor(3)}
@@ -104,7 +106,8 @@ class Rows:
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         given = self.dataset[range(len(self))[row]]
         if isinstance(given, Mapping):
-            return {name: torch.as_tensor(value) for name, value in given.items()}
+            read = READ & given.keys() if "input_ids" in given else given.keys()
+            return {name: torch.as_tensor(value) for name, value in given.items() if name in read}
         if not isinstance(given, Sequence) or len(given) < 2:
             raise InputError(
                 f"row {row} is a {type(given).__name__}: give rows that are tuples of inputs and a label"
@@ -226,8 +229,6 @@ def attributed(
         models = [deepcopy(model) for _ in checkpoints]
         given = [load(copy, one) for copy, one in zip(models, checkpoints, strict=True)]
         weights = [1.0 if weight is None else float(weight) for weight in given]
-    subjects = [
-        Subject(one, None if loss_fn is None else SupervisedLoss(one, loss_fn), **options)  # pyright: ignore
-        for one in models
-    ]
+    losses = [None if loss_fn is None else SupervisedLoss(one, loss_fn) for one in models]
+    subjects = [subject_of(one, loss=loss, **options) for one, loss in zip(models, losses, strict=True)]
     return Attributed(subjects, weights, Rows(train), method)

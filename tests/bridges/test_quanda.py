@@ -7,6 +7,7 @@ from bridged import imported
 from torch.utils.data import TensorDataset
 
 import gradfn as gf
+from gradfn.testing.strategies import randomize
 
 (quanda,) = imported("quanda")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,6 +36,20 @@ def test_detection_of_classes(problem, explained):
     best = gf.top_k([explained[1].T], 3).rows
     same = problem.train.tensors[1][best] == problem.queries[1][:, None]
     assert metric.compute()["score"] == pytest.approx(float(same.double().mean()))
+
+
+def test_a_benchmark_takes_the_class(problem, explained, tmp_path):
+    torch.save(problem.net.state_dict(), path := str(tmp_path / "net.pt"))
+    benchmark = quanda.ClassDetection(
+        model=problem.net, train_dataset=problem.train, eval_dataset=TensorDataset(*problem.queries),
+        checkpoints=[path], checkpoints_load_func=quanda.utils.common.get_load_state_dict_func("cpu"), s=3,
+    )  # fmt: skip
+    with torch.no_grad():
+        problem.net[0].weight.zero_()  # the checkpoint is loaded
+    made = benchmark.evaluate(Explainer, {"method": "ekfac"}, batch_size=4)
+    metric = quanda.metrics.downstream_eval.ClassDetectionMetric(problem.net, problem.train, s=3)
+    metric.update(explained[1], problem.queries[1])
+    assert made["score"] == pytest.approx(metric.compute()["score"])
 
 
 def test_detection_of_wrong_labels(problem):
@@ -104,3 +119,27 @@ def test_a_model_whose_weights_are_drawn_anew(problem, explained, tmp_path):
     )
     ours = gf.evaluate.correlation.correlation(explained[1].T, other.T, "spearman")
     assert metric.compute()["score"] == pytest.approx(float(ours.mean()), abs=1e-5)
+
+
+def test_a_model_of_transformers_has_rows_that_are_mappings():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=9,
+        max_position_embeddings=8, num_labels=3,
+    )  # fmt: skip
+    model = randomize(BertForSequenceClassification(config), 0)
+    ids = torch.randint(1, 20, (9, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[::2, 4:] = 0
+    rows = [
+        {"input_ids": ids[row], "attention_mask": mask[row], "labels": torch.tensor(row % 3), "idx": row}
+        for row in range(9)
+    ]
+    explainer = Explainer(model, rows[:7], "text_classification", method=gf.grad_dot())
+    found = explainer.explain({"input_ids": ids[7:], "attention_mask": mask[7:]}, torch.tensor([1, 2]))
+    for row in rows:
+        del row["idx"]
+    expected = gf.score(model, rows[:7], rows[7:], method=gf.grad_dot()).matrix.T
+    torch.testing.assert_close(found, expected)
+    assert explainer.self_influence().shape == (7,)

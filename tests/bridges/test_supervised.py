@@ -68,6 +68,10 @@ def test_what_other_packages_give_is_taken(problem):
     assert len(rows_of(batches)) == len(problem.train)
     assert rows_of({"x": torch.ones(2, 3), "labels": [0, 1]})[1]["labels"] == 1
     assert Rows([{"x": [1.0, 2.0]}])[0]["x"].shape == (2,)
+    assert [*Rows([{"input_ids": [1, 2], "idx": 3, "text": "a b", "labels": 0}])[0]] == [
+        "input_ids",
+        "labels",
+    ]
 
 
 def test_what_does_not_fit_is_refused(problem):

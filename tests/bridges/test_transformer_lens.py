@@ -103,3 +103,18 @@ def test_weights_by_head_that_are_parameters_of_their_own():
             gradients.append(net.get_parameter(name).grad.flatten())
         rows = torch.stack(gradients)
         torch.testing.assert_close(scores.shares[name][0], rows @ rows.T)
+
+
+def test_a_bias_that_is_no_parameter_is_none_of_the_block():
+    """As TransformerLens gives one to the head."""
+    net = torch.nn.Linear(3, 2).double()
+    del net._parameters["bias"]
+    net.bias = torch.ones(2).double()
+
+    def loss(params, example):
+        return torch.func.functional_call(net, params, example["x"]).square().sum()
+
+    rows = [{"x": torch.arange(3.0).double() + row} for row in range(2)]
+    (block,) = gf.collect(net, rows, gf.chain(), loss=loss).values()
+    expected = torch.stack([2 * torch.outer(net(row["x"]), row["x"]) for row in rows])
+    torch.testing.assert_close(block, expected)
