@@ -243,7 +243,11 @@ def chunks_of(path: Path) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
 
     def visit(_: str, one: Any) -> None:
-        if isinstance(one, h5py.Dataset) and one.chunks:
+        if not isinstance(one, h5py.Dataset):
+            return
+        if not one.chunks and (offset := one.id.get_offset()) is not None:
+            found.append((offset, one.nbytes))
+        if one.chunks:
             chunks = (one.id.get_chunk_info(number) for number in range(one.id.get_num_chunks()))
             found.extend((chunk.byte_offset, chunk.size) for chunk in chunks)
 

@@ -148,7 +148,9 @@ def memory(what: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(what))) << 10
 
 
-def search_alone(folder: Path, factory: str, numbers: int, queries: int, limit: int) -> None:
+def search_alone(
+    folder: Path, factory: str, numbers: int, queries: int, limit: int, nprobe: int | None
+) -> None:
     """Make an index, if there is one, and search, with nothing else in the process; print JSON."""
     import faiss  # noqa: F401  # its libraries are in memory before
 
@@ -157,7 +159,7 @@ def search_alone(folder: Path, factory: str, numbers: int, queries: int, limit: 
     _warm(store, unit)
     Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted
     before = memory("VmRSS")
-    index = None if factory == "exact" else Faiss(factory)
+    index = None if factory == "exact" else Faiss(factory, None if factory == "Flat" else nprobe)
     made = 0.0 if index is None else seconds(lambda: open_index(store, METHOD, index, memory=limit))
     building = memory("VmHWM") - before
     Path("/proc/self/clear_refs").write_text("5")
@@ -220,6 +222,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float32")
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 100])
     parser.add_argument("--index", nargs="*", default=["Flat", "IVF1024,SQfp16", "IVF1024,PQ64", "HNSW32"])
+    parser.add_argument(
+        "--nprobe", type=int, help="of an IVF, or `efSearch` of a graph; Bergson takes 10, 16"
+    )
     parser.add_argument("--memory", type=int, default=256, help="MiB, see gradfn query --memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -229,7 +234,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.only:
-        search_alone(Path(given.only[0]), given.only[1], given.numbers, given.queries[-1], given.memory << 20)
+        folder, factory = given.only
+        search_alone(
+            Path(folder), factory, given.numbers, given.queries[-1], given.memory << 20, given.nprobe
+        )
         return
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         place = Path(folder)
@@ -239,6 +247,7 @@ def main() -> None:
             compare_search(place, given.numbers, queries, given.rounds)
         for factory in ["exact", *given.index]:
             how = [f"--{name}={getattr(given, name)}" for name in ("numbers", "memory", "threads")]
+            how += [f"--nprobe={given.nprobe}"] if given.nprobe else []
             how += ["--queries", str(given.queries[-1]), "--only", folder, factory]
             done = subprocess.run(
                 [sys.executable, __file__, *how], check=True, capture_output=True, text=True

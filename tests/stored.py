@@ -131,7 +131,15 @@ def flip(path):
         file.visititems(
             lambda name, one: sizes.update({name: one.nbytes}) if hasattr(one, "nbytes") else None
         )
-        chunk = file[max(sizes, key=lambda name: sizes[name])].id.get_chunk_info(0)
+        start, size = place_of(file[max(sizes, key=lambda name: sizes[name])])
     content = bytearray(path.read_bytes())
-    content[chunk.byte_offset + chunk.size // 2] ^= 4
+    content[start + size // 2] ^= 4
     path.write_bytes(content)
+
+
+def place_of(dataset):
+    """The first byte of an array in its file, and how many bytes there are; of texts, those of a chunk."""
+    if dataset.chunks is None:
+        return dataset.id.get_offset(), dataset.nbytes
+    chunk = dataset.id.get_chunk_info(0)
+    return chunk.byte_offset, chunk.size

@@ -213,13 +213,19 @@ class MixRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest(Request):
-    """Join the shards of an array job.
+    """Join the shards of an array job, or several stores.
 
-    What `--shard I/N` wrote becomes what one process would have written.
+    What `--shard I/N` wrote becomes what one process would have written. Stores of different rows become one
+    store: when a dataset grows, build a store of the new rows alone, and merge.
     """
 
     COMMAND: ClassVar[str] = "merge"
-    run: str = run("The run directory that the shards were given.")
+    WRITES: ClassVar[str] = "store"
+    run: str = run("The run directory that the shards were given, or of the store to write.")
+    stores: tuple[str, ...] = argument(
+        "What gradfn build wrote, of one model and with the same options: its rows, in this order.",
+        default=(), metavar="STORE", file=found,
+    )  # fmt: skip
     output: RunOptions = group(RunOptions, **ALONE)
 
 

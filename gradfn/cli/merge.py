@@ -1,4 +1,4 @@
-"""`gradfn merge`: the parts of an array job, joined."""
+"""`gradfn merge`: the parts of an array job, or several stores, joined."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,8 @@ from gradfn.cli.inputs import check_run
 from gradfn.report.summaries import Facts
 from gradfn.report.tables import facts
 from gradfn.report.words import count
+from gradfn.runs.gradients import open_gradients
+from gradfn.runs.joining import join_stores
 from gradfn.runs.merge import BASIS, Joined, merge_run
 
 AGAIN = "that was the first of two passes: run every shard of gradfn hessian again, then merge"
@@ -16,6 +18,12 @@ AGAIN = "that was the first of two passes: run every shard of gradfn hessian aga
 def run_merge(request: MergeRequest) -> None:
     """Join, report."""
     check_run(request.run)
+    if request.stores:
+        asked, overwrite = request.record()["request"], request.output.overwrite
+        path = join_stores(request.run, request.stores, overwrite=overwrite, request=asked)
+        with open_gradients(path) as store:
+            console().print(facts([("store", f"{path} [{count(store.rows, 'row')}]")]))
+        return
     joined = merge_run(request.run, overwrite=request.output.overwrite)
     again = [("next", AGAIN)] if any(one.kind == BASIS for one in joined) else []
     console().print(facts([*merged_facts(joined), *again]))

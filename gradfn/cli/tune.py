@@ -293,8 +293,8 @@ def advice(found: Recommendation) -> str:
     best = found.ranked[0]
     if not found.predicts:
         return (
-            f"none yet: the best, {best.name} (LDS {best.lds.value:.2f}), has an interval that reaches 0, so it "
-            "may predict nothing; the same command again retrains more models"
+            f"none yet: the best, {best.name} (LDS {best.lds.value:.2f}), has an interval that reaches 0, so "
+            "it may predict nothing; the same command again retrains more models"
         )
     at = f" at damping {best.damping}" if best.damping else ""
     share = ""

@@ -9,7 +9,7 @@ from gradfn.report.progress import progress_bar
 from gradfn.report.tables import facts
 from gradfn.report.words import clean, count
 from gradfn.runs.shards import shards_of
-from gradfn.store.file import FORMAT, place_of
+from gradfn.store.file import DIGESTED, place_of
 from gradfn.store.folder import DIGESTS, sealed_in
 from gradfn.store.reader import request_beside
 from gradfn.store.repair import TRAINING, repair
@@ -30,7 +30,7 @@ def run_verify(request: VerifyRequest) -> None:
     wrong = list({one.wrong: one for one in reversed(checked) if one.wrong}.values())[::-1]
     files = count(len(checked), "file")
     if not wrong:
-        older = [one for one in checked if one.header is not None and one.header.format < FORMAT]
+        older = [one for one in checked if one.header is not None and one.header.format < DIGESTED]
         lines = [("verified", f"{files} of {run}: {'no damage found' if older else 'all as written'}")]
         folders = (path.parent for path in Path(run).glob("checkpoint-*/config.json"))
         if models := [folder for folder in folders if not (folder / DIGESTS).exists()]:

@@ -406,7 +406,7 @@ def _read_vectors(
 ) -> Iterator[Float[np.ndarray, "part n"]]:
     """All rows as vectors, a part at a time."""
     step = rows_that_fit(store, memory)
-    for _, _, arrays in store.chunks(store.names(GRADIENTS), min(step, most or step)):
+    for _, _, arrays in store.parts(store.names(GRADIENTS), min(step, most or step)):
         yield _vectors(rows(blocks_of(arrays))).numpy()
 
 

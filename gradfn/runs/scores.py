@@ -136,7 +136,7 @@ def stored_scores(
         zero = {name: np.zeros((1, *store.shape(name)[1:]), np.float32) for name in names}
         queries = scorer(blocks_of(zero)).shape[1]  # pyright: ignore[reportAttributeAccessIssue]
         rows_per_chunk = rows_that_fit(store, memory, RANKED_BYTES * queries)
-    for _, _, arrays in store.chunks(names, rows_per_chunk):
+    for _, _, arrays in store.parts(names, rows_per_chunk):
         yield scorer(blocks_of(arrays))  # pyright: ignore[reportReturnType]
 
 
@@ -165,7 +165,7 @@ def score_chunks(
     with open_store(run, KIND) as store:
         queries = int(np.prod(store.shape(KIND)[1:]))
         rows_per_chunk = rows_per_chunk or max(1, (memory or READ_BYTES) // (RANKED_BYTES * queries))
-        for _, _, arrays in store.chunks([KIND], rows_per_chunk):
+        for _, _, arrays in store.parts([KIND], rows_per_chunk):
             yield torch.from_numpy(arrays[KIND]).flatten(1)
 
 

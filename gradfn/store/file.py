@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -16,23 +16,32 @@ from typing import Any
 
 import h5py
 import numpy as np
+from xxhash import xxh3_64
 
 from gradfn.errors import InputError, LostFileError, StorageError
 from gradfn.store.arrays import ArraySpec
 from gradfn.store.guard import text_of
 
-FORMAT = 3
+FORMAT = 4
 """What is written. Scores of format 1 have no axis of dampings; before 3, texts of the header have no fixed
-length, and arrays no digests."""
-READABLE = (1, 2, 3)
-RESUMED = (2, 3)
+length, and arrays no digests; in 3, these are SHA-256, and numbers lie in chunks that HDF5 checks."""
+DIGESTED = 3
+"""The first format with digests."""
+READABLE = (1, 2, 3, 4)
+RESUMED = (2, 3, 4)
 """Formats of which segments may lie beside each other."""
 OPEN = 1 << 62
 """The number of rows in a segment that was written before it was known how many there would be."""
 CHUNK_BYTES = 1 << 20
+"""Of texts in a chunk, and of what is written at a time."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Version 1.10 of the format is the first with virtual datasets, and checksums its own metadata.
 LIBVER = ("v110", "v110")
+
+ALIGNED = 512, 64
+"""Arrays of so many bytes begin at a multiple of so many, so that numbers can be used where they lie."""
+BLOCK, DIGITS = 1 << 18, 16
+"""Bytes that have a checksum, and the hex digits of one."""
 
 Span = tuple[int, int]
 
@@ -49,7 +58,7 @@ class Header:
         index_arrays: arrays without a row dimension.
         segments: the rows of the files that an index joins; empty for a file that holds its rows itself.
         request: what was asked for, such as a command and its options: recorded, and never compared.
-        digests: of the bytes of every array that lies in the file itself.
+        digests: of the bytes of every array that lies in the file itself, see `Sums`.
         format: the version of the layout.
     """
 
@@ -124,33 +133,64 @@ def _chunks(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return tuple(reversed(chunk))
 
 
+class Sums:
+    """Checksums (XXH3) of bytes that come in parts: 16 hex digits for each 256 KiB, one after the other.
+
+    >>> sums = Sums()
+    >>> sums.update(np.zeros(BLOCK + 1, np.uint8))
+    >>> len(sums.hexdigest())
+    32
+    """
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._open, self._room = xxh3_64(), BLOCK
+
+    def update(self, array: np.ndarray) -> None:
+        """Take further bytes."""
+        rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        while len(rest):
+            part, rest = rest[: self._room], rest[self._room :]
+            self._open.update(part)
+            self._room -= len(part)
+            if not self._room:
+                self._done.append(self._open.hexdigest())
+                self._open, self._room = xxh3_64(), BLOCK
+
+    def hexdigest(self) -> str:
+        """Those of all bytes so far."""
+        return "".join([*self._done, *([self._open.hexdigest()] if self._room < BLOCK else [])])
+
+
+def sums_of(parts: Iterable[np.ndarray]) -> str:
+    """The checksums of arrays one after the other, see `Sums`."""
+    sums = Sums()
+    for part in parts:
+        sums.update(part)
+    return sums.hexdigest()
+
+
 def new_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
-    """Make a checksummed dataset, in chunks of whole rows where rows are small enough."""
-    if 0 in shape:
+    """Make a dataset: of numbers in one piece, of texts compressed and checksummed, in chunks of rows."""
+    if 0 in shape or dtype.kind != "S":
         return file.create_dataset(name, shape, dtype)
-    # Strings of one width are mostly padding, which compression takes back. Numbers are not compressed, but
-    # a chunk that zeros have overwritten is no gzip stream, where zero is the right fletcher32 of zeros.
-    level = 1 if dtype.kind == "S" else 0
+    # Strings of one width are mostly padding, which compression takes back.
     return file.create_dataset(
-        name, shape, dtype, chunks=_chunks(shape, dtype.itemsize), compression="gzip", compression_opts=level,
+        name, shape, dtype, chunks=_chunks(shape, dtype.itemsize), compression="gzip", compression_opts=1,
         fletcher32=True,
     )  # fmt: skip
 
 
-def _put(file: h5py.File, name: str, array: np.ndarray) -> None:
-    # A scalar is stored as one element, because HDF5 does not checksum scalars.
-    array = np.atleast_1d(array)
-    dataset = new_dataset(file, name, array.shape, array.dtype)
-    if array.size:
-        dataset[...] = array
-
-
 def put_all(file: h5py.File, header: Header, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a header and arrays into an open file, with the digests of these beside those it has."""
-    digests = {name: sha256(np.ascontiguousarray(array).data).hexdigest() for name, array in arrays.items()}
+    # A scalar is stored as one element, so that it has bytes with a checksum.
+    whole = {name: np.ascontiguousarray(np.atleast_1d(array)) for name, array in arrays.items()}
+    digests = {name: sums_of([array]) for name, array in whole.items()}
     _put_header(file, replace(header, digests={**header.digests, **digests}))
-    for name, array in arrays.items():
-        _put(file, name, array)
+    for name, array in whole.items():
+        dataset = new_dataset(file, name, array.shape, array.dtype)
+        if array.size:
+            dataset[...] = array
 
 
 class _Sink(io.FileIO):
@@ -165,7 +205,8 @@ class _Sink(io.FileIO):
         rest = memoryview(data)
         try:
             while self.error is None and len(rest):
-                rest = rest[super().write(rest) :]
+                # Linux takes a third of the time for several of these that it may take for one large one.
+                rest = rest[super().write(rest[:CHUNK_BYTES]) :]
         except OSError as error:
             self.error = error
         return len(data)
@@ -181,7 +222,10 @@ class _Sink(io.FileIO):
 def _write_file(path: Path, fill: Callable[[h5py.File], None]) -> None:
     with _Sink(path, "x+") as sink:
         try:
-            with h5py.File(sink, "w", libver=LIBVER) as file:
+            size, place = ALIGNED
+            with h5py.File(
+                sink, "w", libver=LIBVER, alignment_threshold=size, alignment_interval=place
+            ) as file:
                 fill(file)
         finally:
             if sink.error is not None:
@@ -321,18 +365,24 @@ def _unreadable(path: Path, error: Exception) -> Exception:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[h5py.File]:
-    """Open a complete file to read from; an error of HDF5 becomes an `InputError` of one sentence."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise InputError(f"{path} is a folder or a device, and no file: give the directory of a run")
+def explained(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while reading a complete file into an `InputError` of one sentence."""
     try:
-        # Complete files do not change, and HDF5's own locks fail on some network file systems.
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
+        yield
     except (InputError, StorageError):
         raise
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise _unreadable(path, error) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[h5py.File]:
+    """Open a complete file to read from; see `explained`."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise InputError(f"{path} is a folder or a device, and no file: give the directory of a run")
+    # Complete files do not change, and HDF5's own locks fail on some network file systems.
+    with explained(path), h5py.File(path, "r", locking=False) as file:
+        yield file
 
 
 def read_header(path: Path) -> Header:

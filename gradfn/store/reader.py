@@ -11,10 +11,14 @@ import numpy as np
 
 from gradfn.errors import InputError, LostFileError, StorageError
 from gradfn.store.arrays import ArraySpec, decoded
+from gradfn.store.columns import Column, column_of
 from gradfn.store.compare import differing
 from gradfn.store.directory import files_of, index_path, segment_name, segments_of
 from gradfn.store.file import OPEN, Header, Span, get_header, place_of, read_header, reading
-from gradfn.store.guard import own_dataset, refuse_links
+from gradfn.store.guard import refuse_links
+
+Opened = dict[Path, dict[str, Column]]
+"""The arrays of files by name."""
 
 
 def steps(rows: int, step: int) -> Iterator[Span]:
@@ -98,16 +102,26 @@ class Store:
         """Yield `(start, stop, {name: rows start to stop})` from the first row to the last."""
         if rows_per_chunk < 1:
             raise InputError(f"rows_per_chunk must be at least 1, got {rows_per_chunk}")
+        opened: Opened = {}
         for start, stop in steps(self.rows, rows_per_chunk):
-            arrays = self._stored(names, start, stop)
+            arrays = _joined(self._parts(names, start, stop, opened))
             yield start, stop, {name: decoded(array) for name, array in arrays.items()}
+
+    def parts(self, names: Sequence[str], most: int) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+        """Yield as `chunks` at most so many rows, which lie in one file. Numbers are not copied."""
+        opened: Opened = {}
+        for _, first, last in self._pieces(*self.span):
+            for start, stop in steps(last - first, most):
+                (arrays,) = self._parts(names, first + start, first + stop, opened)
+                yield first + start, first + stop, {name: decoded(array) for name, array in arrays.items()}
 
     def index_array(self, name: str) -> np.ndarray:
         """Return an array of the index, without a row dimension; strings come as objects of `str`."""
         spec = self._look_up(name, self.header.index_arrays)
         with reading(self.path) as file:
-            dataset = own_dataset(file, name, spec.shape or (1,), spec.stored_dtype)
-            return decoded(dataset[...].reshape(spec.shape))
+            column = column_of(file, self.path, self.header, name, spec)
+        rows = column.rows(0, (spec.shape or (1,))[0])
+        return decoded(np.array(rows).reshape(spec.shape))
 
     def verify(self) -> None:
         """Refuse a store of which a segment is gone, unreadable or another run's."""
@@ -144,25 +158,47 @@ class Store:
             yield file, there
 
     def _stored(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
-        """Return rows as they lie in the files, opening each file once for all names."""
+        """Return rows as they lie in the files, copied; each file is opened once for all names."""
+        specs = {name: self._look_up(name, self.header.arrays) for name in names}
+        nothing = {name: np.empty((0, *spec.shape), spec.stored_dtype) for name, spec in specs.items()}
+        return _joined([nothing, *self._parts(names, start, stop, {})])
+
+    def _parts(
+        self, names: Sequence[str], start: int, stop: int, opened: Opened
+    ) -> list[dict[str, np.ndarray]]:
+        """Return what each file has of some rows.
+
+        Args:
+            opened: the file that was read last.
+        """
         if start < stop and not self.span[0] <= start < stop <= self.span[1]:
             raise InputError(f"{self.path} is a part, without rows {start} to {stop}: join the parts first")
-        specs = {name: self._look_up(name, self.header.arrays) for name in names}
-        out = {name: np.empty((stop - start, *spec.shape), spec.stored_dtype) for name, spec in specs.items()}
+        parts = []
         for path, first, last in self._pieces(start, stop):
-            begin, end = max(start, first), min(stop, last)
-            with self._piece(path, first, last) as (file, there):
-                for name, rows in out.items():
-                    own = there.arrays[name]
-                    if own.wider(specs[name]) != specs[name]:
-                        raise ValueError(f"{name} is {own} there")
-                    dataset = own_dataset(file, name, (last - first, *own.shape), own.stored_dtype)
-                    there_rows, here = slice(begin - first, end - first), slice(begin - start, end - start)
-                    if own == specs[name] and begin < end:
-                        dataset.read_direct(rows, there_rows, here)
-                    else:  # texts of another width
-                        rows[here] = dataset[there_rows]
-        return out
+            if path not in opened:
+                opened.clear()
+                opened[path] = self._columns(names, path, first, last)
+            begin, end = max(start, first) - first, min(stop, last) - first
+            parts.append({name: column.rows(begin, end) for name, column in opened[path].items()})
+        return parts
+
+    def _columns(self, names: Sequence[str], path: Path, first: int, last: int) -> dict[str, Column]:
+        """Return the arrays of one file."""
+        specs, columns = {name: self._look_up(name, self.header.arrays) for name in names}, {}
+        with self._piece(path, first, last) as (file, there):
+            for name, spec in specs.items():
+                own = there.arrays[name]
+                if own.wider(spec) != spec:
+                    raise ValueError(f"{name} is {own} there")
+                whole = ArraySpec(own.dtype, (last - first, *own.shape))
+                columns[name] = column_of(file, path, there, name, whole)
+        return columns
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The rows of several files one after the other: texts as wide as the widest, numbers as they are."""
+    dtypes = {name: None if array.dtype.kind == "S" else array.dtype for name, array in parts[0].items()}
+    return {name: np.concatenate([part[name] for part in parts], dtype=to) for name, to in dtypes.items()}
 
 
 def open_store(run: str | Path, kind: str = "store") -> Store:

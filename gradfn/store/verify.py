@@ -10,8 +10,9 @@ import h5py
 
 from gradfn.errors import InputError, StorageError
 from gradfn.store.arrays import ArraySpec
+from gradfn.store.columns import column_of
 from gradfn.store.directory import files_of, segment_name
-from gradfn.store.file import Header, get_header, reading
+from gradfn.store.file import Header, Sums, get_header, reading
 from gradfn.store.folder import DIGESTS, check_sealed, sealed_files, sealed_in
 from gradfn.store.guard import check_heaps, linked_hard, own_dataset, refuse_links
 from gradfn.store.reader import Store, steps
@@ -35,9 +36,9 @@ def check_file(path: Path) -> Header:
         count = header.stop - header.start
         own = {} if header.segments else header.arrays
         for name, spec in own.items():
-            _check_array(file, name, ArraySpec(spec.dtype, (count, *spec.shape)), header.digests.get(name))
+            _check_array(file, path, header, name, ArraySpec(spec.dtype, (count, *spec.shape)))
         for name, spec in header.index_arrays.items():
-            _check_array(file, name, spec, header.digests.get(name))
+            _check_array(file, path, header, name, spec)
         if header.segments and count == header.rows:
             check_heaps(path)
             for name, spec in header.arrays.items():
@@ -45,13 +46,14 @@ def check_file(path: Path) -> Header:
         return header
 
 
-def _check_array(file: h5py.File, name: str, spec: ArraySpec, digest: str | None) -> None:
-    shape = spec.shape or (1,)
-    dataset, found = own_dataset(file, name, shape, spec.stored_dtype), sha256()
+def _check_array(file: h5py.File, path: Path, header: Header, name: str, spec: ArraySpec) -> None:
+    column_of(file, path, header, name, spec)
+    shape, found = spec.shape or (1,), Sums() if header.format > 3 else sha256()
+    dataset = own_dataset(file, name, shape, spec.stored_dtype)
     row_bytes = max(1, dataset.nbytes // max(1, shape[0]))
     for start, stop in steps(shape[0], max(1, PART_BYTES // row_bytes)):
         found.update(dataset[start:stop])
-    if digest not in (None, found.hexdigest()):
+    if header.digests.get(name, found.hexdigest()) != found.hexdigest():
         raise ValueError(f"digest of {name}")
 
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from gradfn.store.file import (
     RESUMED,
     Header,
     Span,
+    Sums,
     create_file,
     disk_errors,
     link_or_copy,
@@ -320,14 +320,14 @@ def _copied_index(file: h5py.File, joined: "Store", index_arrays: Mapping[str, n
     """Copy the segments, a bounded part at a time, so that the index can be moved without them."""
     digests = {}
     for name, spec in joined.header.arrays.items():
-        dataset, digest = new_dataset(file, name, joined.shape(name), spec.stored_dtype), sha256()
+        dataset, digest = new_dataset(file, name, joined.shape(name), spec.stored_dtype), Sums()
         row_bytes = max(1, spec.stored_dtype.itemsize * int(np.prod(spec.shape)))
         whole = dataset.chunks[0] if dataset.chunks else 1
         step = whole * max(1, COPY_BYTES // (row_bytes * whole))
         for start, stop in steps(joined.rows, step):
             rows = joined._stored([name], start, stop)[name]
             dataset[start:stop] = rows
-            digest.update(rows.data)
+            digest.update(rows)
         digests[name] = digest.hexdigest()
     put_all(file, replace(joined.header, segments=(), digests=digests), index_arrays)
 

@@ -1,6 +1,7 @@
 """Inner products with queries, as the last stage of a chain."""
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -55,14 +56,14 @@ class Dot(Rowwise):
                 f"the rows have no block {min(extra)}: make rows and queries from the same layers"
             )
         if not self.unit:
-            return dict(partials) if self.by_block else torch.stack(list(partials.values())).sum(0)
+            return dict(partials) if self.by_block else reduce(torch.add, partials.values())
         count = 1 if self.weights is None else len(next(iter(self.weights.values())))
         scale = inverse_norms(norms(torch.stack([part[:, -count:] for part in partials.values()], -1)))
         shares = {
             name: (part[:, :-count].unflatten(1, (count, -1)) * scale[..., None]).flatten(1)
             for name, part in partials.items()
         }
-        return shares if self.by_block else torch.stack(list(shares.values())).sum(0)
+        return shares if self.by_block else reduce(torch.add, shares.values())
 
     def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         return self.finish({name: self.partial(name, G) for name, G in blocks.items()})
@@ -83,7 +84,7 @@ class SelfDot(Rowwise):
     def finish(self, partials: Blocks) -> Blocks | Float[Tensor, "rows norms"]:
         """The sum over blocks, or each share."""
         shares = {name: part.square() for name, part in partials.items()}
-        return shares if self.by_block else torch.stack(list(shares.values())).sum(0)
+        return shares if self.by_block else reduce(torch.add, shares.values())
 
     def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         return self.finish({name: self.partial(name, G) for name, G in blocks.items()})

@@ -567,7 +567,7 @@ def truncate(path):
 def corrupt(path):
     with h5py.File(path) as file:
         dataset = file["gradients/model.layers.0.self_attn.q_proj"]
-        offset = dataset.id.get_chunk_info(0).byte_offset
+        offset = dataset.id.get_offset()
     content = bytearray(path.read_bytes())
     content[offset + 5] ^= 1
     path.write_bytes(content)

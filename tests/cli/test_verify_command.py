@@ -75,7 +75,7 @@ def test_of_a_run_from_before_digests_the_structure_alone_is_checked(ok, tmp_pat
 
 def test_of_an_older_run_the_command_is_named_that_makes_it_again(ok, base, tmp_path, monkeypatch):
     ok("build", tmp_path, *base)
-    monkeypatch.setattr("gradfn.cli.verify.FORMAT", 4)
+    monkeypatch.setattr("gradfn.cli.verify.DIGESTED", 5)
     assert f"make again with gradfn build {tmp_path}" in plain(ok("verify", tmp_path))
 
 

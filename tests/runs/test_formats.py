@@ -83,7 +83,7 @@ def test_they_are_not_resumed(tmp_path, finished):
     if not finished:
         (run / "scores.h5").unlink()
     settings = Scores.load(OLD / "scores").settings
-    words = "by an older gradfn, in format 1, which can be read but not resumed in format 3: give `over"
+    words = "by an older gradfn, in format 1, which can be read but not resumed in format 4: give `over"
     with pytest.raises(InputError, match=words), open_writer(run, "scores", settings, 6):
         pass
     with open_writer(run, "scores", settings, 6, overwrite="unlike") as writer:

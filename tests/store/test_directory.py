@@ -1,6 +1,8 @@
 """A run directory: one writer, and files that are removed."""
 
+import errno
 import fcntl
+import os
 
 import pytest
 from stored import ROWS, SETTINGS, assert_holds_rows, one_sentence, rows_of, segment, slices, start, write
@@ -58,9 +60,10 @@ def test_a_writer_in_another_process_is_refused_until_it_dies(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_warns(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_warns(tmp_path, monkeypatch, code):
     def refuse(*_):
-        raise OSError(95, "Operation not supported")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.warns(UserWarning, match="cannot be locked"):

@@ -27,6 +27,7 @@ from stored import (
 )
 
 from gradfn.errors import InputError, StorageError
+from gradfn.store import columns as columns_module
 from gradfn.store import file as file_module
 from gradfn.store import open_store, open_writer
 from gradfn.store import writer as writer_module
@@ -42,12 +43,61 @@ def test_a_row_larger_than_a_chunk(tmp_path, monkeypatch):
     assert np.array_equal(open_store(tmp_path, "scores").read("x"), values)
 
 
-def test_arrays_are_checksummed_and_chunked_by_rows(tmp_path):
+def test_texts_are_checksummed_chunks_and_numbers_lie_in_one_piece(tmp_path):
     write(tmp_path)
     with h5py.File(segment(tmp_path, 0, 5)) as file:
         for name in rows_of(0, 1):
-            assert file[name].fletcher32
-            assert file[name].chunks == file[name].shape
+            texts = name == "rows/id"
+            assert file[name].fletcher32 == texts
+            assert file[name].chunks == (file[name].shape if texts else None)
+
+
+@pytest.mark.parametrize("block", [16, 40, 1 << 18])
+def test_every_byte_of_numbers_has_a_checksum(tmp_path, monkeypatch, block):
+    """Of whatever rows are read, and of no others."""
+    for module in (file_module, columns_module):
+        monkeypatch.setattr(module, "BLOCK", block)
+    values = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    with open_writer(tmp_path, "store", {}, 7) as writer:
+        writer.write(0, 7, {"x": values})
+        writer.finish()
+    path, store, whole = segment(tmp_path, 0, 7), open_store(tmp_path), segment(tmp_path, 0, 7).read_bytes()
+    spans = [(0, 7), (0, 1), (2, 5), (6, 7)]
+    for begin, end in spans:
+        assert np.array_equal(store.read("x", begin, end), values[begin:end])
+        (first, last, part), *_ = store.parts(["x"], 3)
+        assert (first, last) == (0, 3)
+        assert np.array_equal(part["x"], values[:3])
+    offset = whole.index(values.tobytes())
+    for place in range(values.nbytes):
+        at = offset + place
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        for begin, end in spans:
+            if begin * 20 // block <= place // block <= (end * 20 - 1) // block:
+                with pytest.raises(InputError, match="a checksum does not match"):
+                    store.read("x", begin, end)
+            else:
+                assert np.array_equal(store.read("x", begin, end), values[begin:end])
+        path.write_bytes(whole)
+
+
+def test_what_is_read_can_be_changed_and_the_file_stays(tmp_path):
+    write(tmp_path)
+    store, name = open_store(tmp_path), "gradients/layers.0.mlp"
+    for _, _, part in store.parts([name], 2):
+        part[name] += 1
+    assert_holds_rows(store)
+
+
+def test_the_place_of_numbers_behind_the_end_of_a_file_is_no_crash(tmp_path):
+    write(tmp_path)
+    path, store = segment(tmp_path, 0, 5), open_store(tmp_path)
+    parts = store.parts(["gradients/layers.0"], 1)
+    next(parts)
+    damage(path, lambda content: content[: len(content) // 2])
+    with pytest.raises(InputError) as error:
+        list(parts)
+    one_sentence(error, path, "it was cut short")
 
 
 def test_settings_far_over_64_kilobytes(tmp_path):
@@ -57,12 +107,12 @@ def test_settings_far_over_64_kilobytes(tmp_path):
 
 
 def test_a_store_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_module, "FORMAT", 4)
+    monkeypatch.setattr(file_module, "FORMAT", 5)
     write(tmp_path)
     monkeypatch.undo()
     with pytest.raises(InputError) as error:
         open_store(tmp_path)
-    one_sentence(error, "format 4", "reads 1, 2, 3")
+    one_sentence(error, "format 5", "reads 1, 2, 3, 4")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

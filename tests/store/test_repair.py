@@ -52,11 +52,11 @@ def test_all_or_none(tmp_path):
 
 
 def test_what_is_not_damage_is_not_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr("gradfn.store.file.FORMAT", 4)
+    monkeypatch.setattr("gradfn.store.file.FORMAT", 5)
     write(tmp_path, settings=SETTINGS, request=REQUEST)
     monkeypatch.undo()
     before = files(tmp_path)
     with pytest.raises(InputError) as error:
         mend(tmp_path)
-    one_sentence(error, "cannot be repaired, and nothing was removed", "has format 4")
+    one_sentence(error, "cannot be repaired, and nothing was removed", "has format 5")
     assert files(tmp_path) == before

@@ -12,6 +12,7 @@ from stored import (
     damage,
     finished,
     one_sentence,
+    place_of,
     rows_of,
     segment,
     start,
@@ -22,7 +23,7 @@ from gradfn.errors import InputError
 from gradfn.store import open_store
 from gradfn.store.verify import check_files
 
-OLD = Path(__file__).parent / "data" / "v2"
+DATA = Path(__file__).parent / "data"
 ZEROED = """
     from stored import assert_holds_rows, refusal
     from gradfn.store import open_store
@@ -49,17 +50,17 @@ def wrong_files(run):
     return [one.path for one in check_files(run) if one.wrong]
 
 
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("old", ["v2", "v3", None])
 def test_no_zeroed_sector_hangs_or_changes_what_is_read(tmp_path, old):
-    """Files of before have no digests, so that what zeros have overwritten there may go unnoticed."""
+    """Files of format 2 have no digests, so that what zeros have overwritten there may go unnoticed."""
     if old:
-        shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+        shutil.copytree(DATA / old, tmp_path, dirs_exist_ok=True)
     else:
         for kind in ("store", "scores"):
             write(tmp_path, [(0, ROWS)], kind=kind, index_arrays={"queries/text": TEXTS})
     read, opened = "assert_holds_rows(open_store(run, kind))", "open_store(run, kind)"
-    code = ZEROED.replace("CHECKED", str(not old))
-    finished(start(code.replace(read, opened) if old else code, tmp_path))
+    code = ZEROED.replace("CHECKED", str(old != "v2"))
+    finished(start(code.replace(read, opened) if old == "v2" else code, tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["store", "scores"])
@@ -68,9 +69,8 @@ def test_a_chunk_that_zeros_have_overwritten_is_found(tmp_path, kind, name):
     write(tmp_path, kind=kind)
     path = segment(tmp_path, 5, 10) if kind == "store" else tmp_path / "scores.h5"
     with h5py.File(path) as file:
-        chunk = file[name].id.get_chunk_info(0)
-    end = chunk.byte_offset + chunk.size
-    damage(path, lambda content: content[: chunk.byte_offset] + bytes(chunk.size) + content[end:])
+        begin, size = place_of(file[name])
+    damage(path, lambda content: content[:begin] + bytes(size) + content[begin + size :])
     with pytest.raises(InputError) as error:
         open_store(tmp_path, kind).read(name)
     one_sentence(error, path, "damaged")
@@ -108,8 +108,9 @@ def test_a_segment_that_is_gone_and_an_index_of_other_segments_are_found(tmp_pat
     assert wrong_files(tmp_path) == [tmp_path / "store.h5"]
 
 
-def test_files_of_the_format_before_are_read_and_resumed(tmp_path):
-    run = Path(shutil.copytree(OLD, tmp_path / "run"))
+@pytest.mark.parametrize("old", ["v2", "v3"])
+def test_files_of_formats_before_are_read_and_resumed(tmp_path, old):
+    run = Path(shutil.copytree(DATA / old, tmp_path / "run"))
     for kind in ("store", "scores"):
         assert_holds_rows(open_store(run, kind))
         assert open_store(run, kind).index_array("queries/text").tolist() == ["a", "b"]
