@@ -71,7 +71,7 @@ def _forward(module: nn.Module, make: Callable[[torch.dtype], Tensor], x: Tensor
 
 
 def _of_four_bits(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
 
     return dequantize_4bit(codes, state).to(dtype)
 

@@ -1,4 +1,4 @@
-"""Commands under torchrun: what one process makes, from two and three; errors told once; a process killed."""
+"""Commands under torchrun: what one process makes, from two to four; errors told once; a process killed."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from started import start, torchrun
+from started import on_nodes, start, torchrun
 from tiny import DOCUMENTS, write_jsonl
 
 from gradfn.cli.commands import HessianRequest
@@ -112,6 +112,20 @@ def test_a_process_that_is_killed_is_started_again_and_goes_on(folder, model, ba
     assert "3,000 rows" in out or "[2 shards]" in out
     with open_store(run) as made:
         assert made.rows == 3000
+
+
+@pytest.mark.slow
+def test_four_processes_on_two_nodes(ok, base, queries, tmp_path):
+    """Two agents of torchrun, which find each other by an address, make the scores of one process."""
+    more = (*base, "--query", queries, "--method", "ekfac", "--damping", "0.1")
+    found = on_nodes(2, 2, "score", tmp_path / "four", *more)
+    assert [status for status, _, _ in found] == [0, 0], found
+    assert [bool(out) for _, out, _ in found] == [True, False]  # one process speaks
+    ok("score", tmp_path / "one", *more)
+    with open_store(tmp_path / "four", "scores") as four, open_store(tmp_path / "one", "scores") as one:
+        assert four.read("rows/id").tolist() == one.read("rows/id").tolist()
+        mine, theirs = (torch.tensor(run.read("scores")).double() for run in (four, one))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
 
 
 def children_of(pid):
