@@ -106,6 +106,21 @@ def load_split(
     return rows, names
 
 
+def check_dataset(rows: Any) -> None:
+    """Refuse rows that are no dataset, such as a list of dicts, a stream, or all splits together.
+
+    Raises:
+        InputError: naming what they are.
+    """
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        raise InputError(
+            f"rows must be a datasets.Dataset, and this is a {type(rows).__name__}: give what gf.load_rows "
+            "returns, one split, or Dataset.from_list(rows)"
+        )
+
+
 def check_column(rows: "datasets.Dataset", column: str, remedy: str) -> None:
     """Refuse a column that is not in the dataset.
 
@@ -117,6 +132,7 @@ def check_column(rows: "datasets.Dataset", column: str, remedy: str) -> None:
     Raises:
         InputError: there is no such column.
     """
+    check_dataset(rows)
     if column not in rows.column_names:
         names = ", ".join(rows.column_names)
         raise InputError(f"no column {column!r} in the dataset, which has {names}: {remedy}")
@@ -148,6 +164,7 @@ def tables(rows: "datasets.Dataset", work: str = "rows") -> Iterator[tuple[int, 
     Args:
         work: what is done with them, as who watches is told.
     """
+    check_dataset(rows)
     tables: Any = rows.with_format("arrow")
     with WATCH.get()(work, len(rows), "rows") as progress:
         for start in range(0, len(rows), _BATCH):

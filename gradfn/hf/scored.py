@@ -7,7 +7,7 @@ from uuid import uuid4
 from torch import Tensor, nn
 
 from gradfn.errors import InputError
-from gradfn.hf.datasets import row_names
+from gradfn.hf.datasets import check_dataset, row_names
 from gradfn.methods import Attribution
 from gradfn.methods.attribution import Queries
 from gradfn.scores import Scores
@@ -42,6 +42,7 @@ def with_scores(rows: "datasets.Dataset", scores: Scores, *, column: str = COLUM
     >>> with_scores(Dataset.from_dict({"id": ["b", "a"]}), scores)["gradfn_score"][:]
     [-1.0, 3.0]
     """
+    check_dataset(rows)
     if scores.documents is not None:
         raise InputError("these are scores of tokens, and rows get a column: score with `View(tokens=False)`")
     _check_column(column, rows.column_names)

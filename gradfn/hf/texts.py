@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from gradfn.data import IGNORED, Documents, Pairs, check_lengths, make_documents, offsets_of
 from gradfn.errors import InputError
 from gradfn.hf.chats import Encoder, chat_encoder, holds_chats, pair_encoder
-from gradfn.hf.datasets import check_column, row_ids, tables
+from gradfn.hf.datasets import check_column, check_dataset, row_ids, tables
 from gradfn.hf.tokenizers import no_panic, probe_word
 from gradfn.shown import asked_and_said
 
@@ -67,6 +67,7 @@ def tokenize(
     """
     if max_length is not None and max_length < 1:
         raise InputError(f"the length limit must be at least 1 token, got {max_length}")
+    check_dataset(rows)
     encode, parts = _choose_encoder(rows, tokenizer, special_tokens, **columns), []
     for start, table in tables(rows, "tokenizing"):
         part = encode(table, row_ids(rows, table, start))

@@ -11,6 +11,7 @@ from gradfn.data import make_documents
 from gradfn.errors import InputError
 from gradfn.hf import (
     check_vocabulary,
+    row_names,
     text_pair,
     text_query,
     tokenize,
@@ -162,6 +163,18 @@ def test_a_column_that_is_no_text(tokenizers, column, kind):
 def test_large_strings_are_text(tokenizers):
     rows = datasets.Dataset(pa.table({"text": pa.array(["a"], pa.large_string())}))
     assert len(tokenize(rows, tokenizers["nothing"])) == 1
+
+
+def test_what_is_no_dataset(tokenizer):
+    rows = [{"text": "a b"}]
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    pairs = {"prompt_column": "text", "completion_column": "text"}
+    for what, name in ((rows, "list"), (splits, "DatasetDict"), (stream, "IterableDataset")):
+        for call in (tokenize, lambda rows, _: row_names(rows),
+                     lambda rows, tokenizer: tokenize_pairs(rows, tokenizer, **pairs)):  # fmt: skip
+            with pytest.raises(InputError, match=f"this is a {name}: give what gf.load_rows returns"):
+                call(what, tokenizer)
 
 
 def test_text_needs_a_tokenizer():
