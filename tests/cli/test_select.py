@@ -169,7 +169,7 @@ def test_a_dataset_that_changed_is_refused(ok, command, run, rows, tmp_path):
     here, out = tmp_path / "rows.jsonl", ("--keep", 0.5, "-o", tmp_path / "s.jsonl")
     own = lines(rows)
     for changed, words in (
-        (own[:-1], "has scores of 12 (doc-iraq)"),
+        (own[:-1], "has scores of 12 ('doc-iraq')"),
         ([*own[:3], {**own[3], "id": "doc-other"}, *own[4:]], "and"),
         (own[::-1], "have the same ids in another order"),
         ([*own[:3], {**own[3], "text": "The capital of Japan is Kyoto."}, *own[4:]],
