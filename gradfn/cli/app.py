@@ -156,7 +156,7 @@ def _with_command(text: str, error: BaseException | None) -> str:
     if shard := re.search(r" \(--shard (\d+/\d+)\)", text):
         text = text.replace(shard[0], "")
         request = {**request, "given": {**request["given"], "shard": shard[1]}}
-    return text.replace(phrase, MADE[phrase].format(spelled(request)))
+    return text.replace(phrase, MADE[phrase].format(spelled(request, error.path)))
 
 
 def _with_flags(text: str) -> str:

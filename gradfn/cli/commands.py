@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from gradfn.cli.evaluations import (
@@ -480,7 +481,18 @@ COMMANDS: dict[type[Request], tuple[str, str]] = {
 """Every command: its panel, and the file and function that run it."""
 
 
-def spelled(request: Mapping[str, Any]) -> str:
-    """The command of a record, as it would be typed."""
+def spelled(request: Mapping[str, Any], path: Path | None = None) -> str:
+    """The command of a record, as it would be typed; for a file of a run that was moved, where the run is."""
     kind = next((one for one in COMMANDS if request["command"] == one.COMMAND), None)
-    return f"gradfn {request['command']}" if kind is None else command_line(kind, request["given"])
+    if kind is None:
+        return f"gradfn {request['command']}"
+    given = request["given"]
+    if path is not None and "run" in given and "shard" not in given:
+        from gradfn.store.file import place_of
+        from gradfn.store.verify import NESTED
+
+        run, written = place_of(path)
+        moved = Path(given["run"]).resolve() not in path.resolve().parents and written == kind.WRITES
+        if moved and not NESTED.fullmatch(run.name) and not run.name.startswith("baseline-"):
+            given = {**given, "run": str(run)}
+    return command_line(kind, given)

@@ -62,6 +62,7 @@ from gradfn.report.tables import facts, rows_table
 from gradfn.report.words import count
 from gradfn.runs.provenance import DataSource
 from gradfn.scores import Scores
+from gradfn.store import storable
 
 
 def run_lds(request: LdsRequest) -> None:
@@ -354,7 +355,7 @@ def _sources(run: Scores, request: RecallRequest) -> tuple[Tensor, list[int]]:
 
 def refuse_other_ids(rows: Any, ids: Sequence[str], run: str, path: str, option: str) -> None:
     """Refuse a dataset of which the rows are not those that a run names."""
-    here = row_names(rows)
+    here = storable(row_names(rows))
     if here != [*ids] and sorted(here) == sorted(ids):
         raise InputError(
             f"{run} and {path} have the same ids in another order: give the {option} that was scored"

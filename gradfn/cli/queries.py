@@ -260,6 +260,10 @@ def load_all(
         return loaded, train, asked
     text = (options.against, None) if options.completion is None else (str(options.query), options.against)
     against, _ = _documents(loaded, others, text, options, data, "--against")
+    if against.fingerprint() == asked.documents.fingerprint():
+        raise InputError(
+            "--query and --against say the same, so that every score is 0: give what the model did not say"
+        )
     return loaded, train, replace(asked, against=against)
 
 

@@ -76,12 +76,15 @@ def run_tune(request: TuneRequest) -> None:
     assert asked is not None
     if hasattr(loaded.model, "peft_config"):
         raise InputError(f"{loaded.name} has adapters, and whole models are retrained: merge them into it")
+    if len(train) < 2:
+        raise InputError("models are retrained on halves of the rows, and there is 1: give more rows")
     size = sum(parameter.numel() for parameter in loaded.model.parameters())
     console().print(facts([
         *device_facts(loaded.model, loaded.products),
         ("model", f"{loaded.name} ({count(size, 'parameter')})"),
         ("train", f"{count(len(train), 'row')}, {count(int(train.lengths.sum()), 'token')}"),
-        ("queries", f"{len(asked.documents):,}"), ("time", f"{request.minutes:g} minutes"),
+        ("queries", f"{len(asked.documents):,}"),
+        ("time", f"{request.minutes:g} minute" + "s" * (request.minutes != 1)),
     ]))  # fmt: skip
     _record(request, folder)
     queries, half = asked.documents, (time.monotonic() + end) / 2

@@ -27,7 +27,8 @@ def run_verify(request: VerifyRequest) -> None:
             checked.append(one)
             progress(1)
     # An index says of its segments what these say themselves, who come first.
-    wrong = list({one.wrong: one for one in reversed(checked) if one.wrong}.values())[::-1]
+    damaged = [one for one in checked if one.wrong]
+    wrong = list({one.lost.resolve() if one.lost else one.wrong: one for one in damaged[::-1]}.values())[::-1]
     files = count(len(checked), "file")
     if not wrong:
         older = [one for one in checked if one.header is not None and one.header.format < DIGESTED]
@@ -71,4 +72,4 @@ def _again(path: Path) -> str:
     elif kind in shards_of(folder):
         return f"gradfn merge {folder}"
     request = request_beside(path)
-    return spelled(request) if request else "the command that made it"
+    return spelled(request, path) if request else "the command that made it"

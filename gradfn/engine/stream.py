@@ -30,6 +30,7 @@ from gradfn.engine.cache import CachedRows
 from gradfn.engine.engine import Engine, probe_engine
 from gradfn.errors import InputError
 from gradfn.memory import check_memory
+from gradfn.shown import brief
 from gradfn.subject import TOKEN_BATCH_SIZE, Subject, SubjectOptions, subject_of
 from gradfn.transforms import Transform
 from gradfn.types import Batch, Blocks, Data, Example, Rows
@@ -64,7 +65,7 @@ def lengths_of(data: Data) -> np.ndarray:
 def row_name(data: Data, row: int) -> str:
     """What to call a row in a message: its number, and its id where it has one."""
     ids = getattr(data, "ids", None)
-    return f"row {row}" if ids is None or ids[row] == str(row) else f"row {row} (id {ids[row]})"
+    return f"row {row}" if ids is None or ids[row] == str(row) else f"row {row} (id {brief(ids[row])})"
 
 
 def stream(

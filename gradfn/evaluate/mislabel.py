@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradfn.errors import InputError
 from gradfn.evaluate.correlation import check_finite, ranks
+from gradfn.shown import brief
 
 
 def auroc(scores: Float[Tensor, " rows"], wrong: Shaped[Tensor, " rows"]) -> float:
@@ -115,7 +116,7 @@ def marked(values: Iterable[object], column: str) -> Bool[Tensor, " rows"]:
     for number, value in enumerate(found):
         if value not in (0, 1):
             raise InputError(
-                f"row {number} has {value!r} in column {column!r}, expected 1 for a wrong row and 0 for a "
-                "right one: mend it, or name another `label_column`"
+                f"row {number} has {brief(value)} in column {column!r}, expected 1 for a wrong row and 0 for "
+                "a right one: mend it, or name another `label_column`"
             )
     return torch.tensor([bool(value) for value in found])

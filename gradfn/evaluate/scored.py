@@ -8,6 +8,8 @@ from gradfn.errors import InputError
 from gradfn.evaluate.truth import Truth
 from gradfn.runs.provenance import Provenance
 from gradfn.scores import Scores
+from gradfn.shown import brief
+from gradfn.store import storable
 
 SHOWN = 3
 """Ids that a refusal shows."""
@@ -33,7 +35,7 @@ def evaluated_scores(run: str | Path, *, tokens: bool = False) -> Scores:
     """
     scores = Scores.load(run)
     if scores.documents is not None and not tokens:
-        raise InputError(f"{run} scores tokens, not rows: score with `View(tokens=False)` to evaluate")
+        raise InputError(f"{run} scores tokens, not rows: score with `View(tokens=False)`")
     if wrong := int((~scores.values.isfinite()).sum()):
         raise InputError(
             f"{wrong:,} scores in {run} are no finite numbers: score again in a higher precision"
@@ -136,10 +138,10 @@ def in_words(ids: Sequence[str], other: Sequence[str]) -> str:
     """How many ids there are, and the first of those that the other side has not in their place.
 
     >>> in_words(["a", "b"], ["a", "c", "d"])
-    '2 (b)'
+    "2 ('b')"
     """
     differ = [name for number, name in enumerate(ids) if number >= len(other) or other[number] != name]
-    named = ", ".join(differ[:SHOWN]) + (", ..." if len(differ) > SHOWN else "")
+    named = ", ".join(map(brief, differ[:SHOWN])) + (", ..." if len(differ) > SHOWN else "")
     return f"{len(ids):,} ({named})" if named else f"{len(ids):,}"
 
 
@@ -151,7 +153,7 @@ def single_scores(run: str | Path, train: Any, query: Any, *, tokens: bool = Fal
     """
     scored = evaluated_scores(run, tokens=tokens)
     prints = {"data": {"fingerprint": train.fingerprint()}, "query": {"fingerprint": query.fingerprint()}}
-    here = Sides(list(train.ids), list(query.ids), prints)
+    here = Sides(storable(train.ids), storable(query.ids), prints)
     refuse_other_data(sides_of(scored), here, str(run), "what is retrained")
     if len(scored.dampings) > 1:
         raise InputError(

@@ -13,7 +13,7 @@ from gradfn.errors import InputError
 from gradfn.hf.chats import prompt_of
 from gradfn.hf.datasets import column_values
 from gradfn.model.losses import advantages
-from gradfn.shown import asked_and_said
+from gradfn.shown import asked_and_said, brief
 
 if TYPE_CHECKING:
     import datasets
@@ -45,7 +45,7 @@ def with_labels(
         shown = class_names(rows, column, classes, labels)
     if (docs.lengths == 0).any():
         row = int(np.argmin(docs.lengths))
-        raise InputError(f"row {row} (id {docs.ids[row]!r}) has no tokens: leave it out")
+        raise InputError(f"row {row} (id {brief(docs.ids[row])}) has no tokens: leave it out")
     texts = list(map(asked_and_said, docs.texts, shown))
     return dataclasses.replace(docs, texts=texts, extras={**docs.extras, "labels": labels})
 
@@ -137,7 +137,7 @@ def _class_number(value: Any, row: int, classes: Mapping[str, int]) -> int:
         return int(value)
     known = ", ".join([*classes][:8]) + (", ..." if len(classes) > 8 else "")
     raise InputError(
-        f"row {row} has the label {value!r}, expected a number from 0 to {len(classes) - 1} or one of "
+        f"row {row} has the label {brief(value)}, expected a number from 0 to {len(classes) - 1} or one of "
         f"{known}: correct it, or give another label_column"
     )
 
@@ -145,7 +145,9 @@ def _class_number(value: Any, row: int, classes: Mapping[str, int]) -> int:
 def _numbers(values: list[Any], column: str) -> np.ndarray:
     for row, value in enumerate(values):
         if not isinstance(value, int | float) or not np.isfinite(value):
-            raise InputError(f"row {row} has {value!r} in column {column!r}, expected a number: correct it")
+            raise InputError(
+                f"row {row} has {brief(value)} in column {column!r}, expected a number: correct it"
+            )
     return np.array(values, np.float64)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gradfn.data import IGNORED, Corpus, Documents, Pairs, make_documents
 from gradfn.errors import InputError
-from gradfn.shown import SAID, asked_and_said
+from gradfn.shown import SAID, asked_and_said, brief
 
 
 def one_token(documents: Documents, number: int, tokenizer: Any) -> Documents:
@@ -112,7 +112,7 @@ def row_numbers(rows: Corpus, names: Sequence[str]) -> tuple[int, ...]:
     for name in names:
         if (times := ids.count(name)) != 1:
             there = "no training row has" if not times else f"{times:,} training rows have"
-            raise InputError(f"{there} the id {name!r}: give ids as tables of rows show them")
+            raise InputError(f"{there} the id {brief(name)}: give ids as tables of rows show them")
         found.append(ids.index(name))
     if len({*found}) < len(found):
         raise InputError("a row is given twice among `query_rows`: give each once")

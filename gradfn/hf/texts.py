@@ -12,7 +12,7 @@ from gradfn.errors import InputError
 from gradfn.hf.chats import Encoder, chat_encoder, holds_chats, pair_encoder
 from gradfn.hf.datasets import check_column, check_dataset, row_ids, tables
 from gradfn.hf.tokenizers import no_panic, probe_word
-from gradfn.shown import asked_and_said
+from gradfn.shown import asked_and_said, brief
 
 if TYPE_CHECKING:
     import datasets
@@ -193,7 +193,7 @@ def check_vocabulary(docs: Documents, size: int) -> None:
         for place in np.flatnonzero(tokens >= size)[:1]:
             row = int(np.searchsorted(docs.offsets, place, "right")) - 1
             raise InputError(
-                f"row {row} (id {docs.ids[row]!r}) has {noun} {tokens[place]}, but the model has {size} "
+                f"row {row} (id {brief(docs.ids[row])}) has {noun} {tokens[place]}, but the model has {size} "
                 "tokens, numbered from 0: tokenise the rows with the model's own tokenizer"
             )
 
@@ -388,8 +388,8 @@ def _fit(docs: Documents, start: int, max_length: int | None, truncation: bool) 
     if not truncation:
         row = int(np.argmax(docs.lengths > max_length))
         raise InputError(
-            f"row {start + row} (id {docs.ids[row]!r}) has {docs.lengths[row]} tokens, more than the limit "
-            f"of {max_length}: cut such rows with truncation=True, or split them"
+            f"row {start + row} (id {brief(docs.ids[row])}) has {docs.lengths[row]} tokens, more than the "
+            f"limit of {max_length}: cut such rows with truncation=True, or split them"
         )
     lengths = np.minimum(docs.lengths, max_length)
     fits = np.arange(len(docs.input_ids)) - np.repeat(docs.offsets[:-1], docs.lengths) < max_length

@@ -14,6 +14,7 @@ from gradfn.runs.nearest import rows_digest
 from gradfn.runs.provenance import DataSource, Provenance, compare
 from gradfn.runs.rows import SEGMENT_BYTES
 from gradfn.runs.visits import is_recorded
+from gradfn.shown import brief
 from gradfn.store import Overwrite, Store, check_disk, differing, in_words, open_writer
 
 PARTS = "parts"
@@ -44,8 +45,8 @@ def join_stores(
         The path of the store.
 
     Raises:
-        InputError: fewer than two stores; they were made differently, of a training or as one mean; two rows
-            have one name.
+        InputError: fewer than two stores; they were made differently, of a training or as one mean; two of
+            them hold the same rows, or two rows have one name.
         StorageError: the disk is full; what is complete is kept.
 
     >>> import tempfile
@@ -67,12 +68,18 @@ def join_stores(
         raise InputError(f"{run} is one of the stores: write what they give together to another directory")
     for store in opened:
         _refuse_unlike(opened[0], store)
+    digests = [rows_digest(store) for store in opened]
+    for number, digest in enumerate(digests):
+        if (first := digests.index(digest)) < number:
+            raise InputError(
+                f"{opened[first].path} and {opened[number].path} hold the same rows: give each store once"
+            )
     key = NAMES if NAMES in opened[0].header.index_arrays else "rows/id"
     names = _names(opened, key)
     starts = [0, *accumulate(store.rows for store in opened)]
     documents = [0, *accumulate(len(of_store) for of_store in names)]
     every = [name for of_store in names for name in of_store]
-    about = [{**_data(store), "digest": rows_digest(store)} for store in opened]
+    about = [{**_data(store), "digest": digest} for store, digest in zip(opened, digests, strict=True)]
     data = DataSource(rows=documents[-1], further={PARTS: about})
     settings = replace(Provenance.of(opened[0]), data=data).settings()
     size = sum(file.stat().st_size for store in opened for file in store.files())
@@ -123,16 +130,16 @@ def _data(store: Store) -> dict[str, Any]:
 def _names(stores: Sequence[Store], key: str) -> list[list[str]]:
     """The names of the rows of every store, or of their documents, of which no two are the same."""
     seen: dict[str, int] = {}
-    names = []
+    names: list[list[str]] = []
     for number, store in enumerate(stores):
         own = (store.index_array(key) if key == NAMES else store.read(key)).tolist()
         if own == [str(row) for row in range(len(own))]:
-            own = [str(len(seen) + row) for row in range(len(own))]
+            own = [str(sum(map(len, names)) + row) for row in range(len(own))]
         for name in own:
             if seen.get(name, number) != number:
                 raise InputError(
-                    f"{stores[seen[name]].path} and {store.path} both have a row {name!r}: build a store of "
-                    "the new rows alone"
+                    f"{stores[seen[name]].path} and {store.path} both have a row {brief(name)}: build a "
+                    "store of the new rows alone"
                 )
             seen[name] = number
         names.append(own)

@@ -1,13 +1,15 @@
 """Reading some rows of the arrays of a file, and checking that they are what was written.
 
-Numbers lie in one piece, which is mapped into memory, so that reading them costs no copy. Every 256 KiB of
-them have a checksum (XXH3, which a core computes about as fast as it reads memory). It is compared each time
-they are read. Texts, and all arrays of files before format 4, are compressed and checksummed by HDF5.
+Numbers lie in one piece. Large parts of it are mapped into memory, so that reading them costs no copy.
+Every 256 KiB have a checksum (XXH3, which a core computes about as fast as it reads memory). It is compared
+each time they are read. Texts, and all arrays of files before format 4, are compressed and checksummed by
+HDF5.
 """
 
 import errno
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from gradfn.store.guard import own_dataset
 
 POPULATE_READ = 22
 """Of `madvise`, Linux 5.14: read the pages now, and say so if that fails."""
+MAPPED_BYTES = 1 << 20
+"""Less is copied: a map costs more than the copy, and an open file as long as its rows are used."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Mapped:
     sums: str
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Some rows, see `Filtered.rows`: the pages of the file, of which a change stays in memory."""
+        """Some rows, see `Filtered.rows`: pages of the file or a copy, of which a change stays in memory."""
         shape = (stop - start, *self.shape[1:])
         row, size = (self.dtype.itemsize * int(np.prod(of)) for of in (self.shape[1:], self.shape))
         first, last = start * row, stop * row
@@ -74,16 +78,23 @@ class Mapped:
         return np.require(flat.view(self.dtype), requirements="A").reshape(shape)
 
     def _bytes(self, begin: int, end: int) -> memoryview:
-        """Some bytes of the array, mapped into memory."""
+        """Some bytes of the array, mapped into memory if they are many."""
         place = self.offset + begin
         page = place - place % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
             # Memory behind the end of a file kills the process that reads it.
             if os.fstat(file.fileno()).st_size < self.offset + end:
                 raise ValueError("truncated file")
+            if end - begin < MAPPED_BYTES:
+                file.seek(place)
+                copied = bytearray(file.read(end - begin))
+                if len(copied) < end - begin:
+                    raise ValueError("truncated file")
+                return memoryview(copied)
             content = mmap.mmap(file.fileno(), self.offset + end - page, access=mmap.ACCESS_COPY, offset=page)
-        with _read_errors():
-            content.madvise(POPULATE_READ)
+        if sys.platform == "linux":
+            with _read_errors():
+                content.madvise(POPULATE_READ)
         return memoryview(content)[place - page :]
 
 

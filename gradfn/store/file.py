@@ -35,6 +35,7 @@ OPEN = 1 << 62
 CHUNK_BYTES = 1 << 20
 """Of texts in a chunk, and of what is written at a time."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FEW_FILES = frozenset({errno.EMFILE, errno.ENFILE})
 # Version 1.10 of the format is the first with virtual datasets, and checksums its own metadata.
 LIBVER = ("v110", "v110")
 
@@ -326,6 +327,8 @@ def link_or_copy(path: Path, target: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What comes of a file that is damaged, or that holds something else than gradfn writes."""
 DAMAGE = {
     "truncated file": "it was cut short",
     "checksum": "a checksum does not match",
@@ -346,6 +349,11 @@ def place_of(path: Path) -> tuple[Path, str]:
     return folder.parent if folder.name == "segments" else folder, re.split(r"[-.]", path.name)[0]
 
 
+def foreign(path: Path) -> InputError:
+    """The error of a file that no run has, of which nobody may be told that it can be deleted."""
+    return InputError(f"{path} is no file of gradfn: give the directory of a run, or an .h5 file in it")
+
+
 def _unreadable(path: Path, error: Exception) -> Exception:
     again = "run the command that made it again, which recomputes only it"
     run, _ = place_of(path)
@@ -356,9 +364,10 @@ def _unreadable(path: Path, error: Exception) -> Exception:
     if isinstance(error, FileNotFoundError):
         return LostFileError(f"{path} is missing: {again}", path)
     if isinstance(error, OSError) and error.errno is not None:
-        return StorageError(
-            f"cannot read {path} ({os.strerror(error.errno)}): make it readable and try again"
-        )
+        remedy = "allow more open files (`ulimit -n`)" if error.errno in FEW_FILES else "make it readable"
+        return StorageError(f"cannot read {path} ({os.strerror(error.errno)}): {remedy} and try again")
+    if path.suffix != ".h5":
+        return foreign(path)
     text = str(error).lower()
     reason = next((words for sign, words in DAMAGE.items() if sign in text), "its content makes no sense")
     return LostFileError(f"{path} is damaged ({reason}): delete it and {again}", path)
@@ -371,7 +380,7 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except (InputError, StorageError):
         raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 

@@ -3,16 +3,16 @@
 import re
 from collections.abc import Iterator
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import h5py
 
-from gradfn.errors import InputError, StorageError
+from gradfn.errors import InputError, LostFileError, StorageError
 from gradfn.store.arrays import ArraySpec
 from gradfn.store.columns import column_of
 from gradfn.store.directory import files_of, segment_name
-from gradfn.store.file import Header, Sums, get_header, reading
+from gradfn.store.file import Header, Sums, foreign, get_header, reading
 from gradfn.store.folder import DIGESTS, check_sealed, sealed_files, sealed_in
 from gradfn.store.guard import check_heaps, linked_hard, own_dataset, refuse_links
 from gradfn.store.reader import Store, steps
@@ -90,6 +90,8 @@ def files_below(run: str | Path) -> list[Path]:
         InputError: there is none.
     """
     run = Path(run)
+    if run.is_file() and run.suffix != ".h5":
+        raise foreign(run)
     folders = [run, *(path.parent for path in sorted(run.rglob("segments")))]
     refuse_links(*(path for path in sorted(run.rglob("*")) if NESTED.fullmatch(path.name)))
     paths = [path for folder in dict.fromkeys(folders) for path in files_of(folder)]
@@ -124,6 +126,8 @@ def check_files(run: str | Path) -> Iterator[Checked]:
             if path != Path(run):
                 refuse_links(path.parent, path)
             header = _check(path)
+            if header and path != Path(run):
+                _check_place(path, header)
         except (InputError, StorageError) as error:
             yield Checked(path, wrong=str(error), lost=getattr(error, "path", None))
         else:
@@ -139,3 +143,17 @@ def _check(path: Path) -> Header | None:
     if header.segments:
         Store(path.resolve(), header).verify()
     return header
+
+
+def _check_place(path: Path, header: Header) -> None:
+    """Refuse a file that lies whole in the place of another.
+
+    Raises:
+        LostFileError: its name is of other rows or of another kind than what is in it.
+    """
+    name = segment_name(header.kind, header.start, header.stop)
+    wanted = PurePath(name).name if path.parent.name == "segments" else f"{header.kind}.h5"
+    if path.name != wanted:
+        raise LostFileError(
+            f"{path} holds what belongs to {wanted}: delete it and run the command that made it again", path
+        )

@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite(refused, command, corpus, data, tmp_path):
         result = command(name, tmp_path / name, "--model", "model", "--dataset", corpus)
         assert result.status == 2
         assert (
-            "the loss of row 6 (id doc-norway) is NaN or infinite: mend or leave out that row" in result.err
+            "the loss of row 6 (id 'doc-norway') is NaN or infinite: mend or leave out that row" in result.err
         )
         assert not list((tmp_path / name).rglob("*.h5"))
 

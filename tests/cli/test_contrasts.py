@@ -199,6 +199,7 @@ def test_a_row_is_left_out_for_itself_at_every_damping_and_checkpoint(ok, base, 
     ("options", "words"),
     [
         (("--query", "CHOSEN", "--against", "CORPUS"), "--against has 12 rows and --query 3"),
+        (("--query", "CHOSEN", "--against", "CHOSEN"), "--query and --against say the same"),
         (("--query", "CHOSEN", "--against", "a text"), "are two datasets, or two texts: give --against as"),
         (("--query-rows", "doc-peru", "--against", "CHOSEN"), "--against is what --query is contrasted with"),
         (("--query-rows", "doc-peru,doc-none"), "no training row has the id 'doc-none'"),

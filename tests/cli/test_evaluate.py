@@ -234,9 +234,11 @@ def test_scores_of_other_rows_queries_or_data_are_refused(command, world, tmp_pa
     scores = world.near[None]
     renamed = write_scores(tmp_path / "rows", scores, rows=[*ROW_IDS[:9], "x"])
     err = refused(command, "lds", world.truth, renamed)
-    assert "are of different rows, 10 (x) there and 10 (r9) here: make both with the same --dataset" in err
+    assert "are of different rows, 10 ('x') there and 10 ('r9') here: make both with" in err
     fewer = write_scores(tmp_path / "fewer", scores[:, :, :7], queries=QUERY_IDS[:7])
-    assert "are of different queries, 7 there and 8 (q7) here" in refused(command, "lds", world.truth, fewer)
+    assert "are of different queries, 7 there and 8 ('q7') here" in refused(
+        command, "lds", world.truth, fewer
+    )
     for key, noun in (("data", "training data"), ("query", "queries")):
         other = write_scores(tmp_path / key, scores, settings={key: {"fingerprint": "e"}})
         err = refused(command, "lds", world.truth, other)
@@ -267,7 +269,7 @@ def test_scores_of_tokens_are_refused(command, world, tmp_path):
         writer.write(0, 2, {"scores": np.zeros((2, 1, 1), np.float32), "rows/document": np.arange(2)})
         writer.finish({"queries/id": ["q"], "dampings": [""], "documents/id": ["a", "b"]})
     err = refused(command, "lds", world.truth, tmp_path / "tokens")
-    assert "scores tokens, not rows: score with --by example to evaluate" in err
+    assert "scores tokens, not rows: score with --by example" in err
 
 
 def test_a_column_that_is_not_0_or_1_is_refused(command, tmp_path):
@@ -281,7 +283,7 @@ def test_a_column_that_is_not_0_or_1_is_refused(command, tmp_path):
     assert "row 2 has 2 in column 'note', expected 1 for a wrong row and 0 for a right one: mend it" in err
     assert "no column 'bad' in the dataset" in refused(command, *ask, "--label-column", "bad")
     other = write_jsonl(tmp_path / "other.jsonl", rows[:9])
-    assert "has scores of 10 (r9) and" in refused(command, "mislabel", run, "--dataset", other)
+    assert "has scores of 10 ('r9') and" in refused(command, "mislabel", run, "--dataset", other)
     assert "no dataset is known" in refused(command, "mislabel", run)
 
 

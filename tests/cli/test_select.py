@@ -169,7 +169,7 @@ def test_a_dataset_that_changed_is_refused(ok, command, run, rows, tmp_path):
     here, out = tmp_path / "rows.jsonl", ("--keep", 0.5, "-o", tmp_path / "s.jsonl")
     own = lines(rows)
     for changed, words in (
-        (own[:-1], "has scores of 12 (doc-iraq)"),
+        (own[:-1], "has scores of 12 ('doc-iraq')"),
         ([*own[:3], {**own[3], "id": "doc-other"}, *own[4:]], "and"),
         (own[::-1], "have the same ids in another order"),
         ([*own[:3], {**own[3], "text": "The capital of Japan is Kyoto."}, *own[4:]],
@@ -179,6 +179,19 @@ def test_a_dataset_that_changed_is_refused(ok, command, run, rows, tmp_path):
         assert words in refused(command, run, *out, "--dataset", here)
     write_jsonl(here, [{**row, "kind": "c", "further": 1} for row in own])  # no model read these
     assert "note" not in ok("select", run, *out, "--dataset", here, "--by", "further")
+
+
+def test_rows_whose_ids_are_longer_than_a_store_holds_are_those_that_were_scored(
+    ok, command, model, tmp_path
+):
+    long = ["x" * 5000, "y" * 5000]
+    rows = [{"id": name, "text": row["text"]} for name, row in zip(long, DOCUMENTS, strict=False)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    ok("score", tmp_path / "run", "--model", model, "--dataset", data, *SCORE)
+    ok("select", tmp_path / "run", "--keep", 1, "-o", tmp_path / "all.jsonl")
+    assert [row["id"] for row in lines(tmp_path / "all.jsonl")] == long
+    write_jsonl(data, rows[::-1][:1])
+    assert len(refused(command, tmp_path / "run", "--keep", 1, "-o", tmp_path / "s.jsonl")) < 1000
 
 
 def test_chunks_and_tokens_are_not_rows(ok, command, model, rows, tmp_path):

@@ -52,6 +52,14 @@ def test_a_method_is_recommended_with_the_command(tuned, ok, tmp_path, monkeypat
     )
 
 
+def test_one_row_is_refused_before_the_run_is_made(command, base, tmp_path):
+    options = [*base, "--split", "train[:1]"]
+    result = command("tune", tmp_path / "run", *options)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "retrained on halves of the rows, and there is 1: give more rows" in result.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_done_is_not_done_again(tuned, ok, base, monkeypatch):
     run, out = tuned
     monkeypatch.setattr(TUNE, "run_score", None)

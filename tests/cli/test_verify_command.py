@@ -44,6 +44,41 @@ def test_what_is_damaged_is_named_with_its_command(command, ok, base, tmp_path, 
         assert "all as written" in plain(ok("verify", run))
 
 
+def test_a_damaged_segment_is_named_once_and_made_again_where_the_run_is_now(
+    command, ok, base, tmp_path, monkeypatch
+):
+    ok("build", tmp_path / "run", *base)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    (path,) = (tmp_path / "moved/segments").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    result = command("verify", "moved")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert f"1 of 2 files of moved is damaged (moved/segments/{path.name}): delete it and" in result.err
+    assert result.out.count(path.name) == 1
+    path.unlink()
+    again = result.err.split("delete it and run gradfn ")[1].split(", which recomputes only")[0]
+    ok(*shlex.split(again))
+    assert "all as written" in plain(ok("verify", "moved"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asked", [
+    "verify PATH", "verify PATH --repair", "info PATH", "rerun PATH", "merge RUN PATH PATH",
+    "export PATH a.npy", "report PATH --output a.html", "select PATH --keep 0.5 --output a.csv",
+    "query PATH --query text",
+])  # fmt: skip
+def test_nobody_is_told_to_delete_a_file_that_is_not_of_gradfn(command, tmp_path, monkeypatch, asked):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n')
+    result = command(*asked.replace("PATH", str(path)).split())
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert str(path) in result.err
+    assert "give the directory of a run" in result.err
+    assert "delete it" not in result.err + result.out
+
+
 def test_shards_are_verified_and_merged_again(command, ok, base, tmp_path):
     run = tmp_path / "run"
     for number in (1, 2):
@@ -83,4 +118,4 @@ def test_what_is_no_run(command, tmp_path):
     assert "holds no run" in command("verify", tmp_path).err
     assert "holds no run" in command("verify", tmp_path / "absent").err
     (tmp_path / "note.txt").write_text("no run")
-    assert "note.txt is damaged (it is not an HDF5 file)" in command("verify", tmp_path / "note.txt").out
+    assert "note.txt is no file of gradfn: give the" in command("verify", tmp_path / "note.txt").err

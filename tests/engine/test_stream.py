@@ -47,7 +47,7 @@ def test_lengths_come_from_the_data_or_its_tokens():
 
 def test_rows_are_named_by_number_and_id():
     assert row_name(ROWS, 2) == "row 2"
-    assert row_name(Named(ROWS), 2) == "row 2 (id c)"
+    assert row_name(Named(ROWS), 2) == "row 2 (id 'c')"
     assert row_name(Named(ROWS), 1) == "row 1"
 
 
@@ -97,7 +97,7 @@ def test_no_rows_are_refused():
 def test_a_loss_that_is_not_finite_names_its_row(bad, budget):
     rows = [dict(row) for row in ROWS]
     rows[4]["y"] = torch.full((2,), bad, dtype=torch.float64)
-    with pytest.raises(InputError, match=r"the loss of row 4 \(id e\) is NaN or infinite"):
+    with pytest.raises(InputError, match=r"the loss of row 4 \(id 'e'\) is NaN or infinite"):
         collect(MODEL, Named(rows), project(2), loss=LOSS, token_batch_size=budget)
 
 
@@ -196,7 +196,7 @@ def test_a_batch_that_cannot_be_made_is_refused_in_its_turn(overlapping):
 def test_a_loss_that_is_not_finite_names_its_row_one_batch_later(overlapping):
     rows = [dict(row) for row in ROWS]
     rows[4]["y"] = torch.full((2,), float("nan"), dtype=torch.float64)
-    with pytest.raises(InputError, match=r"the loss of row 4 \(id e\) is NaN or infinite"):
+    with pytest.raises(InputError, match=r"the loss of row 4 \(id 'e'\) is NaN or infinite"):
         collect(MODEL, Named(rows), loss=LOSS, token_batch_size=3)
 
 

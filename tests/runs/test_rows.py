@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_names_the_row_and_keeps_what_is_complete(docu
     monkeypatch.setattr(runs, "SEGMENT_BATCHES", 1)
     model = make_model().requires_grad_(False)
     model.model.embed_tokens.weight[documents[5]["input_ids"][0]] = torch.nan
-    with pytest.raises(InputError, match=r"the loss of row 5 \(id row 5\) is NaN or infinite"):
+    with pytest.raises(InputError, match=r"the loss of row 5 \(id 'row 5'\) is NaN or infinite"):
         gf.build(tmp_path, model, documents, gf.project(4), token_batch_size=5)
     assert [path.stem.split("-")[2] for path in sorted((tmp_path / "segments").glob("*.h5"))][
         -1

@@ -9,6 +9,7 @@ from stored import ROWS, assert_holds_rows, one_sentence, refusal, rows_of, segm
 
 from gradfn.errors import InputError
 from gradfn.store import open_store, open_writer
+from gradfn.store.file import _put_header, get_header
 from gradfn.store.verify import check_files
 
 
@@ -119,3 +120,20 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_written_through(tmp_path
         writer.finish()
     assert secret.read_bytes().startswith(b"the key")
     assert_holds_rows(open_store(run))
+
+
+@pytest.mark.parametrize("name", ["arrays", "digests", "segments", "start"])
+def test_a_header_of_other_kinds_of_values_is_damage(tmp_path, name):
+    """The checksum of a header is no signature: who writes a file can make one that fits."""
+    write(tmp_path, [(0, ROWS)])
+    path = segment(tmp_path, 0, ROWS)
+    with h5py.File(path, "r+") as file:
+        header = get_header(file)
+        vars(header)[name] = ["x"]
+        for attribute in list(file.attrs):
+            del file.attrs[attribute]
+        _put_header(file, header)
+    with pytest.raises(InputError) as error:
+        open_store(tmp_path).read("rows/length")
+    one_sentence(error, path, "is damaged")
+    assert path in wrong_files(tmp_path)

@@ -108,6 +108,22 @@ def test_a_segment_that_is_gone_and_an_index_of_other_segments_are_found(tmp_pat
     assert wrong_files(tmp_path) == [tmp_path / "store.h5"]
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_whole_file_in_the_place_of_another_is_found(tmp_path, finished):
+    write(tmp_path)
+    if not finished:
+        (tmp_path / "store.h5").unlink()
+    shutil.copy(segment(tmp_path, 5, 10), segment(tmp_path, 0, 5))
+    found = [one for one in check_files(tmp_path) if one.wrong]
+    assert found[0].path == found[0].lost == segment(tmp_path, 0, 5)
+    assert "holds what belongs to store-0000000005-0000000010.h5: delete it and run" in found[0].wrong
+    assert [one.path for one in check_files(segment(tmp_path, 0, 5)) if one.wrong] == []
+    segment(tmp_path, 0, 5).unlink()
+    write(tmp_path, kind="scores")
+    (tmp_path / "scores.h5").replace(tmp_path / "store.h5")
+    assert "holds what belongs to scores.h5" in [*check_files(tmp_path)][-1].wrong
+
+
 @pytest.mark.parametrize("old", ["v2", "v3"])
 def test_files_of_formats_before_are_read_and_resumed(tmp_path, old):
     run = Path(shutil.copytree(DATA / old, tmp_path / "run"))
