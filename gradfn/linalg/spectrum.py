@@ -102,7 +102,7 @@ def eigh(
     return without_rounding(values, dtype), vectors.to(dtype).contiguous()
 
 
-def without_rounding(values: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
+def without_rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Eigenvalues with those that are rounding set to 0, see `eigh`.
 
     >>> without_rounding(torch.tensor([1e-9, 1.0], dtype=torch.float64), torch.float32)
@@ -136,8 +136,8 @@ class Solved:
         return self._last[1]
 
 
-def eigh_float64(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
-    """Eigenvalues as they come, ascending, and eigenvectors, both float64.
+def eigh_float64(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[n]` as they come, ascending, and eigenvectors `[n, n]`, both float64.
 
     Rows and columns of zeros, with which LAPACK may fail, are left out of the decomposition.
 

@@ -63,7 +63,7 @@ class Dot(Rowwise):
             name: (part[:, :-count].unflatten(1, (count, -1)) * scale[..., None]).flatten(1)
             for name, part in partials.items()
         }
-        return shares if self.by_block else reduce(torch.add, shares.values())
+        return shares if self.by_block else torch.stack(list(shares.values())).sum(0)
 
     def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         return self.finish({name: self.partial(name, G) for name, G in blocks.items()})
@@ -84,7 +84,7 @@ class SelfDot(Rowwise):
     def finish(self, partials: Blocks) -> Blocks | Float[Tensor, "rows norms"]:
         """The sum over blocks, or each share."""
         shares = {name: part.square() for name, part in partials.items()}
-        return shares if self.by_block else reduce(torch.add, shares.values())
+        return shares if self.by_block else torch.stack(list(shares.values())).sum(0)
 
     def __call__(self, blocks: Blocks) -> Blocks | Tensor:
         return self.finish({name: self.partial(name, G) for name, G in blocks.items()})

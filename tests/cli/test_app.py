@@ -142,7 +142,7 @@ ELSEWHERE = {  # options that change no number, or need other data, each with a 
     "messages_column", "reward_column", "advantage_column", "attention", "optimizer_state", "hessian_path",
     "damping", "self", "config", "group_column", "checkpoints", "checkpoint_weights",
     "target_downweight_components", "labels", "partitions", "shard", "show", "quiet", "threads", "memory",
-    "no_biases",
+    "no_biases", "fsdp",
     "trust_remote_code", "no_special_tokens", "revision", "dataset_revision", "tokenizer", "chunk_length",
     "query_split", "product", "iterations", "tolerance", "scale", "minibatches", "segments", "optimizer",
     "normalize", "training", "steps", "replay_slots", "curvature", "against", "query_token", "query_rows",
