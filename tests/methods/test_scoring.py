@@ -110,11 +110,12 @@ def test_rows_and_queries_of_different_blocks_are_refused(rows, queries):
 @pytest.mark.parametrize("k", [1, 3, 100])
 @pytest.mark.parametrize("budget", [1, 2, 100])
 def test_the_best_rows_are_those_of_the_whole_matrix(method, k, budget):
-    rows = [*ROWS, *ROWS[:2]]  # equal scores stand in the order of the rows
+    rows = [*ROWS, *ROWS[:2]]
     want = extremes([score(MODEL, rows, ROWS[:3], method=method, loss=LOSS)], k)
     got = best(MODEL, rows, ROWS[:3], k, method=method, loss=LOSS, token_batch_size=budget)
     for ours, theirs in zip(got, want, strict=True):
-        assert torch.equal(ours.rows, theirs.rows)
+        # The last two rows are the first two again, and in other batches the last bit of a cosine may differ.
+        assert torch.equal(ours.rows % len(ROWS), theirs.rows % len(ROWS))
         assert_blocks_close(ours.scores, theirs.scores)
 
 
