@@ -36,6 +36,17 @@ def rows_of(count, seed=0):
 ROWS = rows_of(7)
 
 
+TOKENS = [
+    {"input_ids": torch.tensor([1, 2, 3, 4, 5])},
+    {"input_ids": torch.tensor([6, 7])},
+    {"input_ids": torch.tensor([3, 1, 2])},
+]
+WEIGHTED = [
+    {**row, "labels": torch.where(torch.arange(len(row["input_ids"])) < 2, -100, row["input_ids"]),
+     "weight": torch.tensor(0.5 + i, dtype=torch.float64)} for i, row in enumerate(TOKENS)
+]  # fmt: skip
+
+
 def flat(v):
     return torch.cat([value.flatten(1) for value in v.values()], 1)
 

@@ -67,8 +67,8 @@ def test_a_run_without_values_is_refused(command, valued, plain, store, tmp_path
         ((tmp_path / "absent",), "does not exist"),
         ((store,), "training"),
         ((plain,), "measured no values of its rows: train again with --values QUERIES"),
-        ((unfinished,), f"is unfinished: run gradfn train {valued}"),
-        ((lost,), f"measured are not summed: run gradfn train {valued}"),
+        ((unfinished,), f"is unfinished: run gradfn train {unfinished}"),
+        ((lost,), f"measured are not summed: run gradfn train {lost}"),
     ):
         result = command("score", *run, "--method", "inrun")
         assert (result.status, result.err.count("\n"), result.out) == (2, 1, ""), result.err

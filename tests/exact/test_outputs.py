@@ -2,22 +2,12 @@
 
 import pytest
 import torch
-from exact_problems import EXACT
+from exact_problems import EXACT, TOKENS, WEIGHTED
 from tiny import MeanOfTokens, classes_of, language_model
 
 import gradfn as gf
 from gradfn.exact import SplitLoss, gauss_newton_product, outputs_and_loss
 from gradfn.testing.strategies import randomize
-
-TOKENS = [
-    {"input_ids": torch.tensor([1, 2, 3, 4, 5])},
-    {"input_ids": torch.tensor([6, 7])},
-    {"input_ids": torch.tensor([3, 1, 2])},
-]
-WEIGHTED = [
-    {**row, "labels": torch.where(torch.arange(len(row["input_ids"])) < 2, -100, row["input_ids"]),
-     "weight": torch.tensor(0.5 + i, dtype=torch.float64)} for i, row in enumerate(TOKENS)
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

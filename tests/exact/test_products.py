@@ -8,6 +8,8 @@ from exact_problems import (
     PARAMS,
     ROWS,
     SIZE,
+    TOKENS,
+    WEIGHTED,
     H,
     dense,
     dense_fisher,
@@ -181,19 +183,6 @@ def test_bad_vectors_and_data_are_refused():
         fisher_product(LOSS, PARAMS, [])
     with pytest.raises(gf.InputError, match="at least 1 token"):
         fisher_product(LOSS, PARAMS, ROWS, token_batch_size=0)
-
-
-TOKENS = [
-    {"input_ids": torch.tensor([1, 2, 3, 4, 5])},
-    {"input_ids": torch.tensor([6, 7])},
-    {"input_ids": torch.tensor([3, 1, 2])},
-]
-
-
-WEIGHTED = [
-    {**row, "labels": torch.where(torch.arange(len(row["input_ids"])) < 2, -100, row["input_ids"]),
-     "weight": torch.tensor(0.5 + i, dtype=torch.float64)} for i, row in enumerate(TOKENS)
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "phi3"])
