@@ -492,7 +492,9 @@ def spelled(request: Mapping[str, Any], path: Path | None = None) -> str:
         from gradfn.store.verify import NESTED
 
         run, written = place_of(path)
-        moved = Path(given["run"]).resolve() not in path.resolve().parents and written == kind.WRITES
+        # A training writes the sums of its values there too; the rows that it records are another run.
+        own = {kind.WRITES, *(("scores",) if kind.WRITES == "training" else ())}
+        moved = Path(given["run"]).resolve() not in path.resolve().parents and written in own
         if moved and not NESTED.fullmatch(run.name) and not run.name.startswith("baseline-"):
             given = {**given, "run": str(run)}
     return command_line(kind, given)
